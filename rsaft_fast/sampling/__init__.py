@@ -1,0 +1,20 @@
+"""Samplers as linear steps, rollouts that keep what a plan needs, and the hand-walked adjoint."""
+
+from rsaft_fast.sampling.adjoint import backpropagate
+from rsaft_fast.sampling.linear import LinearStep, Schedule, ddim_schedule, flow_schedule
+from rsaft_fast.sampling.noise import NoiseSource, derive_rng
+from rsaft_fast.sampling.plan import GradientPlan
+from rsaft_fast.sampling.rollout import Trajectory, rollout
+
+__all__ = [
+    "GradientPlan",
+    "LinearStep",
+    "NoiseSource",
+    "Schedule",
+    "Trajectory",
+    "backpropagate",
+    "ddim_schedule",
+    "derive_rng",
+    "flow_schedule",
+    "rollout",
+]

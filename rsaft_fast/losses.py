@@ -1,0 +1,41 @@
+"""From reward to loss: the three maps that the reward-gradient methods train with."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from rsaft_fast.settings import Settings
+
+
+class Loss(Settings):
+    """A per-sample map from reward r to loss, averaged over samples.
+
+    - linear: -r (DRaFT, DRTune)
+    - hinge: relu(margin - r); samples above the margin stop pulling (ReFL: margin 2 for ImageReward)
+    - target: |target - r| (AlignProp: target 10 for the aesthetic score)
+
+    Attributes:
+        scale: factor on the loss (ReFL 1e-3). Adam's step does not depend on it, weight decay and clipping do.
+    """
+
+    map: Literal["linear", "hinge", "target"] = "linear"
+    margin: float = 2.0
+    target: float = 10.0
+    scale: float = 1.0
+
+    def __call__(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Loss (B,) of rewards (B,)."""
+        if self.map == "linear":
+            return -self.scale * rewards
+        if self.map == "hinge":
+            return self.scale * torch.relu(self.margin - rewards)
+        return self.scale * (self.target - rewards).abs()
+
+    def derivative(self, rewards: torch.Tensor) -> torch.Tensor:
+        """dloss/dr (B,), 0 at a hinge's or target's kink."""
+        leaf = rewards.detach().requires_grad_(True)
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(self(leaf).sum(), leaf)
+        return slope

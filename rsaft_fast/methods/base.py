@@ -1,0 +1,42 @@
+"""What a reward-gradient method is: settings, and a draw of the plan they describe."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from rsaft_fast.errors import UserError
+from rsaft_fast.losses import Loss
+from rsaft_fast.sampling.plan import GradientPlan, Uncond
+from rsaft_fast.settings import Settings
+
+
+class Method(Settings):
+    """Base of the reward-gradient methods.
+
+    Attributes:
+        uncond: gradient of the unconditional branch of classifier-free guidance: "graded", "detached", or "none" for
+            a rollout without guidance.
+        default_loss: the loss map its authors train with; a recipe's `loss` replaces it.
+    """
+
+    uncond: Uncond = "graded"
+
+    default_loss: ClassVar[Loss] = Loss()
+
+    def draw(self, num_steps: int, rng: np.random.Generator) -> GradientPlan:
+        """Draw the plan of one step for a schedule of `num_steps` calls.
+
+        Raises:
+            UserError: the method's settings do not fit into `num_steps`.
+        """
+        raise NotImplementedError
+
+
+def require_at_most(name: str, value: int, num_steps: int) -> None:
+    """Refuse a count of gradient steps that the schedule does not have."""
+    if value > num_steps:
+        raise UserError(
+            f"{name} is {value}, but the sampler has {num_steps} steps; lower {name} or raise sampler.steps"
+        )

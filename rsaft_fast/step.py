@@ -1,0 +1,242 @@
+"""One RSA-FT update: Algorithm 1 of the paper (arXiv 2603.21175)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from rsaft_fast.backbones.base import Backbone, Conditioning
+from rsaft_fast.losses import Loss
+from rsaft_fast.objective import (
+    ImageSmoothing,
+    Observation,
+    Smoothing,
+    image_perturbation,
+    latent_gradient,
+    observe,
+    perturbed_rewards,
+)
+from rsaft_fast.optim import SAM, SAMAdamW
+from rsaft_fast.rewards.base import Reward
+from rsaft_fast.sampling import GradientPlan, NoiseSource, Schedule, Trajectory, backpropagate, rollout
+
+
+@dataclass
+class MicroBatch:
+    """The samples that go through the network together, and every random choice made for them.
+
+    Attributes:
+        prompts: B prompts.
+        conditioning: their encoding, B rows.
+        latents: x_T, (B, *latent_shape).
+        noise: source of all later draws of these samples.
+        plan: which calls carry gradient.
+    """
+
+    prompts: Sequence[str]
+    conditioning: Conditioning
+    latents: torch.Tensor
+    noise: NoiseSource
+    plan: GradientPlan
+
+
+@dataclass
+class StepReport:
+    """What one update saw. Means are over samples, endpoints weighted as the plan weights them.
+
+    Attributes:
+        reward: mean r(x_0) at theta, unperturbed.
+        smoothed_reward: mean reward where the update's gradient was taken (equals `reward` without smoothing).
+        loss: mean loss there.
+        s1: mean r(x) - r(x - rho g/||g||) at theta (eq. 10), at the probe's radius; None without a probe.
+        realised_drop: (r_1 - r_2) / (rho ||grad_theta r||), the same delta in both; near 1 when the parameter
+            perturbation acts as its linearisation says. None without parameter smoothing.
+        images: the first pass's pictures of the chain's own endpoints, (B, 3, H, W), detached.
+        optimizer: the optimizer's own figures (norms of gradient and perturbation, projection, skipped).
+    """
+
+    reward: float
+    smoothed_reward: float
+    loss: float
+    s1: float | None = None
+    realised_drop: float | None = None
+    images: torch.Tensor | None = None
+    optimizer: dict[str, float] = field(default_factory=dict)
+
+
+def rsaft_step(
+    backbone: Backbone,
+    reward: Reward,
+    schedule: Schedule,
+    batches: Sequence[MicroBatch],
+    optimizer: SAM | SAMAdamW,
+    *,
+    smoothing: Smoothing,
+    loss: Loss,
+    probe: ImageSmoothing | None = None,
+) -> StepReport:
+    """Sample, perturb the pictures, perturb the weights, and follow the gradient found there.
+
+    Args:
+        batches: micro-batches of one update; their gradients add up to that of the whole batch.
+        optimizer: over the backbone's trainable parameters, its rho set from `smoothing.parameters`.
+        probe: the ball at which the sharpness S1 is logged, in a pixel space.
+
+    Raises:
+        NonFiniteRewardError: a reward is not finite. Weights are what they were before the call.
+    """
+    run = _Run(backbone, reward, schedule, smoothing, loss, total=sum(len(b.prompts) for b in batches))
+    optimizer.zero_grad()
+    if smoothing.parameters is None:
+        first = [run.observe_first(batch, probe) for batch in batches]
+        second = [run.follow(batch, seen.trajectory, seen) for batch, seen in zip(batches, first)]
+        optimizer.step()
+        return run.report(first, second, optimizer)
+
+    first = [run.ascend(batch, run.observe_first(batch, probe)) for batch in batches]
+    with optimizer.perturbed():  # theta + eps; whatever goes wrong inside, theta comes back
+        optimizer.zero_grad()
+        second = []
+        for batch, seen in zip(batches, first):
+            trajectory = run.sample(batch, prefix=seen.trajectory)
+            second.append(run.follow(batch, trajectory, seen))
+        optimizer.step()  # back to theta and update, fused
+    return run.report(first, second, optimizer)
+
+
+@dataclass
+class _Seen:
+    """What the first pass over a micro-batch leaves for the second."""
+
+    trajectory: Trajectory | None
+    observations: list[Observation]
+    deltas: list[torch.Tensor | None]
+    images: torch.Tensor
+    reward: float
+    s1: float | None
+    # Mean reward at theta under the same delta as the second pass: what realised_drop is measured from.
+    smoothed: float
+
+
+@dataclass
+class _Run:
+    """The parts of one update that do not change between micro-batches."""
+
+    backbone: Backbone
+    reward: Reward
+    schedule: Schedule
+    smoothing: Smoothing
+    loss: Loss
+    total: int
+
+    def sample(self, batch: MicroBatch, prefix: Trajectory | None = None) -> Trajectory:
+        return rollout(
+            self.backbone, self.schedule, batch.plan, batch.latents, batch.conditioning, batch.noise, prefix=prefix
+        )
+
+    def observe_first(self, batch: MicroBatch, probe: ImageSmoothing | None) -> _Seen:
+        """x_T, c -> x_0, r, delta."""
+        trajectory = self.sample(batch)
+        image = self.smoothing.image
+        space = image.space if image else "pixel01"
+        observations = [
+            observe(self.backbone, self.reward, x, batch.prompts, space=space) for x in trajectory.endpoints
+        ]
+        deltas = [image and image_perturbation(self.backbone, seen, image) for seen in observations]
+        reward = self._mean(batch, [seen.rewards for seen in observations])
+        smoothed = reward
+        if image:
+            smoothed = self._mean(
+                batch,
+                [
+                    perturbed_rewards(self.backbone, self.reward, seen, batch.prompts, delta, space)
+                    for seen, delta in zip(observations, deltas)
+                ],
+            )
+        s1 = None
+        if probe is not None:
+            s1 = (
+                reward - smoothed
+                if probe == image
+                else reward
+                - self._mean(
+                    batch,
+                    [
+                        perturbed_rewards(
+                            self.backbone,
+                            self.reward,
+                            seen,
+                            batch.prompts,
+                            image_perturbation(self.backbone, seen, probe),
+                            probe.space,
+                        )
+                        for seen in observations
+                    ],
+                )
+            )
+        return _Seen(trajectory, observations, deltas, observations[0].images, reward, s1, smoothed)
+
+    def ascend(self, batch: MicroBatch, seen: _Seen) -> _Seen:
+        """The gradient that eps follows, at theta and the unperturbed picture."""
+        slopes = [
+            self.loss.derivative(o.rewards) if self.smoothing.ascend == "loss" else -torch.ones_like(o.rewards)
+            for o in seen.observations
+        ]
+        self._backpropagate(batch, seen.trajectory, seen.observations, slopes)
+        keep = self.smoothing.resample == "graded_only"
+        return replace(seen, trajectory=seen.trajectory if keep else None, observations=[])
+
+    def follow(self, batch: MicroBatch, trajectory: Trajectory, seen: _Seen) -> tuple[float, float]:
+        """The update's gradient, at the perturbed picture; mean smoothed reward and loss."""
+        image = self.smoothing.image
+        same_weights = trajectory is seen.trajectory and bool(seen.observations)
+        if image is None and same_weights:
+            observations = seen.observations
+        else:
+            observations = [
+                self._observe_perturbed(batch, x, delta) for x, delta in zip(trajectory.endpoints, seen.deltas)
+            ]
+        slopes = [self.loss.derivative(o.rewards) for o in observations]
+        self._backpropagate(batch, trajectory, observations, slopes)
+        rewards = [o.rewards for o in observations]
+        return self._mean(batch, rewards), self._mean(batch, [self.loss(r) for r in rewards])
+
+    def _observe_perturbed(self, batch: MicroBatch, x: torch.Tensor, delta: torch.Tensor | None) -> Observation:
+        image = self.smoothing.image
+        space = image.space if image else "pixel01"
+        if image and self.smoothing.delta_from == "perturbed" and self.smoothing.parameters:
+            here = observe(self.backbone, self.reward, x, batch.prompts, space=space)
+            delta = image_perturbation(self.backbone, here, image)
+        return observe(self.backbone, self.reward, x, batch.prompts, delta, space)
+
+    def _backpropagate(
+        self, batch: MicroBatch, trajectory: Trajectory, observations: list[Observation], slopes: list[torch.Tensor]
+    ) -> None:
+        adjoints = []
+        for seen, slope, weight in zip(observations, slopes, batch.plan.weights):
+            per_sample = (slope * (weight / self.total)).to(seen.image_gradient.dtype)
+            adjoints.append(latent_gradient(self.backbone, seen, per_sample[:, None, None, None] * seen.image_gradient))
+        backpropagate(self.backbone, trajectory, adjoints)
+
+    def _mean(self, batch: MicroBatch, values: list[torch.Tensor]) -> float:
+        """This micro-batch's share of the mean over all samples of the update."""
+        return float(sum(w * v.double().sum() for w, v in zip(batch.plan.weights, values)) / self.total)
+
+    def report(self, first: list[_Seen], second: list[tuple[float, float]], optimizer: SAM | SAMAdamW) -> StepReport:
+        stats = optimizer.stats()
+        smoothed = sum(reward for reward, _ in second)
+        realised = None
+        if self.smoothing.parameters is not None:
+            predicted = self.smoothing.parameters.rho * stats["grad_norm_first"]
+            realised = (sum(seen.smoothed for seen in first) - smoothed) / predicted if predicted else None
+        return StepReport(
+            reward=sum(seen.reward for seen in first),
+            smoothed_reward=smoothed,
+            loss=sum(value for _, value in second),
+            s1=None if first[0].s1 is None else sum(seen.s1 for seen in first),
+            realised_drop=realised,
+            images=torch.cat([seen.images for seen in first]),
+            optimizer=stats,
+        )
