@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rsaft_fast.errors import UserError
+
 
 @dataclass(frozen=True)
 class RewardSpec:
@@ -17,8 +19,8 @@ class RewardSpec:
     Attributes:
         name: family name ("clip", "hpsv2.1", ...).
         source: path or hub id as the user gave it.
-        sha256: hash of the weights file.
-        preprocessing: every choice that changes a score (size, filter, crop, mean, std, clamp).
+        sha256: hash of the weights (of the shards' bytes in order, where there are several).
+        preprocessing: every choice that changes a score (size, filter, crop, mean, std, clamp, scale).
         licence: of the weights, where known.
     """
 
@@ -33,7 +35,11 @@ class Reward(nn.Module):
     """A frozen model that scores images against prompts; the score of a picture does not depend on its neighbours.
 
     `score` is `score_inputs(preprocess(images), prompts)`; the two halves are public because the image perturbation
-    may live in the reward's own input space.
+    may live in the reward's own input space. A score may come out non-finite: who calls decides what that means.
+
+    Attributes:
+        differentiable: whether scores carry a gradient to the images.
+        spec: what produced the scores.
     """
 
     differentiable: bool = True
@@ -51,4 +57,21 @@ class Reward(nn.Module):
         """Scores (B,) of images (B, 3, H, W), nominally 0 to 1."""
         return self.score_inputs(self.preprocess(images), prompts)
 
-    forward = score
+    def forward(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """`score`."""
+        return self.score(images, prompts)
+
+    def train(self, mode: bool = True) -> Reward:
+        """Stays in `eval()`: dropout in a reward would make its gradient noise."""
+        return super().train(False)
+
+
+def check_prompts(prompts: Sequence[str], images: int) -> None:
+    """Refuse anything but one string an image."""
+    if isinstance(prompts, str):
+        raise UserError(f"prompts is one string; give a list with one prompt for each of the {images} images")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise UserError(f"prompt {index} is a {type(prompt).__name__}; prompts are strings")
+    if len(prompts) != images:
+        raise UserError(f"{len(prompts)} prompts for {images} images; give one prompt an image")

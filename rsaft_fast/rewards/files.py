@@ -1,0 +1,84 @@
+"""Finding and reading a reward's checkpoint: a local folder or a hub repository."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rsaft_fast.errors import UserError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
+_SIDE_FILES = ("*.json", "*.txt")
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """The folder of `path`: itself when it is a folder, else the hub repository of that id, downloaded once.
+
+    Raises:
+        UserError: a file, neither a folder nor a hub id, or a hub that cannot be reached.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise UserError(f"reward {str(path)!r} is a file; give the folder that holds config.json and the weights")
+    if not _HUB_ID.fullmatch(str(path)):
+        raise UserError(f"there is no reward folder {str(path)!r}; give an existing folder or a hub id (owner/name)")
+    return _download(str(path))
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        # The pickle twin of the safetensors weights, where both are published, is not worth downloading.
+        folder = Path(snapshot_download(hub_id, allow_patterns=[*_SIDE_FILES, "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(hub_id, allow_patterns=[*_SIDE_FILES, "pytorch_model*.bin"]))
+    except Exception as error:
+        # The hub's client raises from four libraries; whichever it is, the reader's mend is the same.
+        raise UserError(
+            f"reward {hub_id!r} is neither a folder here nor a hub repository that can be reached "
+            f"({type(error).__name__}: {first_line(error)}); check the name and the connection, or give a local folder"
+        ) from error
+    return folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weights of a transformers checkpoint, safetensors before pickle, shards in order."""
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        if files := sorted(folder.glob(pattern)):
+            return files
+    raise UserError(f"{str(folder)!r} holds no weights; expected model.safetensors or pytorch_model.bin")
+
+
+def sha256_of(files: Sequence[Path]) -> str:
+    """SHA-256 of the files' bytes, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the checkpoint."""
+    if not path.is_file():
+        raise UserError(f"{str(path.parent)!r} holds no {path.name}; give a folder saved by save_pretrained")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{str(path)!r} is not JSON ({first_line(error)}); save the checkpoint anew") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} holds a {type(content).__name__}, not a JSON object; save the checkpoint anew")
+    return content
+
+
+def first_line(error: Exception) -> str:
+    """An exception's first line, for a one-line message."""
+    return str(error).strip().split("\n", 1)[0]
