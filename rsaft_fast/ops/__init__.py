@@ -1,0 +1,21 @@
+"""The operations of a sharpness-aware step. Each picks a backend: cuda, then triton, then torch (``backends``)."""
+
+from . import backends
+from .images import image_delta, perturb_images
+from .sam import global_norm, sam_adamw_step_, sam_perturb_, sam_restore_
+from .scalars import GradientNorm, StepScalars
+from .table import CHUNK, TensorTable
+
+__all__ = [
+    "CHUNK",
+    "GradientNorm",
+    "StepScalars",
+    "TensorTable",
+    "backends",
+    "global_norm",
+    "image_delta",
+    "perturb_images",
+    "sam_adamw_step_",
+    "sam_perturb_",
+    "sam_restore_",
+]

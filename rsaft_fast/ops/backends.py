@@ -1,0 +1,95 @@
+"""Which implementation of the operations runs: CUDA library, Triton kernels, or plain torch, in that order.
+
+A missing backend never fails at import; it fails when it is forced with ``RSAFT_BACKEND`` and asked to run.
+"""
+
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+ORDER = ("cuda", "triton", "torch")
+ENV = "RSAFT_BACKEND"
+
+_MODULES = {"triton": "rsaft_fast.kernels", "torch": "rsaft_fast.ops.reference"}
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class BackendRow(NamedTuple):
+    """One line of ``rsaft-fast doctor``: a backend, whether it runs on this machine, and why (not)."""
+
+    backend: str
+    available: bool
+    why: str
+
+
+def describe() -> list[BackendRow]:
+    """Rows (backend, available, why), in the order in which they are tried."""
+    gpu = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    rows = []
+    for backend in ORDER:
+        obstacle = why_not(backend, gpu)
+        rows.append(BackendRow(backend, obstacle is None, obstacle or _why(backend, gpu)))
+    return rows
+
+
+def forced() -> str | None:
+    """The backend named by ``RSAFT_BACKEND``, or None when the choice is free."""
+    name = os.environ.get(ENV)
+    if not name:
+        return None
+    if name not in ORDER:
+        raise ValueError(f"{ENV}={name!r}: not a backend; use one of {', '.join(ORDER)}, or unset it")
+    return name
+
+
+def why_not(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> str | None:
+    """The reason why ``backend`` cannot run on tensors of this device and these dtypes; None when it can."""
+    if backend == "torch":
+        return None
+    if backend == "cuda":
+        return "the CUDA library is not built in this version"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type != "cuda" and not _interpreting():
+        return f"Triton needs a CUDA device and the tensors are on {device.type} (TRITON_INTERPRET=1 runs it there)"
+    unsupported = [str(dtype) for dtype in dtypes if dtype not in _KERNEL_DTYPES]
+    if unsupported:
+        return f"the kernels take float32, bfloat16 and float16, not {', '.join(unsupported)}"
+    return None
+
+
+def choose(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> str:
+    """Name of the backend for tensors of this device and these dtypes.
+
+    Raises:
+        RuntimeError: a backend is forced with ``RSAFT_BACKEND`` and cannot run on them.
+    """
+    name = forced()
+    if name is not None:
+        obstacle = why_not(name, device, dtypes)
+        if obstacle is not None:
+            raise RuntimeError(f"{ENV}={name} is forced, but {obstacle}")
+        return name
+    if device.type != "cuda":
+        return "torch"  # the interpreter is a test instrument: never picked by itself
+    return next(name for name in ORDER if why_not(name, device, dtypes) is None)
+
+
+def implementation(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> ModuleType:
+    """The module that implements the operations for tensors of this device and these dtypes."""
+    return importlib.import_module(_MODULES[choose(device, dtypes)])
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _why(backend: str, gpu: torch.device) -> str:
+    if backend == "torch":
+        return f"plain torch {torch.__version__}, any device and dtype"
+    where = torch.cuda.get_device_name() if gpu.type == "cuda" else "the interpreter on the CPU (TRITON_INTERPRET=1)"
+    return f"Triton {importlib.import_module('triton').__version__} on {where}"

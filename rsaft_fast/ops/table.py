@@ -1,0 +1,194 @@
+"""TensorTable: many tensors as one launch, through device-resident addresses, sizes and a (tensor, chunk) list."""
+
+from collections.abc import Sequence
+
+import torch
+
+CHUNK = 32768
+"""Elements a chunk. Fixed: the order of every sum follows from it, so no tuning may change it."""
+
+LISTS = ("weight", "grad", "backup", "master", "exp_avg", "exp_avg_sq")
+"""The lists a table can hold; the position is the row of ``TensorTable.addresses``."""
+
+ROW = {name: row for row, name in enumerate(LISTS)}
+
+
+def pinned(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor ready to be copied to ``device`` without waiting.
+
+    Always fresh memory: an earlier copy may still be reading its own. (The host allocator keeps it until then.)
+    """
+    return values.pin_memory() if device.type == "cuda" else values
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on ``device``, copied without waiting."""
+    return pinned(values, device).to(device, non_blocking=True)
+
+
+class TensorTable:
+    """Lists of tensors that an operation walks in one launch.
+
+    Built once from the weights; other lists are bound when they exist. All tensors live on one device, every list has
+    one dtype, and tensor ``i`` of every list has the shape and the strides of weight ``i``, which must be dense and
+    non-overlapping (contiguous, channels-last, transposed: any order of dimensions without holes). An entry of a bound
+    list may be None: its address is 0 and the operations treat it as absent.
+
+    Args:
+        weights: the tensors to update; every dtype equal.
+        group: for each weight, the row of the hyper-parameter arrays that it follows. Default: all 0.
+        adaptive: ASAM (arXiv 2102.11600): norms over ``|w| * g``, perturbations along ``w**2 * g``.
+
+    Attributes:
+        addresses: int64 ``(len(LISTS), n)``, on the device, as the kernels read them.
+        numel: int64 ``(n,)``. group: int32 ``(n,)``.
+        chunk_tensor, chunk_index: int32 ``(chunks,)``: the tensor of each chunk, and which chunk of it.
+        sum_sq: float64 ``(chunks,)``: a slot a chunk for ``global_norm``.
+        perturbation_sums: float64 ``(chunks, 3)``: sums of applied², applied·wanted, wanted² of the last perturbation.
+        steps: float32 ``(n,)``: optimizer steps taken by each tensor. coefficients: float64 ``(n, 8)``, scratch.
+
+    Raises:
+        ValueError: no weights, mixed devices, holes or overlap in a layout, overlapping weights, unequal shapes or
+            strides. TypeError: mixed or non-floating dtypes, sparse tensors.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor], *, group: Sequence[int] | None = None, adaptive: bool = False):
+        weights = list(weights)
+        if not weights:
+            raise ValueError("a TensorTable needs at least one tensor")
+        for index, weight in enumerate(weights):
+            _check_layout(index, weight)
+        self.device = weights[0].device
+        self.adaptive = adaptive
+        self.captured = False
+        self.shapes = [weight.shape for weight in weights]
+        self.strides = [weight.stride() for weight in weights]
+        self.dtypes: dict[str, torch.dtype] = {"weight": weights[0].dtype}
+        self._lists: dict[str, list[torch.Tensor | None]] = {}
+        self._bound: dict[str, list] = {}
+
+        sizes = torch.tensor([weight.numel() for weight in weights], dtype=torch.int64)
+        chunks = (sizes + CHUNK - 1) // CHUNK
+        owner = torch.repeat_interleave(torch.arange(len(weights)), chunks)
+        self.first_chunk = (chunks.cumsum(0) - chunks).tolist()
+        index = torch.arange(len(owner)) - (chunks.cumsum(0) - chunks)[owner]
+        groups = torch.tensor([0] * len(weights) if group is None else list(group), dtype=torch.int32)
+
+        self.numel = to_device(sizes, self.device)
+        self.group = to_device(groups, self.device)
+        self.chunk_tensor = to_device(owner.int(), self.device)
+        self.chunk_index = to_device(index.int(), self.device)
+        self.addresses = torch.zeros(len(LISTS), len(weights), dtype=torch.int64, device=self.device)
+        self.sum_sq = torch.zeros(len(owner), dtype=torch.float64, device=self.device)
+        self.perturbation_sums = torch.zeros(len(owner), 3, dtype=torch.float64, device=self.device)
+        self.steps = torch.zeros(len(weights), dtype=torch.float32, device=self.device)
+        self.coefficients = torch.zeros(len(weights), 8, dtype=torch.float64, device=self.device)
+        self.bind(weight=weights)
+        _check_overlap(weights)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks: the size of a launch."""
+        return self.chunk_tensor.numel()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._lists
+
+    def __getitem__(self, name: str) -> list[torch.Tensor | None]:
+        if name not in self._lists:
+            raise KeyError(f"the table has no list {name!r}; bind it first (bound: {', '.join(self._lists)})")
+        return self._lists[name]
+
+    def bind(self, **lists: Sequence[torch.Tensor | None]) -> None:
+        """Attach lists by name. Addresses are compared with the known ones and uploaded only where they moved.
+
+        Raises:
+            ValueError, TypeError: a tensor does not fit (see the class). Nothing has been bound or written then.
+            RuntimeError: an address moved although a captured graph owns the table, or moves during a capture.
+        """
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        moved = {}
+        for name, tensors in lists.items():
+            known = [None if t is None else (t.data_ptr(), t.stride()) for t in tensors]
+            if known != self._bound.get(name):
+                self._check(name, tensors)
+                moved[name] = known
+        if moved and (self.captured or capturing):
+            raise RuntimeError(
+                f"addresses of {', '.join(moved)} moved, and a CUDA graph "
+                + ("is being captured" if capturing else "that was captured owns this table")
+                + ": run one step before the capture and keep the gradients (zero_grad(set_to_none=False))"
+            )
+        self.captured = self.captured or capturing
+        for name, known in moved.items():
+            self._upload(name, known)
+            self.dtypes[name] = next((t.dtype for t in lists[name] if t is not None), self.dtypes["weight"])
+        self._lists.update((name, list(tensors)) for name, tensors in lists.items())
+
+    def release(self, name: str) -> None:
+        """Drop the references to a list (gradients, say), so that its memory can be freed. Addresses stay known."""
+        self._lists.pop(name, None)
+
+    def _upload(self, name: str, known: list) -> None:
+        row = torch.tensor([0 if entry is None else entry[0] for entry in known], dtype=torch.int64)
+        self.addresses[ROW[name]].copy_(pinned(row, self.device), non_blocking=True)
+        self._bound[name] = known
+
+    def _check(self, name: str, tensors: Sequence[torch.Tensor | None]) -> None:
+        if name not in ROW:
+            raise ValueError(f"unknown list {name!r}; a table holds {', '.join(LISTS)}")
+        if len(tensors) != len(self):
+            raise ValueError(f"{name}: {len(tensors)} tensors for a table of {len(self)}")
+        present = [(index, tensor) for index, tensor in enumerate(tensors) if tensor is not None]
+        for index, tensor in present:
+            what = f"{name} {index}"
+            if tensor.layout is not torch.strided:
+                raise TypeError(
+                    f"{what} is sparse ({tensor.layout}): use dense gradients (sparse=False in nn.Embedding)"
+                )
+            if tensor.device != self.device:
+                raise ValueError(f"{what} is on {tensor.device}, the table on {self.device}: one device a table")
+            if tensor.dtype != present[0][1].dtype:
+                raise TypeError(
+                    f"{what} is {tensor.dtype}, {name} {present[0][0]} is {present[0][1].dtype}: mixed dtypes"
+                )
+            if tensor.shape != self.shapes[index]:
+                raise ValueError(f"{what} has shape {tuple(tensor.shape)}, its weight {tuple(self.shapes[index])}")
+            if _order(tensor.shape, tensor.stride()) != _order(self.shapes[index], self.strides[index]):
+                raise ValueError(
+                    f"{what} has strides {tensor.stride()}, its weight {self.strides[index]}: "
+                    "give it the weight's layout (torch.empty_like(weight).copy_(tensor))"
+                )
+
+
+def _order(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides that matter: those of dimensions longer than 1 in a tensor that is not empty."""
+    if 0 in shape:
+        return ()
+    return tuple(stride for size, stride in zip(shape, strides) if size > 1)
+
+
+def _check_layout(index: int, weight: torch.Tensor) -> None:
+    if weight.layout is not torch.strided:
+        raise TypeError(f"weight {index} is sparse ({weight.layout}): only dense tensors")
+    if not weight.dtype.is_floating_point:
+        raise TypeError(f"weight {index} is {weight.dtype}: only floating-point tensors")
+    expected = 1
+    for stride, size in sorted((s, n) for n, s in zip(weight.shape, weight.stride()) if n > 1):
+        if 0 not in weight.shape and stride != expected:
+            raise ValueError(
+                f"weight {index} of shape {tuple(weight.shape)} has strides {weight.stride()}: "
+                "expanded, or a view with holes. Make it dense (.contiguous()) before building the optimizer"
+            )
+        expected *= size
+
+
+def _check_overlap(weights: Sequence[torch.Tensor]) -> None:
+    spans = sorted((w.data_ptr(), w.data_ptr() + w.numel() * w.element_size(), i) for i, w in enumerate(weights))
+    spans = [span for span in spans if span[0] != span[1]]
+    for (_, end, first), (start, _, second) in zip(spans, spans[1:]):
+        if start < end:
+            raise ValueError(f"weights {first} and {second} overlap in memory: pass shared storage once")

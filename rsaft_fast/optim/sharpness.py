@@ -1,0 +1,320 @@
+"""What SAM and SAMAdamW share: perturb, restore, the state between the two passes, and its diagnostics."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from rsaft_fast import ops
+from rsaft_fast.ops.table import pinned
+
+from .buckets import Bucket, make_buckets
+
+IDLE, PERTURBED, RESTORED = "idle", "perturbed", "restored"
+
+
+class SharpnessAware(torch.optim.Optimizer):
+    """Two-pass optimizer (SAM, arXiv 2010.01412): subclasses add ``_update`` and say which weights have a master.
+
+    Phases: *idle* -> ``perturb()`` -> *perturbed* -> ``restore()`` -> *restored* -> ``step()`` -> *idle*. ``step()``
+    works in each: perturbed, it restores as part of the update; idle, it is a plain step of the base optimizer.
+    """
+
+    # torch's GradScaler then leaves unscaling and skipping to step(), through .grad_scale and .found_inf.
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params, defaults: dict, process_group: torch.distributed.ProcessGroup | None):
+        self.process_group = process_group
+        self._reset()
+        super().__init__(params, defaults)
+
+    # -- the two passes ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def perturb(self, zero_grad: bool = False) -> None:
+        """Move the weights to ``w + rho * g / ||g||`` (``w**2 * g`` for ASAM), the norm taken over all groups.
+
+        Loss scaling cancels in it: unscale nothing before. A non-finite gradient leaves the weights as they are and
+        makes the coming ``step()`` skip; a zero gradient moves nothing.
+
+        Args:
+            zero_grad: clear the gradients afterwards, ready for the second pass.
+
+        Raises:
+            RuntimeError: already perturbed. ValueError, TypeError: gradients that do not fit; weights are intact.
+        """
+        if self._phase == PERTURBED:
+            raise RuntimeError("the weights are already perturbed: call step() or restore() before perturb()")
+        buckets = self._ready()
+        self._upload_rho()
+        for bucket in buckets:
+            self._bind_restore_source(bucket)
+        ops.global_norm([b.table for b in buckets], self._rho, out=self._first, process_group=self.process_group)
+        for bucket in buckets:
+            ops.sam_perturb_(bucket.table, self._first)
+        self._phase = PERTURBED
+        self._finish(buckets, zero_grad)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the weights back, bit for bit, without a step. A ``step()`` that follows is made from the new gradients.
+
+        Raises:
+            RuntimeError: the weights are not perturbed.
+        """
+        if self._phase != PERTURBED:
+            raise RuntimeError("the weights are not perturbed: restore() undoes one perturb(), once")
+        for bucket in self._buckets:
+            bucket.table.bind(weight=bucket.params)
+            ops.sam_restore_(bucket.table, self._first)
+            bucket.remember_versions()
+        self._phase = RESTORED
+
+    @contextmanager
+    def perturbed(self, zero_grad: bool = False) -> Iterator[None]:
+        """``with opt.perturbed(zero_grad=True):`` second forward and backward, and ``opt.step()`` as its last line.
+
+        Inside the block ``step()`` restores and updates in one pass. If the block ends without it, or with any
+        exception, the weights are restored on the way out.
+        """
+        self.perturb(zero_grad)
+        try:
+            yield
+        finally:
+            if self._phase == PERTURBED:
+                self.restore()
+
+    def step(self, closure: Callable[[], torch.Tensor] | None = None):
+        """Restore the weights if they are perturbed, then update them from the gradients of the second pass.
+
+        Without a preceding ``perturb()`` this is a plain step of the base optimizer. Non-finite gradients in either
+        pass skip the update as a whole and count in ``skipped``.
+
+        Args:
+            closure: computes the loss, calls ``backward`` and returns the loss. It runs for each pass still missing
+                (twice, or once when already perturbed), with gradients cleared before each.
+
+        Returns:
+            What the first call of the closure returned, or None.
+        """
+        loss = None if closure is None else self._run(closure)
+        with torch.no_grad():
+            self._update(self._ready_or_restored())
+        self._phase = IDLE
+        return loss
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """``perturb`` under the name that the usual SAM code gives it."""
+        self.perturb(zero_grad)
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """``step`` under the name that the usual SAM code gives it.
+
+        Raises:
+            RuntimeError: ``first_step`` did not run before.
+        """
+        if self._phase == IDLE:
+            raise RuntimeError("second_step() without first_step(): the weights are not perturbed")
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
+    def _run(self, closure: Callable):
+        losses = []
+        try:
+            if self._phase != PERTURBED:
+                losses.append(self._evaluate(closure))
+                self.perturb()
+            losses.append(self._evaluate(closure))
+        except BaseException:
+            if self._phase == PERTURBED:
+                self.restore()
+            raise
+        return losses[0]
+
+    def _evaluate(self, closure: Callable):
+        self.zero_grad()
+        with torch.enable_grad():
+            return closure()
+
+    # -- what they leave behind ----------------------------------------------------------------------------------------
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether the weights are at ``w + e`` now."""
+        return self._phase == PERTURBED
+
+    @property
+    def skipped(self) -> torch.Tensor:
+        """Steps skipped for non-finite gradients so far: an int64 scalar on the device (``int(opt.skipped)`` waits)."""
+        return self._scalars.skipped if self._scalars is not None else torch.tensor(self._skipped_before)
+
+    def stats(self) -> dict[str, float]:
+        """Diagnostics of the last perturbation and the last step. Waits for the device: for logging, not for each step.
+
+        Returns:
+            ``grad_norm``, ``second_grad_norm``: norms of the two passes' gradients, unscaled.
+            ``eps_norm``: norm of the perturbation at the precision that the forward sees. ``projection``: its
+            component along the wanted perturbation, over the wanted length: 1 is right, below 0.5 it does not act.
+            ``cosine``: between the two. ``applied_over_rho``: its length over the wanted length (rho without ASAM).
+            ``skipped``: steps skipped so far.
+        """
+        if self._scalars is None:
+            raise RuntimeError("no statistics yet: they exist after the first perturb() or step()")
+        sums = sum(bucket.table.perturbation_sums.sum(0) for bucket in self._buckets)
+        scale = self._gradient_scale
+        values = torch.stack(
+            [self._first.norm / scale, self._second.norm / scale, self._scalars.skipped.double(), *sums]
+        )
+        first, second, skipped, applied_sq, dot, wanted_sq = values.tolist()
+        applied, wanted = math.sqrt(applied_sq), math.sqrt(wanted_sq)
+        return {
+            "grad_norm": first,
+            "second_grad_norm": second,
+            "eps_norm": applied,
+            "projection": dot / wanted_sq if wanted_sq else 0.0,
+            "cosine": dot / (applied * wanted) if applied * wanted else 0.0,
+            "applied_over_rho": applied / wanted if wanted else 0.0,
+            "skipped": int(skipped),
+        }
+
+    def state_dict(self) -> dict:
+        """As ``torch.optim``, plus the count of skipped steps.
+
+        Raises:
+            RuntimeError: the weights are perturbed; whoever saves now would save them that way.
+        """
+        self._refuse_while_perturbed("state_dict()")
+        return {**super().state_dict(), "skipped": self.skipped.detach().clone()}
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As ``torch.optim``; refused while the weights are perturbed.
+
+        Raises:
+            RuntimeError: perturbed. ValueError: rho is not positive and finite.
+        """
+        self._refuse_while_perturbed("add_param_group()")
+        self.check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        self._drop_tables()
+
+    def check_group(self, group: dict) -> None:
+        """Raises ValueError for a hyper-parameter out of its range."""
+        check_rho(group["rho"])
+
+    # -- tables --------------------------------------------------------------------------------------------------------
+
+    def _reset(self) -> None:
+        self._phase = IDLE
+        self._buckets: list[Bucket] | None = None
+        self._frozen: list[torch.Tensor] = []
+        self._scalars: ops.StepScalars | None = None
+        self._skipped_before = 0
+
+    def _drop_tables(self) -> None:
+        """Rebuild the tables at the next pass; state and counters stay."""
+        self._buckets = None
+
+    def _ready(self) -> list[Bucket]:
+        """Buckets with weights and gradients bound; built when parameters were added or unfrozen since.
+
+        Parameters unfrozen between the two passes join after the step: what was perturbed is what is restored.
+        """
+        if self._buckets is None or (self._phase != PERTURBED and any(p.requires_grad for p in self._frozen)):
+            self._build()
+        for bucket in self._buckets:
+            bucket.bind()
+        return self._buckets
+
+    def _ready_or_restored(self) -> list[Bucket]:
+        try:
+            return self._ready()
+        except BaseException:
+            if self._phase == PERTURBED:
+                self.restore()
+            raise
+
+    def _build(self) -> None:
+        params = [param for group in self.param_groups for param in group["params"]]
+        buckets = make_buckets(self.param_groups, self._masters())
+        if not buckets:
+            raise RuntimeError("no parameter requires a gradient: nothing to optimize")
+        self._frozen = [param for param in params if not param.requires_grad]
+        self._buckets = buckets
+        device, groups = buckets[0].table.device, len(self.param_groups)
+        scalars = ops.StepScalars(device, groups)
+        if self._scalars is None:
+            scalars.skipped.fill_(self._skipped_before)
+        else:
+            scalars.skipped.copy_(self._scalars.skipped)
+        self._scalars = scalars
+        self._first, self._second = ops.GradientNorm(device, groups), ops.GradientNorm(device, groups)
+        self._gradient_scale = torch.ones((), dtype=torch.float64, device=device)
+        self._rho = torch.zeros(groups, dtype=torch.float64, device=device)
+        self._rho_known: list[float] | None = None
+        for bucket in buckets:
+            self._bind_state(bucket)
+
+    def _upload_rho(self) -> None:
+        rho = [group["rho"] for group in self.param_groups]
+        if rho != self._rho_known:
+            for value in rho:
+                check_rho(value)
+            upload(self._rho, rho)
+            self._rho_known = rho
+
+    def _finish(self, buckets: list[Bucket], zero_grad: bool) -> None:
+        for bucket in buckets:
+            bucket.remember_versions()
+            bucket.release_gradients()
+        if zero_grad:
+            self.zero_grad()
+
+    def _masters(self) -> dict[torch.dtype, bool]:
+        return {}
+
+    def _bind_state(self, bucket: Bucket) -> None:
+        """Attach optimizer state to a new bucket."""
+
+    def _bind_restore_source(self, bucket: Bucket) -> None:
+        bucket.bind_backup()
+
+    def _update(self, buckets: list[Bucket]) -> None:
+        """Restore where needed and update; every table has its weights and gradients bound."""
+        raise NotImplementedError
+
+    def _with_defaults(self, state_dict: dict) -> dict:
+        """The checkpoint with groups that have every key of this optimizer, whoever wrote it."""
+        groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
+        return {**state_dict, "param_groups": groups}
+
+    def _restore_skipped(self, state_dict: dict) -> None:
+        self._skipped_before = int(state_dict.get("skipped", 0))
+        if self._scalars is not None:
+            self._scalars.skipped.fill_(self._skipped_before)
+
+    def _refuse_while_perturbed(self, what: str) -> None:
+        if self._phase == PERTURBED:
+            raise RuntimeError(f"{what} while the weights are perturbed: call step() or restore() first")
+
+    def __getstate__(self) -> dict:
+        self._refuse_while_perturbed("copying the optimizer")
+        return {**super().__getstate__(), "_skipped_before": int(self.skipped)}
+
+    def __setstate__(self, state: dict) -> None:
+        if "_phase" not in self.__dict__:  # unpickled or copied; load_state_dict comes here too, with everything set
+            self.process_group = None
+            self._reset()
+        super().__setstate__(state)
+
+
+def check_rho(rho: float) -> None:
+    """Raises ValueError unless the radius is positive and finite."""
+    if not (rho > 0 and math.isfinite(rho)):
+        raise ValueError(f"rho={rho}: the radius must be positive and finite; for no perturbation leave perturb() out")
+
+
+def upload(target: torch.Tensor, values: list) -> None:
+    """Host numbers to a device tensor, without waiting."""
+    target.copy_(pinned(torch.tensor(values, dtype=target.dtype), target.device), non_blocking=True)
