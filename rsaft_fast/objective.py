@@ -33,7 +33,7 @@ class ImageSmoothing(Settings):
         norm: "l2" is the ball's radius over the whole sample; "rms" is per element (an L2 of 0.01 on a 3x512x512
             picture is an RMS of 1.1e-5: almost nothing).
         space: where the ball lives: decoded pixels in [0, 1] or [-1, 1], the latent, or the reward network's input
-            after resize and normalisation. The paper does not say; pixels in [0, 1] before the reward's preprocessing is
+            after resize and normalisation. The paper does not say; pixels in [0, 1] before its preprocessing is
             the reading that makes the sharpness S1 of eq. 10 a property of the picture.
     """
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from rsaft_fast.sampling.linear import LinearStep, Schedule
+from rsaft_fast.sampling.noise import NoiseSource
 
 Branch = Mapping[str, torch.Tensor]
 
@@ -78,9 +79,13 @@ class Backbone(ABC):
     def schedule(self, num_steps: int, eta: float = 0.0) -> Schedule:
         """The sampler's linear steps, at the timesteps of the pipeline's own scheduler."""
 
+    def initial_latents(self, noise: NoiseSource) -> torch.Tensor:
+        """x_T of shape (B, *latent_shape) for the samples of `noise`."""
+        return noise.draw("initial", self.latent_shape, dtype=self.latent_dtype, device=self.device)
+
     @abstractmethod
     def encode(
-        self, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None, guidance_scale: float = 1.0
+        self, prompts: Sequence[str], negative_prompts: Sequence[str] | str | None = None, guidance_scale: float = 1.0
     ) -> Conditioning:
         """Encode prompts without gradient; a guidance scale of 1 leaves the negative branch out."""
 

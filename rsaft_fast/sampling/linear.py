@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from rsaft_fast.errors import UserError
@@ -137,8 +136,3 @@ def flow_schedule(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, mu
 def _check_num_steps(num_steps: int, limit: int) -> None:
     if not 1 <= num_steps <= limit:
         raise UserError(f"steps is {num_steps}; this scheduler takes 1 to {limit}")
-
-
-def as_model_timestep(step: LinearStep, batch: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The timestep as the (B,) tensor that diffusers' denoisers take."""
-    return torch.full((batch,), step.t, device=device, dtype=dtype)

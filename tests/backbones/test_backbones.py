@@ -1,0 +1,157 @@
+"""The adapters give the pictures of plain diffusers, before and after training."""
+
+import json
+
+import pytest
+import torch
+from builders.backbones import BUILDERS, PROMPTS, noise_source
+from builders.pipelines import tiny_sd3
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+from rsaft_fast.backbones import LoRASettings, add_lora, load_backbone, save_lora
+from rsaft_fast.errors import UserError
+from rsaft_fast.methods import DRaFT
+from rsaft_fast.sampling import rollout
+
+STEPS, GUIDANCE, NEGATIVE = 4, 3.5, "blurry"
+
+
+def our_images(backbone, prompts=PROMPTS[:2]):
+    noise = noise_source(len(prompts))
+    conditioning = backbone.encode(prompts, NEGATIVE, GUIDANCE)
+    plan = DRaFT().draw(STEPS, None)
+    with torch.no_grad():
+        end = rollout(backbone, backbone.schedule(STEPS), plan, backbone.initial_latents(noise), conditioning, noise)
+        return backbone.decode(end.endpoints[0]).clamp(0, 1)
+
+
+def diffusers_images(pipeline, latents, prompts=PROMPTS[:2]):
+    if hasattr(pipeline, "unet"):
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.set_progress_bar_config(disable=True)
+    out = pipeline(
+        list(prompts),
+        negative_prompt=[NEGATIVE] * len(prompts),
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        latents=latents,
+        height=32,
+        width=32,
+        output_type="pt",
+    )
+    return out.images
+
+
+@pytest.fixture(params=list(BUILDERS))
+def folder(request, tmp_path):
+    return BUILDERS[request.param](tmp_path / request.param)
+
+
+def test_images_are_those_of_diffusers(folder):
+    backbone = load_backbone(folder)
+    theirs = diffusers_images(DiffusionPipeline.from_pretrained(folder), backbone.initial_latents(noise_source(2)))
+    assert (our_images(backbone) - theirs).abs().max() < 1e-4
+    assert theirs.std() > 0.05
+
+
+@pytest.mark.parametrize("alpha", [None, 3.0])
+def test_saved_lora_gives_the_same_images_in_plain_diffusers(folder, tmp_path, alpha):
+    backbone = load_backbone(folder)
+    untrained = our_images(backbone)
+    settings = LoRASettings(rank=4, alpha=alpha)
+    add_lora(backbone, settings)
+    assert torch.equal(our_images(backbone), untrained), "B starts at zero"
+    with torch.no_grad():
+        for name, p in backbone.trainable_parameters.items():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3)
+    ours = our_images(backbone)
+    assert (ours - untrained).abs().max() > 1e-2
+    file = save_lora(backbone, tmp_path / "lora", settings)
+    assert file.is_file()
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.load_lora_weights(tmp_path / "lora")
+    theirs = diffusers_images(pipeline, backbone.initial_latents(noise_source(2)))
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_lora_trains_adapters_in_fp32_over_a_bf16_base(folder):
+    backbone = load_backbone(folder, dtype=torch.bfloat16)
+    add_lora(backbone, LoRASettings(rank=2))
+    assert {p.dtype for p in backbone.trainable_parameters.values()} == {torch.float32}
+    assert all("lora_" in name for name in backbone.trainable_parameters)
+    x = backbone.initial_latents(noise_source(1))
+    assert x.dtype == torch.float32
+    f = backbone.predict(x, backbone.schedule(4)[1], backbone.encode(["one"]).positive)
+    assert f.dtype == torch.float32 and torch.isfinite(f).all()
+
+
+def test_lora_is_the_same_for_the_same_seed_and_leaves_global_randomness_alone(folder):
+    states = []
+    for seed in (0, 0, 1):
+        backbone = load_backbone(folder)
+        torch.manual_seed(11)
+        add_lora(backbone, LoRASettings(rank=2), seed)
+        assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(11)))
+        states.append(torch.cat([p.detach().flatten() for p in backbone.trainable_parameters.values()]))
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+
+
+def test_decode_inverts_encode_scaling_and_differentiates(folder):
+    backbone = load_backbone(folder, dtype=torch.float64)
+    images = torch.rand(1, 3, 32, 32, dtype=torch.float64)
+    latents = backbone.encode_images(images)
+    assert latents.shape == (1, *backbone.latent_shape) and latents.dtype == torch.float64
+    vae = backbone.pipeline.vae
+    direct = vae.decode(vae.encode(2 * images - 1).latent_dist.mean).sample / 2 + 0.5
+    assert torch.allclose(backbone.decode(latents), direct, atol=1e-10)
+    assert torch.autograd.gradcheck(
+        lambda x: backbone.decode(x).mean(dim=(1, 2)), latents.requires_grad_(), fast_mode=True
+    )
+
+
+def test_negative_prompts_and_batches_do_not_mix(folder):
+    backbone = load_backbone(folder)
+    together = backbone.encode(PROMPTS, "blurry", 2.0)
+    alone = backbone.encode(PROMPTS[1:2], ["blurry"], 2.0)
+    for name, tensor in together.select([1]).positive.items():
+        assert torch.allclose(tensor, alone.positive[name], atol=1e-6)
+    assert together.negative is not None and backbone.encode(PROMPTS).negative is None
+    with pytest.raises(UserError, match="1 negative prompts for 4"):
+        backbone.encode(PROMPTS, ["blurry"], 2.0)
+
+
+def test_resolution_must_divide(folder):
+    divisor = load_backbone(folder).size_divisor
+    with pytest.raises(UserError, match=f"multiples of {divisor}"):
+        load_backbone(folder, height=32 + divisor // 2)
+    wide = load_backbone(folder, height=16, width=24)
+    assert our_images(wide).shape == (2, 3, 16, 24)
+
+
+def test_sd3_position_table_limits_the_size(tmp_path):
+    with pytest.raises(UserError, match="position table"):
+        load_backbone(tiny_sd3(tmp_path / "sd3"), height=128, width=128)
+
+
+def test_bad_pipelines_have_clear_errors(tmp_path, folder):
+    with pytest.raises(UserError, match="no diffusers pipeline"):
+        load_backbone(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="model_index.json"):
+        load_backbone(tmp_path / "empty")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "KandinskyPipeline"}))
+    with pytest.raises(UserError, match="KandinskyPipeline.*StableDiffusion3Pipeline"):
+        load_backbone(folder)
+
+
+def test_dropout_in_the_trained_network_is_refused(folder):
+    backbone = load_backbone(folder)
+    next(m for m in backbone.denoiser.modules() if isinstance(m, torch.nn.Dropout)).p = 0.1
+    with pytest.raises(UserError, match="dropout 0.1"):
+        backbone.train_all_parameters()
+
+
+def test_unknown_lora_targets_are_refused(folder):
+    with pytest.raises(UserError, match="no_such_layer"):
+        add_lora(load_backbone(folder), LoRASettings(targets=("no_such_layer",)))

@@ -1,0 +1,52 @@
+"""Tiny backbones, ready to train, and the batches they take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from builders.pipelines import tiny_sd3, tiny_sd15
+from rsaft_fast.backbones import LoRASettings, PipelineBackbone, add_lora, load_backbone
+from rsaft_fast.sampling import NoiseSource
+
+BUILDERS = {"sd15": tiny_sd15, "sd3": tiny_sd3}
+PROMPTS = ("a red circle", "two blue squares", "a green triangle above a red square", "one")
+
+
+def make_backbone(
+    family: str, folder: Path, dtype: torch.dtype = torch.float32, train: str = "lora", size: int | None = None
+) -> PipelineBackbone:
+    backbone = load_backbone(BUILDERS[family](folder), dtype=dtype, height=size, width=size)
+    if train == "full":
+        backbone.train_all_parameters()
+        return backbone
+    add_lora(backbone, LoRASettings(rank=2))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in backbone.trainable_parameters.values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return backbone
+
+
+def noise_source(count: int, seed: int = 3, step: int = 0, first: int = 0) -> NoiseSource:
+    return NoiseSource(seed, step, tuple(range(first, first + count)))
+
+
+def gradients(backbone: PipelineBackbone) -> dict[str, torch.Tensor]:
+    """Copies of the gradients, zeros where there is none."""
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in backbone.trainable_parameters.items()
+    }
+
+
+def clear_gradients(backbone: PipelineBackbone) -> None:
+    for parameter in backbone.trainable_parameters.values():
+        parameter.grad = None
+
+
+def relative_error(ours: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
+    """|ours - truth| / |truth| over all tensors together."""
+    difference = sum((ours[name] - truth[name]).double().square().sum() for name in truth)
+    return float((difference / sum(t.double().square().sum() for t in truth.values())).sqrt())

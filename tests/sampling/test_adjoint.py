@@ -1,0 +1,177 @@
+"""The hand-walked adjoint is autograd through the whole unrolled chain."""
+
+import numpy as np
+import pytest
+import torch
+from builders.backbones import PROMPTS, clear_gradients, gradients, make_backbone, noise_source, relative_error
+
+from rsaft_fast.memory.accounting import saved_tensor_bytes
+from rsaft_fast.methods import AlignProp, DRaFT, DRaFTLV, DRTune, ReFL
+from rsaft_fast.sampling import GradientPlan, backpropagate, rollout
+
+T = 6
+METHODS = {
+    "refl": ReFL(window=(0.3, 1.0)),
+    "draft-1": DRaFT(k=1),
+    "draft-4": DRaFT(k=4),
+    "draft_lv": DRaFTLV(n_extra=2),
+    "alignprop": AlignProp(mean=0.5),
+    "drtune": DRTune(k=3),
+}
+
+
+def unrolled_endpoints(backbone, schedule, plan, x, conditioning, noise):
+    """The chain of a plan as one differentiable expression: a second derivation, with detach where the plan says so."""
+
+    def predict(x, i, graded, through):
+        seen = x if through else x.detach()
+        with torch.set_grad_enabled(graded):
+            f = backbone.predict(seen, schedule[i], conditioning.positive)
+            if conditioning.negative is not None and plan.uncond != "none":
+                f_u = backbone.predict(seen, schedule[i], conditioning.negative)
+                if plan.uncond == "detached":
+                    f_u = f_u.detach()
+                f = (1 - conditioning.guidance_scale) * f_u + conditioning.guidance_scale * f
+        return f if graded else f.detach()
+
+    def update(x, f, i, x0, key):
+        s = schedule[i]
+        if x0:
+            return s.x0_a * x + s.x0_b * f
+        out = s.a * x + s.b * f
+        return out + s.c * noise.draw("ancestral", x.shape[1:], key, x.dtype) if s.c else out
+
+    for i in range(plan.last + 1):
+        f = predict(x, i, i in plan.graded, i in plan.through)
+        x = update(x, f, i, i == plan.last and plan.finish == "x0", i)
+    endpoints = [x]
+    for i, key in plan.renoise:
+        s = schedule[i]
+        noised = s.alpha * x.detach() + s.sigma * noise.draw("renoise", x.shape[1:], key, x.dtype)
+        f = predict(noised, i, True, False)
+        endpoints.append(update(noised, f, i, plan.finish == "x0", plan.num_steps + key))
+    return endpoints
+
+
+@pytest.mark.parametrize("uncond", ["graded", "detached", "none"])
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("name", METHODS)
+def test_backpropagate_equals_autograd(backbone64, name, guidance, uncond):
+    if guidance == 1.0 and uncond != "graded":
+        pytest.skip("without a negative branch all three are the same")
+    backbone, eta = backbone64, 0.0 if hasattr(backbone64.pipeline, "transformer") else 1.0
+    for seed in range(2):
+        method = METHODS[name].model_copy(update={"uncond": uncond})
+        plan = method.draw(T, np.random.default_rng(seed))
+        schedule = backbone.schedule(T, eta=eta * seed)
+        conditioning = backbone.encode(PROMPTS[:2], "blurry", guidance)
+        noise = noise_source(2, seed)
+        latents = backbone.initial_latents(noise)
+        assert latents.dtype == torch.float64
+
+        clear_gradients(backbone)
+        expected = unrolled_endpoints(backbone, schedule, plan, latents, conditioning, noise)
+        generator = torch.Generator().manual_seed(seed)
+        adjoints = [torch.randn(latents.shape, generator=generator, dtype=torch.float64) for _ in expected]
+        torch.autograd.backward(expected, adjoints)
+        truth = gradients(backbone)
+        assert sum(t.abs().sum() for t in truth.values()) > 0
+
+        clear_gradients(backbone)
+        trajectory = rollout(backbone, schedule, plan, latents, conditioning, noise)
+        for ours, theirs in zip(trajectory.endpoints, expected, strict=True):
+            assert (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()
+        backpropagate(backbone, trajectory, adjoints)
+        assert relative_error(gradients(backbone), truth) < 1e-9
+
+
+def test_alignprop_from_b_equals_draft_of_the_rest(backbone64):
+    """AlignProp as published: the latent path keeps its graph, predictions before b are detached."""
+    backbone, b = backbone64, 3
+    schedule = backbone.schedule(T)
+    conditioning = backbone.encode(PROMPTS[:2], guidance_scale=3.0)
+    noise = noise_source(2)
+    x = latents = backbone.initial_latents(noise)
+    clear_gradients(backbone)
+    for i, s in enumerate(schedule):
+        f = conditioning.guidance_scale * backbone.predict(x, s, conditioning.positive)
+        f = f + (1 - conditioning.guidance_scale) * backbone.predict(x, s, conditioning.negative)
+        x = s.a * x + s.b * (f.detach() if i < b else f)
+    adjoint = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x.backward(adjoint)
+    truth = gradients(backbone)
+
+    clear_gradients(backbone)
+    plan = DRaFT(k=T - b).draw(T, np.random.default_rng(0))
+    backpropagate(backbone, rollout(backbone, schedule, plan, latents, conditioning, noise), [adjoint])
+    assert relative_error(gradients(backbone), truth) < 1e-9
+    drawn = {AlignProp().draw(50, np.random.default_rng(seed)) for seed in range(20)}
+    assert drawn <= {DRaFT(k=k).draw(50, np.random.default_rng(0)) for k in range(1, 50)}
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_peak_activation_memory_is_flat_in_k(family, train, tmp_path):
+    backbone = make_backbone(family, tmp_path / family, train=train)
+    schedule = backbone.schedule(8)
+    conditioning = backbone.encode(PROMPTS[:2], guidance_scale=3.0)
+    peaks = {}
+    for k in (1, 2, 8):
+        noise = noise_source(2)
+        plan = DRaFT(k=k).draw(8, np.random.default_rng(0))
+        clear_gradients(backbone)
+        with saved_tensor_bytes(ignore=list(backbone.denoiser.parameters())) as account:
+            trajectory = rollout(backbone, schedule, plan, backbone.initial_latents(noise), conditioning, noise)
+            backpropagate(backbone, trajectory, [torch.ones_like(trajectory.endpoints[0])])
+        peaks[k] = account.peak
+    assert peaks[1] > 50 * backbone.initial_latents(noise).nbytes
+    assert peaks[8] == peaks[2]
+    # With adapters, a call that is also differentiated by its input keeps what lies before the first adapter: a share
+    # of these two-block networks that is far above a real one's, and of one call only.
+    assert peaks[8] <= {"full": 1.0, "lora": 1.25}[train] * peaks[1], peaks
+
+
+def test_graded_only_prefix_is_taken_from_the_first_pass(backbone64):
+    schedule = backbone64.schedule(T)
+    conditioning = backbone64.encode(PROMPTS[:2])
+    noise = noise_source(2)
+    plan = DRaFT(k=2).draw(T, np.random.default_rng(0))
+    first = rollout(backbone64, schedule, plan, backbone64.initial_latents(noise), conditioning, noise)
+    again = rollout(
+        backbone64, schedule, plan, torch.full_like(first.endpoints[0], torch.nan), conditioning, noise, prefix=first
+    )
+    assert torch.equal(first.endpoints[0], again.endpoints[0])
+    assert again.inputs.keys() == first.inputs.keys()
+
+
+def test_noise_depends_on_the_sample_alone():
+    whole = noise_source(4).draw("initial", (2, 3))
+    parts = [noise_source(1, first=i).draw("initial", (2, 3)) for i in range(4)]
+    assert torch.equal(whole, torch.cat(parts))
+    different = [
+        noise_source(4).draw("ancestral", (2, 3)),
+        noise_source(4).draw("initial", (2, 3), key=1),
+        noise_source(4, step=1).draw("initial", (2, 3)),
+        noise_source(4, seed=4).draw("initial", (2, 3)),
+    ]
+    for other in different:
+        assert not torch.isclose(whole, other).any()
+    assert noise_source(0).draw("initial", (2, 3)).shape == (0, 2, 3)
+
+
+def test_plans_that_make_no_sense_are_refused():
+    from rsaft_fast.errors import UserError
+
+    good = dict(num_steps=4, last=3, finish="sampler", graded=(3,))
+    GradientPlan(**good)
+    for bad in (
+        {"last": 4},
+        {"graded": ()},
+        {"graded": (3, 2)},
+        {"graded": (4,)},
+        {"through": (2,)},
+        {"weights": (0.5,)},
+        {"renoise": ((9, 0),), "weights": (0.5, 0.5)},
+    ):
+        with pytest.raises(UserError):
+            GradientPlan(**{**good, **bad})
