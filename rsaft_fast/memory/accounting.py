@@ -31,6 +31,10 @@ class SavedTensorBytes(saved_tensors_hooks):
         self._lock = threading.RLock()
         super().__init__(lambda tensor: _Kept(tensor, self), lambda kept: kept.tensor)
 
+    def __enter__(self) -> SavedTensorBytes:
+        super().__enter__()
+        return self
+
     def _keep(self, key: int, size: int) -> None:
         with self._lock:
             holders = self._holders.get(key, 0)
@@ -54,7 +58,8 @@ class _Kept:
     __slots__ = ("tensor", "counter", "key", "size")
 
     def __init__(self, tensor: torch.Tensor, counter: SavedTensorBytes):
-        self.tensor = tensor
+        # An operation's own output would hold its graph node, and the node this: a cycle that is never freed.
+        self.tensor = tensor.detach()
         self.counter = None
         self.key, self.size = _storage_id(tensor), tensor.untyped_storage().nbytes()
         if self.key not in counter._ignored:

@@ -103,6 +103,12 @@ class ClipReward(Reward):
             name=name, source=str(path), sha256=sha256_of(files), preprocessing=prepare.describe() | {"scale": scale}
         )
         tokenizer = _load_tokenizer(folder)
+        vocabulary = model.config.text_config.vocab_size
+        if len(tokenizer) > vocabulary:
+            raise UserError(
+                f"{str(path)!r}: the tokenizer has {len(tokenizer)} tokens and the text tower {vocabulary}; "
+                "save the tokenizer that belongs to the model"
+            )
         return cls(model, tokenizer, prepare, spec, scale=scale, dtype=dtype, checkpoint=checkpoint).to(device)
 
     @property
@@ -195,6 +201,12 @@ def _load_model(folder: Path) -> CLIPModel:
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    # Without them transformers makes up a tokenizer of three tokens, to which every prompt is the same.
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise UserError(
+            f"{str(folder)!r} has no tokenizer (tokenizer.json, or vocab.json and merges.txt); "
+            "save it beside the model with tokenizer.save_pretrained"
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:

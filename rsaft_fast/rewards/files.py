@@ -22,7 +22,7 @@ def checkpoint_folder(path: str | Path) -> Path:
         UserError: a file, neither a folder nor a hub id, or a hub that cannot be reached.
     """
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if str(path) and folder.is_dir():
         return folder
     if folder.is_file():
         raise UserError(f"reward {str(path)!r} is a file; give the folder that holds config.json and the weights")

@@ -1,0 +1,333 @@
+"""ClipReward on tiny checkpoints in the public layout, against transformers' own forward and finite differences."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+import torch
+from builders.clip import CONTEXT, tiny_clip, write_clip
+from safetensors.torch import load_file, save_file
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from rsaft_fast.errors import UserError
+from rsaft_fast.memory import saved_tensor_bytes
+from rsaft_fast.rewards import ClipReward, RewardSettings, load_reward
+
+PROMPTS = ["a red circle", "a blue square left of a red circle", "three green triangles"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture
+def images():
+    return torch.rand(3, 3, 24, 40, generator=torch.Generator().manual_seed(1))
+
+
+def reference_scores(folder, inputs, prompts):
+    """Diagonal of transformers' own CLIPModel forward, in float64."""
+    model = CLIPModel.from_pretrained(folder).double().eval()
+    tokens = CLIPTokenizer.from_pretrained(folder)(
+        list(prompts), padding=True, truncation=True, max_length=CONTEXT, return_tensors="pt"
+    )
+    with torch.no_grad():
+        return model(**tokens, pixel_values=inputs.double()).logits_per_image.diagonal()
+
+
+def test_logit_scale_equals_transformers_own_forward(folder, images):
+    reward = ClipReward.from_pretrained(folder, dtype=torch.float64)
+    expected = reference_scores(folder, reward.preprocess(images), PROMPTS)
+    score = reward.score(images, PROMPTS)
+    assert score.dtype == torch.float64 and expected.std() > 0.1
+    torch.testing.assert_close(score, expected, rtol=1e-12, atol=1e-12)
+    cosine = ClipReward.from_pretrained(folder, dtype=torch.float64, scale="cosine").score(images, PROMPTS)
+    logit_scale = CLIPModel.from_pretrained(folder).logit_scale.detach().double().exp()
+    torch.testing.assert_close(cosine * logit_scale, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scores_are_fp32_whatever_the_towers_are(folder, images, dtype):
+    reward = ClipReward.from_pretrained(folder, dtype=dtype)
+    score = reward(images, PROMPTS)
+    assert score.dtype == torch.float32 and score.shape == (3,)
+    expected = reference_scores(folder, reward.preprocess(images), PROMPTS)
+    assert (score - expected).abs().max() < 60 * torch.finfo(dtype).eps
+
+
+def test_the_factor_is_read_before_the_cast(tmp_path):
+    folder = write_clip(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["logit_scale"] = torch.tensor(4.6052)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    reward = ClipReward.from_pretrained(folder, dtype=torch.bfloat16)
+    assert reward.score_factor == pytest.approx(100.0, abs=0.01)
+
+
+def test_gradient_of_the_whole_reward_at_a_foreign_size(folder):
+    """Resize, crop, normalise and both layers of the tower, against central differences in float64."""
+    reward = ClipReward.from_pretrained(folder, dtype=torch.float64, clamp="none")
+    images = torch.rand(2, 3, 21, 33, dtype=torch.float64, requires_grad=True)
+    prompts = PROMPTS[:2]
+    (gradient,) = torch.autograd.grad(reward.score(images, prompts).sum(), images)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        direction = torch.randn(images.shape, generator=generator, dtype=torch.float64)
+        h = 1e-5
+        with torch.no_grad():
+            ahead, behind = (reward.score(images + s * h * direction, prompts).sum() for s in (1, -1))
+        assert (gradient * direction).sum() == pytest.approx((ahead - behind).item() / (2 * h), rel=1e-6, abs=1e-8)
+
+
+def test_gradcheck_at_the_native_size(folder):
+    reward = ClipReward.from_pretrained(folder, dtype=torch.float64, clamp="none", checkpoint=False)
+    images = torch.rand(1, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: reward.score(x, PROMPTS[:1]), images, fast_mode=True)
+
+
+def test_a_score_does_not_depend_on_its_neighbours(folder, images):
+    reward = ClipReward.from_pretrained(folder, dtype=torch.float64)
+    together = reward.score(images, PROMPTS)
+    alone = torch.cat([reward.score(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
+    poisoned = images.clone()
+    poisoned[1] = float("nan")
+    score = reward.score(poisoned, PROMPTS)
+    assert score.isnan().tolist() == [False, True, False]
+    torch.testing.assert_close(score[[0, 2]], together[[0, 2]], rtol=1e-12, atol=1e-12)
+
+
+def test_text_is_encoded_once_and_bit_for_bit_whatever_came_with_it(folder, monkeypatch):
+    reward = ClipReward.from_pretrained(folder)
+    calls = []
+    original = reward.model.get_text_features
+    monkeypatch.setattr(reward.model, "get_text_features", lambda *a, **k: calls.append(1) or original(*a, **k))
+    first = reward.encode_text([PROMPTS[0], PROMPTS[1], PROMPTS[0]])
+    again = reward.encode_text([PROMPTS[1]])
+    assert len(calls) == 2
+    assert torch.equal(first[0], first[2]) and torch.equal(first[1], again[0])
+    assert torch.equal(ClipReward.from_pretrained(folder).encode_text([PROMPTS[1]])[0], first[1])
+    assert not first.requires_grad
+
+
+def test_the_text_cache_is_bounded_and_follows_a_cast(folder, monkeypatch):
+    monkeypatch.setattr("rsaft_fast.rewards.clip._CACHED_PROMPTS", 2)
+    reward = ClipReward.from_pretrained(folder)
+    five = reward.encode_text([f"prompt {i}" for i in range(5)])
+    assert five.shape == (5, 12) and len(reward._text_cache) == 2
+    torch.testing.assert_close(reward.encode_text(["prompt 0"])[0], five[0])
+    assert reward.double().encode_text(["prompt 4"]).dtype == torch.float64
+
+
+def test_long_prompts_are_cut_at_the_context_length(folder, images):
+    reward = ClipReward.from_pretrained(folder)
+    # The tiny tokenizer has one token a letter; 14 letters fill the context beside the start and end tokens.
+    kept, longer = "abcdefghijklmn", "abcdefghijklmn" + "opqrstuvwxyz" * 20
+    long_letters = " ".join(longer)
+    short_letters = " ".join(kept)
+    score = reward.score(images[:1].expand(3, -1, -1, -1), [short_letters, long_letters, " ".join("nmlkjihgfedcba")])
+    assert score[0] == score[1] != score[2]
+
+
+def test_frozen_and_in_eval_for_good(folder):
+    reward = ClipReward.from_pretrained(folder)
+    reward.train()
+    assert not any(module.training for module in reward.modules())
+    assert not any(p.requires_grad for p in reward.parameters())
+
+
+def test_checkpointed_layers_keep_less_and_change_no_bit(tmp_path):
+    folder = write_clip(tmp_path, num_hidden_layers=8)
+    images, results = torch.rand(4, 3, 16, 16), {}
+    for checkpoint in (False, True):
+        reward = ClipReward.from_pretrained(folder, checkpoint=checkpoint)
+        x = images.clone().requires_grad_()
+        with saved_tensor_bytes(reward.parameters()) as saved:
+            score = reward.score(x, ["a", "b", "c", "d"])
+        results[checkpoint] = (saved.peak, score.detach(), torch.autograd.grad(score.sum(), x)[0])
+    assert results[True][0] < results[False][0] / 2
+    assert torch.equal(results[True][1], results[False][1]) and torch.equal(results[True][2], results[False][2])
+
+
+def test_a_first_call_under_inference_mode_or_autocast_leaves_no_trace(folder, images):
+    reward, fresh = (ClipReward.from_pretrained(folder) for _ in range(2))
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = reward.score(images, PROMPTS)
+    x = images.clone().requires_grad_()
+    score = reward.score(x, PROMPTS)
+    score.sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert torch.equal(score, fresh.score(images, PROMPTS))
+    assert torch.equal(inside, score)
+
+
+def test_an_empty_batch(folder):
+    images = torch.rand(0, 3, 20, 20, requires_grad=True)
+    score = ClipReward.from_pretrained(folder).score(images, [])
+    assert score.shape == (0,)
+    score.sum().backward()
+    assert images.grad.shape == images.shape
+
+
+def test_the_spec_names_what_produced_a_score(folder):
+    reward = load_reward(RewardSettings(path=str(folder), scale="cosine", clamp="ste"))
+    assert reward.spec.sha256 == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert reward.spec.name == "clip" and reward.spec.source == str(folder)
+    expected = {"scale": "cosine", "clamp": "ste", "filter": "bicubic", "size": (16, 16), "antialias": True}
+    assert reward.spec.preprocessing.items() >= expected.items()
+    json.dumps(reward.spec.preprocessing)
+
+
+@pytest.mark.parametrize(
+    "preprocessor, expected",
+    [
+        ({"resample": 2}, {"filter": "bilinear"}),
+        ({"size": {"shortest_edge": 20}}, {"resize_to": 20}),
+        ({"size": 18, "crop_size": 16}, {"resize_to": 18, "geometry": "shortest_crop"}),
+        ({"size": {"height": 16, "width": 16}, "do_center_crop": False}, {"geometry": "stretch"}),
+        ({"image_mean": [0.5, 0.5, 0.5], "image_std": [0.1, 0.2, 0.3]}, {"std": (0.1, 0.2, 0.3)}),
+        ({"do_normalize": False}, {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}),
+    ],
+)
+def test_the_processor_config_is_obeyed(tmp_path, preprocessor, expected):
+    reward = ClipReward.from_pretrained(write_clip(tmp_path, preprocessor=preprocessor))
+    assert reward.spec.preprocessing.items() >= expected.items()
+    assert reward.preprocess(torch.rand(1, 3, 30, 40)).shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "preprocessor, message",
+    [
+        ({"resample": 0}, "resample=0"),
+        ({"crop_size": {"height": 24, "width": 24}}, "16x16"),
+        ({"size": {"shortest_edge": 20}, "do_center_crop": False}, "16x16"),
+        ({"size": {"shortest_edge": 12}}, "less than its crop"),
+        ({"rescale_factor": 1.0}, "rescale_factor"),
+        ({"do_resize": False}, "do_resize"),
+    ],
+)
+def test_a_processor_config_that_cannot_be_obeyed_is_refused(tmp_path, preprocessor, message):
+    with pytest.raises(UserError, match=message):
+        ClipReward.from_pretrained(write_clip(tmp_path, preprocessor=preprocessor))
+
+
+def test_processor_config_of_a_newer_layout(tmp_path):
+    folder = write_clip(tmp_path, preprocessor={"resample": 2})
+    image_processor = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": image_processor}))
+    assert ClipReward.from_pretrained(folder).prepare.filter == "bilinear"
+    (folder / "processor_config.json").unlink()
+    assert ClipReward.from_pretrained(folder).prepare.filter == "bicubic"
+
+
+def test_sharded_and_pickled_weights_score_the_same(folder, tmp_path, images):
+    expected = ClipReward.from_pretrained(folder).score(images, PROMPTS)
+    sharded = write_clip(tmp_path / "sharded")
+    (sharded / "model.safetensors").unlink()
+    tiny_clip().save_pretrained(sharded, max_shard_size="20KB")
+    assert len(list(sharded.glob("model-*.safetensors"))) > 1
+    pickled = write_clip(tmp_path / "pickled")
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    for path in (sharded, pickled):
+        # Not to the bit: where weights lie in a file decides which CPU kernel a product takes.
+        torch.testing.assert_close(ClipReward.from_pretrained(path).score(images, PROMPTS), expected)
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [("a red circle", "one string"), (["a", "b"], "2 prompts for 3 images"), (["a", None, "b"], "prompt 1 is a None")],
+)
+def test_wrong_prompts_are_refused(folder, images, prompts, message):
+    with pytest.raises(UserError, match=message):
+        ClipReward.from_pretrained(folder).score(images, prompts)
+
+
+def spoil(folder, how):
+    weights = folder / "model.safetensors"
+    if how == "no config":
+        (folder / "config.json").unlink()
+    elif how == "config cut":
+        (folder / "config.json").write_text('{"model_type": "cl')
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "weights cut":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif how == "weight missing":
+        state = load_file(weights)
+        del state["visual_projection.weight"]
+        save_file(state, weights, {"format": "pt"})
+    elif how == "weight misshapen":
+        state = load_file(weights)
+        state["visual_projection.weight"] = torch.zeros(3, 3)
+        save_file(state, weights, {"format": "pt"})
+    elif how == "no tokenizer":
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    elif how == "tokenizer cut":
+        (folder / "tokenizer.json").write_text("{")
+    elif how == "tokenizer of another model":
+        config = tiny_clip().config
+        config.text_config.vocab_size = 300
+        CLIPModel(config).save_pretrained(folder)
+    elif how == "text tower alone":
+        CLIPTextModel(tiny_clip().config.text_config).save_pretrained(folder)
+    elif how == "another architecture":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"architectures": ["CLIPForImageClassification"]}))
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("no config", "config.json"),
+        ("config cut", "not JSON"),
+        ("no weights", "no weights"),
+        ("weights cut", "does not load"),
+        ("weight missing", "lacks 1 weights.*visual_projection"),
+        ("weight misshapen", "does not load"),
+        ("no tokenizer", "has no tokenizer"),
+        ("tokenizer cut", "no usable tokenizer"),
+        ("tokenizer of another model", "text tower 300"),
+        ("text tower alone", "not a CLIPModel"),
+        ("another architecture", "not a CLIPModel"),
+    ],
+)
+def test_a_broken_checkpoint_is_one_clear_line(tmp_path, how, message):
+    folder = write_clip(tmp_path)
+    spoil(folder, how)
+    with pytest.raises(UserError, match=message) as caught:
+        ClipReward.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_path_is_one_clear_line(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    for path, message in [
+        (tmp_path / "absent" / "x", "no reward folder"),
+        (file, "is a file"),
+        ("", "no reward folder"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            ClipReward.from_pretrained(path)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="neither a folder here nor a hub repository") as caught:
+        ClipReward.from_pretrained("nobody/no-such-reward")
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_refuse_what_they_do_not_know():
+    with pytest.raises(ValueError, match="did you mean 'clip'"):
+        RewardSettings(name="clop", path="x")
+    with pytest.raises(ValueError, match="chekpoint"):
+        RewardSettings(path="x", chekpoint=False)
+    with pytest.raises(ValueError, match="float32"):
+        RewardSettings(path="x", dtype="int8")
