@@ -151,12 +151,19 @@ def perturbed_rewards(
     delta: torch.Tensor,
     space: Space,
 ) -> torch.Tensor:
-    """r at an observed endpoint plus `delta`, (B,), without gradient."""
+    """r at an observed endpoint plus `delta`, (B,), without gradient.
+
+    Raises:
+        NonFiniteRewardError: a score is NaN or infinite.
+    """
     if space == "latent":
-        return reward.score(backbone.decode(observation.latents + delta), prompts)
-    if space == "reward_input":
-        return reward.score_inputs(reward.preprocess(observation.images) + delta, prompts)
-    return reward.score(observation.images + delta, prompts)
+        rewards = reward.score(backbone.decode(observation.latents + delta), prompts)
+    elif space == "reward_input":
+        rewards = reward.score_inputs(reward.preprocess(observation.images) + delta, prompts)
+    else:
+        rewards = reward.score(observation.images + delta, prompts)
+    require_finite(rewards, prompts)
+    return rewards
 
 
 def require_finite(rewards: torch.Tensor, prompts: Sequence[str]) -> None:

@@ -52,7 +52,7 @@ class StepReport:
         loss: mean loss there.
         s1: mean r(x) - r(x - rho g/||g||) at theta (eq. 10), at the probe's radius; None without a probe.
         realised_drop: (r_1 - r_2) / (rho ||grad_theta r||), the same delta in both; near 1 when the parameter
-            perturbation acts as its linearisation says. None without parameter smoothing.
+            perturbation acts as its linearisation says. None without parameter smoothing of one radius.
         images: the first pass's pictures of the chain's own endpoints, (B, 3, H, W), detached.
         optimizer: the optimizer's own figures (norms of gradient and perturbation, projection, skipped).
     """
@@ -76,13 +76,16 @@ def rsaft_step(
     smoothing: Smoothing,
     loss: Loss,
     probe: ImageSmoothing | None = None,
+    compare_gradients: bool = False,
 ) -> StepReport:
     """Sample, perturb the pictures, perturb the weights, and follow the gradient found there.
 
     Args:
         batches: micro-batches of one update; their gradients add up to that of the whole batch.
         optimizer: over the backbone's trainable parameters, its rho set from `smoothing.parameters`.
-        probe: the ball at which the sharpness S1 is logged, in a pixel space.
+        probe: the ball at which the sharpness S1 is logged.
+        compare_gradients: report how far the second pass's gradient turned from the first's, at the price of keeping
+            the first's.
 
     Raises:
         NonFiniteRewardError: a reward is not finite. Weights are what they were before the call.
@@ -90,20 +93,46 @@ def rsaft_step(
     run = _Run(backbone, reward, schedule, smoothing, loss, total=sum(len(b.prompts) for b in batches))
     optimizer.zero_grad()
     if smoothing.parameters is None:
-        first = [run.observe_first(batch, probe) for batch in batches]
-        second = [run.follow(batch, seen.trajectory, seen) for batch, seen in zip(batches, first)]
+        first, second = [], []
+        for batch in batches:
+            seen = run.observe_first(batch, probe)
+            second.append(run.follow(batch, seen.trajectory, seen))
+            first.append(replace(seen, trajectory=None, observations=[], deltas=[]))
         optimizer.step()
         return run.report(first, second, optimizer)
 
     first = [run.ascend(batch, run.observe_first(batch, probe)) for batch in batches]
-    with optimizer.perturbed():  # theta + eps; whatever goes wrong inside, theta comes back
-        optimizer.zero_grad()
+    ascent = gradients_of(optimizer) if compare_gradients else None
+    with optimizer.perturbed(zero_grad=True):  # theta + eps; whatever goes wrong inside, theta comes back
         second = []
         for batch, seen in zip(batches, first):
             trajectory = run.sample(batch, prefix=seen.trajectory)
             second.append(run.follow(batch, trajectory, seen))
+        turned = gradient_change(ascent, gradients_of(optimizer)) if compare_gradients else {}
         optimizer.step()  # back to theta and update, fused
-    return run.report(first, second, optimizer)
+    return run.report(first, second, optimizer, turned)
+
+
+def gradients_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor | None]:
+    """The gradients of all groups' parameters; they outlive `zero_grad(set_to_none=True)`."""
+    return [p.grad for group in optimizer.param_groups for p in group["params"]]
+
+
+def gradient_change(first: list[torch.Tensor | None], second: list[torch.Tensor | None]) -> dict[str, float]:
+    """Relative change |g2 - g1| / |g1| and cosine of two passes' gradients."""
+    pairs = [(a, b) for a, b in zip(first, second) if a is not None and b is not None]
+    if not pairs:
+        return {}
+    sums = sum(
+        torch.stack(
+            [(a * a).sum(dtype=torch.float64), (a * b).sum(dtype=torch.float64), (b * b).sum(dtype=torch.float64)]
+        )
+        for a, b in pairs
+    )
+    aa, ab, bb = sums.tolist()
+    if aa == 0 or bb == 0:
+        return {}
+    return {"gradient_change": max(aa - 2 * ab + bb, 0.0) ** 0.5 / aa**0.5, "gradient_cosine": ab / (aa * bb) ** 0.5}
 
 
 @dataclass
@@ -224,13 +253,19 @@ class _Run:
         """This micro-batch's share of the mean over all samples of the update."""
         return float(sum(w * v.double().sum() for w, v in zip(batch.plan.weights, values)) / self.total)
 
-    def report(self, first: list[_Seen], second: list[tuple[float, float]], optimizer: SAM | SAMAdamW) -> StepReport:
-        stats = optimizer.stats()
+    def report(
+        self,
+        first: list[_Seen],
+        second: list[tuple[float, float]],
+        optimizer: SAM | SAMAdamW,
+        turned: dict[str, float] | None = None,
+    ) -> StepReport:
+        stats = optimizer.stats() | (turned or {})
         smoothed = sum(reward for reward, _ in second)
-        realised = None
-        if self.smoothing.parameters is not None:
-            predicted = self.smoothing.parameters.rho * stats["grad_norm_first"]
-            realised = (sum(seen.smoothed for seen in first) - smoothed) / predicted if predicted else None
+        realised, ball = None, self.smoothing.parameters
+        # One radius for all: the linearised drop is rho ||g||.
+        if ball is not None and not ball.adaptive and not ball.groups and stats["grad_norm"] > 0:
+            realised = (sum(seen.smoothed for seen in first) - smoothed) / (ball.rho * stats["grad_norm"])
         return StepReport(
             reward=sum(seen.reward for seen in first),
             smoothed_reward=smoothed,
