@@ -1,14 +1,85 @@
-"""Maps the source layout onto the installed package; metadata is in pyproject.toml.
+"""Maps the source layout onto the installed package and builds csrc/ where nvcc is found; pyproject.toml has the rest.
 
-``kernels/`` sits at the top of the repository and installs as ``rsaft_fast.kernels``, never as a top-level package.
+``kernels/`` sits at the top of the repository and installs as ``rsaft_fast.kernels``, never as a top-level package;
+``recipes/`` installs as ``rsaft_fast.recipes``, so that the commands find them without a checkout.
+
+The CUDA library is a plain shared object with a C ABI, free of torch and Python: it is built without a GPU and serves
+every version of both. RSAFT_CUDA=0 leaves it out, RSAFT_CUDA=1 makes a missing nvcc an error, unset builds if it can.
 """
 
-from setuptools import find_packages, setup
+import os
+import shutil
+import subprocess
+from pathlib import Path
 
-packages = find_packages(include=["rsaft_fast", "rsaft_fast.*"])
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+CSRC = Path("csrc")
+
+
+def find_nvcc() -> str | None:
+    wanted = os.environ.get("RSAFT_CUDA", "")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = (shutil.which("nvcc", path=f"{home}/bin") if home else None) or shutil.which("nvcc")
+    if wanted == "1" and nvcc is None:
+        raise SystemExit(
+            "RSAFT_CUDA=1, but no nvcc: put it on PATH or set CUDA_HOME; without RSAFT_CUDA, Triton is used"
+        )
+    return nvcc
+
+
+def nvcc_command(nvcc: str, output: Path) -> list[str]:
+    """One compilation of all sources: machine code for each architecture, PTX of the newest for later ones."""
+    architectures = (CSRC / "architectures.txt").read_text().split()
+    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    code.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
+    sources = [str(CSRC / name) for name in (CSRC / "sources.txt").read_text().split()]
+    flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "--shared", "-cudart=static"]
+    return [nvcc, *flags, *code, *sources, "-o", str(output)]
+
+
+class BuildLibrary(build_ext):
+    """Compiles csrc/ with nvcc. A failure leaves a working package without the library, unless RSAFT_CUDA=1."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", os.sep) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            subprocess.run(nvcc_command(NVCC, output), check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CompileError(
+                f"{error}; the package works without the library (RSAFT_CUDA=0 leaves it out)"
+            ) from error
+
+
+class PlatformWheel(bdist_wheel):
+    """The library depends on the platform and on no version of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        _, _, platform = super().get_tag()
+        return ("py3", "none", platform)
+
+
+NVCC = find_nvcc()
+library = Extension(
+    "rsaft_fast.librsaft",
+    sources=[str(CSRC / name) for name in (CSRC / "sources.txt").read_text().split()],
+    depends=[str(path) for path in CSRC.iterdir()],
+    optional=os.environ.get("RSAFT_CUDA") != "1",
+)
 
 setup(
-    packages=packages + ["rsaft_fast.kernels"],
-    package_dir={"rsaft_fast.kernels": "kernels"},
-    package_data={"rsaft_fast": ["playground/assets/**/*", "py.typed"]},
+    packages=[*find_packages(include=["rsaft_fast", "rsaft_fast.*"]), "rsaft_fast.kernels", "rsaft_fast.recipes"],
+    package_dir={"rsaft_fast.kernels": "kernels", "rsaft_fast.recipes": "recipes"},
+    package_data={"rsaft_fast": ["playground/assets/**/*", "py.typed"], "rsaft_fast.recipes": ["*.yaml"]},
+    ext_modules=[library] if NVCC else [],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel} if NVCC else {},
 )

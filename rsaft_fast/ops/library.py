@@ -1,0 +1,68 @@
+"""The compiled library (csrc/), through ctypes: found beside the package or at ``RSAFT_LIBRARY``, loaded once."""
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+ABI_VERSION = 1
+ENV = "RSAFT_LIBRARY"
+
+
+class LibraryError(RuntimeError):
+    """The library cannot serve; the text says why and what mends it."""
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library, its ABI and the driver checked.
+
+    Raises:
+        LibraryError: not built, of another ABI, or newer than the driver.
+    """
+    path = Path(os.environ.get(ENV) or Path(__file__).parents[1] / "librsaft.so")
+    if not path.is_file():
+        raise LibraryError("the CUDA library is not built: install again where nvcc is on PATH")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise LibraryError(f"{path.name} cannot be loaded: {error}") from error
+    found = library.rsaft_abi_version()
+    if found != ABI_VERSION:
+        raise LibraryError(f"{path.name} has ABI {found}, this package speaks {ABI_VERSION}: build it again")
+    library.rsaft_error_string.restype = ctypes.c_char_p
+    return library
+
+
+def cuda_versions(library: ctypes.CDLL) -> tuple[int, int]:
+    """CUDA version of the runtime in the library, and the newest that the driver serves; 13010 is 13.1, 0 is none."""
+    runtime, driver = ctypes.c_int(), ctypes.c_int()
+    check(library, library.rsaft_cuda_versions(ctypes.byref(runtime), ctypes.byref(driver)))
+    return runtime.value, driver.value
+
+
+def check(library: ctypes.CDLL, error: int) -> None:
+    """Raise for a CUDA error code that a function of the library returned."""
+    if error:
+        raise LibraryError(f"CUDA error {error}: {library.rsaft_error_string(error).decode()}")
+
+
+def why_not() -> str | None:
+    """Why the library cannot run on this machine's GPU; None when it can."""
+    try:
+        runtime, driver = cuda_versions(load())
+    except LibraryError as error:
+        return str(error)
+    if driver == 0:
+        return "the CUDA library is built, but there is no NVIDIA driver"
+    # Within one major version a driver serves newer runtimes.
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"the CUDA library holds CUDA {_dotted(runtime)} and the driver serves up to {_dotted(driver)}: "
+            "update the driver"
+        )
+    return None
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"

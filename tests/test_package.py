@@ -1,0 +1,96 @@
+"""What an installation holds: with a CUDA compiler and without, from a wheel and from the build folder."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from rsaft_fast.ops import library
+
+ROOT = Path(__file__).parents[1]
+
+
+def build_wheel(tmp_path: Path, **environment: str) -> Path:
+    """A wheel from a copy of the sources, so that nothing is left in the checkout."""
+    source = tmp_path / "source"
+    ignore = shutil.ignore_patterns(
+        ".git", "build", "runs", "*.egg-info", "*.so", "__pycache__", "tests", "assets", ".*"
+    )
+    shutil.copytree(ROOT, source, ignore=ignore)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)],
+        cwd=source,
+        env=os.environ | environment,
+        check=True,
+        capture_output=True,
+    )
+    return next(tmp_path.glob("*.whl"))
+
+
+def test_wheel_without_a_compiler_is_pure_and_whole(tmp_path):
+    wheel = build_wheel(tmp_path, RSAFT_CUDA="0")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "rsaft_fast/kernels/global_norm.py" in names, "kernels/ installs inside the package"
+    assert "rsaft_fast/recipes/playground.yaml" in names
+    assert not any(name.startswith(("kernels/", "recipes/", "tests/")) or name.endswith(".so") for name in names)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_wheel_with_a_compiler_holds_a_library_that_loads(tmp_path, monkeypatch):
+    wheel = build_wheel(tmp_path, RSAFT_CUDA="1")
+    assert "-py3-none-" in wheel.name and not wheel.name.endswith("any.whl"), "any Python, this platform"
+    zipfile.ZipFile(wheel).extract("rsaft_fast/librsaft.so", tmp_path)
+    monkeypatch.setenv(library.ENV, str(tmp_path / "rsaft_fast/librsaft.so"))
+    library.load.cache_clear()
+    try:
+        loaded = library.load()
+        assert library.cuda_versions(loaded)[0] >= 12000
+        assert loaded.rsaft_cuda_versions(None, None) != 0, "arguments are checked"
+        with pytest.raises(library.LibraryError, match="CUDA error 1"):
+            library.check(loaded, 1)
+    finally:
+        library.load.cache_clear()
+
+
+def test_a_missing_damaged_or_foreign_library_says_so(tmp_path, monkeypatch):
+    def reason(path):
+        monkeypatch.setenv(library.ENV, str(path))
+        library.load.cache_clear()
+        return library.why_not()
+
+    try:
+        assert "not built" in reason(tmp_path / "absent.so")
+        (tmp_path / "damaged.so").write_bytes(b"\x7fELF")
+        assert "cannot be loaded" in reason(tmp_path / "damaged.so")
+        if shutil.which("cc"):
+            (tmp_path / "old.c").write_text("int rsaft_abi_version(void) { return 0; }\n")
+            subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "old.so", tmp_path / "old.c"], check=True)
+            assert "ABI 0" in reason(tmp_path / "old.so")
+    finally:
+        library.load.cache_clear()
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ("nvcc", "cmake", "ninja"))), reason="no nvcc, cmake or ninja")
+def test_cmake_builds_the_same_library(tmp_path):
+    subprocess.run(["cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja"], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", tmp_path], check=True, capture_output=True)
+    built = ctypes.CDLL(str(tmp_path / "librsaft.so"))
+    assert built.rsaft_abi_version() == library.ABI_VERSION
+
+
+def test_forcing_the_library_without_a_compiler_is_an_error(tmp_path):
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    run = subprocess.run(
+        [sys.executable, "setup.py", "--name"],
+        cwd=tmp_path,
+        env={"PATH": "", "RSAFT_CUDA": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0 and "no nvcc" in run.stderr
