@@ -19,26 +19,24 @@ _PLAYGROUND = "playground/"
 
 
 class RewardSettings(Settings):
-    """Which reward, and how it is computed."""
+    """Which reward, and how it is computed.
 
-    name: str = Field("clip", description="reward family; clip is any transformers CLIPModel, such as PickScore")
-    path: str = Field(
-        description="folder or hub id of the weights; playground/fair and playground/brittle ship with the package"
-    )
-    scale: Scale = Field(
-        "logit",
-        description="logit: exp(logit_scale) * cosine, PickScore's scale (about 21); cosine: without the factor",
-    )
-    clamp: Clamp = Field(
-        "hard",
-        description="values outside [0, 1] before the reward: hard clips value and gradient, ste clips the value and "
-        "passes the gradient, none leaves both",
-    )
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
-        "float32",
-        description="what the towers compute in; below float32 a small image perturbation is rounded away",
-    )
-    checkpoint: bool = Field(True, description="recompute the image tower's layers in backward, to save memory")
+    Attributes:
+        name: the family. clip is any transformers CLIPModel with its tokenizer, PickScore among them.
+        path: folder or hub id of the weights. playground/fair and playground/brittle ship with the package.
+        scale: logit multiplies the cosine by exp(logit_scale), which is PickScore's scale (about 21); cosine does not.
+        clamp: values outside [0, 1] before the reward: hard clips the value, which then has no gradient; ste clips
+            the value and passes the gradient; none leaves both.
+        dtype: what the towers compute in. Below float32 the effect of a small image perturbation is rounded away.
+        checkpoint: recompute the image tower's layers in the backward pass instead of keeping their activations.
+    """
+
+    name: str = "clip"
+    path: str = Field(min_length=1)
+    scale: Scale = "logit"
+    clamp: Clamp = "hard"
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    checkpoint: bool = True
 
     @field_validator("name")
     @classmethod
