@@ -1,0 +1,64 @@
+"""The embedded default: procedural scenes whose true preference is known, a tiny SD3-format pipeline, proxy rewards."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+ASSETS = Path(__file__).parent / "assets"
+REWARDS = ("fair", "brittle")
+
+
+def pipeline_path() -> Path:
+    """The shipped pipeline's directory, loadable with ``diffusers.StableDiffusion3Pipeline.from_pretrained``."""
+    return _shipped(ASSETS / "pipeline")
+
+
+def reward_path(name: str) -> Path:
+    """A shipped proxy reward's directory, in ``transformers.CLIPModel`` format; ``name`` is "fair" or "brittle".
+
+    The reward is ``exp(logit_scale)`` times the cosine of image and text embedding.
+    """
+    if name not in REWARDS:
+        raise ValueError(f"playground reward {name!r} is unknown: choose one of {', '.join(REWARDS)}")
+    return _shipped(ASSETS / "rewards" / name)
+
+
+def prompts(n: int, seed: int) -> list[str]:
+    """``n`` different prompts drawn from the grammar."""
+    from rsaft_fast.playground.scenes import sample_constraints
+
+    if not 0 <= n <= 1000:
+        raise ValueError(f"n is {n}: the playground draws 0 to 1000 different prompts")
+    rng = random.Random(seed)
+    drawn: dict[str, None] = {}
+    while len(drawn) < n:
+        drawn[sample_constraints(rng).prompt] = None
+    return list(drawn)
+
+
+def train_prompts() -> list[str]:
+    """The 256 prompts that the demo trains on."""
+    return [prompt for prompt in prompts(288, seed=0) if prompt not in set(eval_prompts())][:256]
+
+
+def eval_prompts() -> list[str]:
+    """The 32 prompts that the demo is judged on, none of them among ``train_prompts``."""
+    return prompts(32, seed=1)
+
+
+def true_preference(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The true preference of images (B, 3, 32, 32), nominally 0 to 1, for prompts: (B,) in [0, 1].
+
+    See ``rsaft_fast.playground.preference``.
+    """
+    from rsaft_fast.playground.preference import true_preference as compute
+
+    return compute(images, prompts)
+
+
+def _shipped(path: Path) -> Path:
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is missing: make it with 'python -m rsaft_fast.playground.build'")
+    return path
