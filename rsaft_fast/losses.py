@@ -12,11 +12,10 @@ from rsaft_fast.settings import Settings
 class Loss(Settings):
     """A per-sample map from reward r to loss, averaged over samples.
 
-    - linear: -r (DRaFT, DRTune)
-    - hinge: relu(margin - r); samples above the margin stop pulling (ReFL: margin 2 for ImageReward)
-    - target: |target - r| (AlignProp: target 10 for the aesthetic score)
-
     Attributes:
+        map: "linear" is -r (DRaFT, DRTune); "hinge" is relu(margin - r) (ReFL); "target" is |target - r| (AlignProp).
+        margin: of the hinge; samples above it stop pulling (ReFL: 2 for ImageReward).
+        target: of the target map (AlignProp: 10 for the aesthetic score).
         scale: factor on the loss (ReFL 1e-3). Adam's step does not depend on it, weight decay and clipping do.
     """
 

@@ -1,0 +1,169 @@
+"""What can be found wrong with a recipe before anything is loaded or written."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rsaft_fast.errors import UserError
+from rsaft_fast.ops import backends
+from rsaft_fast.sampling import derive_rng
+from rsaft_fast.train import checkpoint as checkpoints
+from rsaft_fast.train.config import PLAYGROUND, Config
+from rsaft_fast.train.data import load_prompts
+from rsaft_fast.train.denoising import CaptionedImage, load_folder
+from rsaft_fast.train.logging import CONFIG, METRICS
+from rsaft_fast.train.samples import first_prompts
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe's paths hold.
+
+    Attributes:
+        prompts: of the training.
+        sample_prompts: of the sample grids.
+        images: of the denoising loss.
+        checkpoint: to go on from; None for a new run.
+        notes: lines that the user should see.
+    """
+
+    prompts: list[str]
+    sample_prompts: list[str]
+    images: list[CaptionedImage]
+    checkpoint: Path | None
+    notes: list[str]
+
+
+def check_config(config: Config) -> Inputs:
+    """Check everything that needs no model, and read the small inputs.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    # The method itself knows whether its K fits into the sampler's steps.
+    config.method.draw(config.sampler.steps, derive_rng(config.seed, 0, "plan"))
+    _check_agreement(config)
+    _check_device(config.backbone.device)
+    _check_backend(config.backbone.device)
+    _check_path("backbone.path", config.backbone.path)
+    checkpoint, notes = _find_checkpoint(config)
+    prompts = load_prompts(config.data.prompts, config.data.column)
+    return Inputs(
+        prompts=prompts,
+        sample_prompts=_sample_prompts(config, prompts),
+        images=load_folder(config.denoising.images) if config.denoising else [],
+        checkpoint=checkpoint,
+        notes=notes,
+    )
+
+
+def _check_agreement(config: Config) -> None:
+    """Keys that contradict each other."""
+    if config.sharpness is not None and config.sharpness.space not in ("pixel01", "pixel11"):
+        raise UserError(f"sharpness.space is {config.sharpness.space!r}; S1 is measured in pixel01 or pixel11")
+    if config.sampler.negative_prompt and config.sampler.guidance_scale == 1:
+        raise UserError("sampler.negative_prompt does nothing at sampler.guidance_scale 1; raise it, or leave it out")
+    schedule, warmup = config.optimizer.schedule, config.optimizer.warmup_steps
+    if schedule != "constant" and warmup >= config.max_steps:
+        raise UserError(
+            f"optimizer.warmup_steps is {warmup}, which leaves nothing of max_steps {config.max_steps} for the "
+            f"{schedule} schedule"
+        )
+    if config.backbone.dtype == "fp16" and config.parameters.train == "full":
+        raise UserError("backbone.dtype fp16 with parameters.train full: its gradients underflow; use bf16 or fp32")
+    for group in config.smoothing.parameters.groups if config.smoothing.parameters else ():
+        try:
+            re.compile(group.match)
+        except re.error as error:
+            raise UserError(
+                f"smoothing.parameters.groups: {group.match!r} is not a regular expression ({error})"
+            ) from error
+
+
+def _check_device(name: str) -> None:
+    if name == "auto":
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"backbone.device is {name!r}; it must be auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"backbone.device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use auto or cpu "
+            "('rsaft-fast doctor' says more)"
+        )
+
+
+def _check_backend(name: str) -> None:
+    """A backend forced with RSAFT_BACKEND must run on the device."""
+    try:
+        backends.choose(pick_device(name))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by name; "auto" is the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+
+
+def _check_path(key: str, path: str) -> None:
+    if path != PLAYGROUND and not Path(path).expanduser().exists() and not _HUB_ID.fullmatch(path):
+        raise UserError(f"{key}: there is no folder {path!r}, and it is not a hub id (owner/name)")
+
+
+def _find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and that the output folder may be written."""
+    folder = config.run_folder
+    _check_writable(folder)
+    if config.resume is None:
+        if has_run(folder):
+            raise UserError(
+                f"output_dir {folder} holds a run already; resume=auto goes on with it, another output_dir= starts anew"
+            )
+        return None, []
+    source = folder if config.resume == "auto" else Path(config.resume)
+    if config.resume != "auto" and not has_run(source):
+        raise UserError(f"resume: {source} is not a run folder (it has no {CONFIG} and no checkpoints)")
+    if source.resolve() != folder.resolve() and has_run(folder):
+        raise UserError(
+            f"resume={source} into output_dir {folder}, which holds a run already; give an output_dir of its own, or "
+            "none to go on in place"
+        )
+    found, passed_over = checkpoints.newest(source / "checkpoints")
+    if found is None and config.resume != "auto":
+        reasons = "".join(f" ({line})" for line in passed_over[:1])
+        raise UserError(f"resume: {source} has no complete checkpoint{reasons}; leave resume out to start anew")
+    if found is None and has_run(folder):
+        passed_over.append(f"{folder} has no complete checkpoint: the run starts from the beginning")
+    return found, passed_over
+
+
+def has_run(folder: Path) -> bool:
+    """Whether a folder holds a run, finished or not."""
+    return any((folder / name).exists() for name in (CONFIG, METRICS, "checkpoints"))
+
+
+def _check_writable(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {folder} is a file; give a folder")
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"output_dir {folder} cannot be made: {existing} is not a folder that you may write to")
+
+
+def _sample_prompts(config: Config, prompts: list[str]) -> list[str]:
+    settings = config.samples
+    if settings.every == 0:
+        return []
+    own = prompts if settings.prompts is None else load_prompts(settings.prompts, held_out=True)
+    return first_prompts(own, settings.count)

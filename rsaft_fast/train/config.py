@@ -1,0 +1,236 @@
+"""Every key of a recipe. The descriptions below are what `rsaft-fast train --help-config` prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from rsaft_fast.backbones.lora import LoRASettings
+from rsaft_fast.losses import Loss
+from rsaft_fast.methods import AnyMethod
+from rsaft_fast.objective import ImageSmoothing, Smoothing
+from rsaft_fast.rewards import RewardSettings
+from rsaft_fast.settings import Settings
+
+PLAYGROUND = "playground"
+
+
+class BackboneSettings(Settings):
+    """The diffusion model.
+
+    Attributes:
+        path: folder of a diffusers pipeline, a hub id, or "playground" for the tiny one that ships with the package.
+        height: of the pictures, in pixels; null takes the size that the pipeline was made for.
+        width: of the pictures, in pixels; null takes the size that the pipeline was made for.
+        dtype: what the networks compute in. Latents, LoRA weights and the optimizer's masters stay in fp32.
+        device: auto takes the GPU where there is one, else the CPU; or a torch device such as cuda:1.
+        checkpoint: which networks recompute their activations in the backward pass: 36 to 78 % more time for the
+            memory that decides whether a real model fits. The VAE decoder, not the reward, is the peak.
+    """
+
+    path: str
+    height: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=1)
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: str = "auto"
+    checkpoint: tuple[Literal["denoiser", "decoder"], ...] = ()
+
+
+class ParameterSettings(Settings):
+    """What is trained.
+
+    Attributes:
+        train: lora trains low-rank adapters in fp32 on a frozen base; full trains the whole denoiser.
+        lora: of the adapters; unused by full.
+    """
+
+    train: Literal["lora", "full"] = "lora"
+    lora: LoRASettings = LoRASettings()
+
+
+class SamplerSettings(Settings):
+    """How pictures are sampled, in training and in the sample grids.
+
+    Attributes:
+        steps: network calls of one picture. The paper takes 50 for SD1.5 and SDXL, 28 for SD3.
+        eta: DDIM's ancestral noise, 0 (deterministic) to 1; flow models take 0.
+        guidance_scale: w in f = f_u + w (f_c - f_u); 1 samples without guidance at half the cost.
+        negative_prompt: what guidance steers away from.
+    """
+
+    steps: int = Field(default=50, ge=1)
+    eta: float = Field(default=0.0, ge=0.0, le=1.0)
+    guidance_scale: float = Field(default=1.0, ge=0.0)
+    negative_prompt: str = ""
+
+
+class DataSettings(Settings):
+    """Prompts and batches. An update sees batch_size * accumulate pictures.
+
+    Attributes:
+        prompts: .txt file with one prompt a line, .csv, .tsv, .json or .jsonl, or "playground". Each epoch is a new
+            permutation of all of them, derived from the seed.
+        column: of a table or key of an object that holds the prompt; null finds prompt, text or caption.
+        batch_size: pictures that go through the network together.
+        accumulate: micro-batches of one update; their gradients add up to that of the whole batch. The paper's batch
+            is 32 pictures.
+        plan_scope: batch draws the gradient plan (which calls carry gradient) once an update, as AlignProp does;
+            micro-batch draws one for each, which averages over draws.
+    """
+
+    prompts: str
+    column: str | None = None
+    batch_size: int = Field(default=4, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    plan_scope: Literal["batch", "micro-batch"] = "batch"
+
+
+class OptimizerSettings(Settings):
+    """AdamW, fused with the weight perturbation.
+
+    Attributes:
+        lr: learning rate. The paper takes 2e-5 for all methods.
+        betas: decay of the running means of the gradient and of its square.
+        eps: added to the root of the second mean.
+        weight_decay: decoupled, a step multiplies weights by 1 - lr * weight_decay.
+        max_grad_norm: the update's gradient is clipped to this global L2 norm; null does not clip. The gradient that
+            the perturbation follows is never clipped: only its direction counts.
+        schedule: of the learning rate after the warm-up: constant, linear to 0, or half a cosine to 0, at max_steps.
+        warmup_steps: updates over which the learning rate rises linearly.
+    """
+
+    lr: float = Field(default=2e-5, gt=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+
+
+class EMASettings(Settings):
+    """A running mean of the trained weights, used by the sample grids and the final export.
+
+    Attributes:
+        decay: weight of the past. After n updates it is at most (1 + n) / (10 + n), so that early weights fade.
+    """
+
+    decay: float = Field(default=0.995, ge=0, lt=1)
+
+
+class SampleSettings(Settings):
+    """Grids of fixed prompts at fixed noise: what the log's numbers look like.
+
+    Attributes:
+        every: updates between two grids; 0 makes none. One is made before the first update and one after the last.
+        prompts: a file like data.prompts, or "playground" for its held-out ones; null takes the first of data.prompts.
+        count: pictures in a grid.
+        seed: of their noise; null takes the run's seed.
+    """
+
+    every: int = Field(default=50, ge=0)
+    prompts: str | None = None
+    count: int = Field(default=8, ge=1, le=64)
+    seed: int | None = Field(default=None, ge=0)
+
+
+class DenoisingSettings(Settings):
+    """The pre-training loss on pictures of your own, beside the reward (ReFL's paper alternates the two).
+
+    Attributes:
+        images: folder of pictures with captions, as <name>.txt beside each or in one metadata.jsonl
+            (file_name, text), the layout of Hugging Face's imagefolder.
+        weight: factor on the loss. Adam hides a factor that never changes; here it is relative to the reward's.
+        batch_size: pictures of one denoising update.
+        every: updates by reward between two denoising updates.
+        drop_caption: share of pictures seen without their caption, which keeps guidance working.
+        levels: number of noise levels, spread over the schedule as the sampler spreads its steps.
+    """
+
+    images: str
+    weight: float = Field(default=1.0, gt=0)
+    batch_size: int = Field(default=4, ge=1)
+    every: int = Field(default=1, ge=1)
+    drop_caption: float = Field(default=0.1, ge=0, le=1)
+    levels: int = Field(default=250, ge=1)
+
+
+class LogSettings(Settings):
+    """metrics.jsonl is always written.
+
+    Attributes:
+        tensorboard: write event files, with the sample grids, under <output_dir>/tensorboard.
+        diagnostics: log every figure that the optimizer reports (cosine, applied norm, agreement of the two passes'
+            gradients), not only the norms.
+    """
+
+    tensorboard: bool = True
+    diagnostics: bool = True
+
+
+def _unsmoothed(value: Any) -> Any:
+    return {"image": None, "parameters": None} if value is None else value
+
+
+class Config(Settings):
+    """A recipe.
+
+    Attributes:
+        seed: noise, gradient plans, prompt order and LoRA initialisation come from it and from nothing else.
+        output_dir: the run folder: metrics.jsonl, config.yaml, samples/, tensorboard/, checkpoints/, and in the end
+            lora/ (or the whole denoiser).
+        max_steps: updates in all, those before a resume included.
+        resume: null starts a new run; auto goes on from output_dir's newest complete checkpoint, or starts; a run
+            folder goes on from that one, in place unless output_dir on the command line names another.
+        checkpoint_every: updates between two checkpoints; one is always written at the end and on SIGTERM or Ctrl-C.
+        keep_checkpoints: how many of the newest stay; null keeps all.
+        backbone: the diffusion model.
+        parameters: what is trained.
+        sampler: how pictures are sampled.
+        method: which calls of the sampler carry the reward's gradient.
+        loss: from reward to loss; null takes what the method's authors train with.
+        smoothing: RSA-FT's two balls; null is the plain method.
+        sharpness: the ball at which the sharpness S1 is logged, in a pixel space; null does not log it.
+        reward: what is maximised.
+        data: prompts and batches.
+        optimizer: AdamW's learning rate, decay and clipping.
+        ema: running mean of the weights; null keeps none.
+        samples: grids of fixed prompts.
+        denoising: the pre-training loss on pictures of your own; null trains by reward alone.
+        logging: what is logged beside metrics.jsonl.
+    """
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    output_dir: str
+    max_steps: int = Field(ge=1)
+    resume: str | None = None
+    checkpoint_every: int = Field(default=50, ge=1)
+    keep_checkpoints: int | None = Field(default=2, ge=1)
+    backbone: BackboneSettings
+    parameters: ParameterSettings = ParameterSettings()
+    sampler: SamplerSettings = SamplerSettings()
+    method: AnyMethod
+    loss: Loss | None = None
+    smoothing: Annotated[Smoothing, BeforeValidator(_unsmoothed)] = Smoothing()
+    sharpness: ImageSmoothing | None = ImageSmoothing()
+    reward: RewardSettings
+    data: DataSettings
+    optimizer: OptimizerSettings = OptimizerSettings()
+    ema: EMASettings | None = None
+    samples: SampleSettings = SampleSettings()
+    denoising: DenoisingSettings | None = None
+    logging: LogSettings = LogSettings()
+
+    @property
+    def training_loss(self) -> Loss:
+        return self.loss or self.method.default_loss
+
+    @property
+    def pictures_per_update(self) -> int:
+        return self.data.batch_size * self.data.accumulate
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.output_dir)

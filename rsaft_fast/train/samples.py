@@ -1,0 +1,46 @@
+"""Pictures of fixed prompts at fixed noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from rsaft_fast.backbones import Backbone, Conditioning
+from rsaft_fast.methods import DRaFT
+from rsaft_fast.sampling import NoiseSource, Schedule, derive_rng, rollout
+
+# Keyed like an update that no run reaches, so that no training picture shares a sample's noise.
+SAMPLE_STEP = 2**32 - 1
+
+
+@torch.no_grad()
+def sample_images(
+    backbone: Backbone,
+    schedule: Schedule,
+    conditioning: Conditioning,
+    seed: int,
+    batch_size: int = 8,
+    stop: Callable[[], bool] = lambda: False,
+) -> torch.Tensor | None:
+    """Images (B, 3, H, W), nominally 0 to 1, one for each row of `conditioning`; None when `stop` says so.
+
+    Picture i depends on (seed, i) and its prompt alone, whatever the batch size.
+    """
+    plan = DRaFT(k=1).draw(len(schedule), derive_rng(seed, SAMPLE_STEP, "plan"))
+    pictures = []
+    for first in range(0, len(conditioning), batch_size):
+        if stop():
+            return None
+        rows = range(first, min(first + batch_size, len(conditioning)))
+        noise = NoiseSource(seed, SAMPLE_STEP, tuple(rows))
+        latents = backbone.initial_latents(noise)
+        part = conditioning.select(slice(rows.start, rows.stop))
+        trajectory = rollout(backbone, schedule, plan, latents, part, noise)
+        pictures.append(backbone.decode(trajectory.endpoints[0]))
+    return torch.cat(pictures)
+
+
+def first_prompts(prompts: Sequence[str], count: int) -> list[str]:
+    """`count` prompts, from the start again where there are fewer."""
+    return [prompts[i % len(prompts)] for i in range(count)]

@@ -1,0 +1,225 @@
+"""What a recipe may say, read off the settings classes: the nearest valid key, error lines, and the help text."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import re
+import textwrap
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+# Where "larger than the limit" is not the whole mend.
+_MENDS = {
+    "smoothing.parameters.rho": "smoothing.parameters=null turns parameter smoothing off",
+    "smoothing.image.radius": "smoothing.image=null turns image smoothing off",
+    "ema.decay": "ema=null keeps no mean",
+    "optimizer.max_grad_norm": "optimizer.max_grad_norm=null does not clip",
+}
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "string": "a string (quote it)",
+    "bool": "true or false",
+    "tuple": "a list",
+    "list": "a list",
+    "dict": "a section of keys",
+    "model": "a section of keys",
+}
+_LIMITS = {
+    "greater_than": ("greater than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+
+
+def explain(error: ValidationError, root: type[BaseModel], where: str, commanded: set[str]) -> list[str]:
+    """One line for each thing that is wrong."""
+    return [_line(item, root, where, commanded) for item in error.errors()]
+
+
+def _line(item: dict[str, Any], root: type[BaseModel], where: str, commanded: set[str]) -> str:
+    key, level = _locate(root, item["loc"])
+    kind, value, context = item["type"], item["input"], item.get("ctx", {})
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        key += ".name"
+    if any(
+        key == given or key.startswith((f"{given}.", f"{given}[")) or given.startswith(f"{key}.") for given in commanded
+    ):
+        where = "on the command line"
+    else:
+        where = f"in {where}"
+    if kind == "extra_forbidden":
+        return f"unknown key {key} {where}; {_nearest(key, level, root)}"
+    if kind == "missing" and isinstance(item["loc"][-1], int):
+        return f"{key} is missing {where}; the list is too short"
+    if kind == "missing":
+        return f"missing key {key} {where}: {_first_sentence(_description_at(root, item['loc']))}"
+    if kind == "union_tag_not_found":
+        return f"missing key {key} {where}: one of {', '.join(_tags(level))}"
+    if kind == "union_tag_invalid":
+        return f"{key} is {context['tag']!r} {where}; {_choice(context['tag'], _tags(level))}"
+    if kind == "literal_error":
+        options = re.findall(r"'([^']*)'", context["expected"])
+        return f"{key} is {_shown(value)} {where}; {_choice(str(value), options)}"
+    if kind == "value_error":
+        text = str(context["error"])
+        return f"{key} {where}: {text}" if isinstance(value, dict) else f"{key} is {_shown(value)} {where}: {text}"
+    mend = f"; {_MENDS[key]}" if key in _MENDS else ""
+    if kind in _LIMITS:
+        words, name = _LIMITS[kind]
+        return f"{key} is {_shown(value)} {where}; it must be {words} {context[name]:g}{mend}"
+    wanted = next((words for prefix, words in _TYPES.items() if kind.startswith(prefix)), None)
+    if wanted:
+        return f"{key} is {_shown(value)} {where}; it must be {wanted}{mend}"
+    return f"{key} is {_shown(value)} {where}: {item['msg']}{mend}"
+
+
+def _locate(root: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, list[type[BaseModel]]]:
+    """A pydantic location as a dotted key, and the settings classes of the section where it ends."""
+    key, level, inner = "", [root], [root]
+    for part in location:
+        if isinstance(part, int):
+            key += f"[{part}]"
+            continue
+        tagged = [model for model in inner if part in _tags([model])]
+        if tagged and not any(part in model.model_fields for model in inner):
+            inner = level = tagged
+            continue
+        level = inner
+        key = f"{key}.{part}" if key else part
+        field = next((model.model_fields[part] for model in inner if part in model.model_fields), None)
+        inner = list(_sections(field.annotation)) if field else []
+    return key, level if not inner else inner
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The settings classes that an annotation mentions."""
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _sections(argument)
+
+
+def _tags(models: list[type[BaseModel]]) -> list[str]:
+    """The discriminating names of settings classes that have one."""
+    fields = [model.model_fields["name"].annotation for model in models if "name" in model.model_fields]
+    return [tag for field in fields if typing.get_origin(field) is Literal for tag in typing.get_args(field)]
+
+
+def keys(root: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel], FieldInfo]]:
+    """Every dotted key below a settings class, with the class that declares it; sections before their keys."""
+    for name, field in root.model_fields.items():
+        key = prefix + name
+        yield key, root, field
+        for section in _sections(field.annotation):
+            yield from keys(section, f"{key}.")
+
+
+def _nearest(key: str, level: list[type[BaseModel]], root: type[BaseModel]) -> str:
+    prefix, _, name = key.rpartition(".")
+    here = [field for model in level for field in model.model_fields]
+    dotted = {f"{prefix}.{field}" if prefix else field: field for field in here}
+    if close := difflib.get_close_matches(key, dotted, 1, cutoff=0.6):
+        return f"did you mean {close[0]}?"
+    # The right name in the wrong section.
+    for valid, _, _ in keys(root):
+        if valid.rpartition(".")[2] == name:
+            return f"did you mean {valid}?"
+    return f"valid here: {', '.join(dict.fromkeys(dotted))}"
+
+
+def _choice(value: str, options: list[str]) -> str:
+    close = difflib.get_close_matches(value, options, 1, cutoff=0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{hint}it must be one of {', '.join(options)}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def describe(model: type[BaseModel], name: str) -> str:
+    """A key's description: its field's own, else its lines under `Attributes:` in the class (or a base's) docstring."""
+    if model.model_fields[name].description:
+        return model.model_fields[name].description
+    for base in model.__mro__:
+        if (text := _documented(base).get(name)) is not None:
+            return text
+    # A small section may say it all in its first sentence.
+    return inspect.cleandoc(model.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _documented(model: type) -> dict[str, str]:
+    lines = inspect.cleandoc(model.__doc__ or "").splitlines()
+    if "Attributes:" not in lines:
+        return {}
+    found: dict[str, list[str]] = {}
+    current: list[str] = []
+    for line in lines[lines.index("Attributes:") + 1 :]:
+        if entry := re.match(r" {4}(\w+(?:, \w+)*): (.*)", line):
+            current = [entry[2]]
+            found |= {name: current for name in entry[1].split(", ")}
+        elif line.startswith("        "):
+            current.append(line.strip())
+        elif line:
+            break
+    return {name: " ".join(words) for name, words in found.items()}
+
+
+def _description_at(root: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    _, level = _locate(root, location[:-1])
+    return next((describe(model, location[-1]) for model in level if location[-1] in model.model_fields), "")
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.;]) ", text)[0].rstrip(".;") or "it has no default"
+
+
+def help_text(root: type[BaseModel], width: int = 110) -> str:
+    """Every key with its default and its description, in a recipe's own order."""
+    return "\n".join(_help_lines(root, 0, width))
+
+
+def _help_lines(model: type[BaseModel], indent: int, width: int) -> Iterator[str]:
+    pad = "  " * indent
+    for tag in _tags([model]):
+        yield f"{pad}name: {tag}"
+    for name, field in model.model_fields.items():
+        if name == "name" and _tags([model]):
+            continue
+        sections = list(_sections(field.annotation))
+        yield from textwrap.wrap(describe(model, name), width, initial_indent=f"{pad}# ", subsequent_indent=f"{pad}# ")
+        yield f"{pad}{name}: {_default(field, bool(sections))}".rstrip()
+        for number, section in enumerate(sections):
+            if number:
+                yield f"{pad}  # or"
+            yield from _help_lines(section, indent + 1, width)
+
+
+def _default(field: FieldInfo, is_section: bool) -> str:
+    if is_section:
+        if field.is_required() or isinstance(field.default, BaseModel):
+            return ""
+        return "null    # or" if field.default is None else "[]    # or a list of"
+    if field.is_required():
+        return "(required)"
+    default = field.get_default(call_default_factory=True)
+    text = f"[{', '.join(map(str, default))}]" if isinstance(default, tuple) else json.dumps(default)
+    choices = [str(c) for literal in _literals(field.annotation) for c in typing.get_args(literal)]
+    return f"{text}    # {' | '.join(choices)}" if len(choices) > 1 else text
+
+
+def _literals(annotation: Any) -> Iterator[Any]:
+    if typing.get_origin(annotation) is Literal:
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _literals(argument)

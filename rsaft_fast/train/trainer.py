@@ -1,0 +1,220 @@
+"""A recipe's objects, loaded and ready: an update, a sample grid, a checkpoint, an export."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rsaft_fast.backbones import PipelineBackbone, add_lora, load_backbone, save_lora
+from rsaft_fast.errors import UserError
+from rsaft_fast.memory import checkpoint_denoiser, checkpoint_vae_decoder
+from rsaft_fast.rewards import load_reward
+from rsaft_fast.step import StepReport, rsaft_step
+from rsaft_fast.train.check import Inputs, pick_device
+from rsaft_fast.train.checkpoint import Checkpoint
+from rsaft_fast.train.config import BackboneSettings, Config
+from rsaft_fast.train.data import EncodedPrompts, PromptBatches, unload_text_encoders
+from rsaft_fast.train.denoising import DenoisingLoss
+from rsaft_fast.train.ema import EMA
+from rsaft_fast.train.files import replace_folder
+from rsaft_fast.train.memory_errors import naming_the_phase
+from rsaft_fast.train.optimizer import build_optimizer, learning_rate
+from rsaft_fast.train.samples import sample_images
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PACKAGES = ("rsaft_fast", "torch", "diffusers", "transformers", "peft", "safetensors")
+
+
+class Trainer:
+    """Everything that a run needs in memory.
+
+    Attributes:
+        backbone, reward, optimizer, ema: as the recipe asks for.
+        step: updates done.
+    """
+
+    def __init__(self, config: Config, inputs: Inputs):
+        self.config = config
+        self.device = pick_device(config.backbone.device)
+        self.backbone = prepare_backbone(config.backbone, self.device)
+        self.schedule = self.backbone.schedule(config.sampler.steps, config.sampler.eta)
+        if config.parameters.train == "lora":
+            add_lora(self.backbone, config.parameters.lora, config.seed)
+        else:
+            self.backbone.train_all_parameters()
+        self.parameters = self.backbone.trainable_parameters
+        self.reward = load_reward(config.reward, self.device)
+        self.optimizer = build_optimizer(self.parameters, config.optimizer, config.smoothing.parameters)
+        self.ema = EMA(self.parameters, config.ema.decay) if config.ema else None
+        self.step = 0
+        self.batches = PromptBatches(config.data, inputs.prompts, config.method, config.sampler.steps, config.seed)
+        self.sample_prompts = inputs.sample_prompts
+        self.denoising = None
+        if config.denoising is not None:
+            self.denoising = DenoisingLoss(self.backbone, config.denoising, inputs.images, config.seed)
+        self.encoded = self._encode()
+
+    def _encode(self) -> EncodedPrompts:
+        """Every text that the run will see, once; then the text encoders are freed."""
+        texts = self.batches.visited(range(self.config.max_steps)) + self.sample_prompts
+        if self.denoising is not None:
+            texts += self.denoising.texts()
+        sampler = self.config.sampler
+        with naming_the_phase("preparing the run"):
+            encoded = EncodedPrompts(self.backbone, texts, sampler.negative_prompt, sampler.guidance_scale)
+        unload_text_encoders(self.backbone)
+        return encoded
+
+    def update(self) -> dict[str, Any]:
+        """The next update; its record for metrics.jsonl.
+
+        Raises:
+            NonFiniteRewardError, UserError: a NaN reward, no memory left; weights are those before the update.
+        """
+        config, step, started = self.config, self.step, time.perf_counter()
+        lr = learning_rate(config.optimizer, step, config.max_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with naming_the_phase(f"update {step + 1}"):
+            report = rsaft_step(
+                self.backbone,
+                self.reward,
+                self.schedule,
+                self.batches(self.backbone, self.encoded, step),
+                self.optimizer,
+                smoothing=config.smoothing,
+                loss=config.training_loss,
+                probe=config.sharpness,
+                compare_gradients=config.logging.diagnostics,
+            )
+            denoising_loss = self.denoising and self.denoising.update(self.encoded, self.optimizer, step)
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.step)
+        record = {"step": self.step, **self._figures(report), "lr": lr}
+        if self.denoising is not None:
+            record["denoising_loss"] = denoising_loss
+        return record | {"seconds": round(time.perf_counter() - started, 4)}
+
+    def _figures(self, report: StepReport) -> dict[str, Any]:
+        """A report under the names of metrics.jsonl; `grad_norm` is that of the update's gradient, before clipping."""
+        stats = dict(report.optimizer)
+        perturbs = self.config.smoothing.parameters is not None
+        figures = {
+            "reward": report.reward,
+            "loss": report.loss,
+            "s1": report.s1,
+            "eps_norm": stats.pop("eps_norm") if perturbs else 0.0,
+            "projection": stats.pop("projection") if perturbs else None,
+            "grad_norm": stats.pop("second_grad_norm"),
+            "skipped": stats.pop("skipped"),
+            "smoothed_reward": report.smoothed_reward,
+            "realised_drop": report.realised_drop,
+        }
+        if not (perturbs and self.config.logging.diagnostics):
+            return figures
+        return figures | {"first_grad_norm": stats.pop("grad_norm"), **stats}
+
+    def sample(self, stop: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
+        """Pictures of the fixed prompts at the fixed noise, (N, 3, H, W), by the mean weights where there are any."""
+        seed = self.config.seed if self.config.samples.seed is None else self.config.samples.seed
+        with self.final_weights(), naming_the_phase("the sample grid"):
+            return sample_images(
+                self.backbone,
+                self.schedule,
+                self.encoded(self.sample_prompts),
+                seed,
+                self.config.data.batch_size,
+                stop,
+            )
+
+    def final_weights(self):
+        """A context in which the model has the weights that a user would take away."""
+        return self.ema.applied() if self.ema is not None else nullcontext()
+
+    def checkpoint(self) -> Checkpoint:
+        """What `load` needs to go on bit for bit."""
+        return Checkpoint(
+            step=self.step,
+            weights={name: p.detach() for name, p in self.parameters.items()},
+            optimizer=self.optimizer.state_dict(),
+            ema=self.ema.means if self.ema is not None else None,
+            info=describe_software() | {"seed": self.config.seed, "reward": self.reward.spec.sha256},
+        )
+
+    def check_fit(self, saved: Checkpoint) -> None:
+        """Raise `UserError` if a checkpoint is another model's."""
+        wanted = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        found = {name: tuple(tensor.shape) for name, tensor in saved.weights.items()}
+        if wanted != found:
+            odd = next(name for name in wanted | found if wanted.get(name) != found.get(name))
+            raise UserError(
+                f"resume: the checkpoint's weights do not fit this recipe: {odd} is {found.get(odd, 'missing')} there "
+                f"and {wanted.get(odd, 'missing')} here; resume with the run's own backbone and parameters"
+            )
+        if (saved.ema is None) != (self.ema is None):
+            raise UserError("resume: the checkpoint and the recipe disagree on ema; set it as the run had it")
+
+    @torch.no_grad()
+    def load(self, saved: Checkpoint) -> None:
+        """Go on from a checkpoint, bit for bit."""
+        self.check_fit(saved)
+        for name, parameter in self.parameters.items():
+            parameter.copy_(saved.weights[name])
+        self.optimizer.load_state_dict(saved.optimizer)
+        if self.ema is not None:
+            self.ema.load(saved.ema)
+        self.step = saved.step
+
+    def export(self, folder: Path) -> Path:
+        """Write what other programs load: `<folder>/lora`, or the denoiser as `<folder>/unet` or `/transformer`."""
+        lora = self.config.parameters.train == "lora"
+        final = folder / ("lora" if lora else denoiser_name(self.backbone))
+        temporary = folder / f".{final.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        with self.final_weights():
+            self._save(temporary)
+        replace_folder(temporary, final)
+        return final
+
+    def export_lora(self, folder: Path) -> None:
+        """Write `<folder>/lora`; a checkpoint is not complete, and not readable by others, without it."""
+        if self.config.parameters.train == "lora":
+            with self.final_weights():
+                self._save(folder / "lora")
+
+    def _save(self, folder: Path) -> None:
+        if self.config.parameters.train == "lora":
+            save_lora(self.backbone, folder, self.config.parameters.lora)
+        else:
+            self.backbone.denoiser.save_pretrained(folder)
+
+
+def prepare_backbone(settings: BackboneSettings, device: torch.device) -> PipelineBackbone:
+    """Load the pipeline that a recipe names, with the checkpointing it asks for."""
+    backbone = load_backbone(
+        settings.path, height=settings.height, width=settings.width, dtype=DTYPES[settings.dtype], device=device
+    )
+    if "denoiser" in settings.checkpoint:
+        checkpoint_denoiser(backbone.denoiser)
+    if "decoder" in settings.checkpoint:
+        checkpoint_vae_decoder(backbone.pipeline.vae)
+    return backbone
+
+
+def denoiser_name(backbone: PipelineBackbone) -> str:
+    """The denoiser's place in a diffusers pipeline: "unet" or "transformer"."""
+    return next(name for name, part in backbone.pipeline.components.items() if part is backbone.denoiser)
+
+
+def describe_software() -> dict[str, str]:
+    """Versions of what the bits depend on."""
+    return {name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
