@@ -1,0 +1,17 @@
+"""The operations as Triton kernels, one file each; ``rsaft_fast.ops`` calls them. Importing this needs Triton."""
+
+from .global_norm import finish_norm, sum_of_squares
+from .perturb_images import step_against_
+from .sam_adamw import adamw_coefficients, sam_adamw_step_
+from .sam_perturb import sam_perturb_
+from .sam_restore import sam_restore_
+
+__all__ = [
+    "adamw_coefficients",
+    "finish_norm",
+    "sam_adamw_step_",
+    "sam_perturb_",
+    "sam_restore_",
+    "step_against_",
+    "sum_of_squares",
+]

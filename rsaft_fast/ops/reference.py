@@ -26,17 +26,18 @@ def sum_of_squares(table: TensorTable) -> None:
         table.sum_sq[table.first_chunk[index]] = norm * norm
 
 
-def finish_norm(norm: GradientNorm, rho: torch.Tensor) -> None:
-    """``norm.sum_sq`` to norm, scale and found_inf. ``rho``: float64, as many as ``norm.scale``."""
+def finish_norm(slots: list[torch.Tensor], norm: GradientNorm, rho: torch.Tensor) -> None:
+    """The sum of all slots in float64, and what follows from it. ``rho``: float64, as many as ``norm.scale``."""
+    norm.sum_sq.copy_(torch.cat(slots).sum())
+    scale_from_sum(norm, rho)
+
+
+def scale_from_sum(norm: GradientNorm, rho: torch.Tensor) -> None:
+    """``norm.sum_sq`` to norm, scale and found_inf."""
     norm.norm.copy_(norm.sum_sq.sqrt())
     norm.found_inf.copy_(~torch.isfinite(norm.norm))
     usable = torch.isfinite(norm.norm) & (norm.norm > 0)
     norm.scale.copy_(torch.where(usable, rho / (norm.norm + 1e-12), 0.0))
-
-
-def sum_slots(slots: list[torch.Tensor], norm: GradientNorm) -> None:
-    """``norm.sum_sq`` = the sum of all slots, in float64."""
-    norm.sum_sq.copy_(torch.cat(slots).sum())
 
 
 def sam_perturb_(table: TensorTable, norm: GradientNorm) -> None:

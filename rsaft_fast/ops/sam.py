@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed
 
-from . import backends
+from . import backends, reference
 from .eager import eager_only
 from .scalars import GradientNorm, StepScalars
 from .table import TensorTable
@@ -54,11 +54,10 @@ def global_norm(
     out = GradientNorm(device, rho.numel()) if out is None else out
     for table in tables:
         _implementation(table).sum_of_squares(table)
-    final = backends.implementation(device)
-    final.sum_slots([table.sum_sq for table in tables], out)
+    backends.implementation(device).finish_norm([table.sum_sq for table in tables], out, rho)
     if process_group is not None:
         torch.distributed.all_reduce(out.sum_sq, group=process_group)
-    final.finish_norm(out, rho)
+        reference.scale_from_sum(out, rho)
     return out
 
 

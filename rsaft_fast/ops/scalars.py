@@ -22,14 +22,15 @@ class GradientNorm:
     """The result of ``global_norm``, on the device.
 
     Attributes:
+        values: float64 ``(2 + groups,)``; the next three are its views.
         sum_sq: float64 scalar, the squared norm. norm: float64 scalar.
         scale: float64 ``(groups,)``: ``rho / (norm + 1e-12)``; 0 for a zero or a non-finite gradient.
         found_inf: float32 scalar, 1 where the norm is not finite (torch's ``found_inf`` convention), else 0.
     """
 
     def __init__(self, device: torch.device | str, groups: int = 1):
-        self._values = torch.zeros(2 + groups, dtype=torch.float64, device=device)
-        self.sum_sq, self.norm, self.scale = self._values[0], self._values[1], self._values[2:]
+        self.values = torch.zeros(2 + groups, dtype=torch.float64, device=device)
+        self.sum_sq, self.norm, self.scale = self.values[0], self.values[1], self.values[2:]
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
 
 

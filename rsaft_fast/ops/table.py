@@ -112,7 +112,11 @@ class TensorTable:
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         moved = {}
         for name, tensors in lists.items():
-            known = [None if t is None else (t.data_ptr(), t.stride()) for t in tensors]
+            try:
+                known = [None if t is None else (t.data_ptr(), t.stride()) for t in tensors]
+            except RuntimeError:  # no storage: a sparse tensor, say. The check finds the words for it.
+                self._check(name, tensors)
+                raise
             if known != self._bound.get(name):
                 self._check(name, tensors)
                 moved[name] = known

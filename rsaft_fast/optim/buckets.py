@@ -40,7 +40,8 @@ class Bucket:
 
     def remember_versions(self) -> None:
         """Call after own writes; a version that differs later means that somebody else wrote."""
-        self.versions = [p._version for p in self.params]
+        if self.has_master:
+            self.versions = [p._version for p in self.params]
 
 
 def make_buckets(param_groups: list[dict], master_of: dict[torch.dtype, bool]) -> list[Bucket]:

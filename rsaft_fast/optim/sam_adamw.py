@@ -155,6 +155,17 @@ class SAMAdamW(SharpnessAware):
                 if name == "master":
                     state[name].copy_(param)
 
+    def state_dict(self) -> dict:
+        """As ``torch.optim.AdamW``, with ``master`` beside the moments and the count of skipped steps.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+        """
+        saved = super().state_dict()
+        # Step counts are views of one tensor here; formats that refuse shared memory (safetensors) want them apart.
+        saved["state"] = {key: {**state, "step": state["step"].clone()} for key, state in saved["state"].items()}
+        return saved
+
     def load_state_dict(self, state_dict: dict) -> None:
         """As ``torch.optim``; existing state is overwritten in place, so that a captured graph stays valid.
 

@@ -51,8 +51,7 @@ class SharpnessAware(torch.optim.Optimizer):
         for bucket in buckets:
             self._bind_restore_source(bucket)
         ops.global_norm([b.table for b in buckets], self._rho, out=self._first, process_group=self.process_group)
-        for bucket in buckets:
-            ops.sam_perturb_(bucket.table, self._first)
+        self._perturb_all(buckets)
         self._phase = PERTURBED
         self._finish(buckets, zero_grad)
 
@@ -226,6 +225,17 @@ class SharpnessAware(torch.optim.Optimizer):
         for bucket in self._buckets:
             bucket.bind()
         return self._buckets
+
+    def _perturb_all(self, buckets: list[Bucket]) -> None:
+        done = []
+        try:
+            for bucket in buckets:
+                ops.sam_perturb_(bucket.table, self._first)
+                done.append(bucket)
+        except BaseException:
+            for bucket in done:
+                ops.sam_restore_(bucket.table, self._first)
+            raise
 
     def _ready_or_restored(self) -> list[Bucket]:
         try:

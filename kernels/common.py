@@ -1,0 +1,86 @@
+"""What the kernels share: table look-up, loads with and without a mask, rounding, launch options.
+
+Names: ``row_*`` rows of the address table, ``i_`` indices, ``b_`` blocks of values, UPPER compile-time constants.
+"""
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# Multiply-adds stay unfused, so that every backend rounds alike; memory is the limit, not arithmetic. Set here because
+# Triton's default differs between versions.
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+
+
+def on(device: torch.device):
+    """Triton launches on the current device: make it the tensors' own."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@triton.jit
+def chunk_span(numel, chunk_tensor, chunk_index, CHUNK: tl.constexpr):
+    """This program's tensor, the first element of its chunk, and how many elements the chunk has."""
+    i_chunk = tl.program_id(0)
+    i_tensor = tl.load(chunk_tensor + i_chunk)
+    start = tl.load(chunk_index + i_chunk).to(tl.int64) * CHUNK
+    count = tl.minimum(tl.load(numel + i_tensor) - start, CHUNK).to(tl.int32)
+    return i_tensor, start, count
+
+
+@triton.jit
+def address_of(addresses, row, tensors, i_tensor):
+    return tl.load(addresses + row * tensors + i_tensor)
+
+
+@triton.jit
+def vector_part(joined_addresses, count, BLOCK: tl.constexpr):
+    """Elements that whole blocks with 16-byte accesses can do: none if any list (addresses or-ed) is misaligned.
+
+    Chunks are multiples of 16 bytes long, so the base addresses decide.
+    """
+    whole = (count // BLOCK) * BLOCK
+    return tl.where(joined_addresses % 16 == 0, whole, 0)
+
+
+@triton.jit
+def pointer_to(address, start, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    # The hint counts only after the cast to a pointer; on the integer the compiler drops it.
+    pointer = address.to(tl.pointer_type(DTYPE)) + start
+    if VECTOR:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def load(pointer, offsets, count, VECTOR: tl.constexpr):
+    if VECTOR:
+        return tl.load(pointer + offsets)
+    return tl.load(pointer + offsets, mask=offsets < count, other=0.0)
+
+
+@triton.jit
+def store(pointer, offsets, count, values, VECTOR: tl.constexpr):
+    if VECTOR:
+        tl.store(pointer + offsets, values)
+    else:
+        tl.store(pointer + offsets, values, mask=offsets < count)
+
+
+@triton.jit
+def rounded(b_x, DTYPE: tl.constexpr):
+    """float32 to DTYPE, to nearest even.
+
+    bf16 goes through integers: Triton's interpreter truncates that cast, and one source must give one result.
+    """
+    if DTYPE == tl.bfloat16:
+        b_bits = b_x.to(tl.uint32, bitcast=True)
+        b_up = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16
+        b_nan = (b_bits >> 16) | 0x40
+        b_bf16 = tl.where((b_bits & 0x7FFFFFFF) > 0x7F800000, b_nan, b_up)
+        return b_bf16.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return b_x.to(DTYPE)

@@ -1,0 +1,141 @@
+"""Perturbation in place: ``w + scale * g``, the old bits to a backup, or rounded from a float32 master.
+
+Also sums, in registers, what was applied at the weight's precision against what was wanted. Floor: 16 bytes a parameter
+in fp32 with backup, 8 with bf16 weights and a master.
+"""
+
+import triton
+import triton.language as tl
+
+from rsaft_fast.ops.table import CHUNK, ROW, TensorTable
+
+from .common import DTYPES, OPTIONS, address_of, chunk_span, load, on, pointer_to, rounded, store, vector_part
+
+BLOCK = 2048
+
+
+@triton.jit
+def _perturb(
+    a_weight,
+    a_grad,
+    a_source,
+    start,
+    offsets,
+    count,
+    scale,
+    WEIGHT: tl.constexpr,
+    GRAD: tl.constexpr,
+    MASTER: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Writes one block; returns applied and wanted. ``a_source``: the master, or where the backup goes."""
+    weight = pointer_to(a_weight, start, WEIGHT, VECTOR)
+    if MASTER:
+        b_base = load(pointer_to(a_source, start, tl.float32, VECTOR), offsets, count, VECTOR)
+        b_old = rounded(b_base, WEIGHT)
+    else:
+        b_old = load(weight, offsets, count, VECTOR)
+        b_base = b_old.to(tl.float32)
+        store(pointer_to(a_source, start, WEIGHT, VECTOR), offsets, count, b_old, VECTOR)
+    b_wanted = scale * load(pointer_to(a_grad, start, GRAD, VECTOR), offsets, count, VECTOR).to(tl.float32)
+    if ADAPTIVE:
+        b_wanted = b_wanted * (b_base * b_base)
+    b_new = rounded(b_base + b_wanted, WEIGHT)
+    store(weight, offsets, count, b_new, VECTOR)
+    return b_new.to(tl.float32) - b_old.to(tl.float32), b_wanted
+
+
+@triton.jit
+def _back_up(a_weight, a_backup, start, count, WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
+    weight = pointer_to(a_weight, start, WEIGHT, False)
+    backup = pointer_to(a_backup, start, WEIGHT, False)
+    for first in range(0, count, BLOCK):
+        offsets = first + tl.arange(0, BLOCK)
+        tl.store(backup + offsets, tl.load(weight + offsets, mask=offsets < count), mask=offsets < count)
+
+
+@triton.jit
+def sam_perturb_kernel(
+    addresses,
+    numel,
+    chunk_tensor,
+    chunk_index,
+    group,
+    scales,
+    found_inf,
+    sums,
+    tensors,
+    row_weight,
+    row_grad,
+    row_source,
+    WEIGHT: tl.constexpr,
+    GRAD: tl.constexpr,
+    MASTER: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_tensor, start, count = chunk_span(numel, chunk_tensor, chunk_index, CHUNK)
+    a_weight = address_of(addresses, row_weight, tensors, i_tensor)
+    a_grad = address_of(addresses, row_grad, tensors, i_tensor)
+    a_source = address_of(addresses, row_source, tensors, i_tensor)
+    finite = tl.load(found_inf) == 0.0
+    if not MASTER:
+        if finite & (a_grad == 0):
+            _back_up(a_weight, a_source, start, count, WEIGHT, BLOCK)
+    count = tl.where(finite & (a_grad != 0), count, 0)
+    scale = tl.load(scales + tl.load(group + i_tensor)).to(tl.float32)
+
+    b_applied_sq = tl.zeros([BLOCK], dtype=tl.float32)
+    b_dot = tl.zeros([BLOCK], dtype=tl.float32)
+    b_wanted_sq = tl.zeros([BLOCK], dtype=tl.float32)
+    vector = vector_part(a_weight | a_grad | a_source, count, BLOCK)
+    for first in range(0, vector, BLOCK):
+        offsets = first + tl.arange(0, BLOCK)
+        b_applied, b_wanted = _perturb(
+            a_weight, a_grad, a_source, start, offsets, count, scale, WEIGHT, GRAD, MASTER, ADAPTIVE, True
+        )
+        b_applied_sq += b_applied * b_applied
+        b_dot += b_applied * b_wanted
+        b_wanted_sq += b_wanted * b_wanted
+    for first in range(vector, count, BLOCK):
+        offsets = first + tl.arange(0, BLOCK)
+        b_applied, b_wanted = _perturb(
+            a_weight, a_grad, a_source, start, offsets, count, scale, WEIGHT, GRAD, MASTER, ADAPTIVE, False
+        )
+        b_applied_sq += b_applied * b_applied
+        b_dot += b_applied * b_wanted
+        b_wanted_sq += b_wanted * b_wanted
+    i_chunk = tl.program_id(0)
+    tl.store(sums + 3 * i_chunk, tl.sum(b_applied_sq).to(tl.float64))
+    tl.store(sums + 3 * i_chunk + 1, tl.sum(b_dot).to(tl.float64))
+    tl.store(sums + 3 * i_chunk + 2, tl.sum(b_wanted_sq).to(tl.float64))
+
+
+def sam_perturb_(table: TensorTable, norm) -> None:
+    if not table.chunks:
+        return
+    has_master = "master" in table
+    with on(table.device):
+        sam_perturb_kernel[(table.chunks,)](
+            table.addresses,
+            table.numel,
+            table.chunk_tensor,
+            table.chunk_index,
+            table.group,
+            norm.scale,
+            norm.found_inf,
+            table.perturbation_sums,
+            len(table),
+            ROW["weight"],
+            ROW["grad"],
+            ROW["master" if has_master else "backup"],
+            WEIGHT=DTYPES[table.dtypes["weight"]],
+            GRAD=DTYPES[table.dtypes["grad"]],
+            MASTER=has_master,
+            ADAPTIVE=table.adaptive,
+            CHUNK=CHUNK,
+            BLOCK=BLOCK,
+            **OPTIONS,
+        )
