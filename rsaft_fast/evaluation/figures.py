@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.evaluation.grids import FAINT, INK, PAPER, compose_grid, font, run_colour, save_png, wrap
+from rsaft_fast.evaluation.grids import FAINT, INK, PAPER, compose_grid, font, printable, run_colour, save_png, wrap
 
 _DPI = 100
 _CURVES_WIDTH, _PANEL_HEIGHT = 640, 250
@@ -83,7 +83,7 @@ def comparison_figure(
 
 
 def _draw_heading(title: str, subtitle: str, width: int) -> Image.Image:
-    margin = 16
+    margin = 10
     lines = [(title, 26, True, INK), (subtitle, 17, False, FAINT)]
     lines = [line for line in lines if line[0]]
     height = sum(round(size * 1.5) for _, size, _, _ in lines) + (margin if lines else 0)
@@ -107,15 +107,24 @@ def _draw_curves(panels: Sequence[Panel], columns: Sequence[str], height: int) -
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axis, panel in zip(axes, panels):
         _draw_panel(axis, panel, styles)
+    figure.align_ylabels(axes)
+    axes[-1].set_xlim(*_step_range(panels))
     axes[-1].set_xlabel("fine-tuning step", fontsize=11, color=INK)
     axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     drawn = [label for label in runs if any(label in panel.curves for panel in panels)]
     if drawn:
         # Literal text: a run's name may hold a dollar sign, which matplotlib would read as mathematics.
-        handles = [Line2D([], [], label=label.replace("$", r"\$"), **styles[label]) for label in drawn]
+        handles = [Line2D([], [], label=printable(label).replace("$", r"\$"), **styles[label]) for label in drawn]
         figure.legend(handles=handles, loc="outside upper right", ncols=min(len(drawn), 3), frameon=False, fontsize=11)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _step_range(panels: Sequence[Panel]) -> tuple[float, float]:
+    """From the first to the last step of any curve, with a margin; steps without a finite value count too."""
+    steps = [step for panel in panels for curve in panel.curves.values() for step in curve.steps] or [0, 1]
+    margin = 0.03 * (max(steps) - min(steps)) or 1.0
+    return min(steps) - margin, max(steps) + margin
 
 
 def _style(index: int) -> dict[str, object]:
@@ -133,10 +142,10 @@ def _draw_panel(axis: Axes, panel: Panel, styles: Mapping[str, Mapping[str, obje
     if points == 0:
         axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", va="center", color=FAINT)
         axis.set_yticks([])
-    axis.set_title(panel.title, loc="left", fontsize=13, fontweight="bold", color=INK, parse_math=False)
-    axis.set_ylabel(panel.unit, fontsize=11, color=INK, parse_math=False)
+    axis.set_title(printable(panel.title), loc="left", fontsize=13, fontweight="bold", color=INK, parse_math=False)
+    axis.set_ylabel(printable(panel.unit), fontsize=11, color=INK, parse_math=False)
     axis.tick_params(labelsize=10, colors=INK)
     axis.grid(True, color="#E3E3E3", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.margins(x=0.03, y=0.12)
+    axis.margins(y=0.12)

@@ -1,0 +1,115 @@
+"""Prompt files in every format, as the public sets are written, and everything that can be wrong with one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rsaft_fast import playground
+from rsaft_fast.errors import UserError
+from rsaft_fast.evaluation.prompts import MAX_CHARACTERS, load_prompts
+
+AWKWARD = ['a sign that says "Open, today"', "ein Mädchen mit 漢字\u2028und mehr", "# not a comment", "a, b; c"]
+
+
+def write(tmp_path, name, text, encoding="utf-8", newline="\n"):
+    path = tmp_path / name
+    path.write_bytes(text.replace("\n", newline).encode(encoding))
+    return path
+
+
+def quoted(text):
+    return '"' + text.replace('"', '""') + '"'
+
+
+FORMATS = {
+    "a.txt": "\n".join(AWKWARD) + "\n\n",
+    "b.csv": "id,Prompt,note\n" + "".join(f"{i},{quoted(p)},x\n" for i, p in enumerate(AWKWARD)),
+    "c.tsv": "Prompt\tCategory\n" + "".join(f"{p}\tAbstract\n" for p in AWKWARD),
+    "d.json": json.dumps(AWKWARD, ensure_ascii=False),
+    "e.json": json.dumps([{"id": i, "caption": p} for i, p in enumerate(AWKWARD)]),
+    "f.json": json.dumps({"name": "set", "prompts": AWKWARD}),
+    "g.jsonl": "\n".join(json.dumps({"tag": "single_object", "include": [], "prompt": p}) for p in AWKWARD),
+    "h.jsonl": "\n".join(json.dumps(p) for p in AWKWARD) + "\n\n",
+    "i.TXT": "\n".join(f"  {p}\t" for p in AWKWARD),
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_prompts(tmp_path, name, newline, encoding):
+    assert load_prompts(write(tmp_path, name, FORMATS[name], encoding, newline)) == AWKWARD
+
+
+def test_order_and_duplicates_are_kept(tmp_path):
+    assert load_prompts(write(tmp_path, "a.txt", "b\na\nb\n")) == ["b", "a", "b"]
+
+
+def test_a_named_column(tmp_path):
+    path = write(tmp_path, "a.csv", 'prompt,long\nx,"one\ntwo"\n')
+    assert load_prompts(path) == ["x"]
+    assert load_prompts(path, column="long") == ["one\ntwo"]
+    assert load_prompts(write(tmp_path, "a.json", '[{"prompt": "x", "long": "y"}]'), column="long") == ["y"]
+    assert load_prompts(write(tmp_path, "a.tsv", 'Text\tPROMPT\nt\t"p\n')) == ['"p']
+
+
+def test_the_playground():
+    assert load_prompts("playground") == playground.train_prompts()
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", "", "holds no prompt"),
+        ("a.txt", "\n \n\t\n", "holds no prompt"),
+        ("a.csv", "", "holds no prompt"),
+        ("a.csv", "prompt\n", "holds no prompt"),
+        ("a.json", "", "holds no prompt"),
+        ("a.json", "[]", "holds no prompt"),
+        ("a.jsonl", "\n", "holds no prompt"),
+        ("a.csv", "title,size\na,b\n", "none of the columns prompt.*it has 'title', 'size'"),
+        ("a.json", '{"title": []}', "none of the columns"),
+        ("a.jsonl", '{"prompt": "a"}\n{"title": "b"}', "none of the columns"),
+        ("a.csv", "prompt,b\nx,y\n,z\n", "line 3: the prompt is empty"),
+        ("a.csv", "a,prompt\nx,y\nz\n", "line 3: the prompt is empty"),
+        ("a.csv", 'prompt\n"open\n', "mend the quoting"),
+        ("a.json", '["a", "  "]', "entry 2: the prompt is empty"),
+        ("a.json", '["a", 3]', "entry 2: the prompt is a int"),
+        ("a.json", '["a", null]', "entry 2: the prompt is a NoneType"),
+        ("a.json", '"a"', "holds a str"),
+        ("a.json", '{"prompt": "a"}', "holds a str"),
+        ("a.json", '["a"', "not JSON"),
+        ("a.json", "[" * 100_000, "not JSON"),
+        ("a.jsonl", '"a"\nb\n', "line 2 is not JSON"),
+        ("a.txt", "a\n" + "x" * (MAX_CHARACTERS + 1), rf"line 2: .*{MAX_CHARACTERS + 1} characters"),
+        ("a.md", "a", "ending must be one of"),
+        ("a", "a", "ending must be one of"),
+    ],
+)
+def test_what_is_wrong_is_one_clear_line(tmp_path, name, content, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_prompts(write(tmp_path, name, content))
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="cannot be read"):
+        load_prompts(tmp_path / "absent.txt")
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(UserError, match="cannot be read"):
+        load_prompts(tmp_path / "folder.txt")
+    (tmp_path / "latin.txt").write_bytes("Mädchen".encode("latin-1"))
+    with pytest.raises(UserError, match=r"not UTF-8 \(byte 1\)"):
+        load_prompts(tmp_path / "latin.txt")
+    monkeypatch.setattr("rsaft_fast.evaluation.prompts.MAX_FILE_BYTES", 3)
+    with pytest.raises(UserError, match="4 bytes; the limit is 3"):
+        load_prompts(write(tmp_path, "a.txt", "four"))
+
+
+def test_a_column_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="no column 'caption'.*it has 'prompt'"):
+        load_prompts(write(tmp_path, "a.csv", "prompt\nx\n"), column="caption")
+    with pytest.raises(UserError, match="plain text"):
+        load_prompts(write(tmp_path, "a.txt", "x"), column="prompt")
