@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from pydantic import Field, field_validator
 
+from rsaft_fast.errors import UserError
 from rsaft_fast.rewards.base import Reward
 from rsaft_fast.rewards.clip import ClipReward, Scale
 from rsaft_fast.rewards.preprocess import Clamp
@@ -63,7 +64,10 @@ def resolve_path(path: str) -> str:
         return path
     from rsaft_fast.playground import reward_path
 
-    return str(reward_path(path.removeprefix(_PLAYGROUND)))
+    try:
+        return str(reward_path(path.removeprefix(_PLAYGROUND)))
+    except (ValueError, OSError) as error:
+        raise UserError(f"reward {path!r}: {error}") from error
 
 
 def _load_clip(settings: RewardSettings, device: torch.device | str) -> Reward:

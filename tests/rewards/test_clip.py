@@ -324,6 +324,15 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_line(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def test_rewards_that_ship_are_found_by_name(folder, monkeypatch):
+    monkeypatch.setattr("rsaft_fast.playground.reward_path", {"fair": folder}.get)
+    reward = load_reward(RewardSettings(path="playground/fair"))
+    assert reward.spec.source == "playground/fair" and len(reward.spec.sha256) == 64
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="playground/kind"):
+        load_reward(RewardSettings(path="playground/kind"))
+
+
 def test_settings_refuse_what_they_do_not_know():
     with pytest.raises(ValueError, match="did you mean 'clip'"):
         RewardSettings(name="clop", path="x")
