@@ -146,8 +146,6 @@ class ClipReward(Reward):
             return self.model.logit_scale.new_zeros(0, self.model.config.projection_dim, dtype=_score_dtype(self.dtype))
         return torch.stack([embeddings[prompt] for prompt in prompts])
 
-    # A cached inference tensor could not be saved for a later backward pass.
-    @torch.inference_mode(False)
     @torch.no_grad()
     def _encode_one(self, prompt: str) -> torch.Tensor:
         if prompt in self._text_cache:
