@@ -67,12 +67,19 @@ class SD3(PipelineBackbone):
             device=self.device,
             do_classifier_free_guidance=guided,
             negative_prompt=as_negative_prompts(prompts, negative_prompts) if guided else None,
+            max_sequence_length=self.t5_length,
         )
         return Conditioning(
             self._branch(text, pooled),
             self._branch(negative_text, negative_pooled) if guided else None,
             guidance_scale,
         )
+
+    @property
+    def t5_length(self) -> int:
+        """Tokens of T5's part: diffusers' default of 256, or fewer where the pipeline's own tokenizer stops earlier."""
+        tokenizer = self.pipeline.tokenizer_3
+        return 256 if tokenizer is None else min(256, tokenizer.model_max_length)
 
     def _branch(self, text: torch.Tensor, pooled: torch.Tensor) -> Branch:
         return {"encoder_hidden_states": self._embeddings(text), "pooled_projections": self._embeddings(pooled)}
