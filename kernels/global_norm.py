@@ -80,7 +80,7 @@ def finish_norm_kernel(
             tl.store(values + 2 + group, tl.where(finite & (norm > 0), scale, 0.0))
 
 
-def sum_of_squares(table: TensorTable) -> None:
+def sum_of_squares(table: TensorTable, adaptive: bool) -> None:
     if not table.chunks:
         return
     with on(table.device):
@@ -95,7 +95,7 @@ def sum_of_squares(table: TensorTable) -> None:
             ROW["grad"],
             WEIGHT=DTYPES[table.dtypes["weight"]],
             GRAD=DTYPES[table.dtypes["grad"]],
-            ADAPTIVE=table.adaptive,
+            ADAPTIVE=adaptive,
             CHUNK=CHUNK,
             BLOCK=BLOCK,
             **OPTIONS,

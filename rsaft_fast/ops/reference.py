@@ -14,13 +14,13 @@ def _compute_dtype(table: TensorTable) -> torch.dtype:
     return torch.promote_types(table.dtypes["weight"], torch.float32)
 
 
-def sum_of_squares(table: TensorTable) -> None:
+def sum_of_squares(table: TensorTable, adaptive: bool) -> None:
     """Fills ``table.sum_sq``: each tensor's sum in the slot of its first chunk (the kernels use every chunk's slot)."""
     table.sum_sq.zero_()
     for index, (weight, grad) in enumerate(zip(table["weight"], table["grad"])):
         if grad is None or grad.numel() == 0:
             continue
-        if table.adaptive:
+        if adaptive:
             grad = weight.to(_compute_dtype(table)) * grad
         norm = torch.linalg.vector_norm(grad, dtype=torch.float64)
         table.sum_sq[table.first_chunk[index]] = norm * norm

@@ -30,6 +30,7 @@ def global_norm(
     tables: TensorTable | Sequence[TensorTable],
     rho: float | torch.Tensor = 0.0,
     *,
+    plain: bool = False,
     out: GradientNorm | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
 ) -> GradientNorm:
@@ -40,7 +41,8 @@ def global_norm(
     below 1e-23 on the kernels; the torch path sums in float64 throughout.
 
     Args:
-        tables: with ``grad`` bound. Absent gradients count as zero. A table with ``adaptive`` sums ``(w * g)**2``.
+        tables: with ``grad`` bound. Absent gradients count as zero. A table with ``adaptive`` sums ``(w * g)**2``,
+            unless ``plain``: clipping is about the gradient itself.
         rho: the radius, one for all, or a float64 tensor on the device with one a group.
         out: where to write; new by default.
         process_group: squared norms are summed over its ranks (for parameters sharded over them). None: this rank's.
@@ -53,7 +55,7 @@ def global_norm(
         rho = torch.full((1 if out is None else out.scale.numel(),), float(rho), dtype=torch.float64, device=device)
     out = GradientNorm(device, rho.numel()) if out is None else out
     for table in tables:
-        _implementation(table).sum_of_squares(table)
+        _implementation(table).sum_of_squares(table, table.adaptive and not plain)
     backends.implementation(device).finish_norm([table.sum_sq for table in tables], out, rho)
     if process_group is not None:
         torch.distributed.all_reduce(out.sum_sq, group=process_group)

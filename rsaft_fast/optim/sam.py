@@ -70,7 +70,7 @@ class SAM(SharpnessAware):
 
     def _update(self, buckets: list[Bucket]) -> None:
         tables = [bucket.table for bucket in buckets]
-        ops.global_norm(tables, out=self._second, process_group=self.process_group)
+        ops.global_norm(tables, plain=True, out=self._second, process_group=self.process_group)
         if self._phase == PERTURBED:
             for table in tables:
                 ops.sam_restore_(table, self._first)
@@ -86,9 +86,7 @@ class SAM(SharpnessAware):
         return flag
 
     def _step_base(self, skip: torch.Tensor) -> None:
-        grad_scale = getattr(self, "grad_scale", None)
-        if grad_scale is not None:
-            self._gradient_scale.copy_(grad_scale)
+        grad_scale = self._taken_grad_scale()
         if getattr(self.base, "_step_supports_amp_scaling", False):
             self.base.grad_scale, self.base.found_inf = grad_scale, skip
             try:

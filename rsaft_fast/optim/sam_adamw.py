@@ -73,18 +73,15 @@ class SAMAdamW(SharpnessAware):
 
     def _update(self, buckets: list[Bucket]) -> None:
         self._upload_hyper()
-        grad_scale = getattr(self, "grad_scale", None)
-        if grad_scale is not None:
-            self._gradient_scale.copy_(grad_scale)
         tables = [bucket.table for bucket in buckets]
-        ops.global_norm(tables, out=self._second, process_group=self.process_group)
+        ops.global_norm(tables, plain=True, out=self._second, process_group=self.process_group)
         ops.sam_adamw_step_(
             tables,
             self._second,
             self._scalars,
             first=None if self._phase == IDLE else self._first,
             restore=self._phase == PERTURBED,
-            grad_scale=grad_scale,
+            grad_scale=self._taken_grad_scale(),
             found_inf=getattr(self, "found_inf", None),
         )
         self._finish(buckets, zero_grad=False)

@@ -153,7 +153,8 @@ class SharpnessAware(torch.optim.Optimizer):
         """Diagnostics of the last perturbation and the last step. Waits for the device: for logging, not for each step.
 
         Returns:
-            ``grad_norm``, ``second_grad_norm``: norms of the two passes' gradients, unscaled.
+            ``grad_norm``, ``second_grad_norm``: norms of the two passes' gradients, over the scale that GradScaler gave to
+            the step (ASAM's first: of ``w * g``).
             ``eps_norm``: norm of the perturbation at the precision that the forward sees. ``projection``: its
             component along the wanted perturbation, over the wanted length: 1 is right, below 0.5 it does not act.
             ``cosine``: between the two. ``applied_over_rho``: its length over the wanted length (rho without ASAM).
@@ -261,6 +262,7 @@ class SharpnessAware(torch.optim.Optimizer):
         self._scalars = scalars
         self._first, self._second = ops.GradientNorm(device, groups), ops.GradientNorm(device, groups)
         self._gradient_scale = torch.ones((), dtype=torch.float64, device=device)
+        self._was_scaled = False
         self._rho = torch.zeros(groups, dtype=torch.float64, device=device)
         self._rho_known: list[float] | None = None
         for bucket in buckets:
@@ -273,6 +275,16 @@ class SharpnessAware(torch.optim.Optimizer):
                 check_rho(value)
             upload(self._rho, rho)
             self._rho_known = rho
+
+    def _taken_grad_scale(self) -> torch.Tensor | None:
+        """GradScaler's scale if it left unscaling to this step; kept for ``stats``."""
+        grad_scale = getattr(self, "grad_scale", None)
+        if grad_scale is not None:
+            self._gradient_scale.copy_(grad_scale)
+        elif self._was_scaled:
+            self._gradient_scale.fill_(1.0)
+        self._was_scaled = grad_scale is not None
+        return grad_scale
 
     def _finish(self, buckets: list[Bucket], zero_grad: bool) -> None:
         for bucket in buckets:

@@ -102,6 +102,7 @@ def test_adaptive_weighs_by_the_weights(backend):
     table, before = random_table(backend, torch.float32, torch.Generator().manual_seed(4), absent=(2,), adaptive=True)
     weighed = [w * g for w, g in zip(before["weight"], before["grad"]) if g is not None]
     assert ops.global_norm(table).norm.item() == pytest.approx(exact_norm(weighed), rel=1e-6)
+    assert ops.global_norm(table, plain=True).norm.item() == pytest.approx(exact_norm(before["grad"]), rel=1e-6)
 
 
 def test_the_same_bits_every_time(backend):
