@@ -1,9 +1,14 @@
 """Shared by all tests: GPU tests need a GPU; the ``backend`` fixture runs a test on each way to compute."""
 
 import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
+
+from rsaft_fast.ops import library
 
 INTERPRETER = "triton-interpreter"
 
@@ -23,8 +28,38 @@ def pytest_collection_modifyitems(config, items):
         items[:] = kept
 
 
-@pytest.fixture(params=["torch", INTERPRETER, pytest.param("triton-gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="session")
+def host_library(tmp_path_factory):
+    """csrc/ compiled by the C++ compiler: the kernels of the CUDA library, walking host memory thread by thread."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    path = tmp_path_factory.mktemp("library") / "librsaft.so"
+    csrc = Path(__file__).parents[1] / "csrc"
+    sources = [csrc / name for name in (csrc / "sources.txt").read_text().split()]
+    options = "-x c++ -O1 -std=c++17 -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas -fPIC -shared".split()
+    subprocess.run([compiler, *options, *sources, "-o", path], check=True)
+    return path
+
+
+GPU = pytest.mark.gpu
+
+
+@pytest.fixture(
+    params=[
+        "torch",
+        INTERPRETER,
+        "cuda-host",
+        pytest.param("triton-gpu", marks=GPU),
+        pytest.param("cuda-gpu", marks=GPU),
+    ]
+)
 def backend(request, monkeypatch):
-    """Forces one backend and gives its device: torch on the CPU, Triton's interpreter, Triton on a GPU."""
-    monkeypatch.setenv("RSAFT_BACKEND", request.param.split("-")[0])
-    return torch.device("cuda" if request.param == "triton-gpu" else "cpu")
+    """Forces one backend and gives its device: torch, Triton's interpreter and the host library on the CPU; GPU."""
+    name, where = (request.param.split("-") + [""])[:2]
+    monkeypatch.setenv("RSAFT_BACKEND", name)
+    if where == "host":
+        monkeypatch.setenv(library.ENV, str(request.getfixturevalue("host_library")))
+        library.forget()
+        request.addfinalizer(library.forget)
+    return torch.device("cuda" if where == "gpu" else "cpu")

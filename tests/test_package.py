@@ -43,11 +43,11 @@ def test_wheel_without_a_compiler_is_pure_and_whole(tmp_path):
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_wheel_with_a_compiler_holds_a_library_that_loads(tmp_path, monkeypatch):
-    wheel = build_wheel(tmp_path, RSAFT_CUDA="1")
+    wheel = build_wheel(tmp_path, RSAFT_CUDA="1", RSAFT_ARCHITECTURES="90")
     assert "-py3-none-" in wheel.name and not wheel.name.endswith("any.whl"), "any Python, this platform"
     zipfile.ZipFile(wheel).extract("rsaft_fast/librsaft.so", tmp_path)
     monkeypatch.setenv(library.ENV, str(tmp_path / "rsaft_fast/librsaft.so"))
-    library.load.cache_clear()
+    library.forget()
     try:
         loaded = library.load()
         assert library.cuda_versions(loaded)[0] >= 12000
@@ -55,13 +55,13 @@ def test_wheel_with_a_compiler_holds_a_library_that_loads(tmp_path, monkeypatch)
         with pytest.raises(library.LibraryError, match="CUDA error 1"):
             library.check(loaded, 1)
     finally:
-        library.load.cache_clear()
+        library.forget()
 
 
 def test_a_missing_damaged_or_foreign_library_says_so(tmp_path, monkeypatch):
     def reason(path):
         monkeypatch.setenv(library.ENV, str(path))
-        library.load.cache_clear()
+        library.forget()
         return library.why_not()
 
     try:
@@ -73,12 +73,16 @@ def test_a_missing_damaged_or_foreign_library_says_so(tmp_path, monkeypatch):
             subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "old.so", tmp_path / "old.c"], check=True)
             assert "ABI 0" in reason(tmp_path / "old.so")
     finally:
-        library.load.cache_clear()
+        library.forget()
 
 
 @pytest.mark.skipif(not all(map(shutil.which, ("nvcc", "cmake", "ninja"))), reason="no nvcc, cmake or ninja")
 def test_cmake_builds_the_same_library(tmp_path):
-    subprocess.run(["cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja"], check=True, capture_output=True)
+    subprocess.run(
+        ["cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", "-DRSAFT_ARCHITECTURES=80"],
+        check=True,
+        capture_output=True,
+    )
     subprocess.run(["cmake", "--build", tmp_path], check=True, capture_output=True)
     built = ctypes.CDLL(str(tmp_path / "librsaft.so"))
     assert built.rsaft_abi_version() == library.ABI_VERSION

@@ -3,6 +3,7 @@
 A missing backend never fails at import; it fails when it is forced with ``RSAFT_BACKEND`` and asked to run.
 """
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -11,10 +12,12 @@ from typing import NamedTuple
 
 import torch
 
+from . import library
+
 ORDER = ("cuda", "triton", "torch")
 ENV = "RSAFT_BACKEND"
 
-_MODULES = {"triton": "rsaft_fast.kernels", "torch": "rsaft_fast.ops.reference"}
+_MODULES = {"cuda": "rsaft_fast.ops.cuda", "triton": "rsaft_fast.kernels", "torch": "rsaft_fast.ops.reference"}
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -51,10 +54,12 @@ def why_not(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...] 
     if backend == "torch":
         return None
     if backend == "cuda":
-        return "the CUDA library is not built in this version"
-    if importlib.util.find_spec("triton") is None:
+        obstacle = library.why_not(device.type)
+        if obstacle is not None:
+            return obstacle
+    elif not _has_triton():
         return "the package triton is not installed"
-    if device.type != "cuda" and not _interpreting():
+    elif device.type != "cuda" and not _interpreting():
         return f"Triton needs a CUDA device and the tensors are on {device.type} (TRITON_INTERPRET=1 runs it there)"
     unsupported = [str(dtype) for dtype in dtypes if dtype not in _KERNEL_DTYPES]
     if unsupported:
@@ -84,6 +89,11 @@ def implementation(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -
     return importlib.import_module(_MODULES[choose(device, dtypes)])
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -91,5 +101,7 @@ def _interpreting() -> bool:
 def _why(backend: str, gpu: torch.device) -> str:
     if backend == "torch":
         return f"plain torch {torch.__version__}, any device and dtype"
+    if backend == "cuda":
+        return f"compiled library (csrc/) on {torch.cuda.get_device_name() if gpu.type == 'cuda' else 'the CPU'}"
     where = torch.cuda.get_device_name() if gpu.type == "cuda" else "the interpreter on the CPU (TRITON_INTERPRET=1)"
     return f"Triton {importlib.import_module('triton').__version__} on {where}"

@@ -5,7 +5,7 @@ import functools
 import os
 from pathlib import Path
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ENV = "RSAFT_LIBRARY"
 
 
@@ -47,12 +47,21 @@ def check(library: ctypes.CDLL, error: int) -> None:
         raise LibraryError(f"CUDA error {error}: {library.rsaft_error_string(error).decode()}")
 
 
-def why_not() -> str | None:
-    """Why the library cannot run on this machine's GPU; None when it can."""
+@functools.cache
+def why_not(device_type: str = "cuda") -> str | None:
+    """Why the library cannot serve tensors on devices of this type; None when it can.
+
+    Compiled by a C++ compiler instead of nvcc, the same sources walk host memory: the tests' instrument.
+    """
     try:
         runtime, driver = cuda_versions(load())
     except LibraryError as error:
         return str(error)
+    made_for = "cuda" if runtime else "cpu"
+    if device_type != made_for:
+        return f"the library is built for tensors on {made_for}, and these are on {device_type}"
+    if made_for == "cpu":
+        return None
     if driver == 0:
         return "the CUDA library is built, but there is no NVIDIA driver"
     # Within one major version a driver serves newer runtimes.
@@ -62,6 +71,12 @@ def why_not() -> str | None:
             "update the driver"
         )
     return None
+
+
+def forget() -> None:
+    """Look for the library again at the next call (after ``RSAFT_LIBRARY`` has changed)."""
+    load.cache_clear()
+    why_not.cache_clear()
 
 
 def _dotted(version: int) -> str:

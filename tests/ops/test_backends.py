@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rsaft_fast import ops
-from rsaft_fast.ops import backends
+from rsaft_fast.ops import backends, library
 
 CPU = torch.device("cpu")
 
@@ -18,7 +18,16 @@ def run(code: str) -> str:
     return done.stdout
 
 
-def test_describe_lists_every_backend_in_order():
+@pytest.fixture
+def no_library(monkeypatch, tmp_path):
+    """As if csrc/ had not been compiled, whatever this installation holds."""
+    monkeypatch.setenv(library.ENV, str(tmp_path / "absent.so"))
+    library.forget()
+    yield
+    library.forget()
+
+
+def test_describe_lists_every_backend_in_order(no_library):
     rows = backends.describe()
     assert [row.backend for row in rows] == ["cuda", "triton", "torch"]
     assert all(row.why for row in rows)
@@ -31,7 +40,7 @@ def test_the_cpu_takes_torch_by_itself(monkeypatch):
     assert backends.choose(CPU, (torch.float64,)) == "torch"
 
 
-def test_a_forced_backend_that_cannot_run_says_why(monkeypatch):
+def test_a_forced_backend_that_cannot_run_says_why(monkeypatch, no_library):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("RSAFT_BACKEND", "triton")
     with pytest.raises(RuntimeError, match="RSAFT_BACKEND=triton is forced, but Triton needs a CUDA device.*cpu"):

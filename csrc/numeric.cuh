@@ -1,0 +1,90 @@
+// Element types and 16-byte packs, the same on device and host: tests compile this for the CPU and hold it to float64.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#include <cuda_fp16.h>
+#define RSAFT_HD __host__ __device__ __forceinline__
+#else
+#define RSAFT_HD inline
+#endif
+
+namespace rsaft {
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+RSAFT_HD uint32_t float_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+RSAFT_HD float bits_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+RSAFT_HD float to_float(float x) { return x; }
+RSAFT_HD float to_float(bf16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+RSAFT_HD float to_float(f16 x) {
+#if defined(__CUDACC__)
+    __half_raw raw;
+    raw.x = x.bits;
+    return __half2float(__half(raw));
+#else
+    _Float16 half;
+    memcpy(&half, &x.bits, sizeof half);
+    return static_cast<float>(half);
+#endif
+}
+
+// Round to nearest even.
+template <class T> RSAFT_HD T from_float(float x);
+template <> RSAFT_HD float from_float<float>(float x) { return x; }
+template <> RSAFT_HD bf16 from_float<bf16>(float x) {
+    const uint32_t bits = float_bits(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
+    return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+template <> RSAFT_HD f16 from_float<f16>(float x) {
+#if defined(__CUDACC__)
+    return {__half_raw(__float2half_rn(x)).x};
+#else
+    const _Float16 half = static_cast<_Float16>(x);
+    f16 out;
+    memcpy(&out.bits, &half, sizeof half);
+    return out;
+#endif
+}
+
+// A thread works on VECTOR elements at a time: one 16-byte access in 16-bit types, two in float32.
+constexpr int VECTOR = 8;
+
+template <class T> struct alignas(16) Pack {
+    T v[VECTOR];
+};
+
+template <class T> RSAFT_HD Pack<T> load_pack(const T *p) {
+#if defined(__CUDA_ARCH__)
+    // Addresses come from a table: without the hint the compiler issues generic loads.
+    __builtin_assume(__isGlobal(p));
+#endif
+    return *reinterpret_cast<const Pack<T> *>(p);
+}
+
+template <class T> RSAFT_HD void store_pack(T *p, const Pack<T> &x) {
+#if defined(__CUDA_ARCH__)
+    __builtin_assume(__isGlobal(p));
+#endif
+    *reinterpret_cast<Pack<T> *>(p) = x;
+}
+
+} // namespace rsaft

@@ -1,0 +1,53 @@
+// Putting a chunk's weights back; used by itself and by the step that is skipped.
+#pragma once
+
+#include <type_traits>
+
+#include "chunks.cuh"
+
+namespace rsaft {
+
+template <class W, bool MASTER> struct Restore {
+    static constexpr int SUMS = 0;
+    using S = std::conditional_t<MASTER, float, W>;
+    const float *found_inf;
+
+    struct Here {
+        W *weight;
+        const S *source;
+        int count;
+        bool aligned;
+    };
+
+    RSAFT_HD static int chunk_of(int block, int) { return block; }
+
+    RSAFT_HD bool begin(const rsaft_table &t, const Span &s, Here &here) const {
+        const int64_t weight = address_of(t, RSAFT_WEIGHT, s.tensor);
+        const int64_t source = address_of(t, MASTER ? RSAFT_MASTER : RSAFT_BACKUP, s.tensor);
+        here = {element<W>(weight, s.start), element<const S>(source, s.start), s.count, ((weight | source) & 15) == 0};
+        // After a perturbation that was a no-op the weights are intact and the backup is not.
+        return *found_inf == 0.0f;
+    }
+
+    template <int N> RSAFT_HD void at(const Here &here, int i, Sums<0> &) const {
+        if constexpr (N == VECTOR) {
+            const Pack<S> source = load_pack(here.source + i);
+            Pack<W> weight;
+#pragma unroll
+            for (int k = 0; k < VECTOR; ++k) weight.v[k] = back(source.v[k]);
+            store_pack(here.weight + i, weight);
+        } else {
+            here.weight[i] = back(here.source[i]);
+        }
+    }
+
+    // A backup is copied as it is: NaN payloads survive.
+    RSAFT_HD static W back(S source) {
+        if constexpr (std::is_same_v<S, W>) return source;
+        else return from_float<W>(to_float(source));
+    }
+
+    RSAFT_HD void finish(const rsaft_table &, const Span &, const Sums<0> &) const {}
+};
+
+} // namespace rsaft
