@@ -1,0 +1,14 @@
+"""The shipped architectures are those of the public models."""
+
+import pytest
+
+from rsaft_fast.backbones.specs import NAMES, build_denoiser
+
+PUBLISHED = {"sd15": 859_520_964, "sdxl": 2_567_463_684, "sd35-medium": 2_243_171_520, "flux1": 11_901_408_320}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameter_counts_are_the_published_ones(name):
+    network = build_denoiser(name)
+    assert sum(p.numel() for p in network.parameters()) == PUBLISHED[name]
+    assert {p.device.type for p in network.parameters()} == {"meta"}
