@@ -50,9 +50,9 @@ def check_config(config: Config) -> Inputs:
     # The method itself knows whether its K fits into the sampler's steps.
     config.method.draw(config.sampler.steps, derive_rng(config.seed, 0, "plan"))
     _check_agreement(config)
-    _check_device(config.backbone.device)
+    check_device(config.backbone.device)
     _check_backend(config.backbone.device)
-    _check_path("backbone.path", config.backbone.path)
+    check_path("backbone.path", config.backbone.path)
     checkpoint, notes = _find_checkpoint(config)
     prompts = load_prompts(config.data.prompts, config.data.column)
     return Inputs(
@@ -87,7 +87,8 @@ def _check_agreement(config: Config) -> None:
             ) from error
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
+    """Refuse a device that torch does not have."""
     if name == "auto":
         return
     try:
@@ -114,7 +115,8 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
 
 
-def _check_path(key: str, path: str) -> None:
+def check_path(key: str, path: str) -> None:
+    """Refuse a pipeline's path that is neither a folder nor a hub id."""
     if path != PLAYGROUND and not Path(path).expanduser().exists() and not _HUB_ID.fullmatch(path):
         raise UserError(f"{key}: there is no folder {path!r}, and it is not a hub id (owner/name)")
 
@@ -122,7 +124,7 @@ def _check_path(key: str, path: str) -> None:
 def _find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, and that the output folder may be written."""
     folder = config.run_folder
-    _check_writable(folder)
+    check_writable(folder)
     if config.resume is None:
         if has_run(folder):
             raise UserError(
@@ -151,14 +153,15 @@ def has_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in (CONFIG, METRICS, "checkpoints"))
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path, key: str = "output_dir") -> None:
+    """Refuse an output folder that could not be made."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir {folder} is a file; give a folder")
+        raise UserError(f"{key} {folder} is a file; give a folder")
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"output_dir {folder} cannot be made: {existing} is not a folder that you may write to")
+        raise UserError(f"{key} {folder} cannot be made: {existing} is not a folder that you may write to")
 
 
 def _sample_prompts(config: Config, prompts: list[str]) -> list[str]:

@@ -198,8 +198,9 @@ def pack(tree: Any) -> tuple[Tensors, Any]:
             tensors[path] = node
             return {"tensor": path}
         if isinstance(node, Mapping):
-            # As pairs, since JSON has no integer keys.
-            return {"dict": [[key, walk(value, f"{path}.{key}" if path else str(key))] for key, value in node.items()]}
+            # As pairs, since JSON has no integer keys; sorted, so that equal states are equal files.
+            items = sorted(node.items(), key=lambda item: str(item[0]))
+            return {"dict": [[key, walk(value, f"{path}.{key}" if path else str(key))] for key, value in items]}
         if isinstance(node, list | tuple):
             items = [walk(value, f"{path}.{index}") for index, value in enumerate(node)]
             return {"tuple" if isinstance(node, tuple) else "list": items}

@@ -44,12 +44,17 @@ class Outcome:
     message: str
     stopped_by: Signals | None = None
 
+    @property
+    def exit_code(self) -> int:
+        """0, or what a shell reports for a process that the signal killed: schedulers and scripts know these."""
+        return 0 if self.stopped_by is None else 128 + self.stopped_by
+
 
 def train(
     config: Config,
     *,
     say: Callable[[str], None] = lambda line: tqdm.write(line, file=sys.stderr),
-    after_update: Callable[[Trainer, dict[str, Any]], None] = lambda trainer, record: None,
+    on_samples: Callable[[Trainer, torch.Tensor, int], None] = lambda trainer, images, step: None,
     title: str | None = None,
 ) -> Outcome:
     """Fine-tune as the recipe says. The run folder appears with the first finished update: what fails before, at a
@@ -57,7 +62,8 @@ def train(
 
     Args:
         say: takes lines for the user.
-        after_update: called with the trainer and the update's record, which it may add to.
+        on_samples: called with the trainer, each sample grid's pictures, and the updates before them; first with those
+            of the untrained model and 0.
         title: of the progress bar.
 
     Raises:
@@ -77,16 +83,18 @@ def train(
     with StopSignals() as stop, run:
         # Drawn before a checkpoint is loaded: every grid shows what the model drew before any training.
         run.baseline = run.sample(stop)
+        if run.baseline is not None:
+            on_samples(trainer, run.baseline, 0)
         if saved is not None:
             trainer.load(saved)
             del saved
         run.begin()
         while trainer.step < config.max_steps and not stop:
             record = trainer.update()
-            after_update(trainer, record)
             run.note(record)
-            if run.is_due(config.samples.every):
-                run.log_samples(run.sample(stop))
+            if run.is_due(config.samples.every) and (images := run.sample(stop)) is not None:
+                run.log_samples(images)
+                on_samples(trainer, images, trainer.step)
             if run.is_due(config.checkpoint_every):
                 run.save()
         if trainer.step > run.saved:
@@ -150,10 +158,9 @@ class _Run:
         """The sample grid's pictures; None without a grid, or when a signal came meanwhile."""
         return self.trainer.sample(stop.__bool__) if self.config.samples.every else None
 
-    def log_samples(self, images: torch.Tensor | None) -> None:
-        if images is not None and self.baseline is not None:
-            columns = {"before": self.baseline, f"after {self.trainer.step} updates": images}
-            self.log.samples(compose_grid(self.trainer.sample_prompts, columns), self.trainer.step)
+    def log_samples(self, images: torch.Tensor) -> None:
+        columns = {"before": self.baseline, f"after {self.trainer.step} updates": images}
+        self.log.samples(compose_grid(self.trainer.sample_prompts, columns), self.trainer.step)
 
     def save(self) -> None:
         self.checkpoint = checkpoints.write(

@@ -22,10 +22,11 @@ def sample_images(
     seed: int,
     batch_size: int = 8,
     stop: Callable[[], bool] = lambda: False,
+    same_noise: bool = False,
 ) -> torch.Tensor | None:
     """Images (B, 3, H, W), nominally 0 to 1, one for each row of `conditioning`; None when `stop` says so.
 
-    Picture i depends on (seed, i) and its prompt alone, whatever the batch size.
+    Picture i depends on (seed, i) and its prompt alone, whatever the batch size; with `same_noise` on (seed, prompt).
     """
     plan = DRaFT(k=1).draw(len(schedule), derive_rng(seed, SAMPLE_STEP, "plan"))
     pictures = []
@@ -33,7 +34,7 @@ def sample_images(
         if stop():
             return None
         rows = range(first, min(first + batch_size, len(conditioning)))
-        noise = NoiseSource(seed, SAMPLE_STEP, tuple(rows))
+        noise = NoiseSource(seed, SAMPLE_STEP, (0,) * len(rows) if same_noise else tuple(rows))
         latents = backbone.initial_latents(noise)
         part = conditioning.select(slice(rows.start, rows.stop))
         trajectory = rollout(backbone, schedule, plan, latents, part, noise)

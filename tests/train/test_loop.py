@@ -212,7 +212,7 @@ def test_plain_diffusers_draws_the_same_pictures_from_the_exported_lora(tiny, ou
         tiny, out, family, max_steps=2, sampler={"steps": 4, "guidance_scale": 3.0}, samples={"every": 2, "count": 2}
     )
     trainers = []
-    train(settings, after_update=lambda trainer, record: trainers.append(trainer))
+    train(settings, on_samples=lambda trainer, images, step: trainers.append(trainer))
     ours = trainers[-1].sample()
     pipeline = DiffusionPipeline.from_pretrained(settings.backbone.path)
     if family == "sd15":
@@ -290,8 +290,8 @@ def test_a_reward_that_turns_nan_keeps_the_last_checkpoint_and_the_weights(tiny,
     trainers = []
     with pytest.raises(NonFiniteRewardError):
         train(
-            config(tiny, out, max_steps=20, checkpoint_every=1),
-            after_update=lambda trainer, record: trainers.append(trainer),
+            config(tiny, out, max_steps=20, checkpoint_every=1, samples={"every": 20, "count": 1}),
+            on_samples=lambda trainer, images, step: trainers.append(trainer),
         )
     records = read_metrics(out)
     assert 1 <= len(records) < 20

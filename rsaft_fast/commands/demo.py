@@ -1,0 +1,179 @@
+"""`rsaft-fast demo`: plain reward fine-tuning and RSA-FT from the same start, judged by a preference that is known."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from rsaft_fast import playground
+from rsaft_fast.commands.output import output_folder
+from rsaft_fast.errors import UserError
+from rsaft_fast.evaluation import Curve, Panel, comparison_figure, sharpness, summary_table
+from rsaft_fast.train.config import Config, SampleSettings
+from rsaft_fast.train.loop import Outcome, train
+from rsaft_fast.train.recipe import find_recipe, load_config
+from rsaft_fast.train.trainer import Trainer
+
+RECIPE = "playground.yaml"
+BEFORE, PLAIN, SMOOTHED = "before", "plain", "RSA-FT"
+EVALUATIONS = 6  # along each run, beside the one before it
+SHOWN = 6  # prompts in the figure
+QUANTITIES = ("proxy reward", "true preference r*", "sharpness S1")
+
+
+@dataclass
+class Measured:
+    """One run's figures on the held-out prompts, at fixed noise.
+
+    Attributes:
+        steps: updates before each evaluation.
+        scores: quantity to its values of every picture, (N,), at each evaluation.
+        images: pictures of each evaluation, (N, 3, H, W); all but the first and last are dropped.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    scores: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {name: [] for name in QUANTITIES})
+    images: list[torch.Tensor] = field(default_factory=list)
+
+    def evaluate(self, trainer: Trainer, images: torch.Tensor, step: int) -> None:
+        """Score a sample grid's pictures."""
+        prompts, ball = trainer.sample_prompts, trainer.config.sharpness
+        with torch.no_grad():
+            proxy = trainer.reward.score(images, prompts)
+        values = (
+            proxy,
+            playground.true_preference(images, prompts),
+            sharpness(trainer.reward, images, prompts, ball.radius, ball.norm, ball.space),
+        )
+        for name, value in zip(QUANTITIES, values):
+            self.scores[name].append(value.detach().double().cpu())
+        self.steps.append(step)
+        self.images = [*self.images[:1], images]
+
+    def curve(self, name: str) -> list[float]:
+        """The mean over pictures at each evaluation."""
+        return [float(values.mean()) for values in self.scores[name]]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    _require_assets(arguments.proxy)
+    output = output_folder(arguments.output, os.path.join("runs", "demo"))
+    config = _config(arguments)
+    pictures = len(playground.eval_prompts())
+    print(
+        f"{config.max_steps} updates of DRaFT-{config.method.k} on the {arguments.proxy} proxy, plain and with RSA-FT, "
+        f"both from seed {config.seed}; judged on {pictures} prompts that neither trains on",
+        flush=True,
+    )
+    runs: dict[str, Measured] = {}
+    for label, smoothing in ((PLAIN, None), (SMOOTHED, config.smoothing)):
+        runs[label], outcome = _train(config, label, smoothing, output / label.lower())
+        if outcome.stopped_by is not None:
+            print(f"rsaft-fast: {outcome.message}", file=sys.stderr)
+            return outcome.exit_code
+    changes = {
+        label: {name: (measured.curve(name)[0], measured.curve(name)[-1]) for name in QUANTITIES}
+        for label, measured in runs.items()
+    }
+    print(summary_table(changes))
+    for line in _verdict(runs):
+        print(line)
+    _record(output / "comparison.json", config, runs)
+    figure = _draw(output / "comparison.png", config, runs)
+    print(f"rsaft-fast: {figure} ({time.perf_counter() - started:.0f} s; the two runs are beside it)")
+    return 0
+
+
+def _require_assets(proxy: str) -> None:
+    try:
+        playground.pipeline_path()
+        playground.reward_path(proxy)
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from error
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    """The playground's recipe; its sample grids are the evaluations, its only checkpoint the last."""
+    overrides = [f"seed={arguments.seed}", f"reward.path=playground/{arguments.proxy}", "logging.tensorboard=false"]
+    if arguments.steps is not None:
+        overrides.append(f"max_steps={arguments.steps}")
+    config = load_config(find_recipe(RECIPE), overrides)
+    grids = SampleSettings(
+        every=max(1, config.max_steps // EVALUATIONS), prompts="playground", count=len(playground.eval_prompts())
+    )
+    return config.model_copy(update={"samples": grids, "checkpoint_every": config.max_steps})
+
+
+def _train(config: Config, label: str, smoothing, folder: Path) -> tuple[Measured, Outcome]:
+    smoothing = smoothing or config.smoothing.model_copy(update={"image": None, "parameters": None})
+    measured = Measured()
+    outcome = train(
+        config.model_copy(update={"output_dir": str(folder), "smoothing": smoothing}),
+        on_samples=measured.evaluate,
+        title=label.ljust(len(SMOOTHED)),
+    )
+    return measured, outcome
+
+
+def _verdict(runs: dict[str, Measured]) -> list[str]:
+    """What was measured, in words; nothing here assumes an outcome."""
+    lines = []
+    for label, measured in runs.items():
+        truth = measured.curve(QUANTITIES[1])
+        peak = max(range(len(truth)), key=truth.__getitem__)
+        lines.append(
+            f"{label}: r* starts at {truth[0]:.4f}, is highest at {truth[peak]:.4f} after {measured.steps[peak]} "
+            f"updates, ends at {truth[-1]:.4f}"
+        )
+    for name in QUANTITIES[:2]:
+        last = [runs[label].scores[name][-1] for label in (SMOOTHED, PLAIN)]
+        # The same prompts and noise: pictures are compared one by one.
+        difference = last[0] - last[1]
+        half = 1.96 * float(difference.std()) / len(difference) ** 0.5
+        lines.append(
+            f"RSA-FT minus plain, {name}: {float(difference.mean()):+.4f} (95 % interval over {len(difference)} "
+            f"pictures of this one seed: +-{half:.4f})"
+        )
+    return lines
+
+
+def _record(path: Path, config: Config, runs: dict[str, Measured]) -> None:
+    curves = {
+        label: {"steps": measured.steps} | {name: measured.curve(name) for name in QUANTITIES}
+        for label, measured in runs.items()
+    }
+    content = {"seed": config.seed, "reward": config.reward.path, "runs": curves}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _draw(path: Path, config: Config, runs: dict[str, Measured]) -> Path:
+    prompts = playground.eval_prompts()[:SHOWN]
+    columns = {BEFORE: runs[PLAIN].images[0][:SHOWN]}
+    captions = {BEFORE: _captions(runs[PLAIN], 0)}
+    for label, measured in runs.items():
+        columns[label], captions[label] = measured.images[-1][:SHOWN], _captions(measured, -1)
+    panels = [
+        Panel(name, unit, {label: Curve(measured.steps, measured.curve(name)) for label, measured in runs.items()})
+        for name, unit in zip(QUANTITIES, ("score", "0 to 1", "score"))
+    ]
+    return comparison_figure(
+        path,
+        prompts,
+        columns,
+        panels,
+        captions,
+        title=f"Plain reward fine-tuning and RSA-FT on the {config.reward.path} proxy",
+        subtitle=f"seed {config.seed}; curves: means over {len(runs[PLAIN].images[0])} held-out prompts, same noise",
+    )
+
+
+def _captions(measured: Measured, index: int) -> list[str]:
+    return [f"r* {float(value):.3f}" for value in measured.scores[QUANTITIES[1]][index][:SHOWN]]

@@ -1,0 +1,138 @@
+"""`rsaft-fast doctor`: what is here, what will run, and what to change."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+
+import torch
+
+from rsaft_fast.ops import backends
+
+REQUIRED = ("rsaft_fast", "torch", "triton", "diffusers", "transformers", "peft", "safetensors", "accelerate")
+OPTIONAL = {
+    "bitsandbytes": "8-bit optimizer state and NF4 base weights: pip install 'rsaft_fast[low-bit]'",
+    "xformers": "another attention backend; its PyPI wheel needs CUDA 12's runtime",
+    "ftfy": "cleans odd Unicode in prompts, as the original CLIP tokenizer did",
+    "torchvision": "not needed",
+}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    for title, lines in (
+        ("versions", _versions()),
+        ("device", _device()),
+        ("backends of the operations, in the order in which they are tried", _backends()),
+        ("attention", _attention()),
+        ("optional packages", _optional()),
+        ("advice", _advice()),
+    ):
+        print(f"{title}:")
+        for line in lines:
+            print(f"  {line}")
+    return 0
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _versions() -> Iterator[str]:
+    yield f"python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    for package in REQUIRED:
+        yield f"{package} {version_of(package) or 'is missing: pip install ' + package}"
+
+
+def _device() -> Iterator[str]:
+    yield f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        yield (
+            f"cuda:{index}: {properties.name}, sm_{properties.major}{properties.minor}, "
+            f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        )
+    if not torch.cuda.is_available():
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+        yield f"no GPU: torch was built with {built}"
+
+
+def _backends() -> Iterator[str]:
+    rows = backends.describe()
+    width = max(len(row.backend) for row in rows)
+    for row in rows:
+        yield f"{row.backend.ljust(width)}  {'runs' if row.available else 'no  '}  {row.why}"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    forced = os.environ.get(backends.ENV)
+    try:
+        yield f"used on {device.type}: {backends.choose(device)}" + (f" ({backends.ENV}={forced})" if forced else "")
+    except (RuntimeError, ValueError) as error:
+        yield f"used on {device.type}: none. {error}"
+
+
+def _attention() -> Iterator[str]:
+    if not torch.cuda.is_available():
+        yield "scaled_dot_product_attention on the CPU"
+        return
+    kinds = {
+        "flash": torch.backends.cuda.flash_sdp_enabled(),
+        "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+        "cuDNN": torch.backends.cuda.cudnn_sdp_enabled(),
+        "math": torch.backends.cuda.math_sdp_enabled(),
+    }
+    yield "scaled_dot_product_attention with " + ", ".join(name for name, enabled in kinds.items() if enabled)
+
+
+def _optional() -> Iterator[str]:
+    for package, purpose in OPTIONAL.items():
+        version = version_of(package)
+        yield f"{package} {version}" if version else f"{package} is not installed ({purpose})"
+
+
+def _advice() -> Iterator[str]:
+    found = list(faults())
+    yield from found or ["nothing to change"]
+
+
+def faults() -> Iterator[str]:
+    """What is wrong with this installation, each with its mend."""
+    if fault := _torchvision_fault():
+        yield fault
+    if importlib.util.find_spec("kernels") is not None and version_of("kernels"):
+        yield "the package kernels makes bitsandbytes look for kernels on the hub when it is imported: uninstall it"
+    if torch.version.cuda and not torch.cuda.is_available():
+        yield f"torch was built for CUDA {torch.version.cuda} but finds no GPU: check the driver with nvidia-smi"
+    if torch.cuda.is_available() and (version := version_of("xformers")) and not _xformers_loads():
+        yield f"xformers {version} does not load its CUDA library with torch {torch.__version__}: uninstall it"
+
+
+def _torchvision_fault() -> str | None:
+    """torchvision of another build than torch breaks transformers' image processors when they are imported."""
+    version = version_of("torchvision")
+    if version is None:
+        return None
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:
+        # A mismatched build fails in whatever way its missing operator does.
+        return (
+            f"torchvision {version} does not fit torch {torch.__version__} ({type(error).__name__}: {error}); "
+            "uninstall it (it is not needed) or install the one built with this torch"
+        )
+    return None
+
+
+def _xformers_loads() -> bool:
+    try:
+        return bool(importlib.import_module("xformers")._has_cpp_library)
+    except Exception:
+        # Any failure to load is the answer that was asked for.
+        return False

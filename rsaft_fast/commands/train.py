@@ -1,0 +1,23 @@
+"""`rsaft-fast train`: fine-tune as a recipe says."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rsaft_fast.train.config import Config
+from rsaft_fast.train.loop import train
+from rsaft_fast.train.recipe import load_config
+from rsaft_fast.train.schema import help_text
+
+
+def run(arguments: argparse.Namespace) -> int:
+    outcome = train(load_config(arguments.recipe, arguments.overrides))
+    print(f"rsaft-fast: {outcome.message}", file=sys.stderr if outcome.stopped_by else sys.stdout)
+    return outcome.exit_code
+
+
+def print_keys() -> int:
+    """Every key of a recipe with its default and what it does."""
+    print(help_text(Config))
+    return 0

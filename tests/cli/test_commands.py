@@ -1,0 +1,148 @@
+"""The commands that work: help, doctor, sample; and that handlers and weights come back after a run."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from builders.recipes import config, environment
+from PIL import Image
+
+from rsaft_fast.cli import build_parser, main
+from rsaft_fast.commands import doctor
+from rsaft_fast.train.loop import train
+from rsaft_fast.train.signals import StopSignals
+
+COMMANDS = ("train", "demo", "sample", "doctor")
+
+
+def test_help_needs_nothing_heavy_and_is_immediate(tmp_path):
+    script = (
+        "import sys, rsaft_fast.cli as c\n"
+        "try: c.main(['train', '--help'])\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "assert not {'torch', 'numpy', 'pydantic', 'yaml'} & set(sys.modules)"
+    )
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - started < 5  # 0.1 s alone; other tests may hold the cores
+    assert "resume=auto" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_teaches_by_example(command, capsys):
+    with pytest.raises(SystemExit) as raised:
+        build_parser().parse_args([command, "--help"])
+    assert raised.value.code == 0
+    assert f"rsaft-fast {command}" in capsys.readouterr().out
+
+
+def test_there_are_no_commands_that_do_nothing():
+    actions = [action for action in build_parser()._actions if action.dest == "command"]
+    assert set(actions[0].choices) == set(COMMANDS)
+
+
+def test_every_key_is_printed(capsys):
+    assert main(["train", "--help-config"]) == 0
+    text = capsys.readouterr().out
+    assert "smoothing:" in text and "rho: 0.01" in text and "checkpoint_every: 50" in text
+
+
+def test_doctor_says_what_runs_and_why(capsys, monkeypatch):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for words in ("torch " + torch.__version__, "versions:", "triton", "used on", "optional packages:", "advice:"):
+        assert words in text
+    monkeypatch.setenv("RSAFT_BACKEND", "metal")
+    assert main(["doctor"]) == 0
+    assert "RSAFT_BACKEND='metal': not a backend" in capsys.readouterr().out
+
+
+def test_doctor_notices_a_torchvision_of_another_build(tmp_path, monkeypatch):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(doctor, "version_of", lambda package: "0.28.0" if package == "torchvision" else None)
+    assert any("torchvision 0.28.0 does not fit" in fault and "nms" in fault for fault in doctor.faults())
+
+
+@pytest.fixture
+def trained(tiny, out):
+    settings = config(tiny, out, sampler={"steps": 3}, ema={"decay": 0.5}, optimizer__lr=0.1)
+    train(settings)
+    return out
+
+
+def pictures(folder) -> dict[str, Image.Image]:
+    return {p.name: Image.open(p).convert("RGB") for p in folder.glob("*.png")}
+
+
+def test_sample_draws_what_a_run_trained(tiny, trained, tmp_path):
+    common = [str(tiny.sd15), "--prompts", "a red circle", "one", "--seeds", "3", "4", "--steps", "3"]
+    for name, extra in {"base": [], "run": ["--run", str(trained)], "lora": ["--lora", str(trained / "lora")]}.items():
+        assert main(["sample", *common, *extra, "--output", str(tmp_path / "drawn" / name)]) == 0
+    base, run, lora = (pictures(tmp_path / "drawn" / name) for name in ("base", "run", "lora"))
+    names = {f"{index:04d}_seed_{seed}.png" for index in (0, 1) for seed in (3, 4)}
+    assert set(run) == names | {"grid.png"}
+    assert all(run[name].size == (32, 32) for name in names)
+    # The exported LoRA and the checkpoint are the same model, and not the untrained one.
+    assert all(run[name].tobytes() == lora[name].tobytes() for name in names)
+    assert any(run[name].tobytes() != base[name].tobytes() for name in names)
+    assert base["0000_seed_3.png"].tobytes() != base["0000_seed_4.png"].tobytes()
+    listed = json.loads((tmp_path / "drawn/run/pictures.json").read_text())
+    assert {entry["file"] for entry in listed} == names and listed[0]["prompt"] == "a red circle"
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_alone(tiny, tmp_path):
+    common = [str(tiny.sd3), "--steps", "2", "--guidance", "3", "--negative", "ugly"]
+    assert main(["sample", *common, "--prompts", "one", "--seeds", "7", "--output", str(tmp_path / "a")]) == 0
+    more = ["--prompts", "two blue squares", "one", "--seeds", "1", "7", "--batch-size", "1"]
+    assert main(["sample", *common, *more, "--output", str(tmp_path / "b")]) == 0
+    assert (
+        pictures(tmp_path / "a")["0000_seed_7.png"].tobytes() == pictures(tmp_path / "b")["0001_seed_7.png"].tobytes()
+    )
+
+
+def test_sample_without_an_output_takes_the_next_free_folder(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert main(["sample", str(tiny.sd15), "--prompts", "one", "--steps", "1"]) == 0
+    assert (tmp_path / "samples/grid.png").is_file() and (tmp_path / "samples-2/grid.png").is_file()
+
+
+def test_signal_handlers_come_back_after_a_run(tiny, out):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    train(config(tiny, out, max_steps=1))
+    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+def test_the_first_signal_is_noted_and_a_second_ctrl_c_interrupts():
+    with StopSignals() as stop:
+        assert not stop
+        signal.raise_signal(signal.SIGTERM)
+        assert stop and stop.received == signal.SIGTERM
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_stopped_during_the_baseline_nothing_is_written(tiny, out, monkeypatch):
+    from rsaft_fast.train import trainer
+
+    honest = trainer.sample_images
+
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return honest(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "sample_images", interrupted)
+    outcome = train(config(tiny, out, samples={"every": 1, "count": 4}))
+    assert outcome.exit_code == 143 and "nothing was written" in outcome.message
+    assert not out.exists()
