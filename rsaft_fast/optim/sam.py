@@ -70,7 +70,7 @@ class SAM(SharpnessAware):
 
     def _update(self, buckets: list[Bucket]) -> None:
         tables = [bucket.table for bucket in buckets]
-        ops.global_norm(tables, plain=True, out=self._second, process_group=self.process_group)
+        ops.global_norm(tables, self._no_rho, plain=True, out=self._second, process_group=self.process_group)
         if self._phase == PERTURBED:
             for table in tables:
                 ops.sam_restore_(table, self._first)

@@ -74,7 +74,7 @@ class SAMAdamW(SharpnessAware):
     def _update(self, buckets: list[Bucket]) -> None:
         self._upload_hyper()
         tables = [bucket.table for bucket in buckets]
-        ops.global_norm(tables, plain=True, out=self._second, process_group=self.process_group)
+        ops.global_norm(tables, self._no_rho, plain=True, out=self._second, process_group=self.process_group)
         ops.sam_adamw_step_(
             tables,
             self._second,

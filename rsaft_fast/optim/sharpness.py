@@ -153,8 +153,8 @@ class SharpnessAware(torch.optim.Optimizer):
         """Diagnostics of the last perturbation and the last step. Waits for the device: for logging, not for each step.
 
         Returns:
-            ``grad_norm``, ``second_grad_norm``: norms of the two passes' gradients, over the scale that GradScaler gave to
-            the step (ASAM's first: of ``w * g``).
+            ``grad_norm``, ``second_grad_norm``: norms of the two passes' gradients, over the scale that GradScaler
+            gave to the step (ASAM's first: of ``w * g``).
             ``eps_norm``: norm of the perturbation at the precision that the forward sees. ``projection``: its
             component along the wanted perturbation, over the wanted length: 1 is right, below 0.5 it does not act.
             ``cosine``: between the two. ``applied_over_rho``: its length over the wanted length (rho without ASAM).
@@ -263,6 +263,7 @@ class SharpnessAware(torch.optim.Optimizer):
         self._first, self._second = ops.GradientNorm(device, groups), ops.GradientNorm(device, groups)
         self._gradient_scale = torch.ones((), dtype=torch.float64, device=device)
         self._was_scaled = False
+        self._no_rho = torch.zeros(groups, dtype=torch.float64, device=device)
         self._rho = torch.zeros(groups, dtype=torch.float64, device=device)
         self._rho_known: list[float] | None = None
         for bucket in buckets:

@@ -86,7 +86,7 @@ def test_without_perturb_it_is_adamw(backend):
 
 
 def test_with_perturb_it_is_sam_around_adamw(backend):
-    data = batches(10, device=backend)
+    data = batches(5, device=backend)
     ours, theirs = network(device=backend), network(device=backend)
     train(ours, SAMAdamW(ours.parameters(), rho=0.1, **ADAMW), data)
     train(theirs, SAM(theirs.parameters(), torch.optim.AdamW, rho=0.1, **ADAMW), data)
@@ -128,7 +128,7 @@ def test_gradient_accumulation_equals_one_batch():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_masters_keep_what_low_precision_loses(backend, dtype):
     """Against the run in float64 from the same start: closer than torch's AdamW on the low-precision weights."""
-    data = batches(30, dtype, device=backend)
+    data = batches(15, dtype, device=backend)
     exact = network(dtype).double()
     exact_data = [(x.cpu().double(), y.cpu().double()) for x, y in data]
     train(exact, torch.optim.AdamW(exact.parameters(), lr=1e-4, eps=1e-4), exact_data, sharp=False)

@@ -60,7 +60,7 @@ def test_cycles_on_every_backend(backend, dtype, make):
     before = bits(model)
     opt = make(model.parameters(), rho=0.5)
     generator = torch.Generator().manual_seed(4)
-    for _ in range(5):
+    for _ in range(2):
         random_gradients(model, generator)
         opt.perturb()
         assert not torch.equal(bits(model), before)
@@ -102,9 +102,8 @@ def test_when_a_closure_raises_in_the_second_pass(make):
     assert torch.equal(bits(model), before) and not opt.is_perturbed
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("bad_pass", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bad_pass", "bad"), [(1, float("nan")), (2, float("inf"))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_bad_gradient_skips_the_step_and_is_counted(backend, dtype, make, bad_pass, bad):
     model, batch = network(dtype, device=backend), batches(1, dtype, device=backend)[0]
     opt = make(model.parameters(), rho=1.0)
@@ -131,7 +130,7 @@ def test_a_bad_gradient_skips_the_step_and_is_counted(backend, dtype, make, bad_
     assert int(opt.skipped) == 1
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_parameter_without_a_gradient_in_one_pass(backend, dtype, make):
     model, batch = network(dtype, device=backend), batches(1, dtype, device=backend)[0]
     opt = make(model.parameters(), rho=1.0)
