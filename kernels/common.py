@@ -1,6 +1,6 @@
 """What the kernels share: table look-up, loads with and without a mask, rounding, launch options.
 
-Names: ``row_*`` rows of the address table, ``i_`` indices, ``b_`` blocks of values, UPPER compile-time constants.
+Names: ``a_`` addresses, ``i_`` indices, ``b_`` blocks of values, ``p_`` pointers, UPPER compile-time constants.
 """
 
 from contextlib import nullcontext
@@ -32,8 +32,8 @@ def chunk_span(numel, chunk_tensor, chunk_index, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def address_of(addresses, row, tensors, i_tensor):
-    return tl.load(addresses + row * tensors + i_tensor)
+def address_of(addresses, ROW: tl.constexpr, tensors, i_tensor):
+    return tl.load(addresses + ROW * tensors + i_tensor)
 
 
 @triton.jit
@@ -84,3 +84,20 @@ def rounded(b_x, DTYPE: tl.constexpr):
         return b_bf16.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return b_x.to(DTYPE)
+
+
+@triton.jit
+def restore_block(
+    a_weight,
+    a_source,
+    start,
+    offsets,
+    count,
+    WEIGHT: tl.constexpr,
+    SOURCE: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    b_w = load(pointer_to(a_source, start, SOURCE, VECTOR), offsets, count, VECTOR)
+    if SOURCE != WEIGHT:  # a backup is copied as it is: NaN payloads survive
+        b_w = rounded(b_w, WEIGHT)
+    store(pointer_to(a_weight, start, WEIGHT, VECTOR), offsets, count, b_w, VECTOR)

@@ -24,7 +24,7 @@ def _squares(grad, weight, offsets, count, ADAPTIVE: tl.constexpr, VECTOR: tl.co
     return b_g * b_g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors"])
 def sum_of_squares_kernel(
     addresses,
     numel,
@@ -32,8 +32,8 @@ def sum_of_squares_kernel(
     chunk_index,
     slots,
     tensors,
-    row_weight,
-    row_grad,
+    ROW_WEIGHT: tl.constexpr,
+    ROW_GRAD: tl.constexpr,
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
     ADAPTIVE: tl.constexpr,
@@ -41,8 +41,8 @@ def sum_of_squares_kernel(
     BLOCK: tl.constexpr,
 ):
     i_tensor, start, count = chunk_span(numel, chunk_tensor, chunk_index, CHUNK)
-    a_grad = address_of(addresses, row_grad, tensors, i_tensor)
-    a_weight = address_of(addresses, row_weight, tensors, i_tensor)
+    a_grad = address_of(addresses, ROW_GRAD, tensors, i_tensor)
+    a_weight = address_of(addresses, ROW_WEIGHT, tensors, i_tensor)
     count = tl.where(a_grad == 0, 0, count)
     vector = vector_part((a_grad | a_weight) if ADAPTIVE else a_grad, count, BLOCK)
     b_sum = tl.zeros([BLOCK], dtype=tl.float32)
@@ -57,7 +57,7 @@ def sum_of_squares_kernel(
     tl.store(slots + tl.program_id(0), tl.sum(b_sum).to(tl.float64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "groups"])
 def finish_norm_kernel(
     slots, count, values, rho, found_inf, groups, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -91,8 +91,8 @@ def sum_of_squares(table: TensorTable, adaptive: bool) -> None:
             table.chunk_index,
             table.sum_sq,
             len(table),
-            ROW["weight"],
-            ROW["grad"],
+            ROW_WEIGHT=ROW["weight"],
+            ROW_GRAD=ROW["grad"],
             WEIGHT=DTYPES[table.dtypes["weight"]],
             GRAD=DTYPES[table.dtypes["grad"]],
             ADAPTIVE=adaptive,

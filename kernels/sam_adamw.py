@@ -11,14 +11,26 @@ import triton.language as tl
 from rsaft_fast.ops.scalars import COEFFICIENTS, HYPER
 from rsaft_fast.ops.table import CHUNK, ROW, TensorTable
 
-from .common import DTYPES, OPTIONS, address_of, chunk_span, load, on, pointer_to, rounded, store, vector_part
+from .common import (
+    DTYPES,
+    OPTIONS,
+    address_of,
+    chunk_span,
+    load,
+    on,
+    pointer_to,
+    restore_block,
+    rounded,
+    store,
+    vector_part,
+)
 
 BLOCK = 2048
 TENSORS_BLOCK = 256
 N_HYPER, N_COEFFICIENTS = len(HYPER), len(COEFFICIENTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors"])
 def adamw_coefficients_kernel(
     addresses,
     group,
@@ -33,7 +45,7 @@ def adamw_coefficients_kernel(
     skip_out,
     skipped,
     tensors,
-    row_grad,
+    ROW_GRAD: tl.constexpr,
     N_HYPER: tl.constexpr,
     N_COEFFICIENTS: tl.constexpr,
     SCALED: tl.constexpr,
@@ -51,7 +63,7 @@ def adamw_coefficients_kernel(
 
     i_tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_tensor = i_tensor < tensors
-    present = tl.load(addresses + row_grad * tensors + i_tensor, mask=m_tensor, other=0) != 0
+    present = tl.load(addresses + ROW_GRAD * tensors + i_tensor, mask=m_tensor, other=0) != 0
     advance = tl.where(skip == 0, 1.0, 0.0)
     b_step = tl.load(steps + i_tensor, mask=m_tensor, other=0.0) + tl.where(present, advance, 0.0)
     tl.store(steps + i_tensor, b_step, mask=m_tensor)
@@ -111,24 +123,7 @@ def _update(
     store(pointer_to(a_weight, start, WEIGHT, VECTOR), offsets, count, rounded(b_w, WEIGHT), VECTOR)
 
 
-@triton.jit
-def _restore(
-    a_weight,
-    a_source,
-    start,
-    offsets,
-    count,
-    WEIGHT: tl.constexpr,
-    SOURCE: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    b_w = load(pointer_to(a_source, start, SOURCE, VECTOR), offsets, count, VECTOR)
-    if SOURCE != WEIGHT:
-        b_w = rounded(b_w, WEIGHT)
-    store(pointer_to(a_weight, start, WEIGHT, VECTOR), offsets, count, b_w, VECTOR)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["tensors"])
 def sam_adamw_kernel(
     addresses,
     numel,
@@ -138,11 +133,11 @@ def sam_adamw_kernel(
     skip,
     first_inf,
     tensors,
-    row_weight,
-    row_grad,
-    row_source,
-    row_exp_avg,
-    row_exp_avg_sq,
+    ROW_WEIGHT: tl.constexpr,
+    ROW_GRAD: tl.constexpr,
+    ROW_SOURCE: tl.constexpr,
+    ROW_EXP_AVG: tl.constexpr,
+    ROW_EXP_AVG_SQ: tl.constexpr,
     N_COEFFICIENTS: tl.constexpr,
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
@@ -152,13 +147,13 @@ def sam_adamw_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``row_source``: the master, the backup, or (nothing to restore) the weight itself."""
+    """``ROW_SOURCE``: the master, the backup, or (nothing to restore) the weight itself."""
     i_tensor, start, count = chunk_span(numel, chunk_tensor, chunk_index, CHUNK)
-    a_weight = address_of(addresses, row_weight, tensors, i_tensor)
-    a_grad = address_of(addresses, row_grad, tensors, i_tensor)
-    a_source = address_of(addresses, row_source, tensors, i_tensor)
-    a_exp_avg = address_of(addresses, row_exp_avg, tensors, i_tensor)
-    a_exp_avg_sq = address_of(addresses, row_exp_avg_sq, tensors, i_tensor)
+    a_weight = address_of(addresses, ROW_WEIGHT, tensors, i_tensor)
+    a_grad = address_of(addresses, ROW_GRAD, tensors, i_tensor)
+    a_source = address_of(addresses, ROW_SOURCE, tensors, i_tensor)
+    a_exp_avg = address_of(addresses, ROW_EXP_AVG, tensors, i_tensor)
+    a_exp_avg_sq = address_of(addresses, ROW_EXP_AVG_SQ, tensors, i_tensor)
     p_row = coefficients + N_COEFFICIENTS * i_tensor
     updates = (tl.load(skip) == 0.0) & (a_grad != 0)
     if updates:
@@ -180,9 +175,9 @@ def sam_adamw_kernel(
         count = tl.where(tl.load(first_inf) == 0.0, count, 0)
         vector = vector_part(a_weight | a_source, count, BLOCK)
         for first in range(0, vector, BLOCK):
-            _restore(a_weight, a_source, start, first + tl.arange(0, BLOCK), count, WEIGHT, SOURCE, True)
+            restore_block(a_weight, a_source, start, first + tl.arange(0, BLOCK), count, WEIGHT, SOURCE, True)
         for first in range(vector, count, BLOCK):
-            _restore(a_weight, a_source, start, first + tl.arange(0, BLOCK), count, WEIGHT, SOURCE, False)
+            restore_block(a_weight, a_source, start, first + tl.arange(0, BLOCK), count, WEIGHT, SOURCE, False)
 
 
 def adamw_coefficients(
@@ -209,7 +204,7 @@ def adamw_coefficients(
             scalars.skip,
             scalars.skipped,
             len(table),
-            ROW["grad"],
+            ROW_GRAD=ROW["grad"],
             N_HYPER=N_HYPER,
             N_COEFFICIENTS=N_COEFFICIENTS,
             SCALED=grad_scale is not None,
@@ -234,11 +229,11 @@ def sam_adamw_step_(table: TensorTable, scalars, first, restore: bool) -> None:
             scalars.skip,
             scalars.skip if first is None else first.found_inf,
             len(table),
-            ROW["weight"],
-            ROW["grad"],
-            ROW[source],
-            ROW["exp_avg"],
-            ROW["exp_avg_sq"],
+            ROW_WEIGHT=ROW["weight"],
+            ROW_GRAD=ROW["grad"],
+            ROW_SOURCE=ROW[source],
+            ROW_EXP_AVG=ROW["exp_avg"],
+            ROW_EXP_AVG_SQ=ROW["exp_avg_sq"],
             N_COEFFICIENTS=N_COEFFICIENTS,
             WEIGHT=DTYPES[table.dtypes["weight"]],
             GRAD=DTYPES[table.dtypes["grad"]],

@@ -55,7 +55,7 @@ def _back_up(a_weight, a_backup, start, count, WEIGHT: tl.constexpr, BLOCK: tl.c
         tl.store(backup + offsets, tl.load(weight + offsets, mask=offsets < count), mask=offsets < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors"])
 def sam_perturb_kernel(
     addresses,
     numel,
@@ -66,9 +66,9 @@ def sam_perturb_kernel(
     found_inf,
     sums,
     tensors,
-    row_weight,
-    row_grad,
-    row_source,
+    ROW_WEIGHT: tl.constexpr,
+    ROW_GRAD: tl.constexpr,
+    ROW_SOURCE: tl.constexpr,
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
     MASTER: tl.constexpr,
@@ -77,9 +77,9 @@ def sam_perturb_kernel(
     BLOCK: tl.constexpr,
 ):
     i_tensor, start, count = chunk_span(numel, chunk_tensor, chunk_index, CHUNK)
-    a_weight = address_of(addresses, row_weight, tensors, i_tensor)
-    a_grad = address_of(addresses, row_grad, tensors, i_tensor)
-    a_source = address_of(addresses, row_source, tensors, i_tensor)
+    a_weight = address_of(addresses, ROW_WEIGHT, tensors, i_tensor)
+    a_grad = address_of(addresses, ROW_GRAD, tensors, i_tensor)
+    a_source = address_of(addresses, ROW_SOURCE, tensors, i_tensor)
     finite = tl.load(found_inf) == 0.0
     if not MASTER:
         if finite & (a_grad == 0):
@@ -128,9 +128,9 @@ def sam_perturb_(table: TensorTable, norm) -> None:
             norm.found_inf,
             table.perturbation_sums,
             len(table),
-            ROW["weight"],
-            ROW["grad"],
-            ROW["master" if has_master else "backup"],
+            ROW_WEIGHT=ROW["weight"],
+            ROW_GRAD=ROW["grad"],
+            ROW_SOURCE=ROW["master" if has_master else "backup"],
             WEIGHT=DTYPES[table.dtypes["weight"]],
             GRAD=DTYPES[table.dtypes["grad"]],
             MASTER=has_master,

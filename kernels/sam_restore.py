@@ -5,29 +5,12 @@ import triton.language as tl
 
 from rsaft_fast.ops.table import CHUNK, ROW, TensorTable
 
-from .common import DTYPES, OPTIONS, address_of, chunk_span, load, on, pointer_to, rounded, store, vector_part
+from .common import DTYPES, OPTIONS, address_of, chunk_span, on, restore_block, vector_part
 
 BLOCK = 4096
 
 
-@triton.jit
-def _restore(
-    a_weight,
-    a_source,
-    start,
-    offsets,
-    count,
-    WEIGHT: tl.constexpr,
-    SOURCE: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    b_w = load(pointer_to(a_source, start, SOURCE, VECTOR), offsets, count, VECTOR)
-    if SOURCE != WEIGHT:  # a backup is copied as it is: NaN payloads survive
-        b_w = rounded(b_w, WEIGHT)
-    store(pointer_to(a_weight, start, WEIGHT, VECTOR), offsets, count, b_w, VECTOR)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["tensors"])
 def sam_restore_kernel(
     addresses,
     numel,
@@ -35,22 +18,22 @@ def sam_restore_kernel(
     chunk_index,
     found_inf,
     tensors,
-    row_weight,
-    row_source,
+    ROW_WEIGHT: tl.constexpr,
+    ROW_SOURCE: tl.constexpr,
     WEIGHT: tl.constexpr,
     SOURCE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i_tensor, start, count = chunk_span(numel, chunk_tensor, chunk_index, CHUNK)
-    a_weight = address_of(addresses, row_weight, tensors, i_tensor)
-    a_source = address_of(addresses, row_source, tensors, i_tensor)
+    a_weight = address_of(addresses, ROW_WEIGHT, tensors, i_tensor)
+    a_source = address_of(addresses, ROW_SOURCE, tensors, i_tensor)
     count = tl.where(tl.load(found_inf) == 0.0, count, 0)
     vector = vector_part(a_weight | a_source, count, BLOCK)
     for first in range(0, vector, BLOCK):
-        _restore(a_weight, a_source, start, first + tl.arange(0, BLOCK), count, WEIGHT, SOURCE, True)
+        restore_block(a_weight, a_source, start, first + tl.arange(0, BLOCK), count, WEIGHT, SOURCE, True)
     for first in range(vector, count, BLOCK):
-        _restore(a_weight, a_source, start, first + tl.arange(0, BLOCK), count, WEIGHT, SOURCE, False)
+        restore_block(a_weight, a_source, start, first + tl.arange(0, BLOCK), count, WEIGHT, SOURCE, False)
 
 
 def sam_restore_(table: TensorTable, norm) -> None:
@@ -65,8 +48,8 @@ def sam_restore_(table: TensorTable, norm) -> None:
             table.chunk_index,
             norm.found_inf,
             len(table),
-            ROW["weight"],
-            ROW[source],
+            ROW_WEIGHT=ROW["weight"],
+            ROW_SOURCE=ROW[source],
             WEIGHT=DTYPES[table.dtypes["weight"]],
             SOURCE=DTYPES[table.dtypes[source]],
             CHUNK=CHUNK,

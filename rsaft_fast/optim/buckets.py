@@ -1,5 +1,6 @@
 """Parameters of all groups, sorted into one TensorTable a (dtype, master, adaptive)."""
 
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -31,6 +32,12 @@ class Bucket:
     def bind_backup(self) -> None:
         """Backup storage of the weights' own dtype, kept from step to step so that its addresses stay."""
         if self._backup is None:
+            if self.table.dtypes["weight"] in LOW_PRECISION:
+                warnings.warn(
+                    f"{self.table.dtypes['weight']} weights without a float32 master hold next to nothing of a small "
+                    "perturbation: use SAMAdamW with master_weights, or float32 weights (see stats()['projection'])",
+                    stacklevel=4,
+                )
             self._backup = [torch.empty_like(p) for p in self.params]
         self.table.bind(backup=self._backup)
 

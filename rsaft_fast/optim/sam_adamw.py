@@ -132,6 +132,8 @@ class SAMAdamW(SharpnessAware):
         table, states = bucket.table, [self.state[param] for param in bucket.params]
         for param, state in zip(bucket.params, states):
             self._fill_state(param, state)
+            if bucket.has_master:  # loaded, perhaps, before the weights were
+                _agree(state["master"], param)
         if any("step" in state for state in states):
             zero = torch.zeros((), device=table.device)
             table.steps.copy_(torch.stack([state.get("step", zero) for state in states]))

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from rsaft_fast.ops import CHUNK  # noqa: E402
+from rsaft_fast.ops.table import ROW  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -105,6 +106,8 @@ SMALL = {
 
 def compile_for(architecture, kernel, constants, types):
     names = kernel.arg_names
+    rows = {name: ROW[name[4:].lower()] for name in names if name.startswith("ROW_") and name != "ROW_SOURCE"}
+    constants = constants | rows | ({"ROW_SOURCE": ROW["backup"]} if "ROW_SOURCE" in names else {})
     signature = {n: "constexpr" if n in constants else types.get(n) or TYPES.get(n) or "i32" for n in names}
     # What the launcher finds out by itself: allocations, and the elements of ordinary images, are multiples of 16.
     divisible = [n for n in names if signature[n].startswith("*") or n == "elements"]

@@ -441,6 +441,28 @@ def test_a_weight_changed_by_others_reaches_its_master():
     assert any((m != p.float()).any() for p, m in masters.items())
 
 
+def test_weights_loaded_after_the_optimizer_win_over_its_masters():
+    model, opt = ready(MAKERS["SAMAdamW"], torch.bfloat16)
+    opt.step()
+    saved = opt.state_dict()
+    model, other = network(torch.bfloat16), network(torch.bfloat16, seed=5)
+    opt = SAMAdamW(model.parameters())
+    opt.load_state_dict(saved)
+    model.load_state_dict(other.state_dict())
+    loss_of(model, batches(1, torch.bfloat16)[0]).backward()
+    opt.perturb()
+    opt.restore()
+    assert torch.equal(bits(model), bits(other))
+
+
+def test_a_perturbation_of_bare_low_precision_weights_warns():
+    for make in (lambda p: SAMAdamW(p, master_weights=False), MAKERS["SAM"]):
+        _, opt = ready(make, torch.bfloat16)
+        opt.step()  # no perturbation, no warning
+        with pytest.warns(UserWarning, match="bfloat16 weights without a float32 master.*projection"):
+            opt.perturb()
+
+
 def test_small_updates_add_up_in_the_master():
     weight = torch.nn.Parameter(torch.full((4,), 100.0, dtype=torch.bfloat16))
     opt = SAMAdamW([weight], lr=0.01, weight_decay=0.0)

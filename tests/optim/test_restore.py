@@ -9,6 +9,8 @@ from rsaft_fast.optim import SAM, SAMAdamW
 
 from .networks import batches, bits, loss_of, network
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*without a float32 master")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -151,6 +151,7 @@ def test_statistics_in_float64(make):
     assert stats["skipped"] == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*without a float32 master")
 def test_statistics_show_what_low_precision_does():
     """The numbers that the docstring argues with: bf16 alone holds next to nothing, a master is unbiased but noisy."""
     results = {}
