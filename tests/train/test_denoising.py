@@ -1,0 +1,135 @@
+"""The denoising loss: its target, its gradient, its pictures and captions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders.backbones import make_backbone
+from PIL import Image
+
+from rsaft_fast.errors import UserError
+from rsaft_fast.sampling import NoiseSource
+from rsaft_fast.train.config import DenoisingSettings
+from rsaft_fast.train.data import EncodedPrompts
+from rsaft_fast.train.denoising import DenoisingLoss, load_folder, read_image, regression_target
+
+
+@pytest.fixture(scope="module", params=["sd15", "sd3"])
+def backbone(request, tmp_path_factory):
+    return make_backbone(request.param, tmp_path_factory.mktemp(request.param), dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for index in range(3):
+        Image.fromarray(rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(path / f"{index}.png")
+        (path / f"{index}.txt").write_text(f"picture {index}\n")
+    return path
+
+
+def test_the_target_is_the_noise_of_an_epsilon_model_and_the_velocity_of_a_flow(backbone):
+    clean, noise = torch.randn(2, 4, 16, 16, dtype=torch.float64), torch.randn(2, 4, 16, 16, dtype=torch.float64)
+    wanted = noise if type(backbone).__name__ == "SD15" else noise - clean
+    for step in backbone.schedule(250)[::25]:
+        torch.testing.assert_close(regression_target(step, clean, noise), wanted, rtol=1e-9, atol=1e-9)
+        # And what the sampler would take for x0, were the prediction exact.
+        x = step.alpha * clean + step.sigma * noise
+        torch.testing.assert_close(step.x0_a * x + step.x0_b * wanted, clean, rtol=1e-8, atol=1e-8)
+
+
+def test_loss_and_gradient_are_those_of_the_definition(backbone, folder):
+    """Against autograd of the mean over pictures, written from the definition in one graph."""
+    items = load_folder(folder)
+    settings = DenoisingSettings(images=str(folder), batch_size=2, weight=3.0, drop_caption=0.0, levels=20)
+    loss = DenoisingLoss(backbone, settings, items, seed=9)
+    encoded = EncodedPrompts(backbone, loss.texts(), "", 1.0)
+    seen = []
+    predict = backbone.predict
+    backbone.predict = lambda x, step, branch: seen.append((x.clone(), step)) or predict(x, step, branch)
+    try:
+        for parameter in backbone.trainable_parameters.values():
+            parameter.grad = None
+        value = loss.backward(encoded, step=4)
+    finally:
+        del backbone.predict
+    ours = {name: p.grad.clone() for name, p in backbone.trainable_parameters.items()}
+    assert len(seen) == 2
+    terms = []
+    for sample, (x, step) in enumerate(seen):
+        noise = NoiseSource(9, 4, (sample,)).draw("denoising", (4, 16, 16), dtype=torch.float64)
+        clean = (x - step.sigma * noise) / step.alpha if step.alpha > 1e-6 else None
+        caption, match = _which(backbone, items, clean)
+        assert match < 1e-9
+        target = noise if type(backbone).__name__ == "SD15" else noise - clean
+        terms.append((predict(x, step, encoded([caption]).positive) - target).square().mean())
+    mean = torch.stack(terms).mean()
+    assert value == pytest.approx(float(mean), rel=1e-9)
+    truth = torch.autograd.grad(3.0 * mean, list(backbone.trainable_parameters.values()))
+    for name, gradient in zip(ours, truth):
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def _which(backbone, items, clean) -> tuple[str, float]:
+    """The caption of the picture whose latent `clean` is, and how far it is from it."""
+    distances = {
+        item.caption: float((backbone.encode_images(read_image(item.path, 32, 32)[None]) - clean).abs().max())
+        for item in items
+    }
+    caption = min(distances, key=distances.get)
+    return caption, distances[caption]
+
+
+def test_all_captions_dropped_is_the_empty_prompt(backbone, folder):
+    settings = DenoisingSettings(images=str(folder), batch_size=2, drop_caption=1.0, levels=10)
+    loss = DenoisingLoss(backbone, settings, load_folder(folder), seed=0)
+    asked = []
+    encoded = EncodedPrompts(backbone, [""], "", 1.0)
+    loss.backward(lambda texts: asked.extend(texts) or encoded(texts), step=0)
+    assert asked == ["", ""]
+
+
+def test_pictures_cover_the_size_and_are_cropped_at_the_centre(tmp_path):
+    pixels = np.zeros((20, 60, 3), dtype=np.uint8)
+    pixels[:, 20:40] = 255  # the middle third is white
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    image = read_image(tmp_path / "wide.png", 40, 40)
+    assert image.shape == (3, 40, 40) and image.max() <= 1
+    assert image[:, :, 2:-2].min() == 1 and image.min() > 0.7  # the edge of the white third, smoothed by the resize
+    Image.new("L", (5, 9), 255).save(tmp_path / "grey.png")
+    assert torch.equal(read_image(tmp_path / "grey.png", 16, 24), torch.ones(3, 16, 24))
+
+
+def test_captions_from_metadata(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "an A", "more": 1}) + "\n\n")
+    (item,) = load_folder(tmp_path)
+    assert item.caption == "an A" and item.path.name == "a.png"
+
+
+@pytest.mark.parametrize(
+    ("files", "line"),
+    [
+        ({}, "holds no pictures"),
+        ({"a.png": None}, "a.png has no caption; put it into a.txt"),
+        ({"a.png": b"no picture", "a.txt": b"x"}, "not a readable picture"),
+        ({"metadata.jsonl": b"[1]\n"}, "line 1 must be an object with file_name and text"),
+        ({"metadata.jsonl": b'{"file_name": "../../etc/passwd", "text": "x"}\n'}, "outside its folder"),
+        ({"metadata.jsonl": b'{"file_name": "gone.png", "text": "x"}\n'}, "not a readable picture"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_refused(tmp_path, files, line):
+    for name, content in files.items():
+        if content is None:
+            Image.new("RGB", (4, 4)).save(tmp_path / name)
+        else:
+            (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=line):
+        load_folder(tmp_path)
+    with pytest.raises(UserError, match="there is no folder"):
+        load_folder(tmp_path / "none")
