@@ -112,7 +112,7 @@ class SAMAdamW(SharpnessAware):
 
     def _ready(self) -> list[Bucket]:
         if self._phase != PERTURBED:
-            for bucket in self._buckets or ():
+            for bucket in self._buckets:
                 self._refresh_masters(bucket)
         return super()._ready()
 
@@ -180,7 +180,7 @@ class SAMAdamW(SharpnessAware):
         params = [param for group in self.param_groups for param in group["params"]]
         for index, param in zip(saved, params):
             self._load_param(param, state_dict["state"].get(index, {}))
-        for bucket in self._buckets or ():
+        for bucket in self._buckets:
             bucket.remember_versions()
         self._restore_skipped(state_dict)
 

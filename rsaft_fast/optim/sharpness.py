@@ -207,21 +207,22 @@ class SharpnessAware(torch.optim.Optimizer):
 
     def _reset(self) -> None:
         self._phase = IDLE
-        self._buckets: list[Bucket] | None = None
+        self._buckets: list[Bucket] = []
+        self._outdated = True
         self._frozen: list[torch.Tensor] = []
         self._scalars: ops.StepScalars | None = None
         self._skipped_before = 0
 
     def _drop_tables(self) -> None:
         """Rebuild the tables at the next pass; state and counters stay."""
-        self._buckets = None
+        self._outdated = True
 
     def _ready(self) -> list[Bucket]:
         """Buckets with weights and gradients bound; built when parameters were added or unfrozen since.
 
         Parameters unfrozen between the two passes join after the step: what was perturbed is what is restored.
         """
-        if self._buckets is None or (self._phase != PERTURBED and any(p.requires_grad for p in self._frozen)):
+        if self._phase != PERTURBED and (self._outdated or any(p.requires_grad for p in self._frozen)):
             self._build()
         for bucket in self._buckets:
             bucket.bind()
@@ -247,12 +248,14 @@ class SharpnessAware(torch.optim.Optimizer):
             raise
 
     def _build(self) -> None:
+        if any(bucket.table.captured for bucket in self._buckets):
+            raise RuntimeError("parameters joined, and a captured CUDA graph owns the tables: build a new optimizer")
         params = [param for group in self.param_groups for param in group["params"]]
         buckets = make_buckets(self.param_groups, self._masters())
         if not buckets:
             raise RuntimeError("no parameter requires a gradient: nothing to optimize")
         self._frozen = [param for param in params if not param.requires_grad]
-        self._buckets = buckets
+        self._buckets, self._outdated = buckets, False
         device, groups = buckets[0].table.device, len(self.param_groups)
         scalars = ops.StepScalars(device, groups)
         if self._scalars is None:

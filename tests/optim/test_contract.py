@@ -294,6 +294,17 @@ def test_a_parameter_thawed_between_the_passes_waits_for_the_next_step():
     assert torch.equal(bits(model), before)
 
 
+def test_no_parameter_joins_an_optimizer_that_a_graph_owns(make):
+    model, opt = ready(make)
+    opt.step()
+    before = bits(model)
+    opt._buckets[0].table.captured = True  # what a capture leaves behind
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    with pytest.raises(RuntimeError, match="captured CUDA graph owns the tables"):
+        opt.perturb()
+    assert torch.equal(bits(model), before)
+
+
 def test_a_tied_parameter_is_perturbed_once(make):
     shared = torch.nn.Parameter(torch.randn(4, 4))
     with pytest.warns(UserWarning, match="duplicate parameters"):

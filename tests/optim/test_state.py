@@ -28,6 +28,7 @@ def through_disk(state):
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*without a float32 master")
 @pytest.mark.parametrize("model_first", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resume_repeats_every_bit(dtype, make, model_first):
