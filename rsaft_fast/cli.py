@@ -135,9 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if arguments.command == "train" and arguments.recipe is None and not arguments.help_config:
         raise UserError("train needs a recipe: rsaft-fast train RECIPE.yaml [key=value ...]")
-    from rsaft_fast.commands.quiet import quiet_libraries
+    from rsaft_fast.commands.process import prepare_process
 
-    quiet_libraries()
+    prepare_process()
     command = importlib.import_module(f"rsaft_fast.commands.{arguments.command}")
     if arguments.command == "train" and arguments.help_config:
         return command.print_keys()

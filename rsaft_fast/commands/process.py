@@ -1,0 +1,26 @@
+"""How this process behaves towards the machine and the terminal; set before torch and the libraries are imported."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+
+def prepare_process() -> None:
+    """Threads that wait without burning their core, and a terminal that shows our own lines."""
+    # By default an OpenMP thread that is done spins until the others are. Where another process holds one of the cores,
+    # that is most of the time: updates of the playground on two shared cores took 45 s spinning and 2 s waiting.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # Optional packages remark on what they do not find while they are imported.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(diffusers|transformers|huggingface_hub)\.")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+    import diffusers
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
