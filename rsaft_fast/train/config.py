@@ -162,8 +162,8 @@ class LogSettings(Settings):
 
     Attributes:
         tensorboard: write event files, with the sample grids, under <output_dir>/tensorboard.
-        diagnostics: log every figure that the optimizer reports (cosine, applied norm, agreement of the two passes'
-            gradients), not only the norms.
+        diagnostics: log every figure that the optimizer reports, not only the norms, and how far the second pass's
+            gradient turned from the first's: one more copy of the gradient, which only full fine-tuning feels.
     """
 
     tensorboard: bool = True

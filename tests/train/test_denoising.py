@@ -69,7 +69,7 @@ def test_loss_and_gradient_are_those_of_the_definition(backbone, folder):
         target = noise if type(backbone).__name__ == "SD15" else noise - clean
         terms.append((predict(x, step, encoded([caption]).positive) - target).square().mean())
     mean = torch.stack(terms).mean()
-    assert value == pytest.approx(float(mean), rel=1e-9)
+    assert value == pytest.approx(float(mean.detach()), rel=1e-9)
     truth = torch.autograd.grad(3.0 * mean, list(backbone.trainable_parameters.values()))
     for name, gradient in zip(ours, truth):
         torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=1e-12)

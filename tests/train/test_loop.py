@@ -95,6 +95,16 @@ def test_resuming_repeats_the_unbroken_run_bit_for_bit(tiny, tmp_path, overrides
     assert without_time(read_metrics(broken)) == without_time(read_metrics(whole))
 
 
+def test_grids_of_a_resumed_run_show_the_untrained_model_too(tiny, tmp_path):
+    runs = [tmp_path / "whole", tmp_path / "broken"]
+    grids = {"every": 2, "count": 2}
+    train(config(tiny, runs[0], "sd3", max_steps=4, checkpoint_every=2, samples=grids))
+    train(config(tiny, runs[1], "sd3", max_steps=2, checkpoint_every=2, samples=grids))
+    train(config(tiny, runs[1], "sd3", max_steps=4, checkpoint_every=2, samples=grids, resume="auto"))
+    for name in ("step_0.png", "step_2.png", "step_4.png"):
+        assert (runs[0] / "samples" / name).read_bytes() == (runs[1] / "samples" / name).read_bytes()
+
+
 def test_a_resumed_log_has_each_update_once_also_after_a_torn_line(tiny, out):
     train(config(tiny, out, max_steps=2, checkpoint_every=2))
     with (out / "metrics.jsonl").open("a") as stream:
