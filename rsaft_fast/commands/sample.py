@@ -88,7 +88,7 @@ def load_trained(backbone: PipelineBackbone, config: Config, folder: Path) -> No
     path, passed_over = checkpoints.newest(folder / "checkpoints")
     if path is None:
         raise UserError(f"--run {folder} has no complete checkpoint{''.join(f' ({line})' for line in passed_over[:1])}")
-    saved = checkpoints.read(path)
+    saved = checkpoints.read(path, verify=False)
     if config.parameters.train == "lora":
         add_lora(backbone, config.parameters.lora, config.seed)
     else:

@@ -62,11 +62,6 @@ class EncodedPrompts:
         }
         return Conditioning(positive, negative, self.guidance_scale)
 
-    @property
-    def nbytes(self) -> int:
-        """Memory that the encodings take."""
-        return sum(tensor.nbytes for row in self._rows.values() for tensor in row.values())
-
 
 def _on_cpu(branch) -> dict[str, torch.Tensor]:
     return {name: tensor.cpu() for name, tensor in branch.items()}

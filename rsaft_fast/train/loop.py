@@ -73,7 +73,7 @@ def train(
     for note in inputs.notes:
         say(note)
     trainer = Trainer(config, inputs)
-    saved = checkpoints.read(inputs.checkpoint) if inputs.checkpoint else None
+    saved = checkpoints.read(inputs.checkpoint, verify=False) if inputs.checkpoint else None
     if saved is not None:
         trainer.check_fit(saved)
         say(f"resuming from {inputs.checkpoint}, after update {saved.step}")
@@ -118,6 +118,7 @@ class _Run:
         self.log = RunLog(self.folder, config.logging.tensorboard)
         self.bar: tqdm | None = None
         self._warned = False
+        self._skipped = 0
 
     def __enter__(self) -> _Run:
         return self
@@ -147,7 +148,7 @@ class _Run:
         shown = {label: f"{record[name]:.4g}" for name, label in names.items() if record[name] is not None}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(self.trainer.step - self.bar.n)
-        self._warn_of_weak_perturbation(record)
+        self._warn(record)
 
     def is_due(self, every: int) -> bool:
         """Whether something is done after this update; everything is after the last."""
@@ -183,10 +184,17 @@ class _Run:
             dynamic_ncols=True,
         )
 
-    def _warn_of_weak_perturbation(self, record: dict[str, Any]) -> None:
-        """Once: rounding can swallow a perturbation, and then the run trains without smoothing."""
+    def _warn(self, record: dict[str, Any]) -> None:
+        if record["skipped"] > self._skipped:
+            self._skipped = record["skipped"]
+            self.say(
+                f"warning: update {record['step']} was skipped, its gradient is not finite ({self._skipped} so far); "
+                "lower optimizer.lr, or compute in fp32"
+            )
+            return
         projection = record["projection"]
-        if projection is not None and projection < 0.5 and not record["skipped"] and not self._warned:
+        # Once: rounding can swallow a perturbation, and then the run trains without smoothing.
+        if projection is not None and projection < 0.5 and not self._warned:
             self._warned = True
             self.say(
                 f"warning: only {projection:.0%} of the weight perturbation survives rounding; train LoRA, use "

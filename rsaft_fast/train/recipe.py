@@ -86,8 +86,9 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The configuration with every default written out; `load_config` reads it back to an equal one."""
-    resolved = config.model_copy(update={"loss": config.training_loss})
+    """The configuration with every default written out, a recipe of its own: whether this run went on from an earlier
+    one is no part of it."""
+    resolved = config.model_copy(update={"loss": config.training_loss, "resume": None})
     return yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 

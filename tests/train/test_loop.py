@@ -349,9 +349,12 @@ def test_a_perturbation_that_rounding_swallows_is_warned_of_once(tiny, out):
     said = []
     settings = config(tiny, out)
     run = _Run(settings, Trainer(settings, check_config(settings)), None, said.append, None)
-    for projection in (0.9, 0.2, 0.1):
-        run._warn_of_weak_perturbation({"projection": projection, "skipped": 0})
+    for step, projection in enumerate((0.9, 0.2, 0.1), 1):
+        run._warn({"step": step, "projection": projection, "skipped": 0})
     assert len(said) == 1 and "only 20% of the weight perturbation survives" in said[0]
+    run._warn({"step": 4, "projection": 0.0, "skipped": 1})
+    run._warn({"step": 5, "projection": 0.9, "skipped": 1})
+    assert len(said) == 2 and "update 4 was skipped, its gradient is not finite (1 so far)" in said[1]
 
 
 def test_metrics_are_json_without_nan(tiny, out):
