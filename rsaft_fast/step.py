@@ -51,8 +51,11 @@ class StepReport:
         smoothed_reward: mean reward where the update's gradient was taken (equals `reward` without smoothing).
         loss: mean loss there.
         s1: mean r(x) - r(x - rho g/||g||) at theta (eq. 10), at the probe's radius; None without a probe.
-        realised_drop: (r_1 - r_2) / (rho ||grad_theta r||), the same delta in both; near 1 when the parameter
-            perturbation acts as its linearisation says. None without parameter smoothing of one radius.
+        realised_drop: (r_1 - r_2) / (rho ||grad_theta r||), the same delta in both. Near 1 when the parameter
+            perturbation acts as its linearisation says and the gradient sees every call that eps moves: with
+            `resample: graded_only`, or a method that grades all calls. Under `full`, a truncated method's gradient
+            knows the last calls only, eps moves all of them, and the ratio has no such limit. None without parameter
+            smoothing of one radius.
         images: the first pass's pictures of the chain's own endpoints, (B, 3, H, W), detached.
         optimizer: the optimizer's own figures (norms of gradient and perturbation, projection, skipped).
     """

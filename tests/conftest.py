@@ -12,6 +12,10 @@ from rsaft_fast.ops import library
 
 INTERPRETER = "triton-interpreter"
 
+# Tiny tensors: a second thread costs more than it brings, many times so on a busy machine.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+
 
 def pytest_collection_modifyitems(config, items):
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
