@@ -1,0 +1,28 @@
+"""``python -m rsaft_fast.playground.build``: makes the shipped assets, stage by stage.
+
+Each finished stage leaves its fp32 result and its log in the working folder and is not run again unless named with
+--stage; the assets are the same weights in fp16. The same settings, package versions and processor give the same bits.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from rsaft_fast.playground import ASSETS
+from rsaft_fast.playground.build.settings import Settings
+from rsaft_fast.playground.build.stages import STAGES, run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m rsaft_fast.playground.build", description=__doc__)
+    parser.add_argument("--stage", choices=STAGES, action="append", help="run only this stage (may be repeated), anew")
+    parser.add_argument("--work", type=Path, default=Path("runs/playground-build"), help="folder of fp32 results")
+    parser.add_argument("--assets", type=Path, default=ASSETS, help="folder to write the fp16 assets to")
+    arguments = parser.parse_args()
+    for stage in arguments.stage or ():
+        shutil.rmtree(arguments.work / stage, ignore_errors=True)
+    run(Settings(), arguments.work, arguments.assets, arguments.stage or STAGES)
+
+
+if __name__ == "__main__":
+    main()

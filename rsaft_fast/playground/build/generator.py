@@ -1,0 +1,62 @@
+"""Sampling from the pipeline, with gradient through the last Euler step (DRaFT-1)."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
+
+from rsaft_fast.playground.build import text
+from rsaft_fast.playground.build.vae import decode
+from rsaft_fast.playground.scenes import IMAGE_SIZE
+
+
+class Sampler:
+    """The shipped pipeline without guidance, ``steps`` Euler steps at its scheduler's own sigmas."""
+
+    def __init__(self, pipeline: StableDiffusion3Pipeline, steps: int):
+        self.pipeline = pipeline
+        pipeline.scheduler.set_timesteps(steps)
+        self.sigmas = pipeline.scheduler.sigmas.tolist()
+
+    @property
+    def transformer(self) -> torch.nn.Module:
+        return self.pipeline.transformer
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        ids = text.token_ids(self.pipeline.tokenizer, list(prompts))
+        return text.condition(
+            (self.pipeline.text_encoder, self.pipeline.text_encoder_2), ids, self.pipeline.tokenizer_3.model_max_length
+        )
+
+    def noise(self, n: int, seed: int) -> Tensor:
+        config = self.transformer.config
+        shape = (n, config.in_channels, config.sample_size, config.sample_size)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    def images(self, x: Tensor, condition: tuple[Tensor, Tensor]) -> Tensor:
+        """Unclamped images (B, 3, 32, 32) from noise x; gradient flows through the last call, if enabled."""
+        with torch.no_grad():
+            for now, after in zip(self.sigmas[:-2], self.sigmas[1:-1]):
+                x = x + (after - now) * self._velocity(x, now, condition)
+        now, after = self.sigmas[-2:]
+        return decode(self.pipeline.vae, x + (after - now) * self._velocity(x, now, condition))
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[str], seed: int, batch: int = 64) -> Tensor:
+        """Clamped images, one a prompt."""
+        noise = self.noise(len(prompts), seed)
+        parts = range(0, len(prompts), batch)
+        images = [self.images(noise[i : i + batch], self.encode(prompts[i : i + batch])) for i in parts]
+        return torch.cat([torch.zeros(0, 3, IMAGE_SIZE, IMAGE_SIZE), *images]).clamp(0, 1)
+
+    def _velocity(self, x: Tensor, sigma: float, condition: tuple[Tensor, Tensor]) -> Tensor:
+        hidden, pooled = condition
+        return self.transformer(
+            hidden_states=x,
+            timestep=torch.full((len(x),), 1000 * sigma),
+            encoder_hidden_states=hidden,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0]

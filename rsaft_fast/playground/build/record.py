@@ -1,0 +1,82 @@
+"""What a build leaves beside the weights: build.json with settings, losses, timings, versions and file hashes."""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
+
+
+class Log:
+    """Collects one stage's losses and results, and prints them as they come."""
+
+    def __init__(self, name: str, every: int = 100):
+        self.name, self.every = name, every
+        self.losses: list[dict[str, float]] = []
+        self.results: dict[str, object] = {}
+        self._sums: dict[str, float] = {}
+        self._since = 0
+        self._start = time.time()
+
+    def step(self, step: int, **values: torch.Tensor) -> None:
+        """Adds to running means, which are kept every ``every`` steps."""
+        for key, value in values.items():
+            self._sums[key] = self._sums.get(key, 0.0) + float(value.detach())
+        self._since += 1
+        if (step + 1) % self.every == 0:
+            row = {"step": step + 1} | {key: round(total / self._since, 6) for key, total in self._sums.items()}
+            self.losses.append(row)
+            self._sums, self._since = {}, 0
+            print(f"{self.name} {row} {time.time() - self._start:.0f} s", flush=True)
+
+    def result(self, **values: object) -> None:
+        self.results |= values
+        print(f"{self.name} {values} {time.time() - self._start:.0f} s", flush=True)
+
+    def summary(self) -> dict[str, object]:
+        return {"losses": self.losses, "results": self.results, "seconds": round(time.time() - self._start, 1)}
+
+
+def store_half(folder: Path) -> None:
+    """Rewrites the weight files under ``folder`` in fp16; their configs go on saying fp32, so they load as fp32."""
+    for path in sorted(folder.rglob("*.safetensors")):
+        tensors = load_file(path)
+        halved = {key: t.half() if t.is_floating_point() else t for key, t in tensors.items()}
+        save_file(halved, path, metadata={"format": "pt"})
+        path.chmod(0o644)
+
+
+def forget_origin(folder: Path) -> None:
+    """Takes the path that a component was once loaded from out of the configs under ``folder``."""
+    for path in sorted(folder.rglob("*.json")):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file under ``folder`` but build.json, by relative path."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.stem != "build")
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def update(assets: Path, settings: dict[str, object], stages: dict[str, object]) -> None:
+    """Writes build.json: settings, finished stages' logs, versions and the assets' hashes, in one rename."""
+    path = assets / "build.json"
+    record = {
+        "settings": settings,
+        "stages": stages,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "processor": {"machine": platform.machine(), "features": torch.backends.cpu.get_cpu_capability()},
+        "files": hashes(assets),
+    }
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    os.replace(partial, path)

@@ -1,0 +1,94 @@
+"""The build: deterministic, resumable, in the formats that diffusers and transformers read."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rsaft_fast.playground import train_prompts
+from rsaft_fast.playground.build import stages
+from rsaft_fast.playground.build.record import hashes
+from rsaft_fast.playground.build.settings import Admission, Denoiser, FineTune, Pairs, Proxy, Settings, Vae
+from rsaft_fast.playground.build.text import tokenizer, vocabulary
+from rsaft_fast.playground.scenes import parse
+
+FEW = Proxy(steps=3, batch=4, width=16, layers=1, text_layers=1, match_batch=2)
+TINY = Denoiser(steps=3, batch=4, width=16, layers=1, heads=1, pool=8, warmup=1, long_every=3)
+MINIATURE = Settings(
+    vae=Vae(steps=4, batch=4, channels=(8, 8)),
+    denoiser=TINY,
+    guided=(replace(TINY, seed=1, guidance=0.5), replace(TINY, seed=2, guidance=0.5)),
+    pairs=Pairs(train=12, held_out=6, match=4, steps=(3, 2)),
+    fair=FEW,
+    brittle=replace(FEW, match=0.0),
+    admission=Admission(
+        gradient_prompts=2,
+        seeds=(0, 1),
+        plain=FineTune(steps=1, batch=2, sampler_steps=2, eval_every=1),
+        smoothed=((1.0, 0.05),),
+    ),
+    threads=dict.fromkeys(stages.STAGES, 1),
+)
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    before = torch.get_num_threads()
+    folder = tmp_path_factory.mktemp("build")
+    stages.run(MINIATURE, folder / "work", folder / "assets")
+    yield folder
+    torch.set_num_threads(before)
+
+
+def record(folder):
+    return json.loads((folder / "assets" / "build.json").read_text())
+
+
+def test_two_builds_are_the_same_bits(build, tmp_path):
+    stages.run(MINIATURE, tmp_path / "work", tmp_path / "assets")
+    first, second = hashes(build / "assets"), hashes(tmp_path / "assets")
+    assert first == second and len(first) > 20
+    assert record(build)["stages"]["admission"]["results"] == record(tmp_path)["stages"]["admission"]["results"]
+
+
+def test_the_record_names_settings_losses_and_files(build):
+    made = record(build)
+    assert made["settings"]["denoiser"]["steps"] == 3 and made["settings"]["threads"]["vae"] == 1
+    assert set(made["stages"]) == set(stages.STAGES)
+    assert made["files"] == hashes(build / "assets")
+    judged = made["stages"]["admission"]["results"]
+    assert [row["step"] for row in judged["fair"]["curves"][0]] == [0, 1]
+    assert -1 <= judged["fair"]["gradient_cosine"] <= 1
+    assert "image_radius=1.0 rho=0.05" in judged["fair"]
+
+
+def test_a_finished_stage_is_not_run_again(build, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("ran again")
+
+    monkeypatch.setattr(stages, "STAGES", dict.fromkeys(stages.STAGES, refuse))
+    before = hashes(build / "assets")
+    stages.run(MINIATURE, build / "work", build / "assets")
+    assert hashes(build / "assets") == before
+
+
+def test_a_broken_stage_leaves_no_result(build, tmp_path, monkeypatch):
+    def breaks(settings, work, assets, log):
+        (work / "half").write_text("written")
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(stages, "STAGES", {"vae": breaks})
+    with pytest.raises(RuntimeError, match="broken"):
+        stages.run(MINIATURE, tmp_path / "work", tmp_path / "assets")
+    assert not (tmp_path / "work" / "vae").exists()
+
+
+def test_each_word_is_one_token_and_any_text_is_taken():
+    made = tokenizer(16)
+    for word in vocabulary():
+        assert len(made(word)["input_ids"]) == 3  # begin, word, end
+    for prompt in train_prompts():
+        parse(prompt)
+        assert len(made(prompt)["input_ids"]) == len(prompt.split()) + 2
+    assert made.decode(made("a purple cat")["input_ids"], skip_special_tokens=True).strip() == "a purple cat"
