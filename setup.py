@@ -89,7 +89,10 @@ library = Extension(
 setup(
     packages=[*find_packages(include=["rsaft_fast", "rsaft_fast.*"]), "rsaft_fast.kernels", "rsaft_fast.recipes"],
     package_dir={"rsaft_fast.kernels": "kernels", "rsaft_fast.recipes": "recipes"},
-    package_data={"rsaft_fast": ["playground/assets/**/*", "backbones/specs/*.json", "py.typed"], "rsaft_fast.recipes": ["*.yaml"]},
+    package_data={
+        "rsaft_fast": ["playground/assets/**/*", "backbones/specs/*.json", "py.typed"],
+        "rsaft_fast.recipes": ["*.yaml"],
+    },
     ext_modules=[library] if NVCC else [],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel} if NVCC else {},
 )
