@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from rsaft_fast.cli import main
-from rsaft_fast.commands.demo import QUANTITIES
+from rsaft_fast.commands.demo import QUANTITIES, RECIPE
 from rsaft_fast.train.logging import read_metrics
+from rsaft_fast.train.recipe import find_recipe, load_config
 
 
 @pytest.mark.slow
@@ -32,7 +33,8 @@ def test_the_demo_trains_twice_from_one_start_and_reports_both(tmp_path, capsys)
     logs = [read_metrics(folder / name) for name in ("plain", "rsa-ft")]
     # The same seeds: the first update sees the same pictures; only RSA-FT perturbs the weights.
     assert logs[0][0]["reward"] == logs[1][0]["reward"]
-    assert logs[0][0]["eps_norm"] == 0 and logs[1][0]["eps_norm"] == pytest.approx(0.05, rel=1e-4)
+    rho = load_config(find_recipe(RECIPE)).smoothing.parameters.rho
+    assert logs[0][0]["eps_norm"] == 0 and logs[1][0]["eps_norm"] == pytest.approx(rho, rel=1e-4)
     image = Image.open(folder / "comparison.png")
     assert image.width > 800 and image.height > 600
     assert main(["demo", "--steps", "1", "--output", str(folder)]) == 2

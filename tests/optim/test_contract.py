@@ -184,7 +184,7 @@ def test_lr_may_be_a_tensor(kind):
     else:
         ours.param_groups[0]["lr"] = 0.5
     train(model, ours, data)
-    theirs = SAMAdamW(other.parameters(), lr=0.02, rho=0.1)
+    theirs = SAMAdamW(other.parameters(), lr=float(kind(0.02)), rho=0.1)  # 0.02 as the tensor holds it
     train(other, theirs, data)
     theirs.param_groups[0]["lr"] = 0.5
     train(other, theirs, data)
