@@ -101,7 +101,7 @@ def rsaft_step(
             seen = run.observe_first(batch, probe)
             second.append(run.follow(batch, seen.trajectory, seen))
             first.append(replace(seen, trajectory=None, observations=[], deltas=[]))
-        optimizer.step()
+        optimizer.step(plain=True)
         return run.report(first, second, optimizer)
 
     first = [run.ascend(batch, run.observe_first(batch, probe)) for batch in batches]

@@ -5,7 +5,7 @@ import torch
 from rsaft_fast import ops
 
 from .buckets import Bucket
-from .sharpness import IDLE, PERTURBED, SharpnessAware
+from .sharpness import IDLE, PERTURBED, Replicas, SharpnessAware
 
 
 class SAM(SharpnessAware):
@@ -26,6 +26,8 @@ class SAM(SharpnessAware):
         rho: radius of the perturbation, > 0.
         process_group: the squared gradient norm is summed over its ranks, for parameters sharded over them. None: each
             worker perturbs by its own gradient, as in the paper (m-sharpness).
+        replicas: ranks that hold the same weights (DDP: ``torch.distributed.group.WORLD``); a non-finite first pass on
+            one makes all of them skip. None: no other worker. False: the same, and no warning where there are workers.
 
     Raises:
         ValueError: a radius that is not positive and finite. TypeError: no base optimizer, or two.
@@ -38,12 +40,13 @@ class SAM(SharpnessAware):
         rho: float = 0.05,
         adaptive: bool = False,
         process_group: torch.distributed.ProcessGroup | None = None,
+        replicas: Replicas = None,
         **kwargs,
     ):
         self.base: torch.optim.Optimizer | None = None
         base = _build_base(params, base_optimizer, kwargs)
         defaults = {**base.defaults, "rho": rho, "adaptive": adaptive}
-        super().__init__(base.param_groups, defaults, process_group)
+        super().__init__(base.param_groups, defaults, process_group, replicas)
         self.base = base
         self._share()
 

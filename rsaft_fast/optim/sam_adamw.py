@@ -7,7 +7,7 @@ import torch
 from rsaft_fast import ops
 
 from .buckets import LOW_PRECISION, Bucket
-from .sharpness import IDLE, PERTURBED, SharpnessAware, upload
+from .sharpness import IDLE, PERTURBED, Replicas, SharpnessAware, upload
 
 
 class SAMAdamW(SharpnessAware):
@@ -33,6 +33,8 @@ class SAMAdamW(SharpnessAware):
         max_grad_norm: clip the second pass's gradient to this global norm, as ``torch.nn.utils.clip_grad_norm_``.
         process_group: the squared gradient norm is summed over its ranks, for parameters sharded over them. None: each
             worker perturbs by its own gradient, as in the paper (m-sharpness).
+        replicas: ranks that hold the same weights (DDP: ``torch.distributed.group.WORLD``); a non-finite first pass on
+            one makes all of them skip. None: no other worker. False: the same, and no warning where there are workers.
 
     Raises:
         ValueError: a hyper-parameter out of its range.
@@ -50,13 +52,14 @@ class SAMAdamW(SharpnessAware):
         max_grad_norm: float | None = None,
         master_weights: bool | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
+        replicas: Replicas = None,
     ):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm={max_grad_norm}: it must be positive; None turns clipping off")
         self.max_grad_norm = max_grad_norm
         self.master_weights = master_weights is not False
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rho=rho, adaptive=adaptive)
-        super().__init__(params, defaults, process_group)
+        super().__init__(params, defaults, process_group, replicas)
 
     def check_group(self, group: dict) -> None:
         super().check_group(group)

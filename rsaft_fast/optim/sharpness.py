@@ -1,10 +1,13 @@
 """What SAM and SAMAdamW share: perturb, restore, the state between the two passes, and its diagnostics."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from rsaft_fast import ops
 from rsaft_fast.ops.table import pinned
@@ -13,19 +16,21 @@ from .buckets import Bucket, make_buckets
 
 IDLE, PERTURBED, RESTORED = "idle", "perturbed", "restored"
 
+Replicas = dist.ProcessGroup | Literal[False] | None
+
 
 class SharpnessAware(torch.optim.Optimizer):
     """Two-pass optimizer (SAM, arXiv 2010.01412): subclasses add ``_update`` and say which weights have a master.
 
-    Phases: *idle* -> ``perturb()`` -> *perturbed* -> ``restore()`` -> *restored* -> ``step()`` -> *idle*. ``step()``
-    works in each: perturbed, it restores as part of the update; idle, it is a plain step of the base optimizer.
+    Phases: *idle* -> ``perturb()`` -> *perturbed* -> ``restore()`` -> *restored* -> ``step()`` -> *idle*. Perturbed,
+    ``step()`` restores as part of the update; idle, it takes ``plain=True``.
     """
 
     # torch's GradScaler then leaves unscaling and skipping to step(), through .grad_scale and .found_inf.
     _step_supports_amp_scaling = True
 
-    def __init__(self, params, defaults: dict, process_group: torch.distributed.ProcessGroup | None):
-        self.process_group = process_group
+    def __init__(self, params, defaults: dict, process_group: dist.ProcessGroup | None, replicas: Replicas):
+        self.process_group, self.replicas = process_group, replicas
         self._reset()
         super().__init__(params, defaults)
 
@@ -51,6 +56,7 @@ class SharpnessAware(torch.optim.Optimizer):
         for bucket in buckets:
             self._bind_restore_source(bucket)
         ops.global_norm([b.table for b in buckets], self._rho, out=self._first, process_group=self.process_group)
+        self._agree_with_replicas()
         self._perturb_all(buckets)
         self._phase = PERTURBED
         self._finish(buckets, zero_grad)
@@ -84,19 +90,29 @@ class SharpnessAware(torch.optim.Optimizer):
             if self._phase == PERTURBED:
                 self.restore()
 
-    def step(self, closure: Callable[[], torch.Tensor] | None = None):
+    def step(self, closure: Callable[[], torch.Tensor] | None = None, *, plain: bool = False):
         """Restore the weights if they are perturbed, then update them from the gradients of the second pass.
 
-        Without a preceding ``perturb()`` this is a plain step of the base optimizer. Non-finite gradients in either
-        pass skip the update as a whole and count in ``skipped``.
+        Non-finite gradients in either pass skip the update as a whole and count in ``skipped``.
 
         Args:
             closure: computes the loss, calls ``backward`` and returns the loss. It runs for each pass still missing
                 (twice, or once when already perturbed), with gradients cleared before each.
+            plain: a step of the base optimizer, from one pass and without a perturbation.
 
         Returns:
             What the first call of the closure returned, or None.
+
+        Raises:
+            RuntimeError: not perturbed, and neither a closure nor ``plain``; or perturbed, and ``plain``.
         """
+        if plain and (self._phase != IDLE or closure is not None):
+            raise RuntimeError(f"step(plain=True) with a closure, or {self._phase}: it is for one pass by itself")
+        if self._phase == IDLE and closure is None and not plain:
+            raise RuntimeError(
+                "step() without perturb(): the second pass's gradients belong at w + e. Call perturb() after the first "
+                "backward, or step(plain=True) for a step without a perturbation"
+            )
         loss = None if closure is None else self._run(closure)
         with torch.no_grad():
             self._update(self._ready_or_restored())
@@ -228,6 +244,13 @@ class SharpnessAware(torch.optim.Optimizer):
             bucket.bind()
         return self._buckets
 
+    def _agree_with_replicas(self) -> None:
+        """A first pass that is non-finite on one worker is skipped on all: else their weights would part."""
+        if self.replicas is None and self.process_group is None:
+            _warn_of_other_workers()
+        elif self.replicas:
+            dist.all_reduce(self._first.found_inf, dist.ReduceOp.MAX, group=self.replicas)
+
     def _perturb_all(self, buckets: list[Bucket]) -> None:
         done = []
         try:
@@ -330,9 +353,19 @@ class SharpnessAware(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         if "_phase" not in self.__dict__:  # unpickled or copied; load_state_dict comes here too, with everything set
-            self.process_group = None
+            self.process_group = self.replicas = None
             self._reset()
         super().__setstate__(state)
+
+
+def _warn_of_other_workers() -> None:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        warnings.warn(
+            f"{dist.get_world_size()} workers, and the optimizer knows of none: a first pass that is non-finite on one "
+            "would be skipped there alone. Pass replicas=torch.distributed.group.WORLD where workers hold the same "
+            "weights (DDP), process_group where they hold shards, replicas=False where each trains its own",
+            stacklevel=4,
+        )
 
 
 def check_rho(rho: float) -> None:

@@ -144,5 +144,5 @@ class DenoisingLoss:
             return None
         optimizer.zero_grad()
         loss = self.backward(encoded, step)
-        optimizer.step()
+        optimizer.step(plain=True)
         return loss

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from rsaft_fast.optim.sharpness import SharpnessAware
+
 
 def network(dtype=torch.float32, seed=0, device="cpu") -> torch.nn.Module:
     torch.manual_seed(seed)
@@ -33,7 +35,7 @@ def train(model, opt, data, sharp=True, each: Callable = lambda: None) -> None:
         if sharp:
             opt.perturb(zero_grad=True)
             loss_of(model, batch).backward()
-        opt.step()
+        opt.step() if sharp or not isinstance(opt, SharpnessAware) else opt.step(plain=True)
         each()
 
 

@@ -144,7 +144,7 @@ def test_a_step_without_any_gradient_restores_and_changes_nothing(make):
     opt.perturb(zero_grad=True)
     opt.step()
     assert torch.equal(bits(model), before)
-    opt.step()
+    opt.step(plain=True)
     assert torch.equal(bits(model), before)
     assert int(opt.skipped) == 0
 
@@ -165,10 +165,10 @@ def test_a_bad_first_pass_is_remembered_across_restore(make):
 def test_a_scheduler_drives_the_update(make):
     model, opt = ready(make)
     scheduler = torch.optim.lr_scheduler.StepLR(opt, step_size=1, gamma=0.0)
-    opt.step()
+    opt.step(plain=True)
     scheduler.step()
     before = bits(model)
-    opt.step()
+    opt.step(plain=True)
     assert torch.equal(bits(model), before)  # lr is 0 now; decoupled decay goes with it
     assert [group["lr"] for group in opt.param_groups] == [0.0]
 
@@ -296,7 +296,7 @@ def test_a_parameter_thawed_between_the_passes_waits_for_the_next_step():
 
 def test_no_parameter_joins_an_optimizer_that_a_graph_owns(make):
     model, opt = ready(make)
-    opt.step()
+    opt.step(plain=True)
     before = bits(model)
     opt._buckets[0].table.captured = True  # what a capture leaves behind
     opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
@@ -404,7 +404,7 @@ def test_expanded_and_overlapping_parameters_are_refused(make):
 def test_parameters_on_two_devices_are_refused(make):
     opt = make([torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2, device="meta"))])
     with pytest.raises(ValueError, match="one optimizer works on one device"):
-        opt.step()
+        opt.step(plain=True)
 
 
 def test_moved_storage_is_followed(make):
@@ -424,19 +424,19 @@ def test_moved_storage_is_followed(make):
 def test_masters_are_the_default_for_low_precision_only():
     for dtype, expected in ((torch.float32, False), (torch.bfloat16, True), (torch.float16, True)):
         _, opt = ready(MAKERS["SAMAdamW"], dtype)
-        opt.step()
+        opt.step(plain=True)
         state = next(iter(opt.state.values()))
         assert ("master" in state) is expected
         assert all(state[name].dtype == torch.float32 for name in state)
     _, opt = ready(lambda p: SAMAdamW(p, master_weights=False), torch.bfloat16)
-    opt.step()
+    opt.step(plain=True)
     assert "master" not in next(iter(opt.state.values()))
 
 
 def test_a_weight_changed_by_others_reaches_its_master():
     model, opt = ready(MAKERS["SAMAdamW"], torch.bfloat16)
     for _ in range(3):
-        opt.step()
+        opt.step(plain=True)
     masters = {p: opt.state[p]["master"].clone() for p in model.parameters()}
     with torch.no_grad():
         model[3].bias[1] = 7.0
@@ -454,7 +454,7 @@ def test_a_weight_changed_by_others_reaches_its_master():
 
 def test_weights_loaded_after_the_optimizer_win_over_its_masters():
     model, opt = ready(MAKERS["SAMAdamW"], torch.bfloat16)
-    opt.step()
+    opt.step(plain=True)
     saved = opt.state_dict()
     model, other = network(torch.bfloat16), network(torch.bfloat16, seed=5)
     opt = SAMAdamW(model.parameters())
@@ -469,7 +469,7 @@ def test_weights_loaded_after_the_optimizer_win_over_its_masters():
 def test_a_perturbation_of_bare_low_precision_weights_warns():
     for make in (lambda p: SAMAdamW(p, master_weights=False), MAKERS["SAM"]):
         _, opt = ready(make, torch.bfloat16)
-        opt.step()  # no perturbation, no warning
+        opt.step(plain=True)  # no perturbation, no warning
         with pytest.warns(UserWarning, match="bfloat16 weights without a float32 master.*projection"):
             opt.perturb()
 
@@ -479,5 +479,5 @@ def test_small_updates_add_up_in_the_master():
     opt = SAMAdamW([weight], lr=0.01, weight_decay=0.0)
     for _ in range(100):
         weight.grad = torch.ones_like(weight)
-        opt.step()
+        opt.step(plain=True)
     assert weight.float().mean().item() == pytest.approx(99.0, abs=0.25)  # one step of 0.01 alone rounds away

@@ -70,7 +70,7 @@ def test_the_count_of_skipped_steps_survives(make):
     opt = make(model.parameters())
     for p in model.parameters():
         p.grad = torch.full_like(p, float("nan"))
-    opt.step()
+    opt.step(plain=True)
     saved = through_disk(opt.state_dict())
     fresh = make(network().parameters())
     fresh.load_state_dict(saved)
@@ -160,7 +160,7 @@ def test_statistics_show_what_low_precision_does():
         weight = torch.nn.Parameter((torch.randn(400_000) * 0.02).bfloat16())
         opt = SAMAdamW([weight], rho=5e-4, master_weights=master)  # e_rms 8e-7, as rho 0.05 at 4e9 parameters
         weight.grad = torch.randn(400_000).bfloat16()
-        opt.step()  # the master leaves the bf16 grid
+        opt.step(plain=True)  # the master leaves the bf16 grid
         before = weight.detach().clone()
         opt.perturb()
         applied = (weight.double() - before.double()).norm().item()
