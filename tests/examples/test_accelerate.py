@@ -1,0 +1,106 @@
+"""The accelerate loop against float64, and what ``TwoPasses`` promises: when to step, what an exception leaves."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from rsaft_fast.integrations.accelerate import TwoPasses, unwrapped
+from rsaft_fast.optim import SAM, SAMAdamW
+
+from .reference import example, weights
+from .test_loops import STEPS, cosine, error, numbers, task
+
+accelerate = pytest.importorskip("accelerate")
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """accelerate keeps its settings for the whole process."""
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_the_loop(micro_batches):
+    assert error(example("accelerate_loop")["main"](STEPS, micro_batches), cosine) < 1e-5
+
+
+def test_it_learns(capsys):
+    example("accelerate_loop")["main"]()
+    seen = numbers(capsys.readouterr().out)
+    assert seen["last"] < 0.25 * seen["first"] and seen["accuracy"] > 0.9
+
+
+def prepared(micro_batches=2, make=SAMAdamW):
+    accelerator = accelerate.Accelerator(gradient_accumulation_steps=micro_batches)
+    model = task["network"]()
+    model, optimizer = accelerator.prepare(model, make(model.parameters(), rho=0.5))
+    passes = TwoPasses(accelerator, model, optimizer)
+
+    def forward_backward(x, y):
+        loss = cross_entropy(model(x), y)
+        accelerator.backward(loss)
+        return loss.item()
+
+    return accelerator, model, optimizer, passes, forward_backward
+
+
+@pytest.mark.parametrize("make", [SAMAdamW, lambda params, **o: SAM(params, torch.optim.SGD, lr=0.1, **o)])
+def test_only_a_complete_step_perturbs_and_updates(make):
+    accelerator, model, optimizer, passes, forward_backward = prepared(2, make)
+    assert passes.optimizer is unwrapped(optimizer) is not optimizer
+    before, updated = weights(model), []
+    for batch in task["batches"](4):
+        with accelerator.accumulate(model):
+            at_weights = cross_entropy(model(batch[0]), batch[1]).item()
+            assert passes(forward_backward, *batch) == at_weights  # the first pass's loss
+            assert passes.optimizer.is_perturbed is accelerator.sync_gradients
+            optimizer.step()
+            optimizer.zero_grad()
+        updated.append(not torch.equal(weights(model), before))
+        before = weights(model)
+    assert updated == [False, True, False, True] and int(passes.optimizer.skipped) == 0
+
+
+@pytest.mark.parametrize("failing_call", [2, 3, 4])  # calls 1 and 2 are the first pass, 3 and 4 the second
+def test_an_exception_in_either_pass_drops_the_step_and_nothing_else(failing_call):
+    accelerator, model, optimizer, passes, forward_backward = prepared(2)
+    before, calls = weights(model), []
+
+    def failing(x, y):
+        calls.append(x)
+        if len(calls) == failing_call:
+            raise MemoryError("no room for this micro-batch")
+        return forward_backward(x, y)
+
+    def step(function, data):
+        for batch in data:
+            with accelerator.accumulate(model):
+                passes(function, *batch)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    with pytest.raises(MemoryError):
+        step(failing, task["batches"](2))
+    assert torch.equal(weights(model), before) and not passes.optimizer.is_perturbed
+    assert all(p.grad is None for p in model.parameters())
+    again = task["batches"](2, seed=3)
+    step(forward_backward, again)  # a whole step, of these two micro-batches only
+
+    alone = task["network"]()
+    expected = SAMAdamW(alone.parameters(), rho=0.5)
+    x, y = (torch.cat(parts) for parts in zip(*again))
+    cross_entropy(alone(x), y).backward()
+    with expected.perturbed(zero_grad=True):
+        cross_entropy(alone(x), y).backward()
+        expected.step()
+    assert (weights(model) - weights(alone)).norm() < 1e-4 * (weights(alone) - before).norm()
+
+
+def test_another_optimizer_is_refused():
+    accelerator = accelerate.Accelerator()
+    model, optimizer = task["network"](), None
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    with pytest.raises(TypeError, match="AdamW makes no second pass: prepare SAM or SAMAdamW"):
+        TwoPasses(accelerator, model, optimizer)
