@@ -1,35 +1,71 @@
 """The operations in plain torch: the oracle for the kernels, and what runs on CPUs and in float64.
 
 Arithmetic is float32 for low-precision tensors and float64 for float64 ones. No value returns to the host, so these
-functions run under ``torch.cuda.set_sync_debug_mode("error")`` too.
+functions run under ``torch.cuda.set_sync_debug_mode("error")`` too. Tensors are walked flat, in memory order.
 """
+
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import torch
 
-from .scalars import GradientNorm, StepScalars
-from .table import ROW, TensorTable
+from .philox import PERTURBATION, UPDATE, random16, round_stochastically
+from .quantize import dequantize_blocks, quantize_blocks
+from .scalars import GradientNorm, StepInputs, StepScalars
+from .table import LISTS, ROW, TensorTable
 
 
 def _compute_dtype(table: TensorTable) -> torch.dtype:
     return torch.promote_types(table.dtypes["weight"], torch.float32)
 
 
+def _flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """All elements in memory order, as a view: layouts are dense, so nothing lies between them."""
+    return None if tensor is None else tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def _rows(table: TensorTable, tensor: int | None = None) -> Iterator[SimpleNamespace]:
+    """Each tensor's lists by name, flat and None where absent, with its index; those with elements only."""
+    for index in range(len(table)) if tensor is None else (tensor,):
+        if table.shapes[index].numel():
+            lists = {name: _flat(table[name][index]) if name in table else None for name in LISTS}
+            yield SimpleNamespace(index=index, **lists)
+
+
+def _round(table: TensorTable, index: int, x: torch.Tensor, step: torch.Tensor, purpose: int) -> torch.Tensor:
+    """To the weight's dtype."""
+    if table.rounding_seed is None or "master" in table:
+        return x.to(table.dtypes["weight"])
+    bits = random16(x.numel(), table.rounding_seed, step, table.parameters[index], purpose)
+    return round_stochastically(x, bits)
+
+
 def sum_of_squares(table: TensorTable, adaptive: bool) -> None:
     """Fills ``table.sum_sq``: each tensor's sum in the slot of its first chunk (the kernels use every chunk's slot)."""
     table.sum_sq.zero_()
-    for index, (weight, grad) in enumerate(zip(table["weight"], table["grad"])):
-        if grad is None or grad.numel() == 0:
+    for row in _rows(table):
+        if row.grad is None:
             continue
-        if adaptive:
-            grad = weight.to(_compute_dtype(table)) * grad
+        grad = row.weight.to(_compute_dtype(table)) * row.grad if adaptive else row.grad
         norm = torch.linalg.vector_norm(grad, dtype=torch.float64)
-        table.sum_sq[table.first_chunk[index]] = norm * norm
+        table.sum_sq[table.first_chunk[row.index]] = norm * norm
 
 
-def finish_norm(slots: list[torch.Tensor], norm: GradientNorm, rho: torch.Tensor) -> None:
-    """The sum of all slots in float64, and what follows from it. ``rho``: float64, as many as ``norm.scale``."""
+def finish_norm(
+    slots: list[torch.Tensor],
+    norm: GradientNorm,
+    rho: torch.Tensor,
+    tables: list[TensorTable] | None = None,
+    inputs: StepInputs | None = None,
+) -> None:
+    """The sum of all slots in float64, and what follows from it. ``rho``: float64, as many as ``norm.scale``.
+
+    With ``tables`` and ``inputs``: their AdamW coefficients too.
+    """
     norm.sum_sq.copy_(torch.cat(slots).sum())
     scale_from_sum(norm, rho)
+    if inputs is not None:
+        adamw_coefficients(tables, norm, inputs)
 
 
 def scale_from_sum(norm: GradientNorm, rho: torch.Tensor) -> None:
@@ -44,55 +80,58 @@ def sam_perturb_(table: TensorTable, norm: GradientNorm) -> None:
     dtype = _compute_dtype(table)
     finite = norm.found_inf == 0
     scale = norm.scale[table.group.long()].to(dtype)
-    backups = table["backup"] if "backup" in table else [None] * len(table)
-    masters = table["master"] if "master" in table else [None] * len(table)
     table.perturbation_sums.zero_()
-    for index, (weight, grad, backup, master) in enumerate(zip(table["weight"], table["grad"], backups, masters)):
-        if backup is not None:
-            backup.copy_(weight)
-        if grad is None or weight.numel() == 0:
+    for row in _rows(table):
+        if row.grad is None:
+            if row.backup is not None:
+                row.backup.copy_(torch.where(finite, row.weight, row.backup))
             continue
-        base = weight.to(dtype) if master is None else master
-        wanted = scale[index] * grad.to(dtype)
+        old, base = row.weight.clone(), row.weight.to(dtype) if row.master is None else row.master
+        wanted = scale[row.index] * row.grad.to(dtype)
         if table.adaptive:
             wanted = wanted * (base * base)
-        perturbed = torch.where(finite, (base + wanted).to(weight.dtype), weight)
+        perturbed = _round(table, row.index, base + wanted, table.steps[row.index], PERTURBATION)
+        row.weight.copy_(torch.where(finite, perturbed, old))
+        # Last: the backup may be the gradient's own memory.
+        if row.backup is not None:
+            row.backup.copy_(torch.where(finite, old, row.backup))
         wanted = torch.where(finite, wanted, 0.0)
-        applied = perturbed.to(dtype) - weight.to(dtype)
-        table.perturbation_sums[table.first_chunk[index]] = torch.stack(
+        applied = row.weight.to(dtype) - old.to(dtype)
+        table.perturbation_sums[table.first_chunk[row.index]] = torch.stack(
             [(a * b).sum(dtype=torch.float64) for a, b in ((applied, applied), (applied, wanted), (wanted, wanted))]
         )
-        weight.copy_(perturbed)
 
 
-def sam_restore_(table: TensorTable, norm: GradientNorm) -> None:
-    finite = norm.found_inf == 0
-    for weight, source in zip(table["weight"], table["master"] if "master" in table else table["backup"]):
-        weight.copy_(torch.where(finite, source.to(weight.dtype), weight))
+def _unperturbed(row: SimpleNamespace, intact: torch.Tensor) -> torch.Tensor:
+    """The weight's old bits. Without a source it was never perturbed; nor was it where perturbing was a no-op."""
+    source = row.backup if row.master is None else row.master.to(row.weight.dtype)
+    return row.weight if source is None else torch.where(intact, source, row.weight)
 
 
-def adamw_coefficients(
-    table: TensorTable,
-    norm: GradientNorm,
-    scalars: StepScalars,
-    first: GradientNorm | None,
-    grad_scale: torch.Tensor | None,
-    found_inf: torch.Tensor | None,
-    count: bool,
-) -> None:
-    """The skip flag and counter, each tensor's step count, and ``table.coefficients`` (columns ``COEFFICIENTS``)."""
+def sam_restore_(table: TensorTable, norm: GradientNorm, tensor: int | None = None) -> None:
+    for row in _rows(table, tensor):
+        row.weight.copy_(_unperturbed(row, norm.found_inf == 0))
+
+
+def adamw_coefficients(tables: list[TensorTable], norm: GradientNorm, inputs: StepInputs) -> None:
+    """The skip flag and counter, each tensor's step count, and ``TensorTable.coefficients``."""
+    scalars = inputs.scalars
     skip = norm.found_inf
-    for flag in (None if first is None else first.found_inf, found_inf):
+    for flag in (None if inputs.first is None else inputs.first.found_inf, inputs.found_inf):
         skip = skip if flag is None else torch.maximum(skip, flag.to(skip))
     scalars.skip.copy_(skip)
-    if count:
-        scalars.skipped.add_((skip != 0).long())
+    scalars.skipped.add_((skip != 0).long())
+    for table in tables:
+        _coefficients(table, norm, inputs)
 
-    lr, beta1, beta2, eps, weight_decay, max_norm = scalars.hyper[table.group.long()].unbind(1)
-    present = table.addresses[ROW["grad"]] != 0
-    table.steps.add_(present & (skip == 0))
-    step = table.steps.double()
-    factor = torch.ones_like(norm.norm) if grad_scale is None else 1 / grad_scale.double()
+
+def _coefficients(table: TensorTable, norm: GradientNorm, inputs: StepInputs) -> None:
+    lr, beta1, beta2, eps, weight_decay, max_norm = inputs.scalars.hyper[table.group.long()].unbind(1)
+    present = (table.addresses[ROW["grad"]] != 0) | inputs.released
+    step = (table.steps + (present & (inputs.scalars.skip == 0))).double()
+    if not inputs.released:
+        table.steps.copy_(step)
+    factor = torch.ones_like(norm.norm) if inputs.grad_scale is None else 1 / inputs.grad_scale.double()
     clip = (max_norm / (norm.norm * factor + 1e-6)).clamp(max=1.0)
     columns = (
         clip * factor,
@@ -103,36 +142,61 @@ def adamw_coefficients(
         (1 - beta2**step).sqrt(),
         eps,
         lr / (1 - beta1**step),
+        step,
     )
     table.coefficients.copy_(torch.stack(columns, dim=1))
 
 
-def sam_adamw_step_(table: TensorTable, scalars: StepScalars, first: GradientNorm | None, restore: bool) -> None:
-    dtype = _compute_dtype(table)
+def sam_adamw_step_(
+    table: TensorTable,
+    scalars: StepScalars,
+    first: GradientNorm | None,
+    restore: bool,
+    tensor: int | None = None,
+    grad: torch.Tensor | None = None,
+) -> None:
+    """With ``tensor`` and ``grad``: that tensor alone, from this gradient."""
     update = scalars.skip == 0
     intact = torch.ones_like(update) if first is None else first.found_inf == 0
-    coefficients = table.coefficients.to(dtype)
-    masters = table["master"] if "master" in table else [None] * len(table)
-    backups = table["backup"] if restore and "master" not in table else [None] * len(table)
-    rows = zip(table["weight"], table["grad"], masters, backups, table["exp_avg"], table["exp_avg_sq"], coefficients)
-    for weight, grad, master, backup, exp_avg, exp_avg_sq, row in rows:
-        factor, decay, beta1_c, beta2, beta2_c, bias2_sqrt, eps, step_size = row.unbind()
-        kept = weight if backup is None else torch.where(intact, backup, weight)
-        if master is not None and restore:
-            kept = torch.where(intact, master.to(weight.dtype), weight)
-        if grad is None:
-            weight.copy_(kept)
-            continue
-        grad = grad.to(dtype) * factor
-        base = kept.to(dtype) if master is None else master
-        m = exp_avg + (grad - exp_avg) * beta1_c
-        v = exp_avg_sq * beta2 + (grad * grad) * beta2_c
-        new = base * decay - step_size * (m / (v.sqrt() / bias2_sqrt + eps))
-        weight.copy_(torch.where(update, new.to(weight.dtype), kept))
-        if master is not None:
-            master.copy_(torch.where(update, new, master))
-        exp_avg.copy_(torch.where(update, m, exp_avg))
-        exp_avg_sq.copy_(torch.where(update, v, exp_avg_sq))
+    coefficients = table.coefficients.to(_compute_dtype(table))
+    for row in _rows(table, tensor):
+        row.grad = row.grad if grad is None else _flat(grad)
+        kept = _unperturbed(row, intact) if restore else row.weight
+        if row.grad is None:
+            row.weight.copy_(kept)
+        else:
+            _step_row(table, row, kept, coefficients[row.index], update)
+
+
+def _step_row(table: TensorTable, row: SimpleNamespace, kept, coefficients: torch.Tensor, update: torch.Tensor) -> None:
+    factor, decay, beta1_c, beta2, beta2_c, bias2_sqrt, eps, step_size, step = coefficients.unbind()
+    grad = row.grad.to(coefficients.dtype) * factor
+    base = kept.to(coefficients.dtype) if row.master is None else row.master
+    m, v = _moments(row)
+    m = m + (grad - m) * beta1_c
+    v = v * beta2 + (grad * grad) * beta2_c
+    new = base * decay - step_size * (m / (v.sqrt() / bias2_sqrt + eps))
+    row.weight.copy_(torch.where(update, _round(table, row.index, new, step, UPDATE), kept))
+    if row.master is not None:
+        row.master.copy_(torch.where(update, new, row.master))
+    for target, value in _stored(row, m, v):
+        target.copy_(torch.where(update, value, target))
+
+
+def _moments(row: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
+    if row.exp_avg_absmax is None:
+        return row.exp_avg, row.exp_avg_sq
+    return (
+        dequantize_blocks(row.exp_avg, row.exp_avg_absmax, signed=True),
+        dequantize_blocks(row.exp_avg_sq, row.exp_avg_sq_absmax, signed=False),
+    )
+
+
+def _stored(row: SimpleNamespace, m: torch.Tensor, v: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    if row.exp_avg_absmax is None:
+        return [(row.exp_avg, m), (row.exp_avg_sq, v)]
+    (m, m_max), (v, v_max) = quantize_blocks(m, signed=True), quantize_blocks(v, signed=False)
+    return [(row.exp_avg, m), (row.exp_avg_absmax, m_max), (row.exp_avg_sq, v), (row.exp_avg_sq_absmax, v_max)]
 
 
 def step_against_(out: torch.Tensor, images: torch.Tensor | None, grad: torch.Tensor, radius: float, norm: str) -> None:

@@ -11,17 +11,17 @@ import torch.distributed
 
 from . import backends, reference
 from .eager import eager_only
-from .scalars import GradientNorm, StepScalars
+from .scalars import GradientNorm, StepInputs, StepScalars
 from .table import TensorTable
 
 
 def _implementation(table: TensorTable):
-    return backends.implementation(table.device, tuple(table.dtypes.values()))
+    return backends.implementation(table.device, table.float_dtypes)
 
 
-def _written(table: TensorTable, *names: str) -> None:
-    tensors = [tensor for name in names if name in table for tensor in table[name] if tensor is not None]
-    torch.autograd.graph.increment_version(tensors)
+def _written(weights: Sequence[torch.Tensor]) -> None:
+    """Autograd must notice the write; of state and backups it keeps none."""
+    torch.autograd.graph.increment_version(weights)
 
 
 @eager_only
@@ -33,6 +33,7 @@ def global_norm(
     plain: bool = False,
     out: GradientNorm | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
+    inputs: StepInputs | None = None,
 ) -> GradientNorm:
     """L2 norm over all gradients of all tables, and the perturbation's scale (SAM, arXiv 2010.01412, eq. 2).
 
@@ -46,6 +47,8 @@ def global_norm(
         rho: the radius, one for all, or a float64 tensor on the device with one a group.
         out: where to write; new by default.
         process_group: squared norms are summed over its ranks (for parameters sharded over them). None: this rank's.
+        inputs: prepare ``sam_adamw_step_`` from this norm too, as ``adamw_coefficients_`` does, without a launch of its
+            own.
     """
     tables = [tables] if isinstance(tables, TensorTable) else list(tables)
     device = tables[0].device
@@ -56,10 +59,17 @@ def global_norm(
     out = GradientNorm(device, rho.numel()) if out is None else out
     for table in tables:
         _implementation(table).sum_of_squares(table, table.adaptive and not plain)
-    backends.implementation(device).finish_norm([table.sum_sq for table in tables], out, rho)
+    slots = [table.sum_sq for table in tables]
+    backend = backends.implementation(device)
+    if process_group is None and inputs is not None:
+        backend.finish_norm(slots, out, rho, tables, inputs)
+        return out
+    backend.finish_norm(slots, out, rho)
     if process_group is not None:
         torch.distributed.all_reduce(out.sum_sq, group=process_group)
         reference.scale_from_sum(out, rho)
+        if inputs is not None:
+            adamw_coefficients_(tables, out, inputs)
     return out
 
 
@@ -69,49 +79,89 @@ def sam_perturb_(table: TensorTable, norm: GradientNorm) -> None:
     """``w += scale * g`` (``scale * w**2 * g`` for an adaptive table), where ``norm.found_inf`` is 0; else nothing.
 
     With a ``master`` list, weights become ``round(master + e)``; otherwise the ``backup`` list receives the old bits.
-    ``table.perturbation_sums`` receives what was applied at the weight's precision, against what was wanted.
+    It may be the gradients' own memory (same dtype as the weights): each element is read before it is written. An
+    absent backup needs an absent gradient. ``table.perturbation_sums`` receives what was applied at the weight's
+    precision, against what was wanted.
     """
     if "master" not in table and "backup" not in table:
         raise ValueError("sam_perturb_ needs a master or a backup list to restore from: table.bind(backup=...)")
+    _check_rounding(table)
     _implementation(table).sam_perturb_(table, norm)
-    _written(table, "weight", "backup")
+    _written(table["weight"])
 
 
 @eager_only
 @torch.no_grad()
-def sam_restore_(table: TensorTable, norm: GradientNorm) -> None:
-    """Undo ``sam_perturb_`` bit for bit. ``norm`` is the one that perturb used: after its no-op nothing is written."""
-    _implementation(table).sam_restore_(table, norm)
-    _written(table, "weight")
+def sam_restore_(table: TensorTable, norm: GradientNorm, tensor: int | None = None) -> None:
+    """Undo ``sam_perturb_`` bit for bit; of all tensors, or of the one with this index.
+
+    ``norm`` is the one that perturb used: after its no-op nothing is written, nor where a backup is absent.
+    """
+    _implementation(table).sam_restore_(table, norm, tensor)
+    _written(table["weight"] if tensor is None else [table["weight"][tensor]])
+
+
+@eager_only
+@torch.no_grad()
+def adamw_coefficients_(tables: TensorTable | Sequence[TensorTable], norm: GradientNorm, inputs: StepInputs) -> None:
+    """Prepare ``sam_adamw_step_``: the skip flag, step counts, and what its kernel needs of each tensor.
+
+    The step is skipped as a whole, restore excepted, when ``norm``, ``inputs.first`` or ``inputs.found_inf`` reports a
+    non-finite value; then ``scalars.skipped`` grows by one and no step count does.
+
+    Args:
+        tables: all tables of the step. norm: of the gradients as they are in memory; clipping follows it.
+    """
+    tables = [tables] if isinstance(tables, TensorTable) else list(tables)
+    backends.implementation(tables[0].device).adamw_coefficients(tables, norm, inputs)
 
 
 @eager_only
 @torch.no_grad()
 def sam_adamw_step_(
     tables: TensorTable | Sequence[TensorTable],
-    norm: GradientNorm,
     scalars: StepScalars,
     *,
     first: GradientNorm | None = None,
     restore: bool = False,
-    grad_scale: torch.Tensor | None = None,
-    found_inf: torch.Tensor | None = None,
 ) -> None:
     """Restore, unscale, clip and AdamW (arXiv 1711.05101) in one pass over the weights.
 
-    Skipped as a whole, restore excepted, when ``norm``, ``first`` or ``found_inf`` reports a non-finite value; then
-    ``scalars.skipped`` grows by one and no step count does. A tensor without a gradient is restored, not updated.
+    Prepared by ``global_norm(..., inputs=...)`` or ``adamw_coefficients_``. A tensor without a gradient is restored,
+    not updated; where the step is skipped, all are. 8-bit moments (uint8 ``exp_avg``, ``exp_avg_sq`` and their
+    ``ABSMAX`` lists) are decoded, updated in float32 and rounded to the nearest code of their block (``quantize``).
 
     Args:
         tables: with ``grad``, ``exp_avg``, ``exp_avg_sq`` bound, and what restoring needs.
-        norm: of the gradients as they are in memory. scalars: hyper-parameters, one row a group.
-        first: the norm that the perturbation used, if there was one.
-        restore: whether the weights are still perturbed.
-        grad_scale: float32 scalar by which the gradients are too large (GradScaler). found_inf: its flag.
+        first: the norm that the perturbation used, if there was one. restore: whether the weights are perturbed.
     """
-    tables = [tables] if isinstance(tables, TensorTable) else list(tables)
-    for index, table in enumerate(tables):
-        implementation = _implementation(table)
-        implementation.adamw_coefficients(table, norm, scalars, first, grad_scale, found_inf, count=index == 0)
-        implementation.sam_adamw_step_(table, scalars, first, restore)
-        _written(table, "weight", "master", "exp_avg", "exp_avg_sq")
+    for table in [tables] if isinstance(tables, TensorTable) else list(tables):
+        _check_rounding(table)
+        _implementation(table).sam_adamw_step_(table, scalars, first, restore)
+        _written(table["weight"])
+
+
+@eager_only
+@torch.no_grad()
+def sam_adamw_step_tensor_(
+    table: TensorTable,
+    tensor: int,
+    grad: torch.Tensor,
+    scalars: StepScalars,
+    *,
+    first: GradientNorm,
+    restore: bool = True,
+) -> None:
+    """``sam_adamw_step_`` of one tensor of the table, from a gradient that the table does not know.
+
+    Raises:
+        ValueError, TypeError: the gradient does not fit its weight. Nothing has been written then.
+    """
+    table.check("grad", tensor, grad)
+    _implementation(table).sam_adamw_step_(table, scalars, first, restore, tensor, grad)
+    _written([table["weight"][tensor]])
+
+
+def _check_rounding(table: TensorTable) -> None:
+    if table.rounding_seed is not None and table.dtypes["weight"] != torch.bfloat16:
+        raise TypeError(f"stochastic rounding is for bfloat16 weights, not {table.dtypes['weight']}")

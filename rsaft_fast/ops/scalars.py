@@ -1,5 +1,7 @@
 """Scalars that one kernel leaves on the device for the next one. Nothing here is read by the host during a step."""
 
+from dataclasses import dataclass
+
 import torch
 
 HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "max_grad_norm")
@@ -14,6 +16,7 @@ COEFFICIENTS = (
     "bias2_sqrt",  # sqrt(1 - beta2^step)
     "eps",
     "step_size",  # lr / (1 - beta1^step)
+    "step",  # the step being made, from 1: what stochastic rounding draws by
 )
 """Columns of ``TensorTable.coefficients``: what the AdamW kernel needs of each tensor, written just before it runs."""
 
@@ -46,3 +49,22 @@ class StepScalars:
         self.hyper = torch.zeros(groups, len(HYPER), dtype=torch.float64, device=device)
         self.skip = torch.zeros((), dtype=torch.float32, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+
+
+@dataclass
+class StepInputs:
+    """What AdamW's coefficients are made of, besides a norm.
+
+    Attributes:
+        scalars: hyper-parameters, one row a group; receives the skip flag and counter.
+        first: the norm that the perturbation used, if there was one: a non-finite one skips the step.
+        grad_scale: float32 scalar by which the gradients are too large (GradScaler). found_inf: its flag.
+        released: the step runs tensor by tensor while the gradients arrive. Coefficients are then those of each
+            tensor's next step, and ``TensorTable.steps`` stays: the caller adds to it for those that got a gradient.
+    """
+
+    scalars: StepScalars
+    first: GradientNorm | None = None
+    grad_scale: torch.Tensor | None = None
+    found_inf: torch.Tensor | None = None
+    released: bool = False

@@ -4,11 +4,17 @@ from collections.abc import Sequence
 
 import torch
 
+from .quantize import blocks
+from .scalars import COEFFICIENTS
+
 CHUNK = 32768
 """Elements a chunk. Fixed: the order of every sum follows from it, so no tuning may change it."""
 
-LISTS = ("weight", "grad", "backup", "master", "exp_avg", "exp_avg_sq")
+LISTS = ("weight", "grad", "backup", "master", "exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
 """The lists a table can hold; the position is the row of ``TensorTable.addresses``."""
+
+ABSMAX = ("exp_avg_absmax", "exp_avg_sq_absmax")
+"""Lists with a float32 value for each block of 8-bit state: ``(blocks(numel),)`` instead of the weight's shape."""
 
 ROW = {name: row for row, name in enumerate(LISTS)}
 
@@ -32,27 +38,38 @@ class TensorTable:
     Built once from the weights; other lists are bound when they exist. All tensors live on one device, every list has
     one dtype, and tensor ``i`` of every list has the shape and the strides of weight ``i``, which must be dense and
     non-overlapping (contiguous, channels-last, transposed: any order of dimensions without holes). An entry of a bound
-    list may be None: its address is 0 and the operations treat it as absent.
+    list may be None: its address is 0 and the operations treat it as absent. Moments may be uint8 codes (``quantize``);
+    then the lists ``ABSMAX`` belong to them.
 
     Args:
         weights: the tensors to update; every dtype equal.
         group: for each weight, the row of the hyper-parameter arrays that it follows. Default: all 0.
         adaptive: ASAM (arXiv 2102.11600): norms over ``|w| * g``, perturbations along ``w**2 * g``.
+        parameter: for each weight, its index in the optimizer: stochastic rounding draws by it. Default: 0, 1, 2...
+        rounding_seed: round perturbed and updated bf16 weights without master stochastically. None: to nearest.
 
     Attributes:
         addresses: int64 ``(len(LISTS), n)``, on the device, as the kernels read them.
-        numel: int64 ``(n,)``. group: int32 ``(n,)``.
+        numel: int64 ``(n,)``. group, parameter: int32 ``(n,)``.
         chunk_tensor, chunk_index: int32 ``(chunks,)``: the tensor of each chunk, and which chunk of it.
         sum_sq: float64 ``(chunks,)``: a slot a chunk for ``global_norm``.
         perturbation_sums: float64 ``(chunks, 3)``: sums of applied², applied·wanted, wanted² of the last perturbation.
-        steps: float32 ``(n,)``: optimizer steps taken by each tensor. coefficients: float64 ``(n, 8)``, scratch.
+        steps: float32 ``(n,)``: optimizer steps taken by each tensor. coefficients: float64 ``(n, 9)``, scratch.
 
     Raises:
         ValueError: no weights, mixed devices, holes or overlap in a layout, overlapping weights, unequal shapes or
             strides. TypeError: mixed or non-floating dtypes, sparse tensors.
     """
 
-    def __init__(self, weights: Sequence[torch.Tensor], *, group: Sequence[int] | None = None, adaptive: bool = False):
+    def __init__(
+        self,
+        weights: Sequence[torch.Tensor],
+        *,
+        group: Sequence[int] | None = None,
+        adaptive: bool = False,
+        parameter: Sequence[int] | None = None,
+        rounding_seed: int | None = None,
+    ):
         weights = list(weights)
         if not weights:
             raise ValueError("a TensorTable needs at least one tensor")
@@ -60,6 +77,7 @@ class TensorTable:
             _check_layout(index, weight)
         self.device = weights[0].device
         self.adaptive = adaptive
+        self.rounding_seed = rounding_seed
         self.captured = False
         self.shapes = [weight.shape for weight in weights]
         self.strides = [weight.stride() for weight in weights]
@@ -72,22 +90,30 @@ class TensorTable:
         owner = torch.repeat_interleave(torch.arange(len(weights)), chunks)
         self.first_chunk = (chunks.cumsum(0) - chunks).tolist()
         index = torch.arange(len(owner)) - (chunks.cumsum(0) - chunks)[owner]
+        self.chunks_of = chunks.tolist()
         groups = torch.tensor([0] * len(weights) if group is None else list(group), dtype=torch.int32)
+        self.parameters = list(range(len(weights)) if parameter is None else parameter)
 
         self.numel = to_device(sizes, self.device)
         self.group = to_device(groups, self.device)
+        self.parameter = to_device(torch.tensor(self.parameters, dtype=torch.int32), self.device)
         self.chunk_tensor = to_device(owner.int(), self.device)
         self.chunk_index = to_device(index.int(), self.device)
         self.addresses = torch.zeros(len(LISTS), len(weights), dtype=torch.int64, device=self.device)
         self.sum_sq = torch.zeros(len(owner), dtype=torch.float64, device=self.device)
         self.perturbation_sums = torch.zeros(len(owner), 3, dtype=torch.float64, device=self.device)
         self.steps = torch.zeros(len(weights), dtype=torch.float32, device=self.device)
-        self.coefficients = torch.zeros(len(weights), 8, dtype=torch.float64, device=self.device)
+        self.coefficients = torch.zeros(len(weights), len(COEFFICIENTS), dtype=torch.float64, device=self.device)
         self.bind(weight=weights)
         _check_overlap(weights)
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+    @property
+    def float_dtypes(self) -> tuple[torch.dtype, ...]:
+        """The dtypes of all lists but codes: what a backend must be able to compute with."""
+        return tuple(dtype for dtype in self.dtypes.values() if dtype is not torch.uint8)
 
     @property
     def chunks(self) -> int:
@@ -127,8 +153,8 @@ class TensorTable:
                 + ": run one step before the capture and keep the gradients (zero_grad(set_to_none=False))"
             )
         self.captured = self.captured or capturing
-        for name, known in moved.items():
-            self._upload(name, known)
+        self._upload(moved)
+        for name in moved:
             self.dtypes[name] = next((t.dtype for t in lists[name] if t is not None), self.dtypes["weight"])
         self._lists.update((name, list(tensors)) for name, tensors in lists.items())
 
@@ -136,36 +162,63 @@ class TensorTable:
         """Drop the references to a list (gradients, say), so that its memory can be freed. Addresses stay known."""
         self._lists.pop(name, None)
 
-    def _upload(self, name: str, known: list) -> None:
-        row = torch.tensor([0 if entry is None else entry[0] for entry in known], dtype=torch.int64)
-        self.addresses[ROW[name]].copy_(pinned(row, self.device), non_blocking=True)
-        self._bound[name] = known
+    def _upload(self, moved: dict[str, list]) -> None:
+        """One copy, from the first moved row to the last: rows between them are written as they are known."""
+        if not moved:
+            return
+        self._bound.update(moved)
+        rows = sorted(ROW[name] for name in moved)
+        empty = [None] * len(self)
+        block = torch.tensor(
+            [
+                [0 if entry is None else entry[0] for entry in self._bound.get(name, empty)]
+                for name in LISTS[rows[0] : rows[-1] + 1]
+            ],
+            dtype=torch.int64,
+        )
+        self.addresses[rows[0] : rows[-1] + 1].copy_(pinned(block, self.device), non_blocking=True)
+
+    def _check_absmax(self, what: str, index: int, tensor: torch.Tensor) -> None:
+        expected = (blocks(self.shapes[index].numel()),)
+        if tensor.shape != expected or tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            raise ValueError(
+                f"{what} is {tensor.dtype} of shape {tuple(tensor.shape)}; a block of state has one: float32 {expected}"
+            )
 
     def _check(self, name: str, tensors: Sequence[torch.Tensor | None]) -> None:
         if name not in ROW:
             raise ValueError(f"unknown list {name!r}; a table holds {', '.join(LISTS)}")
         if len(tensors) != len(self):
             raise ValueError(f"{name}: {len(tensors)} tensors for a table of {len(self)}")
-        present = [(index, tensor) for index, tensor in enumerate(tensors) if tensor is not None]
-        for index, tensor in present:
-            what = f"{name} {index}"
-            if tensor.layout is not torch.strided:
-                raise TypeError(
-                    f"{what} is sparse ({tensor.layout}): use dense gradients (sparse=False in nn.Embedding)"
-                )
-            if tensor.device != self.device:
-                raise ValueError(f"{what} is on {tensor.device}, the table on {self.device}: one device a table")
-            if tensor.dtype != present[0][1].dtype:
-                raise TypeError(
-                    f"{what} is {tensor.dtype}, {name} {present[0][0]} is {present[0][1].dtype}: mixed dtypes"
-                )
-            if tensor.shape != self.shapes[index]:
-                raise ValueError(f"{what} has shape {tuple(tensor.shape)}, its weight {tuple(self.shapes[index])}")
-            if _order(tensor.shape, tensor.stride()) != _order(self.shapes[index], self.strides[index]):
-                raise ValueError(
-                    f"{what} has strides {tensor.stride()}, its weight {self.strides[index]}: "
-                    "give it the weight's layout (torch.empty_like(weight).copy_(tensor))"
-                )
+        present = [index for index, tensor in enumerate(tensors) if tensor is not None]
+        for index in present:
+            self.check(name, index, tensors[index], tensors[present[0]].dtype)
+
+    def check(self, name: str, index: int, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+        """Whether a tensor fits as entry ``index`` of a list of this dtype (default: as the list has been).
+
+        Raises:
+            ValueError, TypeError: it does not; the text says what to change.
+        """
+        what, dtype = f"{name} {index}", dtype or self.dtypes.get(name, tensor.dtype)
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{what} is sparse ({tensor.layout}): use dense gradients (sparse=False in nn.Embedding)")
+        if tensor.device != self.device:
+            raise ValueError(f"{what} is on {tensor.device}, the table on {self.device}: one device a table")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{what} is {tensor.dtype}, the list is of {dtype}: mixed dtypes")
+        if tensor.numel() and not tensor.is_meta and not tensor.data_ptr():
+            raise ValueError(f"{what} has no memory (its storage was resized to 0): gather it before the pass")
+        if name in ABSMAX:
+            self._check_absmax(what, index, tensor)
+            return
+        if tensor.shape != self.shapes[index]:
+            raise ValueError(f"{what} has shape {tuple(tensor.shape)}, its weight {tuple(self.shapes[index])}")
+        if _order(tensor.shape, tensor.stride()) != _order(self.shapes[index], self.strides[index]):
+            raise ValueError(
+                f"{what} has strides {tensor.stride()}, its weight {self.strides[index]}: "
+                "give it the weight's layout (torch.empty_like(weight).copy_(tensor))"
+            )
 
 
 def _order(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:

@@ -76,17 +76,13 @@ class SAMAdamW(SharpnessAware):
 
     def _update(self, buckets: list[Bucket]) -> None:
         self._upload_hyper()
+        first = None if self._phase == IDLE else self._first
+        inputs = ops.StepInputs(self._scalars, first, self._taken_grad_scale(), getattr(self, "found_inf", None))
         tables = [bucket.table for bucket in buckets]
-        ops.global_norm(tables, self._no_rho, plain=True, out=self._second, process_group=self.process_group)
-        ops.sam_adamw_step_(
-            tables,
-            self._second,
-            self._scalars,
-            first=None if self._phase == IDLE else self._first,
-            restore=self._phase == PERTURBED,
-            grad_scale=self._taken_grad_scale(),
-            found_inf=getattr(self, "found_inf", None),
+        ops.global_norm(
+            tables, self._no_rho, plain=True, out=self._second, process_group=self.process_group, inputs=inputs
         )
+        ops.sam_adamw_step_(tables, self._scalars, first=first, restore=self._phase == PERTURBED)
         self._finish(buckets, zero_grad=False)
 
     def _upload_hyper(self) -> None:

@@ -3,6 +3,7 @@
 import torch
 
 from rsaft_fast.ops import CHUNK, TensorTable
+from rsaft_fast.ops.quantize import dequantize_blocks, quantize_blocks
 
 SIZES = ((0,), (1,), (7,), (3, 5), (CHUNK - 1,), (2, 3, 4, 5), (CHUNK + 1,))
 LOW = (torch.bfloat16, torch.float16)
@@ -29,7 +30,45 @@ def poison(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor
     return torch.full_like(like, float("nan"), dtype=dtype or like.dtype)
 
 
-def random_table(device, dtype, generator, sizes=SIZES, layout="plain", absent=(), master=False, adaptive=False):
+def memory_order(tensor: torch.Tensor) -> torch.Tensor:
+    """All elements of a dense tensor as they lie in memory, a view."""
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def to_codes(values: torch.Tensor, signed: bool, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 codes in the layout of the values, and their absmax."""
+    codes = torch.empty_like(values, dtype=torch.uint8)
+    if layout == "misaligned":
+        codes = misaligned(codes)
+    flat_codes, absmax = quantize_blocks(memory_order(values), signed)
+    memory_order(codes).copy_(flat_codes)
+    return codes, absmax
+
+
+def decoded(table: TensorTable, name: str) -> list[torch.Tensor]:
+    """A list of moments as float32 values, whatever holds them."""
+    if table.dtypes[name] is not torch.uint8:
+        return [t.clone() for t in table[name]]
+    out = []
+    for codes, absmax in zip(table[name], table[name + "_absmax"]):
+        values = torch.empty_like(codes, dtype=torch.float32)
+        memory_order(values).copy_(dequantize_blocks(memory_order(codes), absmax, name == "exp_avg"))
+        out.append(values)
+    return out
+
+
+def random_table(
+    device,
+    dtype,
+    generator,
+    sizes=SIZES,
+    layout="plain",
+    absent=(),
+    master=False,
+    adaptive=False,
+    state_bits=32,
+    **options,
+):
     """A table with weight, grad, moments and master or (poisoned) backup, and float64 copies of all of them."""
 
     def draw(scale, positive=False, kind=dtype):
@@ -49,9 +88,15 @@ def random_table(device, dtype, generator, sizes=SIZES, layout="plain", absent=(
         lists["master"] = [w.to(state) * (1 + nudge) for w in lists["weight"]]
     else:
         lists["backup"] = [poison(w) for w in lists["weight"]]
-    table = TensorTable(lists["weight"], adaptive=adaptive)
+    if state_bits == 8:
+        for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+            pairs = [to_codes(values, signed, layout) for values in lists[name]]
+            lists[name], lists[name + "_absmax"] = map(list, zip(*pairs))
+    table = TensorTable(lists["weight"], adaptive=adaptive, **options)
     table.bind(**lists)
     before = {k: [None if t is None else t.detach().double().cpu().clone() for t in v] for k, v in lists.items()}
+    for name in ("exp_avg", "exp_avg_sq"):
+        before[name] = [values.double().cpu() for values in decoded(table, name)]
     return table, before
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rsaft_fast import ops
-from rsaft_fast.ops import CHUNK, StepScalars
+from rsaft_fast.ops import CHUNK, StepInputs, StepScalars
 
 from .tables import LOW, SIZES, bits, flat, random_table, same_bits
 
@@ -37,8 +37,9 @@ def adamw(before, step, factor=1.0, lr=0.02, beta1=0.85, beta2=0.97, eps=1e-6, w
     return weights, first, second
 
 
-def take_step(table, scalars, first=None, **options):
-    ops.sam_adamw_step_(table, ops.global_norm(table), scalars, first=first, **options)
+def take_step(tables, scalars, first=None, restore=False, **options):
+    ops.global_norm(tables, inputs=StepInputs(scalars, first, **options))
+    ops.sam_adamw_step_(tables, scalars, first=first, restore=restore)
 
 
 @pytest.mark.parametrize("layout", ["plain", "misaligned", "channels_last"])
@@ -160,7 +161,7 @@ def test_a_skip_counts_once_over_several_tables(backend):
     tables[1]["grad"][0][2] = float("nan")
     old = [bits(table["weight"]) for table in tables]
     scalars = scalars_for(backend)
-    ops.sam_adamw_step_(tables, ops.global_norm(tables), scalars)
+    take_step(tables, scalars)
     assert scalars.skipped.item() == 1
     assert all(same_bits(bits(table["weight"]), o) for table, o in zip(tables, old))
 
@@ -189,7 +190,9 @@ def test_backends_round_alike(backend, monkeypatch):
         norm.scale.fill_(0.125)
         ops.sam_perturb_(table, norm)
         perturbed = bits(table["weight"])
-        ops.sam_adamw_step_(table, norm, scalars_for(backend), first=norm, restore=True)
+        scalars = scalars_for(backend)
+        ops.adamw_coefficients_(table, norm, StepInputs(scalars, norm))
+        ops.sam_adamw_step_(table, scalars, first=norm, restore=True)
         results.append([*perturbed, *bits(table["exp_avg"]), *bits(table["exp_avg_sq"])])
         weights.append(flat(table["weight"]))
     assert same_bits(*results)

@@ -176,3 +176,24 @@ def test_table_operations_stay_out_of_traced_graphs():
     assert (flat(table["weight"]) - flat(before["weight"])).norm().item() == pytest.approx(0.1, rel=1e-4)
     assert len(graphs) == 2
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("layout", ["plain", "misaligned", "channels_last"])
+@pytest.mark.parametrize("finite", [True, False])
+def test_the_backup_may_live_in_the_gradients_memory(backend, layout, finite):
+    """Weights perturbed as with memory of its own; the old bits where the gradient was; restored to the bit."""
+    own, _ = random_table(backend, torch.bfloat16, torch.Generator().manual_seed(51), layout=layout, absent=(3,))
+    shared, _ = random_table(backend, torch.bfloat16, torch.Generator().manual_seed(51), layout=layout, absent=(3,))
+    if not finite:
+        for table in (own, shared):
+            table["grad"][-1][-1] = float("nan")
+    shared.bind(backup=shared["grad"])
+    old, gradients = bits(shared["weight"]), bits(shared["grad"])
+    norms = [ops.global_norm(table, rho=1.0) for table in (own, shared)]
+    for table, norm in zip((own, shared), norms):
+        ops.sam_perturb_(table, norm)
+    assert same_bits(bits(own["weight"]), bits(shared["weight"]))
+    kept = [i for i in range(len(shared)) if i != 3]
+    assert same_bits(bits(shared["backup"]), [old[i] for i in kept] if finite else gradients)
+    ops.sam_restore_(shared, norms[1])
+    assert same_bits(bits(shared["weight"]), old)
