@@ -12,7 +12,7 @@ import torch.distributed as dist
 from rsaft_fast import ops
 from rsaft_fast.ops.table import pinned
 
-from .buckets import Bucket, make_buckets
+from .buckets import Bucket, Storage, make_buckets
 
 IDLE, PERTURBED, RESTORED = "idle", "perturbed", "restored"
 
@@ -51,10 +51,10 @@ class SharpnessAware(torch.optim.Optimizer):
         """
         if self._phase == PERTURBED:
             raise RuntimeError("the weights are already perturbed: call step() or restore() before perturb()")
-        buckets = self._ready()
+        buckets = self._built()
         self._upload_rho()
         for bucket in buckets:
-            self._bind_restore_source(bucket)
+            bucket.bind_to_perturb()
         ops.global_norm([b.table for b in buckets], self._rho, out=self._first, process_group=self.process_group)
         self._agree_with_replicas()
         self._perturb_all(buckets)
@@ -73,6 +73,7 @@ class SharpnessAware(torch.optim.Optimizer):
         for bucket in self._buckets:
             bucket.table.bind(weight=bucket.params)
             ops.sam_restore_(bucket.table, self._first)
+            bucket.drop_backup()
             bucket.remember_versions()
         self._phase = RESTORED
 
@@ -86,9 +87,11 @@ class SharpnessAware(torch.optim.Optimizer):
         self.perturb(zero_grad)
         try:
             yield
-        finally:
-            if self._phase == PERTURBED:
-                self.restore()
+        except BaseException as error:
+            self._abandon(error)
+            raise
+        if self._phase == PERTURBED:
+            self.restore()
 
     def step(self, closure: Callable[[], torch.Tensor] | None = None, *, plain: bool = False):
         """Restore the weights if they are perturbed, then update them from the gradients of the second pass.
@@ -115,8 +118,10 @@ class SharpnessAware(torch.optim.Optimizer):
             )
         loss = None if closure is None else self._run(closure)
         with torch.no_grad():
-            self._update(self._ready_or_restored())
-        self._phase = IDLE
+            buckets = self._ready_or_restored()
+            self._update(buckets)
+            self._phase = IDLE
+            self._finish(buckets, zero_grad=False)
         return loss
 
     def first_step(self, zero_grad: bool = False) -> None:
@@ -142,11 +147,15 @@ class SharpnessAware(torch.optim.Optimizer):
                 losses.append(self._evaluate(closure))
                 self.perturb()
             losses.append(self._evaluate(closure))
-        except BaseException:
-            if self._phase == PERTURBED:
-                self.restore()
+        except BaseException as error:
+            self._abandon(error)
             raise
         return losses[0]
+
+    def _abandon(self, error: BaseException) -> None:
+        """Something failed between the passes: the weights go back."""
+        if self._phase == PERTURBED:
+            self.restore()
 
     def _evaluate(self, closure: Callable):
         self.zero_grad()
@@ -233,16 +242,21 @@ class SharpnessAware(torch.optim.Optimizer):
         """Rebuild the tables at the next pass; state and counters stay."""
         self._outdated = True
 
-    def _ready(self) -> list[Bucket]:
-        """Buckets with weights and gradients bound; built when parameters were added or unfrozen since.
+    def _built(self) -> list[Bucket]:
+        """The buckets; built anew when parameters were added or unfrozen since.
 
         Parameters unfrozen between the two passes join after the step: what was perturbed is what is restored.
         """
         if self._phase != PERTURBED and (self._outdated or any(p.requires_grad for p in self._frozen)):
             self._build()
-        for bucket in self._buckets:
-            bucket.bind()
         return self._buckets
+
+    def _ready(self) -> list[Bucket]:
+        """Buckets with weights and gradients bound."""
+        buckets = self._built()
+        for bucket in buckets:
+            bucket.bind()
+        return buckets
 
     def _agree_with_replicas(self) -> None:
         """A first pass that is non-finite on one worker is skipped on all: else their weights would part."""
@@ -261,20 +275,24 @@ class SharpnessAware(torch.optim.Optimizer):
             for bucket in done:
                 ops.sam_restore_(bucket.table, self._first)
             raise
+        finally:
+            for bucket in done:
+                if bucket.gradients_taken():
+                    for param in bucket.params:
+                        param.grad = None
 
     def _ready_or_restored(self) -> list[Bucket]:
         try:
             return self._ready()
-        except BaseException:
-            if self._phase == PERTURBED:
-                self.restore()
+        except BaseException as error:
+            self._abandon(error)
             raise
 
     def _build(self) -> None:
         if any(bucket.table.captured for bucket in self._buckets):
             raise RuntimeError("parameters joined, and a captured CUDA graph owns the tables: build a new optimizer")
         params = [param for group in self.param_groups for param in group["params"]]
-        buckets = make_buckets(self.param_groups, self._masters())
+        buckets = make_buckets(self.param_groups, self._storage_of)
         if not buckets:
             raise RuntimeError("no parameter requires a gradient: nothing to optimize")
         self._frozen = [param for param in params if not param.requires_grad]
@@ -317,17 +335,17 @@ class SharpnessAware(torch.optim.Optimizer):
         for bucket in buckets:
             bucket.remember_versions()
             bucket.release_gradients()
+            if self._phase != PERTURBED:
+                bucket.drop_backup()
         if zero_grad:
             self.zero_grad()
 
-    def _masters(self) -> dict[torch.dtype, bool]:
-        return {}
+    def _storage_of(self, param: torch.Tensor) -> Storage:
+        """How a parameter is kept."""
+        return Storage()
 
     def _bind_state(self, bucket: Bucket) -> None:
         """Attach optimizer state to a new bucket."""
-
-    def _bind_restore_source(self, bucket: Bucket) -> None:
-        bucket.bind_backup()
 
     def _update(self, buckets: list[Bucket]) -> None:
         """Restore where needed and update; every table has its weights and gradients bound."""
@@ -364,7 +382,7 @@ def _warn_of_other_workers() -> None:
             f"{dist.get_world_size()} workers, and the optimizer knows of none: a first pass that is non-finite on one "
             "would be skipped there alone. Pass replicas=torch.distributed.group.WORLD where workers hold the same "
             "weights (DDP), process_group where they hold shards, replicas=False where each trains its own",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
