@@ -1,20 +1,24 @@
 """What the examples are compared with: SAM written down from its equation, in float64, around torch's AdamW."""
 
-import runpy
+import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def example(name: str) -> dict:
-    """The names that an example defines, without running it."""
+def example(name: str) -> ModuleType:
+    """An example as a module of its own, not run."""
     if str(EXAMPLES) not in sys.path:
-        sys.path.append(str(EXAMPLES))
-    return runpy.run_path(str(EXAMPLES / f"{name}.py"))
+        sys.path.append(str(EXAMPLES))  # where Python looks when a script there is run
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def perturbed_gradients(model, loss_of: Callable, rho: float) -> list[torch.Tensor]:

@@ -23,18 +23,18 @@ def fresh_state():
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_the_loop(micro_batches):
-    assert error(example("accelerate_loop")["main"](STEPS, micro_batches), cosine) < 1e-5
+    assert error(example("accelerate_loop").main(STEPS, micro_batches), cosine) < 1e-5
 
 
 def test_it_learns(capsys):
-    example("accelerate_loop")["main"]()
+    example("accelerate_loop").main()
     seen = numbers(capsys.readouterr().out)
     assert seen["last"] < 0.25 * seen["first"] and seen["accuracy"] > 0.9
 
 
 def prepared(micro_batches=2, make=SAMAdamW):
     accelerator = accelerate.Accelerator(gradient_accumulation_steps=micro_batches)
-    model = task["network"]()
+    model = task.network()
     model, optimizer = accelerator.prepare(model, make(model.parameters(), rho=0.5))
     passes = TwoPasses(accelerator, model, optimizer)
 
@@ -51,7 +51,7 @@ def test_only_a_complete_step_perturbs_and_updates(make):
     accelerator, model, optimizer, passes, forward_backward = prepared(2, make)
     assert passes.optimizer is unwrapped(optimizer) is not optimizer
     before, updated = weights(model), []
-    for batch in task["batches"](4):
+    for batch in task.batches(4):
         with accelerator.accumulate(model):
             at_weights = cross_entropy(model(batch[0]), batch[1]).item()
             assert passes(forward_backward, *batch) == at_weights  # the first pass's loss
@@ -82,13 +82,13 @@ def test_an_exception_in_either_pass_drops_the_step_and_nothing_else(failing_cal
                 optimizer.zero_grad()
 
     with pytest.raises(MemoryError):
-        step(failing, task["batches"](2))
+        step(failing, task.batches(2))
     assert torch.equal(weights(model), before) and not passes.optimizer.is_perturbed
     assert all(p.grad is None for p in model.parameters())
-    again = task["batches"](2, seed=3)
+    again = task.batches(2, seed=3)
     step(forward_backward, again)  # a whole step, of these two micro-batches only
 
-    alone = task["network"]()
+    alone = task.network()
     expected = SAMAdamW(alone.parameters(), rho=0.5)
     x, y = (torch.cat(parts) for parts in zip(*again))
     cross_entropy(alone(x), y).backward()
@@ -100,7 +100,7 @@ def test_an_exception_in_either_pass_drops_the_step_and_nothing_else(failing_cal
 
 def test_another_optimizer_is_refused():
     accelerator = accelerate.Accelerator()
-    model, optimizer = task["network"](), None
+    model, optimizer = task.network(), None
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
     with pytest.raises(TypeError, match="AdamW makes no second pass: prepare SAM or SAMAdamW"):
         TwoPasses(accelerator, model, optimizer)

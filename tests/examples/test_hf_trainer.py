@@ -38,19 +38,19 @@ def next_token_loss(tokens):
 
 
 def test_it_is_sam_on_the_batches_that_it_saw(tmp_path):
-    model = hf["llama"]()
+    model = hf.llama()
     seen = recorded(model)
-    trainer = hf["trainer_for"](model, tmp_path, max_steps=STEPS, max_grad_norm=0.4, logging_steps=1)
+    trainer = hf.trainer_for(model, tmp_path, max_steps=STEPS, max_grad_norm=0.4, logging_steps=1)
     trainer.train()
     calls = [seen[i : i + 2 * MICRO] for i in range(0, len(seen), 2 * MICRO)]
     assert len(seen) == 2 * MICRO * STEPS
     assert all(torch.equal(a, b) for call in calls for a, b in zip(call[:MICRO], call[MICRO:]))  # the batches, again
 
     steps = [[next_token_loss(torch.cat(call[:MICRO]))] for call in calls]
-    truth = hf["llama"]().double()
+    truth = hf.llama().double()
     loss, gradients = steps[0][0](truth).item(), perturbed_gradients(truth, steps[0][0], rho=0.05)
     textbook(truth, steps, 0.05, 0.4, lambda step: (1 + math.cos(math.pi * step / STEPS)) / 2, lr=5e-3)
-    assert distance(model, truth, hf["llama"]()) < 1e-3  # Llama normalises in float32 whatever its dtype
+    assert distance(model, truth, hf.llama()) < 1e-3  # Llama normalises in float32 whatever its dtype
     logged = trainer.state.log_history[0]
     assert float(logged["loss"]) == pytest.approx(loss, rel=1e-3)  # of the first pass
     norm = torch.cat([g.reshape(-1) for g in gradients]).norm().item()
@@ -58,26 +58,26 @@ def test_it_is_sam_on_the_batches_that_it_saw(tmp_path):
 
 
 def test_it_resumes_to_the_bit(tmp_path):
-    whole = hf["llama"]()
+    whole = hf.llama()
     options = dict(max_steps=STEPS, save_steps=STEPS // 2, save_strategy="steps")
-    hf["trainer_for"](whole, tmp_path, **options).train()
-    resumed = hf["llama"]()
-    trainer = hf["trainer_for"](resumed, tmp_path, **options)
+    hf.trainer_for(whole, tmp_path, **options).train()
+    resumed = hf.llama()
+    trainer = hf.trainer_for(resumed, tmp_path, **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
     assert trainer.state.global_step == STEPS
     assert torch.equal(weights(resumed), weights(whole))
 
 
 def test_without_the_callback_the_first_step_says_so(tmp_path):
-    model = hf["llama"]()
-    trainer = hf["trainer_for"](model, tmp_path, max_steps=1, save_strategy="no")
+    model = hf.llama()
+    trainer = hf.trainer_for(model, tmp_path, max_steps=1, save_strategy="no")
     trainer.pop_callback(SharpnessCallback)
     with pytest.raises(RuntimeError, match="step.. without perturb"):
         trainer.train()
 
 
 def test_an_exception_in_the_second_pass_leaves_the_weights(tmp_path):
-    model = hf["llama"]()
+    model = hf.llama()
     before = weights(model)
     seen = recorded(model)
 
@@ -86,7 +86,7 @@ def test_an_exception_in_the_second_pass_leaves_the_weights(tmp_path):
             raise KeyboardInterrupt
 
     model.register_forward_pre_hook(fail)
-    trainer = hf["trainer_for"](model, tmp_path, max_steps=1, save_strategy="no")
+    trainer = hf.trainer_for(model, tmp_path, max_steps=1, save_strategy="no")
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert torch.equal(weights(model), before)
@@ -98,10 +98,10 @@ def test_an_exception_in_the_second_pass_leaves_the_weights(tmp_path):
 def test_the_trainer_may_build_the_optimizer_itself(tmp_path):
     from transformers import Trainer, TrainingArguments
 
-    model = hf["llama"]()
+    model = hf.llama()
     arguments = TrainingArguments(tmp_path, max_steps=2, weight_decay=0.1, report_to="none", save_strategy="no")
     options = (SAMAdamW, {"lr": 1e-3, "rho": 0.05})
-    trainer = Trainer(model, arguments, train_dataset=hf["sentences"](64, 1), optimizer_cls_and_kwargs=options)
+    trainer = Trainer(model, arguments, train_dataset=hf.sentences(64, 1), optimizer_cls_and_kwargs=options)
     trainer.add_callback(SharpnessCallback(trainer))
     before = weights(model)
     trainer.train()
@@ -111,6 +111,6 @@ def test_the_trainer_may_build_the_optimizer_itself(tmp_path):
 
 
 def test_it_learns(capsys):
-    hf["main"]()
+    hf.main()
     seen = numbers(capsys.readouterr().out)
     assert seen["last"] < 0.6 * seen["first"] and seen["accuracy"] > 0.9

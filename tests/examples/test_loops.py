@@ -23,12 +23,12 @@ def on(x, y):
 
 
 def truth(factor=lambda step: 1.0):
-    data = [(x.double().cpu(), y.cpu()) for x, y in task["batches"](STEPS)]
-    return textbook(task["network"]().double().cpu(), [[on(x, y)] for x, y in data], factor=factor, **ADAMW)
+    data = [(x.double().cpu(), y.cpu()) for x, y in task.batches(STEPS)]
+    return textbook(task.network().double().cpu(), [[on(x, y)] for x, y in data], factor=factor, **ADAMW)
 
 
 def error(model, factor=lambda step: 1.0) -> float:
-    return distance(model, truth(factor), task["network"]())
+    return distance(model, truth(factor), task.network())
 
 
 def numbers(text: str) -> dict[str, float]:
@@ -41,29 +41,29 @@ def numbers(text: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", ["plain_loop", "amp_gradscaler", "gradient_accumulation", "torch_compile"])
 def test_it_learns(name, capsys):
-    example(name)["main"]()
+    example(name).main()
     seen = numbers(capsys.readouterr().out)
     assert seen["last"] < 0.25 * seen["first"] and seen["accuracy"] > 0.9 > 3 * seen["chance"]
 
 
 def test_the_plain_loop():
-    assert error(example("plain_loop")["main"](steps=STEPS), cosine) < 1e-5
+    assert error(example("plain_loop").main(steps=STEPS), cosine) < 1e-5
 
 
 @pytest.mark.parametrize("micro_batches", [1, 4, 64])
 def test_accumulated_micro_batches_are_one_batch(micro_batches):
-    assert error(example("gradient_accumulation")["main"](STEPS, micro_batches)) < 1e-5
+    assert error(example("gradient_accumulation").main(STEPS, micro_batches)) < 1e-5
 
 
 def test_a_compiled_model(capsys):
     torch._dynamo.reset()
-    assert error(example("torch_compile")["main"](STEPS)) < 1e-5
+    assert error(example("torch_compile").main(STEPS)) < 1e-5
     assert "1 graph compiled by aot_eager" in capsys.readouterr().out
 
 
 def test_a_scaled_run_is_the_unscaled_one():
-    start = task["network"]()
-    device = task["DEVICE"].type
+    start = task.network()
+    device = task.DEVICE.type
 
     def under_autocast(x, y):
         def loss_of(model):
@@ -72,13 +72,13 @@ def test_a_scaled_run_is_the_unscaled_one():
 
         return loss_of
 
-    unscaled = textbook(task["network"](), [[under_autocast(*batch)] for batch in task["batches"](STEPS)], **ADAMW)
-    scaled = example("amp_gradscaler")["main"](STEPS, init_scale=2.0**10)
+    unscaled = textbook(task.network(), [[under_autocast(*batch)] for batch in task.batches(STEPS)], **ADAMW)
+    scaled = example("amp_gradscaler").main(STEPS, init_scale=2.0**10)
     # fp16 backward: unscaled, small gradients lose bits, which AdamW enlarges. Both are as near to the truth.
     assert error(scaled) < 2e-3 and distance(scaled, unscaled, start) < 2e-3
 
 
 def test_a_scale_that_overflows_is_lowered_and_its_steps_are_skipped(capsys):
-    model = example("amp_gradscaler")["main"](5, init_scale=2.0**60)
-    assert torch.equal(weights(model), weights(task["network"]()))  # no step was made, and w is w to the bit
+    model = example("amp_gradscaler").main(5, init_scale=2.0**60)
+    assert torch.equal(weights(model), weights(task.network()))  # no step was made, and w is w to the bit
     assert f"scale {2**55}, skipped 5" in capsys.readouterr().out
