@@ -139,7 +139,7 @@ class TensorTable:
         moved = {}
         for name, tensors in lists.items():
             try:
-                known = [None if t is None else (t.data_ptr(), t.stride()) for t in tensors]
+                known = _places(tensors)
             except RuntimeError:  # no storage: a sparse tensor, say. The check finds the words for it.
                 self._check(name, tensors)
                 raise
@@ -162,6 +162,14 @@ class TensorTable:
         """Drop the references to a list (gradients, say), so that its memory can be freed. Addresses stay known."""
         self._lists.pop(name, None)
 
+    def forget(self, name: str, index: int) -> None:
+        """Drop the reference to one tensor of a list. Its address stays known."""
+        self._lists[name][index] = None
+
+    def holds(self, name: str, index: int, tensor: torch.Tensor | None) -> bool:
+        """Whether entry ``index`` of a list is where this tensor lies."""
+        return self._bound[name][index] == _places([tensor])[0]
+
     def _upload(self, moved: dict[str, list]) -> None:
         """One copy, from the first moved row to the last: rows between them are written as they are known."""
         if not moved:
@@ -171,7 +179,7 @@ class TensorTable:
         empty = [None] * len(self)
         block = torch.tensor(
             [
-                [0 if entry is None else entry[0] for entry in self._bound.get(name, empty)]
+                [_address(entry) for entry in self._bound.get(name, empty)]
                 for name in LISTS[rows[0] : rows[-1] + 1]
             ],
             dtype=torch.int64,
@@ -219,6 +227,17 @@ class TensorTable:
                 f"{what} has strides {tensor.stride()}, its weight {self.strides[index]}: "
                 "give it the weight's layout (torch.empty_like(weight).copy_(tensor))"
             )
+
+
+def _places(tensors: Sequence[torch.Tensor | None]) -> list[int | tuple | None]:
+    """What tells that a tensor is where it was, laid out as it was: for contiguous ones the address alone."""
+    return [
+        None if t is None else t.data_ptr() if t.is_contiguous() else (t.data_ptr(), t.stride()) for t in tensors
+    ]
+
+
+def _address(place: int | tuple | None) -> int:
+    return place[0] if isinstance(place, tuple) else place or 0
 
 
 def _order(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:

@@ -78,7 +78,6 @@ class SAM(SharpnessAware):
             for table in tables:
                 ops.sam_restore_(table, self._first)
         self._step_base(self._skip_flag())
-        self._finish(buckets, zero_grad=False)
 
     def _skip_flag(self) -> torch.Tensor:
         flags = [self._second.found_inf, getattr(self, "found_inf", None)]

@@ -3,18 +3,22 @@
 import math
 
 import torch
+import torch.distributed as dist
 
 from rsaft_fast import ops
+from rsaft_fast.ops.quantize import MIN_SIZE
 
-from .buckets import LOW_PRECISION, Bucket
-from .sharpness import IDLE, PERTURBED, Replicas, SharpnessAware, upload
+from .buckets import LOW_PRECISION, Bucket, Storage
+from .moments import empty_state, load_moments, state_names
+from .release import GradientRelease
+from .sharpness import IDLE, PERTURBED, RESTORED, Replicas, SharpnessAware, upload
 
 
 class SAMAdamW(SharpnessAware):
     """Sharpness-aware AdamW (arXiv 2010.01412 around arXiv 1711.05101) that never waits for the device.
 
-    With ``perturb()`` before ``step()`` it equals ``SAM`` around ``torch.optim.AdamW``; without, ``torch.optim.AdamW``.
-    Moments are float32 (float64 for float64 weights). Decoupled weight decay.
+    With ``perturb()`` before ``step()`` it equals ``SAM`` around ``torch.optim.AdamW``; ``step(plain=True)`` is
+    ``torch.optim.AdamW``. Moments are float32 (float64 for float64 weights), or 8-bit. Decoupled weight decay.
 
     **Master weights.** bf16 weights alone cannot hold a perturbation: at rho 1e-2 and 1e9 parameters, rounding to
     nearest loses about 99 % of it (each element's step is far below half a unit in the last place). With a float32
@@ -25,6 +29,19 @@ class SAMAdamW(SharpnessAware):
     ``stats()["projection"]``). Weights written by others (``load_state_dict``, an EMA swap) are noticed by version
     counter and copied to the master where they differ from it; writes through ``param.data`` are not.
 
+    **Without a master**, in bf16: ``stochastic_rounding=True`` makes perturbation and update right in expectation, for
+    2 bytes a parameter instead of 6, under noise some times the perturbation (``stats()["applied_over_rho"]``).
+
+    **Memory**, bytes a parameter in bf16 with its gradient: 16 with master and float32 moments; with 8-bit moments and
+    stochastic rounding 8.03 for ``backup="own"``, 6.03 for ``release_gradients=True``: 8-bit AdamW's without SAM.
+
+    **Released gradients.** The fused step runs inside the second backward, one parameter at a time, and frees each
+    gradient as it arrives; ``step()`` only finishes. What changes: ``max_grad_norm`` clips by the first pass's norm,
+    the second one's is never known; non-finite values are looked for in the first pass's gradients and in what
+    ``check_finite`` is given (the loss, or the adjoint) before the backward; an exception inside that backward (out of
+    memory, say) leaves a half step: ``half_stepped`` is then True, and ``perturb()`` refuses until a checkpoint is
+    loaded. Pass 2 must be one backward: no accumulation, no GradScaler, no DDP.
+
     Args:
         params: parameters, named parameters or groups; groups may set ``lr``, ``betas``, ``eps``, ``weight_decay``,
             ``rho``, ``adaptive``.
@@ -33,11 +50,22 @@ class SAMAdamW(SharpnessAware):
         max_grad_norm: clip the second pass's gradient to this global norm, as ``torch.nn.utils.clip_grad_norm_``.
         process_group: the squared gradient norm is summed over its ranks, for parameters sharded over them. None: each
             worker perturbs by its own gradient, as in the paper (m-sharpness).
+        state_bits: 32, or 8 for block-quantised moments in bitsandbytes' layout (arXiv 2110.02861): ``exp_avg`` and
+            ``exp_avg_sq`` hold uint8 codes, ``exp_avg_absmax``... a float32 for each 256 elements. Checkpoints of
+            either kind, and bitsandbytes', load into either.
+        min_8bit_size: smaller parameters keep float32 moments.
+        stochastic_rounding: of bf16 weights without a master. seed: its random bits follow from it, from the step and
+            from the place of the element alone; a resumed run draws the same.
+        backup: where the old bits wait in pass 2 where there is no master: "own" memory, or the first pass's
+            "gradient": ``perturb()`` then takes ``p.grad`` away.
+        release_gradients: see above; implies backup="gradient".
+        static_gradients: a promise that gradients stay where they are: ``zero_grad`` then fills with zeros, and a pass
+            looks at one parameter instead of all.
         replicas: ranks that hold the same weights (DDP: ``torch.distributed.group.WORLD``); a non-finite first pass on
             one makes all of them skip. None: no other worker. False: the same, and no warning where there are workers.
 
     Raises:
-        ValueError: a hyper-parameter out of its range.
+        ValueError: a hyper-parameter out of its range, or options that exclude each other.
     """
 
     def __init__(
@@ -53,11 +81,35 @@ class SAMAdamW(SharpnessAware):
         master_weights: bool | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
         replicas: Replicas = None,
+        *,
+        state_bits: int = 32,
+        min_8bit_size: int = MIN_SIZE,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        backup: str = "own",
+        release_gradients: bool = False,
+        static_gradients: bool = False,
     ):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm={max_grad_norm}: it must be positive; None turns clipping off")
+        if state_bits not in (8, 32):
+            raise ValueError(f"state_bits={state_bits}: moments have 32 or 8 bits")
+        if backup not in ("own", "gradient"):
+            raise ValueError(f'backup={backup!r}: "own" or "gradient"')
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed={seed}: from 0 to 2**64 - 1")
+        if stochastic_rounding and master_weights:
+            raise ValueError("stochastic_rounding with master_weights: a master needs none; choose one")
+        if static_gradients and (release_gradients or backup == "gradient"):
+            raise ValueError('static_gradients with release_gradients or backup="gradient": those take gradients away')
+        if release_gradients and (process_group is not None or replicas):
+            raise ValueError("release_gradients with other workers: their gradients arrive too late for it")
         self.max_grad_norm = max_grad_norm
-        self.master_weights = master_weights is not False
+        self.master_weights = master_weights is not False and not stochastic_rounding
+        self.state_bits, self.min_8bit_size = state_bits, min_8bit_size
+        self.stochastic_rounding, self.seed = stochastic_rounding, seed
+        self.backup = "gradient" if release_gradients else backup
+        self.release_gradients, self.static_gradients = release_gradients, static_gradients
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rho=rho, adaptive=adaptive)
         super().__init__(params, defaults, process_group, replicas)
 
@@ -75,6 +127,8 @@ class SAMAdamW(SharpnessAware):
                 raise ValueError(f"{name}={group[name]}: it must be {allowed}")
 
     def _update(self, buckets: list[Bucket]) -> None:
+        if self._release is not None and self._phase != IDLE:
+            return self._finish_released()
         self._upload_hyper()
         first = None if self._phase == IDLE else self._first
         inputs = ops.StepInputs(self._scalars, first, self._taken_grad_scale(), getattr(self, "found_inf", None))
@@ -83,7 +137,6 @@ class SAMAdamW(SharpnessAware):
             tables, self._no_rho, plain=True, out=self._second, process_group=self.process_group, inputs=inputs
         )
         ops.sam_adamw_step_(tables, self._scalars, first=first, restore=self._phase == PERTURBED)
-        self._finish(buckets, zero_grad=False)
 
     def _upload_hyper(self) -> None:
         clip = math.inf if self.max_grad_norm is None else self.max_grad_norm
@@ -100,58 +153,136 @@ class SAMAdamW(SharpnessAware):
         for index, lr in on_device:
             self._scalars.hyper[index, 0].copy_(lr, non_blocking=True)
 
+    # -- released gradients --------------------------------------------------------------------------------------------
+
+    @property
+    def half_stepped(self) -> bool:
+        """Whether an exception inside a released backward left some parameters updated and others not."""
+        return self._half_stepped
+
+    def _refuse_to_perturb(self) -> None:
+        super()._refuse_to_perturb()
+        if self._half_stepped:
+            raise RuntimeError(
+                "the last step was broken off inside its backward: some parameters took it and others did not. Load "
+                "the model's and the optimizer's last checkpoint"
+            )
+        if self._release is not None and self._release.begun:
+            raise RuntimeError("released gradients have been applied: call step() before the next perturb()")
+
+    def _begin_second_pass(self) -> None:
+        if self._release is not None:
+            self.zero_grad()  # an old gradient would be added to, and then applied
+            self._upload_hyper()
+            self._release.listen()
+
+    def check_finite(self, *tensors: torch.Tensor) -> None:
+        """Skip the coming step as a whole if any of these holds a non-finite value. Waits for nothing.
+
+        With released gradients nothing else can tell in time: give it the loss, or the gradient that backward begins
+        with. Without ``release_gradients`` the second pass's own norm tells, and this does nothing.
+
+        Raises:
+            RuntimeError: not between ``perturb()`` and the second backward.
+        """
+        if self.release_gradients:
+            self._refuse_unless_perturbed("check_finite()")
+            self._release.check_finite(tensors)
+
+    def restore(self) -> None:
+        if self._release is None:
+            return super().restore()
+        self._refuse_unless_perturbed("restore()")
+        with torch.no_grad():
+            self._release.restore_rest()
+        for bucket in self._buckets:
+            bucket.drop_backup()
+            bucket.remember_versions()
+        self._phase = RESTORED
+
+    def _abandon(self, error: BaseException) -> None:
+        super()._abandon(error)
+        if self._release is not None and self._release.begun:
+            self._half_stepped, self._phase = True, IDLE
+            self._release.forget()
+            note = "the released step was half done: load the model's and the optimizer's last checkpoint"
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(note)
+
+    def _finish_released(self) -> None:
+        if getattr(self, "grad_scale", None) is not None:
+            raise RuntimeError(
+                "release_gradients with a GradScaler: the gradients were applied before they could be unscaled. Use "
+                "bf16, or leave release_gradients out"
+            )
+        if self._phase == PERTURBED:
+            self._release.restore_rest()
+        self._release.count()
+        self._second.values.fill_(math.nan)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim``; with ``static_gradients`` gradients are filled with zeros whatever is asked."""
+        super().zero_grad(set_to_none=set_to_none and not self.static_gradients)
+
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    def _masters(self) -> dict[torch.dtype, bool]:
-        return {dtype: self.master_weights for dtype in LOW_PRECISION}
+    def _storage_of(self, param: torch.Tensor) -> Storage:
+        master = self.master_weights and param.dtype in LOW_PRECISION
+        return Storage(
+            master=master,
+            eight_bit=self.state_bits == 8 and param.numel() >= self.min_8bit_size,
+            rounding_seed=self.seed if self.stochastic_rounding and param.dtype is torch.bfloat16 else None,
+            backup=self.backup,
+            static=self.static_gradients,
+        )
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._release: GradientRelease | None = None
+        self._half_stepped = False
 
     def _build(self) -> None:
         super()._build()
         self._hyper_known: list | None = None
+        if self._release is not None:
+            self._release.remove()
+        if self.release_gradients:
+            _refuse_workers()
+            self._release = GradientRelease(self._buckets, self._first, self._scalars)
 
-    def _ready(self) -> list[Bucket]:
+    def _built(self) -> list[Bucket]:
         if self._phase != PERTURBED:
             for bucket in self._buckets:
                 self._refresh_masters(bucket)
-        return super()._ready()
+        return super()._built()
+
+    def _ready(self) -> list[Bucket]:
+        # A released pass has no gradients left to bind.
+        return self._buckets if self._release is not None and self._phase != IDLE else super()._ready()
 
     def _refresh_masters(self, bucket: Bucket) -> None:
-        if not bucket.has_master:
+        if not bucket.storage.master:
             return
         for param, version in zip(bucket.params, bucket.versions):
             if param._version != version:
                 _agree(self.state[param]["master"], param)
         bucket.remember_versions()
 
-    def _bind_restore_source(self, bucket: Bucket) -> None:
-        if not bucket.has_master:
-            super()._bind_restore_source(bucket)
-
     def _bind_state(self, bucket: Bucket) -> None:
         table, states = bucket.table, [self.state[param] for param in bucket.params]
+        names = state_names(bucket.storage.master, bucket.storage.eight_bit)
         for param, state in zip(bucket.params, states):
-            self._fill_state(param, state)
-            if bucket.has_master:  # loaded, perhaps, before the weights were
+            for name in names:
+                if name not in state:
+                    state[name] = empty_state(param, name, bucket.storage.eight_bit)
+            if bucket.storage.master:  # loaded, perhaps, before the weights were
                 _agree(state["master"], param)
         if any("step" in state for state in states):
             zero = torch.zeros((), device=table.device)
             table.steps.copy_(torch.stack([state.get("step", zero) for state in states]))
         for state, step in zip(states, table.steps.unbind()):
             state["step"] = step
-        table.bind(**{name: [state[name] for state in states] for name in self._state_names(bucket.params[0])})
-
-    def _state_names(self, param: torch.Tensor) -> tuple[str, ...]:
-        has_master = self._masters().get(param.dtype, False)
-        return ("exp_avg", "exp_avg_sq", "master") if has_master else ("exp_avg", "exp_avg_sq")
-
-    def _fill_state(self, param: torch.Tensor, state: dict) -> None:
-        """Adds what is missing: zero moments, and the master as a copy of the weight."""
-        dtype = torch.promote_types(param.dtype, torch.float32)
-        for name in self._state_names(param):
-            if name not in state:
-                state[name] = torch.zeros_like(param, dtype=dtype)
-                if name == "master":
-                    state[name].copy_(param)
+        table.bind(**{name: [state[name] for state in states] for name in names})
 
     def state_dict(self) -> dict:
         """As ``torch.optim.AdamW``, with ``master`` beside the moments and the count of skipped steps.
@@ -167,8 +298,8 @@ class SAMAdamW(SharpnessAware):
     def load_state_dict(self, state_dict: dict) -> None:
         """As ``torch.optim``; existing state is overwritten in place, so that a captured graph stays valid.
 
-        Takes a checkpoint of ``torch.optim.AdamW`` as well: groups keep this optimizer's ``rho`` and ``adaptive``, and
-        the master starts from the weights.
+        Takes a checkpoint of ``torch.optim.AdamW`` or bitsandbytes' ``AdamW8bit`` as well: groups keep this optimizer's
+        ``rho`` and ``adaptive``, and the master starts from the weights. Moments are converted where their bits differ.
         """
         self._refuse_while_perturbed("load_state_dict()")
         own = self.state
@@ -181,23 +312,46 @@ class SAMAdamW(SharpnessAware):
             self._load_param(param, state_dict["state"].get(index, {}))
         for bucket in self._buckets:
             bucket.remember_versions()
+        self._half_stepped = False
         self._restore_skipped(state_dict)
 
     def _load_param(self, param: torch.Tensor, saved: dict) -> None:
         state = self.state[param] if saved else self.state.get(param, {})
-        for name in ("step", *self._state_names(param)) if saved or state else ():
-            dtype = torch.float32 if name == "step" else torch.promote_types(param.dtype, torch.float32)
-            value = saved.get(name, param.detach() if name == "master" else torch.zeros(()))
+        if not saved and not state:
+            return
+        master, eight_bit, *_ = self._storage_of(param)
+        for name in state_names(master, eight_bit):
             if name not in state:
-                shape = () if name == "step" else param.shape
-                state[name] = torch.empty(shape, dtype=dtype, device=param.device)
-                if name != "step":
-                    state[name] = torch.empty_like(param, dtype=dtype)
-            state[name].copy_(torch.as_tensor(value))
+                state[name] = empty_state(param, name, eight_bit)
+        load_moments(state, saved, eight_bit)
+        if master:
+            state["master"].copy_(saved.get("master", param.detach()))
+        state.setdefault("step", torch.zeros((), device=param.device)).copy_(torch.as_tensor(saved.get("step", 0.0)))
 
     def __getstate__(self) -> dict:
-        own = {"max_grad_norm": self.max_grad_norm, "master_weights": self.master_weights}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _OPTIONS}}
+
+
+_OPTIONS = (
+    "max_grad_norm",
+    "master_weights",
+    "state_bits",
+    "min_8bit_size",
+    "stochastic_rounding",
+    "seed",
+    "backup",
+    "release_gradients",
+    "static_gradients",
+)
+"""What a copied optimizer keeps besides its groups and state."""
+
+
+def _refuse_workers() -> None:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise RuntimeError(
+            f"release_gradients with {dist.get_world_size()} workers: a gradient is applied before it could be "
+            "averaged over them. Leave it out, or train on one"
+        )
 
 
 def _agree(master: torch.Tensor, weight: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from rsaft_fast import ops
 from rsaft_fast.ops.table import pinned
 
-from .buckets import Bucket, make_buckets
+from .buckets import Bucket, Storage, make_buckets
 
 IDLE, PERTURBED, RESTORED = "idle", "perturbed", "restored"
 
@@ -49,17 +49,17 @@ class SharpnessAware(torch.optim.Optimizer):
         Raises:
             RuntimeError: already perturbed. ValueError, TypeError: gradients that do not fit; weights are intact.
         """
-        if self._phase == PERTURBED:
-            raise RuntimeError("the weights are already perturbed: call step() or restore() before perturb()")
-        buckets = self._ready()
+        self._refuse_to_perturb()
+        buckets = self._built()
         self._upload_rho()
         for bucket in buckets:
-            self._bind_restore_source(bucket)
+            bucket.bind_to_perturb()
         ops.global_norm([b.table for b in buckets], self._rho, out=self._first, process_group=self.process_group)
         self._agree_with_replicas()
         self._perturb_all(buckets)
         self._phase = PERTURBED
         self._finish(buckets, zero_grad)
+        self._begin_second_pass()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -68,11 +68,11 @@ class SharpnessAware(torch.optim.Optimizer):
         Raises:
             RuntimeError: the weights are not perturbed.
         """
-        if self._phase != PERTURBED:
-            raise RuntimeError("the weights are not perturbed: restore() undoes one perturb(), once")
+        self._refuse_unless_perturbed("restore()")
         for bucket in self._buckets:
             bucket.table.bind(weight=bucket.params)
             ops.sam_restore_(bucket.table, self._first)
+            bucket.drop_backup()
             bucket.remember_versions()
         self._phase = RESTORED
 
@@ -86,9 +86,11 @@ class SharpnessAware(torch.optim.Optimizer):
         self.perturb(zero_grad)
         try:
             yield
-        finally:
-            if self._phase == PERTURBED:
-                self.restore()
+        except BaseException as error:
+            self._abandon(error)
+            raise
+        if self._phase == PERTURBED:
+            self.restore()
 
     def step(self, closure: Callable[[], torch.Tensor] | None = None, *, plain: bool = False):
         """Restore the weights if they are perturbed, then update them from the gradients of the second pass.
@@ -115,8 +117,10 @@ class SharpnessAware(torch.optim.Optimizer):
             )
         loss = None if closure is None else self._run(closure)
         with torch.no_grad():
-            self._update(self._ready_or_restored())
-        self._phase = IDLE
+            buckets = self._ready_or_restored()
+            self._update(buckets)
+            self._phase = IDLE
+            self._finish(buckets, zero_grad=False)
         return loss
 
     def first_step(self, zero_grad: bool = False) -> None:
@@ -142,11 +146,15 @@ class SharpnessAware(torch.optim.Optimizer):
                 losses.append(self._evaluate(closure))
                 self.perturb()
             losses.append(self._evaluate(closure))
-        except BaseException:
-            if self._phase == PERTURBED:
-                self.restore()
+        except BaseException as error:
+            self._abandon(error)
             raise
         return losses[0]
+
+    def _abandon(self, error: BaseException) -> None:
+        """Something failed between the passes: the weights go back."""
+        if self._phase == PERTURBED:
+            self.restore()
 
     def _evaluate(self, closure: Callable):
         self.zero_grad()
@@ -170,7 +178,7 @@ class SharpnessAware(torch.optim.Optimizer):
 
         Returns:
             ``grad_norm``, ``second_grad_norm``: norms of the two passes' gradients, over the scale that GradScaler
-            gave to the step (ASAM's first: of ``w * g``).
+            gave to the step (ASAM's first: of ``w * g``). The second is NaN where gradients were released.
             ``eps_norm``: norm of the perturbation at the precision that the forward sees. ``projection``: its
             component along the wanted perturbation, over the wanted length: 1 is right, below 0.5 it does not act.
             ``cosine``: between the two. ``applied_over_rho``: its length over the wanted length (rho without ASAM).
@@ -233,16 +241,21 @@ class SharpnessAware(torch.optim.Optimizer):
         """Rebuild the tables at the next pass; state and counters stay."""
         self._outdated = True
 
-    def _ready(self) -> list[Bucket]:
-        """Buckets with weights and gradients bound; built when parameters were added or unfrozen since.
+    def _built(self) -> list[Bucket]:
+        """The buckets; built anew when parameters were added or unfrozen since.
 
         Parameters unfrozen between the two passes join after the step: what was perturbed is what is restored.
         """
         if self._phase != PERTURBED and (self._outdated or any(p.requires_grad for p in self._frozen)):
             self._build()
-        for bucket in self._buckets:
-            bucket.bind()
         return self._buckets
+
+    def _ready(self) -> list[Bucket]:
+        """Buckets with weights and gradients bound."""
+        buckets = self._built()
+        for bucket in buckets:
+            bucket.bind()
+        return buckets
 
     def _agree_with_replicas(self) -> None:
         """A first pass that is non-finite on one worker is skipped on all: else their weights would part."""
@@ -261,20 +274,24 @@ class SharpnessAware(torch.optim.Optimizer):
             for bucket in done:
                 ops.sam_restore_(bucket.table, self._first)
             raise
+        finally:
+            for bucket in done:
+                if bucket.gradients_taken():
+                    for param in bucket.params:
+                        param.grad = None
 
     def _ready_or_restored(self) -> list[Bucket]:
         try:
             return self._ready()
-        except BaseException:
-            if self._phase == PERTURBED:
-                self.restore()
+        except BaseException as error:
+            self._abandon(error)
             raise
 
     def _build(self) -> None:
         if any(bucket.table.captured for bucket in self._buckets):
             raise RuntimeError("parameters joined, and a captured CUDA graph owns the tables: build a new optimizer")
         params = [param for group in self.param_groups for param in group["params"]]
-        buckets = make_buckets(self.param_groups, self._masters())
+        buckets = make_buckets(self.param_groups, self._storage_of)
         if not buckets:
             raise RuntimeError("no parameter requires a gradient: nothing to optimize")
         self._frozen = [param for param in params if not param.requires_grad]
@@ -317,17 +334,17 @@ class SharpnessAware(torch.optim.Optimizer):
         for bucket in buckets:
             bucket.remember_versions()
             bucket.release_gradients()
+            if self._phase != PERTURBED:
+                bucket.drop_backup()
         if zero_grad:
             self.zero_grad()
 
-    def _masters(self) -> dict[torch.dtype, bool]:
-        return {}
+    def _storage_of(self, param: torch.Tensor) -> Storage:
+        """How a parameter is kept."""
+        return Storage()
 
     def _bind_state(self, bucket: Bucket) -> None:
         """Attach optimizer state to a new bucket."""
-
-    def _bind_restore_source(self, bucket: Bucket) -> None:
-        bucket.bind_backup()
 
     def _update(self, buckets: list[Bucket]) -> None:
         """Restore where needed and update; every table has its weights and gradients bound."""
@@ -343,9 +360,20 @@ class SharpnessAware(torch.optim.Optimizer):
         if self._scalars is not None:
             self._scalars.skipped.fill_(self._skipped_before)
 
+    def _begin_second_pass(self) -> None:
+        """Called when the weights are at w + e."""
+
+    def _refuse_to_perturb(self) -> None:
+        if self._phase == PERTURBED:
+            raise RuntimeError("the weights are already perturbed: call step() or restore() before perturb()")
+
     def _refuse_while_perturbed(self, what: str) -> None:
         if self._phase == PERTURBED:
             raise RuntimeError(f"{what} while the weights are perturbed: call step() or restore() first")
+
+    def _refuse_unless_perturbed(self, what: str) -> None:
+        if self._phase != PERTURBED:
+            raise RuntimeError(f"{what} while the weights are not perturbed: it belongs after perturb(), once")
 
     def __getstate__(self) -> dict:
         self._refuse_while_perturbed("copying the optimizer")

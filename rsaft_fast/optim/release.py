@@ -1,0 +1,98 @@
+"""The fused step inside the second backward: each gradient is used as it arrives, and freed."""
+
+import functools
+
+import torch
+
+from rsaft_fast import ops
+
+from .buckets import Bucket
+
+
+class GradientRelease:
+    """Steps every parameter from the hook that autograd calls when its gradient is complete.
+
+    The weights' update, and the restore in it, then need the gradient of one layer at a time. What must be known of the
+    whole step before (the skip flag, the clipping factor) follows from the first pass's norm and from what
+    ``SAMAdamW.check_finite`` was shown.
+
+    Args:
+        buckets: of the optimizer. norm: the first pass's. scalars: hyper-parameters and skip flag.
+    """
+
+    def __init__(self, buckets: list[Bucket], norm: ops.GradientNorm, scalars: ops.StepScalars):
+        self.buckets, self.norm, self.scalars = buckets, norm, scalars
+        self.stepped = [torch.zeros(len(bucket.params), dtype=torch.bool) for bucket in buckets]
+        self.adjoint_inf = torch.zeros_like(norm.found_inf)
+        self.listening = self.armed = False
+        self._handles = [
+            param.register_post_accumulate_grad_hook(functools.partial(self._arrived, bucket, stepped, index))
+            for bucket, stepped in zip(buckets, self.stepped)
+            for index, param in enumerate(bucket.params)
+        ]
+
+    @property
+    def begun(self) -> bool:
+        """Whether any parameter has been stepped in this pass."""
+        return any(bool(stepped.any()) for stepped in self.stepped)
+
+    def listen(self) -> None:
+        """From now on gradients are those of the second pass."""
+        self.forget()
+        self.adjoint_inf.zero_()
+        self.listening, self.armed = True, False
+
+    def check_finite(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        if not self.listening or self.armed:
+            raise RuntimeError("check_finite() belongs between perturb() and the second backward")
+        flags = [(~torch.isfinite(tensor)).any() for tensor in tensors]
+        self.adjoint_inf.copy_(torch.maximum(self.adjoint_inf, torch.stack(flags).any().float()))
+
+    def arm(self) -> None:
+        """What all tensors share is decided here, once, before the first of them is touched."""
+        if not self.armed:
+            self.armed = True
+            inputs = ops.StepInputs(self.scalars, self.norm, found_inf=self.adjoint_inf, released=True)
+            ops.adamw_coefficients_([bucket.table for bucket in self.buckets], self.norm, inputs)
+
+    @torch.no_grad()
+    def _arrived(self, bucket: Bucket, stepped: torch.Tensor, index: int, param: torch.Tensor) -> None:
+        if not self.listening:
+            return
+        if stepped[index]:
+            raise RuntimeError(
+                f"parameter {index} of shape {tuple(param.shape)} got a second gradient in pass 2, and the first has "
+                "been applied: release_gradients=True needs exactly one backward there (no accumulation)"
+            )
+        self.arm()
+        ops.sam_adamw_step_tensor_(bucket.table, index, param.grad, self.scalars, first=self.norm)
+        stepped[index] = True
+        param.grad = None
+        bucket.drop_backup(index)
+
+    def restore_rest(self) -> None:
+        """Parameters that no gradient reached go back to their unperturbed weights."""
+        self.listening = False
+        for bucket, stepped in zip(self.buckets, self.stepped):
+            if not stepped.any():
+                ops.sam_restore_(bucket.table, self.norm)
+                continue
+            for index in (~stepped).nonzero().flatten().tolist():
+                ops.sam_restore_(bucket.table, self.norm, index)
+
+    def count(self) -> None:
+        """The step of every parameter that took one, and the skip if it was one."""
+        self.arm()
+        for bucket, stepped in zip(self.buckets, self.stepped):
+            taken = stepped.to(bucket.table.steps) if not stepped.all() else 1.0
+            bucket.table.steps.add_(taken * (self.scalars.skip == 0))
+        self.forget()
+
+    def forget(self) -> None:
+        """Whatever has been stepped belongs to the past."""
+        for stepped in self.stepped:
+            stepped.zero_()
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
