@@ -1,7 +1,8 @@
 """Maps the source layout onto the installed package and builds csrc/ where nvcc is found; pyproject.toml has the rest.
 
 ``kernels/`` sits at the top of the repository and installs as ``rsaft_fast.kernels``, never as a top-level package;
-``recipes/`` installs as ``rsaft_fast.recipes``, so that the commands find them without a checkout.
+``recipes/`` and ``benchmarks/`` install as ``rsaft_fast.recipes`` and ``rsaft_fast.benchmarks``, so that the commands
+find them without a checkout. What pytest collects in ``benchmarks/`` stays behind.
 
 The CUDA library is a plain shared object with a C ABI, free of torch and Python: it is built without a GPU and serves
 every version of both. RSAFT_CUDA=0 leaves it out, RSAFT_CUDA=1 makes a missing nvcc an error, unset builds if it can.
@@ -16,9 +17,11 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 CSRC = Path("csrc")
+BESIDE = ("kernels", "recipes", "benchmarks")
 
 
 def find_nvcc() -> str | None:
@@ -51,6 +54,14 @@ def nvcc_command(nvcc: str, output: Path) -> list[str]:
         "-cudart=static",
     ]
     return [nvcc, *flags, *code, *sources, "-o", str(output)]
+
+
+class WithoutTests(build_py):
+    """Leaves out what pytest collects: benchmarks/ holds it beside what is installed."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        found = super().find_package_modules(package, package_dir)
+        return [entry for entry in found if entry[1] != "conftest" and not entry[1].startswith("test_")]
 
 
 class BuildLibrary(build_ext):
@@ -87,12 +98,13 @@ library = Extension(
 )
 
 setup(
-    packages=[*find_packages(include=["rsaft_fast", "rsaft_fast.*"]), "rsaft_fast.kernels", "rsaft_fast.recipes"],
-    package_dir={"rsaft_fast.kernels": "kernels", "rsaft_fast.recipes": "recipes"},
+    packages=[*find_packages(include=["rsaft_fast", "rsaft_fast.*"]), *(f"rsaft_fast.{name}" for name in BESIDE)],
+    package_dir={f"rsaft_fast.{name}": name for name in BESIDE},
     package_data={
         "rsaft_fast": ["playground/assets/**/*", "backbones/specs/*.json", "py.typed"],
         "rsaft_fast.recipes": ["*.yaml"],
+        "rsaft_fast.benchmarks": ["shapes.json"],
     },
     ext_modules=[library] if NVCC else [],
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel} if NVCC else {},
+    cmdclass={"build_py": WithoutTests} | ({"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel} if NVCC else {}),
 )

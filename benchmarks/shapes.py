@@ -1,40 +1,87 @@
-"""Parameter lists of real models, from their architecture alone."""
+"""Parameter lists of real models, from a file made of their architectures: no weights, no diffusers, no time.
+
+`python -m rsaft_fast.benchmarks.shapes` writes shapes.json anew (needs diffusers)
+"""
 
 from __future__ import annotations
 
+import difflib
+import json
 import math
+from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
-from rsaft_fast.backbones import SD3, SD15
-from rsaft_fast.backbones.specs import NAMES, build_denoiser
+from rsaft_fast.errors import UserError
 
+FILE = Path(__file__).with_name("shapes.json")
 RANK = 32
-_TARGETS = {
-    "sd15": SD15.lora_targets,
-    "sdxl": SD15.lora_targets,
-    "sd35-medium": SD3.lora_targets,
-    "flux1": SD3.lora_targets,
-}
+NAMES = ("sd15", "sdxl", "sd35-medium", "flux1")
+TINY = "tiny"  # for machines without a GPU
+CASES = (TINY, *(f"{name}-{kind}" for name in NAMES for kind in ("lora32", "full")))
 
-CASES = ("tiny", *(f"{name}-{kind}" for name in NAMES for kind in ("lora32", "full")))
+Shape = tuple[int, ...]
 
 
 @cache
-def shapes_of(case: str) -> tuple[tuple[int, ...], ...]:
-    """Shapes of what is trained: "sdxl-full", "sd15-lora32", ...; "tiny" is for machines without a GPU."""
-    if case == "tiny":
-        return tuple((256, 257 + i) for i in range(40))
-    name, _, kind = case.rpartition("-")
-    network = build_denoiser(name)
-    if kind == "full":
-        return tuple(tuple(p.shape) for p in network.parameters())
-    shapes = []
-    for path, module in network.named_modules():
-        if hasattr(module, "in_features") and path.endswith(_TARGETS[name]):
-            shapes += [(RANK, module.in_features), (module.out_features, RANK)]
-    return tuple(shapes)
+def shapes_of(case: str) -> tuple[Shape, ...]:
+    """Shapes of what is trained: every weight of the denoiser ("sdxl-full"), or its LoRA of rank 32 ("sdxl-lora32").
+
+    Raises:
+        UserError: no such case.
+    """
+    check_names([case], CASES, "case")
+    if case == TINY:
+        return tuple((256, 257 + i % 4) for i in range(40))
+    return parse(json.loads(FILE.read_text(encoding="utf-8"))[case])
 
 
 def parameters_of(case: str) -> int:
     """Number of parameters."""
     return sum(math.prod(shape) for shape in shapes_of(case))
+
+
+def check_names(asked: Sequence[str], known: Sequence[str], what: str) -> None:
+    """Raises UserError for a name that is not known, with the nearest that are."""
+    for name in asked:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+            raise UserError(
+                f"no {what} {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ";") + " "
+                f"There are: {', '.join(known)}"
+            )
+
+
+def parse(text: str) -> tuple[Shape, ...]:
+    """Shapes of "320x4x3x3 320"."""
+    return tuple(tuple(map(int, shape.split("x"))) for shape in text.split())
+
+
+def write(shapes: Sequence[Sequence[int]]) -> str:
+    """The inverse of `parse`."""
+    return " ".join("x".join(map(str, shape)) for shape in shapes)
+
+
+def from_architectures() -> dict[str, str]:
+    """What shapes.json must hold: every case as the architecture configs give it."""
+    from rsaft_fast.backbones import SD3, SD15
+    from rsaft_fast.backbones.specs import build_denoiser
+
+    targets = {name: SD15.lora_targets if name in ("sd15", "sdxl") else SD3.lora_targets for name in NAMES}
+    found = {}
+    for name in NAMES:
+        network = build_denoiser(name)
+        layers = [
+            module
+            for path, module in network.named_modules()
+            if hasattr(module, "in_features") and path.endswith(targets[name])
+        ]
+        lora = [shape for m in layers for shape in ((RANK, m.in_features), (m.out_features, RANK))]
+        found[f"{name}-lora32"] = write(lora)
+        found[f"{name}-full"] = write([tuple(p.shape) for p in network.parameters()])
+    return found
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps(from_architectures(), indent=1) + "\n", encoding="utf-8")
+    print("\n".join(f"{case}: {len(shapes_of(case))} tensors, {parameters_of(case):,} parameters" for case in CASES))

@@ -1,77 +1,193 @@
-"""Times that can be compared: device events, cold L2, and the card's own copy bandwidth from the same run."""
+"""Times that can be compared: device events, a cold L2, providers in turn, and how often the host had to launch."""
 
 from __future__ import annotations
 
+import gc
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 
-Part = Callable[[], object]
 QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
+FLUSH_BYTES = 256 << 20
+"""Several times the largest L2 (H100: 50 MB, B200: 126 MB)."""
+
+_MOST_HEAD_START = 64  # flushes, about 6 ms on an H100
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Part:
+    """A function that can be repeated, and what must happen before each call without being timed."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = _nothing
+
+    def __call__(self) -> object:
+        self.prepare()
+        return self.run()
+
+
+@dataclass
+class Times:
+    """Milliseconds of each call: on the device (`ms`), and until the host was free again (`host_ms`)."""
+
+    ms: list[float] = field(default_factory=list)
+    host_ms: list[float] = field(default_factory=list)
+
+    def row(self) -> dict[str, float | int]:
+        """The fields of a result row."""
+        ms = torch.tensor(self.ms, dtype=torch.float64)
+        found: dict[str, float | int] = {f"ms_{name}": float(ms.quantile(q)) for name, q in QUANTILES.items()}
+        found["host_ms"] = float(torch.tensor(self.host_ms, dtype=torch.float64).median())
+        return found | {"calls": len(self.ms)}
 
 
 class Timer:
-    """Milliseconds of a function's device work (host time on the CPU)."""
+    """Times parts in turn: A, B, C, A, B, C, ... so that a card that warms up or throttles does so for all of them."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        # Larger than any L2: writing it leaves nothing of the operands there.
-        self._flush = torch.empty(64 << 20, dtype=torch.float32, device=device) if device.type == "cuda" else None
+        self._flush = None
+        self._flush_ms = 0.0
+        if device.type == "cuda":
+            self._flush = torch.zeros(FLUSH_BYTES // 4, device=device)
+            self._cold(2)
+            self._flush_ms = min(self._events(lambda: self._cold(1))[0] for _ in range(3))
 
-    def __call__(self, part: Part, repeats: int = 20, warmup: int = 3) -> dict[str, float]:
-        """Quantiles over `repeats` runs, each after the caches were flushed."""
-        for _ in range(warmup):
+    def alternate(self, parts: Mapping[str, Part], repeats: int = 20, seconds: float = 1.0) -> dict[str, Times]:
+        """Times of every part over `repeats` rounds after two calls that are not counted.
+
+        A part that would take longer than `seconds` in all is called less often, but at least three times.
+        """
+        times = {name: Times() for name in parts}
+        starts, limits = {}, {}
+        for name, part in parts.items():
             part()
-        times = torch.tensor([self._once(part) for _ in range(repeats)], dtype=torch.float64)
-        return {name: float(times.quantile(q)) for name, q in QUANTILES.items()}
+            self.synchronize()
+            host_ms, whole_ms = self._warm(part)
+            starts[name] = self._head_start(host_ms)
+            limits[name] = min(repeats, max(3, int(1e3 * seconds / max(whole_ms, 1e-3))))
+        with _no_collection():
+            for round_ in range(repeats):
+                for name, part in parts.items():
+                    if round_ < limits[name]:
+                        part.prepare()
+                        self._cold(starts[name])
+                        ms, host_ms = self._events(part.run)
+                        times[name].ms.append(ms)
+                        times[name].host_ms.append(host_ms)
+        return times
 
-    def _once(self, part: Part) -> float:
+    def host_only(self, parts: Mapping[str, Part], repeats: int = 100) -> dict[str, Times]:
+        """Host time until a call returns, the device idle before and never waited for within."""
+        times = {name: Times() for name in parts}
+        for part in parts.values():
+            for _ in range(3):
+                part()
+        with _no_collection():
+            for _ in range(repeats):
+                for name, part in parts.items():
+                    part.prepare()
+                    self.synchronize()
+                    start = time.perf_counter()
+                    part.run()
+                    elapsed = 1e3 * (time.perf_counter() - start)
+                    times[name].ms.append(elapsed)
+                    times[name].host_ms.append(elapsed)
+        self.synchronize()
+        return times
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _warm(self, part: Part) -> tuple[float, float]:
+        part.prepare()
+        start = time.perf_counter()
+        part.run()
+        host = time.perf_counter() - start
+        self.synchronize()
+        return 1e3 * host, 1e3 * (time.perf_counter() - start)
+
+    def _head_start(self, host_ms: float) -> int:
+        """Flushes that keep the device busy while the host launches: behind a backward pass it is ahead as well."""
         if self._flush is None:
+            return 0
+        return min(_MOST_HEAD_START, 1 + math.ceil(1.5 * host_ms / self._flush_ms))
+
+    def _cold(self, times: int) -> None:
+        """Reads leave the L2 full of clean lines; written ones would be written back at the next kernel's cost."""
+        for _ in range(times if self._flush is not None else 0):
+            self._flush.sum()
+
+    def _events(self, run: Callable[[], object]) -> tuple[float, float]:
+        if self.device.type != "cuda":
             start = time.perf_counter()
-            part()
-            return 1e3 * (time.perf_counter() - start)
-        self._flush.zero_()
+            run()
+            elapsed = 1e3 * (time.perf_counter() - start)
+            return elapsed, elapsed
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        part()
+        start = time.perf_counter()
+        run()
+        host_ms = 1e3 * (time.perf_counter() - start)
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end)
+        return begin.elapsed_time(end), host_ms
 
 
-def bandwidths(device: torch.device) -> dict[str, float]:
-    """GB/s (10^9 bytes) of a device copy (read and write counted) and of a read (a sum), in this run."""
-    n = 1 << 30 if device.type == "cuda" else 1 << 26
-    source, target = torch.ones(n // 4, device=device), torch.empty(n // 4, device=device)
-    timer = Timer(device)
-    copy = timer(lambda: target.copy_(source), repeats=10)["p50"]
-    read = timer(lambda: source.sum(), repeats=10)["p50"]
-    return {"copy_gbps": 2 * n / copy / 1e6, "read_gbps": n / read / 1e6}
-
-
-def launches(part: Part, device: torch.device) -> int | None:
-    """Kernels and copies that one call puts on the device; None on the CPU."""
+def launches(part: Part, device: torch.device) -> dict[str, int | None]:
+    """Kernels, and copies and fills, that one call puts on the device; None on the CPU or where nothing was seen."""
+    nothing = {"launches": None, "copies": None}
     if device.type != "cuda":
-        return None
+        return nothing
     from torch.profiler import ProfilerActivity, profile
 
     part()
     torch.cuda.synchronize()
+    part.prepare()
+    torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        part()
+        part.run()
         torch.cuda.synchronize()
-    return sum(event.count for event in seen.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+    names = [
+        event.name
+        for event in seen.events()
+        # Annotations (record_function around torch's optimizers) are listed beside the work they span.
+        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    ]
+    copies = sum(name.startswith(("Memcpy", "Memset")) for name in names)
+    return {"launches": len(names) - copies, "copies": copies} if names else nothing
 
 
 def extra_bytes(part: Part, device: torch.device) -> int | None:
     """Memory that one call allocates beyond what was there, at its peak; None on the CPU."""
     if device.type != "cuda":
         return None
-    part()
+    part.prepare()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    part()
+    part.run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A garbage collection within a call of 50 us would be most of it."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -15,6 +15,7 @@ Fine-tunes diffusion models by reward gradient, smoothed against reward hacking 
   rsaft-fast demo                          watch it work in three minutes, on any machine
   rsaft-fast train recipe.yaml             fine-tune your own model
   rsaft-fast sample PIPELINE --run RUN     look at what came out
+  rsaft-fast bench                         how fast the SAM step is here, beside what others use
   rsaft-fast doctor                        what runs on this machine, and why
 """
 
@@ -54,6 +55,23 @@ Two CPU cores are enough: under three minutes.
 examples:
   rsaft-fast demo
   rsaft-fast demo --proxy brittle --steps 60 --seed 1 --output runs/hacked
+"""
+
+BENCH = """\
+Time the passes of a SAM update over the parameter lists of real models, ours beside what people use today, and show
+milliseconds, GB/s (the bytes that must move, over the time), the fraction of this card's own copy bandwidth from the
+same run, every provider's time over ours, launches and memory. No weights are needed. Packages that are not installed
+are listed as missing. Without a GPU a tiny list runs on the CPU, and its figures mean nothing.
+
+examples:
+  rsaft-fast bench --quick                                        a look, in about two minutes
+  rsaft-fast bench --results benchmarks/results --goals           everything that fits, recorded, against the goals
+  rsaft-fast bench --cases sdxl-full --dtypes fp32,bf16           one model's list in two layouts
+  rsaft-fast bench --cases sdxl-lora32 --providers ours-cuda,ours-triton,usual-fused
+  rsaft-fast bench --budget 150                                   the most important first, and what was left out
+  rsaft-fast bench --list                                         every case, dtype and provider, and what runs here
+
+Passes: norm (global gradient norm), perturb, step (restore + AdamW), update (norm, perturb, norm with clipping, step).
 """
 
 DOCTOR = """\
@@ -107,6 +125,16 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="pictures at a time (default: 8)")
     sample.add_argument("--output", metavar="FOLDER", help="default: samples, or the next free one")
 
+    bench = add("bench", "time the SAM step on this machine, beside what others use", BENCH)
+    bench.add_argument("--cases", metavar="A,B", help="parameter lists, images, host (default: all that fit)")
+    bench.add_argument("--dtypes", metavar="A,B", help="of fp32, bf16 (with an fp32 master), 8bit (default: all)")
+    bench.add_argument("--providers", metavar="A,B", help="who is measured (default: all that are installed)")
+    bench.add_argument("--results", metavar="FOLDER", help="write FOLDER/<gpu>/<date>.json, row by row")
+    bench.add_argument("--quick", action="store_true", help="two models' lists, five calls instead of twenty")
+    bench.add_argument("--budget", type=_positive, metavar="SECONDS", help="begin nothing new after this long")
+    bench.add_argument("--goals", action="store_true", help="also show the project's goals, and which are met")
+    bench.add_argument("--list", action="store_true", help="show the cases, dtypes and providers, and end")
+
     add("doctor", "say what runs on this machine, and why", DOCTOR)
     return parser
 
@@ -137,7 +165,7 @@ def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         raise UserError("train needs a recipe: rsaft-fast train RECIPE.yaml [key=value ...]")
     from rsaft_fast.commands.process import prepare_process
 
-    prepare_process()
+    prepare_process(quieten=arguments.command != "bench")
     command = importlib.import_module(f"rsaft_fast.commands.{arguments.command}")
     if arguments.command == "train" and arguments.help_config:
         return command.print_keys()

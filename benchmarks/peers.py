@@ -1,0 +1,206 @@
+"""What people use today for a SAM update with clipping, each as its users call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from rsaft_fast.benchmarks.problem import CLIP, LR, RHO, Problem
+from rsaft_fast.benchmarks.timing import Part
+
+Optimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+
+
+class UsualLoop:
+    """The SAM code that most people copy: clone, add e_w, copy back, clip, step of the base optimizer."""
+
+    def __init__(self, problem: Problem, optimizer: Optimizer):
+        self.parameters = problem.parameters()
+        self.base = optimizer(self.parameters)
+        self.base.step()
+        self.old = [p.detach().clone() for p in self.parameters]
+
+    def parts(self) -> dict[str, Part]:
+        norm = self.norm()  # the perturbation's own row leaves the norm out
+        named = {"norm": self.norm, "perturb": lambda: self.perturb(norm), "step": self.step, "update": self.update}
+        return {what: Part(run) for what, run in named.items()}
+
+    @torch.no_grad()
+    def norm(self) -> torch.Tensor:
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in self.parameters]))
+
+    @torch.no_grad()
+    def perturb(self, norm: torch.Tensor) -> None:
+        scale = RHO / (norm + 1e-12)
+        self.old = [p.detach().clone() for p in self.parameters]
+        for p in self.parameters:
+            p.add_(p.grad * scale.to(p))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for p, old in zip(self.parameters, self.old):
+            p.copy_(old)
+
+    def clip(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
+
+    def step(self) -> None:
+        self.restore()
+        self.base.step()
+
+    def update(self) -> None:
+        self.perturb(self.norm())
+        self.restore()
+        self.clip()
+        self.base.step()
+
+
+class UsualLoopWithMaster(UsualLoop):
+    """The same for bf16 weights with an fp32 master, which holds what the weights are restored from: no clone.
+
+    The base optimizer works on the master, with the gradients cast to fp32.
+    """
+
+    def __init__(self, problem: Problem, optimizer: Optimizer):
+        self.parameters = problem.parameters()
+        self.master = [torch.nn.Parameter(p.detach().float()) for p in self.parameters]
+        for m in self.master:
+            m.grad = torch.zeros_like(m)
+        self.base = optimizer(self.master)
+        self.base.step()
+
+    @torch.no_grad()
+    def perturb(self, norm: torch.Tensor) -> None:
+        scale = RHO / (norm.float() + 1e-12)
+        for p, m in zip(self.parameters, self.master):
+            p.copy_(m + p.grad * scale)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """The weights are written from the master by the step."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        torch._foreach_copy_([m.grad for m in self.master], [p.grad for p in self.parameters])
+        self.base.step()
+        torch._foreach_copy_(self.parameters, self.master)
+
+    def update(self) -> None:
+        self.perturb(self.norm())
+        self.clip()
+        self.step()
+
+
+class Foreach(UsualLoop):
+    """The best that torch's own `_foreach_` functions give, around torch's fused AdamW.
+
+    The scale goes through the host: on the device it would need a temporary of all gradients.
+    """
+
+    def norm(self) -> torch.Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters], foreach=True)
+
+    @torch.no_grad()
+    def perturb(self, norm: torch.Tensor) -> None:
+        scale = RHO / (norm.item() + 1e-12)
+        torch._foreach_copy_(self.old, self.parameters)
+        torch._foreach_add_(self.parameters, [p.grad for p in self.parameters], alpha=scale)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        torch._foreach_copy_(self.parameters, self.old)
+
+    def clip(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP, foreach=True)
+
+
+class ForeachWithMaster(UsualLoopWithMaster):
+    """`Foreach` for bf16 weights with an fp32 master."""
+
+    norm, clip = Foreach.norm, Foreach.clip
+
+    @torch.no_grad()
+    def perturb(self, norm: torch.Tensor) -> None:
+        scale = RHO / (norm.item() + 1e-12)
+        # The fp32 gradients serve as scratch: they are written again before the step.
+        scratch = [m.grad for m in self.master]
+        torch._foreach_copy_(scratch, [p.grad for p in self.parameters])
+        torch._foreach_mul_(scratch, scale)
+        torch._foreach_add_(scratch, self.master)
+        torch._foreach_copy_(self.parameters, scratch)
+
+
+class AdamWAlone:
+    """torch's fused AdamW without SAM, on fp32 weights and gradients: the yardstick of restore + AdamW.
+
+    For bf16 weights it is the master's step, without casting the gradients before or the weights after: 28 bytes too.
+    """
+
+    def __init__(self, problem: Problem):
+        if problem.layout == "bf16":
+            self.parameters = [torch.nn.Parameter(p.detach().float()) for p in problem.parameters()]
+            for p, gradient in zip(self.parameters, problem.gradients):
+                p.grad = gradient.float()
+        else:
+            self.parameters = problem.parameters()
+        self.base = fused_adamw(self.parameters)
+        self.base.step()
+
+    def parts(self) -> dict[str, Part]:
+        return {"step": Part(self.base.step)}
+
+
+class PytorchOptimizerSAM:
+    """SAM of the package pytorch_optimizer around torch's fused AdamW."""
+
+    def __init__(self, problem: Problem):
+        from pytorch_optimizer import SAM
+
+        self.parameters = problem.parameters()
+        self.sam = SAM(self.parameters, torch.optim.AdamW, rho=RHO, lr=LR, fused=True)
+        self.update()
+
+    def parts(self) -> dict[str, Part]:
+        return {"update": Part(self.update)}
+
+    def update(self) -> None:
+        self.sam.first_step(zero_grad=False)
+        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
+        self.sam.second_step(zero_grad=False)
+
+
+def usual_loop(optimizer: Optimizer) -> Callable[[Problem], UsualLoop]:
+    """The usual SAM loop around an optimizer; with a master where the layout has one."""
+    return lambda problem: (UsualLoopWithMaster if problem.layout == "bf16" else UsualLoop)(problem, optimizer)
+
+
+def foreach_loop(problem: Problem) -> UsualLoop:
+    """`Foreach`, with a master where the layout has one."""
+    return (ForeachWithMaster if problem.layout == "bf16" else Foreach)(problem, fused_adamw)
+
+
+def fused_adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=LR, fused=True)
+
+
+def foreach_adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=LR, foreach=True)
+
+
+def bitsandbytes_adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(parameters, lr=LR)
+
+
+def torchao_adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(parameters, lr=LR, bf16_stochastic_round=True)
+
+
+def optimi_adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    from optimi import AdamW
+
+    return AdamW(parameters, lr=LR)

@@ -1,0 +1,155 @@
+"""What is read from results files: the README's table, the goals, the plots.
+
+python -m rsaft_fast.benchmarks.report RESULTS.json [--readme README.md] [--goals] [--plots FOLDER]
+
+A folder stands for the newest GPU results under it; without any, the README says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rsaft_fast.benchmarks import goals, plots, results, tables
+from rsaft_fast.benchmarks.floors import PASSES, floor
+from rsaft_fast.benchmarks.images import EAGER, WHAT
+from rsaft_fast.benchmarks.results import Row
+from rsaft_fast.benchmarks.tables import View, markdown, milliseconds, percent
+from rsaft_fast.errors import UserError
+
+BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
+NOTHING = (
+    "No GPU figures have been recorded yet. `rsaft-fast bench --results benchmarks/results` measures this machine;\n"
+    "`benchmarks/gpu_suite.sh OUT` builds, tests and measures within 9 minutes."
+)
+README_CASES = ("sdxl-full", "sdxl-lora32", "flux1-full", "flux1-lora32")
+README_PEERS = ("usual-fused", "foreach", "bitsandbytes", "pytorch_optimizer", "torchao", "optimi")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line above; 2 when the input is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rsaft_fast.benchmarks.report", description="Tables and plots of a benchmark run."
+    )
+    parser.add_argument("results", type=Path, help="a results file, or a folder: the newest GPU results under it")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help=f"rewrite what lies between {BEGIN} and {END}")
+    parser.add_argument("--goals", action="store_true", help="show the goals and which are met, not all figures")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write bars.png and roofline.png")
+    arguments = parser.parse_args(argv)
+    try:
+        found = _find(arguments.results)
+        if arguments.readme is not None:
+            _write_readme(arguments.readme, section(found))
+        if found is None:
+            print(f"no GPU results under {arguments.results}")
+            return 0
+        for path in plots.draw(found, arguments.plots) if arguments.plots is not None else ():
+            print(path)
+        print(goals.text(found) if arguments.goals else tables.terminal(found))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def section(found: Row | None) -> str:
+    """The README's section in Markdown: how the card was, our passes beside the usual loop, the update beside peers."""
+    if found is None:
+        return f"## Speed\n\n{NOTHING}"
+    view = View(found)
+    head = (
+        f"{tables.machine_line(found)}.\n"
+        f"In the same run the card copies {found['copy_gbps']:,.0f} GB/s and reads {found['read_gbps']:,.0f} GB/s.\n"
+        "*Of copy* is what a pass reaches of it with the bytes that it must move; peers are shown as time over ours.\n"
+        "How it is measured: `benchmarks/README.md`."
+    )
+    blocks = ["## Speed", head, _passes(view), _updates(view), _images(view)]
+    if found.get("note"):
+        blocks.insert(2, f"**{found['note']}.**")
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _passes(view: View) -> str:
+    rows = []
+    for case, dtype, what, _ in view.groups():
+        ours = view.ours(what, case, dtype)
+        if what not in PASSES or case not in README_CASES or ours is None:
+            continue
+        usual = view.get(what, case, dtype, "usual-fused") or view.get(what, case, dtype, "bitsandbytes")
+        fraction = ours["fraction_of_read"] if what == "norm" else ours["fraction_of_copy"]
+        rows.append(
+            (
+                f"{case}, {dtype}: {tables.LABELS[what]}",
+                f"{floor(what, dtype):.4g}",
+                milliseconds(ours["ms_p50"]),
+                percent(fraction) + (" (of read)" if what == "norm" else ""),
+                _launched(ours),
+                milliseconds(usual["ms_p50"]) if usual else "-",
+                _launched(usual) if usual else "-",
+            )
+        )
+    header = (
+        "list, layout: pass",
+        "bytes a parameter",
+        "ours, ms",
+        "of copy",
+        "launches",
+        "usual loop, ms",
+        "launches",
+    )
+    return markdown(header, rows) if rows else ""
+
+
+def _updates(view: View) -> str:
+    pairs = [(case, dtype) for case, dtype, what, _ in view.groups() if what == "update" and case in README_CASES]
+    rows = []
+    for name in README_PEERS:
+        cells = [_times(view, "update", case, dtype, name) for case, dtype in pairs]
+        if set(cells) - {"-"}:
+            rows.append((name, *cells))
+    if not rows:
+        return ""
+    return markdown(("whole update, time over ours", *(f"{case}, {dtype}" for case, dtype in pairs)), rows)
+
+
+def _images(view: View) -> str:
+    rows = []
+    for case, dtype, what, _ in view.groups():
+        ours = view.ours(what, case, dtype)
+        if what == WHAT and ours is not None:
+            cells = (milliseconds(ours["ms_p50"]), percent(ours["fraction_of_copy"]))
+            rows.append((f"{case}, {dtype}", *cells, _times(view, WHAT, case, dtype, EAGER)))
+    return markdown(("image perturbation", "ours, ms", "of copy", "eager torch, time over ours"), rows) if rows else ""
+
+
+def _times(view: View, what: str, case: str, dtype: str, provider: str) -> str:
+    row = view.get(what, case, dtype, provider)
+    times = view.times_ours(row) if row else None
+    return "-" if times is None else f"{times:.2f}"
+
+
+def _launched(row: Row) -> str:
+    return "-" if row.get("launches") is None else f"{row['launches'] + row['copies']:,}"
+
+
+def _find(path: Path) -> Row | None:
+    return results.newest(path) if path.is_dir() else results.load(path)
+
+
+def _write_readme(path: Path, text: str) -> None:
+    try:
+        before = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--readme {path} cannot be read ({error.strerror})") from error
+    if before.count(BEGIN) != 1 or before.count(END) != 1 or before.index(BEGIN) > before.index(END):
+        raise UserError(f"--readme {path} needs one line {BEGIN} and, after it, one line {END}: the text goes between")
+    head, rest = before.split(BEGIN)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

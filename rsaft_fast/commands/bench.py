@@ -1,0 +1,82 @@
+"""`rsaft-fast bench`: the passes of a SAM update, ours beside what people use today, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from tqdm import tqdm
+
+from rsaft_fast.benchmarks import goals, tables
+from rsaft_fast.benchmarks.floors import LAYOUTS
+from rsaft_fast.benchmarks.images import EAGER
+from rsaft_fast.benchmarks.jobs import ALL_CASES, HOST, IMAGES, Job, plan
+from rsaft_fast.benchmarks.providers import PROVIDERS, why_missing
+from rsaft_fast.benchmarks.results import CPU_NOTE
+from rsaft_fast.benchmarks.shapes import CASES, check_names, parameters_of, shapes_of
+from rsaft_fast.benchmarks.suite import Suite, device_here, start
+from rsaft_fast.errors import UserError
+
+REPEATS, QUICK_REPEATS = 20, 5
+
+
+def run(arguments: argparse.Namespace) -> int:
+    device = device_here()
+    if arguments.list:
+        print("\n".join(_known(device)))
+        return 0
+    jobs = _jobs(arguments, device)
+    if device.type != "cuda":
+        print(f"rsaft-fast: no GPU here. {CPU_NOTE}", file=sys.stderr)
+    timer, results = start(device, arguments.results)
+    with tqdm(total=len(jobs), unit="list", disable=None, leave=False, dynamic_ncols=True) as bar:
+        suite = Suite(
+            timer,
+            results,
+            arguments.budget,
+            QUICK_REPEATS if arguments.quick else REPEATS,
+            say=lambda line: tqdm.write(f"rsaft-fast: {line}", file=sys.stderr),
+            tick=bar.set_postfix_str,
+        )
+        for job in jobs:
+            bar.set_description_str(str(job))
+            suite.run(job)
+            bar.update()
+    print(tables.terminal(results.as_dict()))
+    if arguments.goals:
+        print("\n" + goals.text(results.as_dict()))
+    if results.path is not None:
+        print(f"\nrsaft-fast: {results.path}")
+    for line in suite.failed:
+        print(f"rsaft-fast: error: {line}", file=sys.stderr)
+    return 1 if suite.failed else 0
+
+
+def _jobs(arguments: argparse.Namespace, device: torch.device) -> list[Job]:
+    cases, layouts, providers = (_names(text) for text in (arguments.cases, arguments.dtypes, arguments.providers))
+    check_names(cases, ALL_CASES, "case")
+    check_names(layouts, tuple(LAYOUTS), "dtype")
+    check_names(providers, (*PROVIDERS, EAGER), "provider")
+    jobs = plan(device, cases, layouts, providers, arguments.quick)
+    if not jobs:
+        raise UserError(
+            f"nothing to measure of {', '.join(cases) or 'all'} in {', '.join(layouts) or 'all'}: "
+            f"{HOST} is measured in fp32, {IMAGES} in fp32 and bf16"
+        )
+    return jobs
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def _known(device: torch.device) -> list[str]:
+    lines = ["cases:"]
+    lines += [f"  {case}: {parameters_of(case):,} parameters in {len(shapes_of(case)):,} tensors" for case in CASES]
+    lines += [f"  {IMAGES}: the image perturbation", f"  {HOST}: host time of an update of LoRA lists", "dtypes:"]
+    lines += [f"  {layout}: {what}" for layout, what in LAYOUTS.items()] + ["providers:"]
+    for name, provider in PROVIDERS.items():
+        reason = why_missing(name, device, next(iter(provider.held)))
+        lines.append(f"  {name}: {provider.about} [{', '.join(provider.held)}]" + (f"; {reason}" if reason else ""))
+    return [*lines, f"  {EAGER}: eager torch, for the images"]
