@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from rsaft_fast.backbones.base import Backbone, Conditioning
+from rsaft_fast.errors import UserError
 from rsaft_fast.losses import Loss
 from rsaft_fast.objective import (
     ImageSmoothing,
@@ -93,6 +94,8 @@ def rsaft_step(
     Raises:
         NonFiniteRewardError: a reward is not finite. Weights are what they were before the call.
     """
+    if getattr(optimizer, "release_gradients", False):
+        _check_one_backward(batches, smoothing, compare_gradients)
     run = _Run(backbone, reward, schedule, smoothing, loss, total=sum(len(b.prompts) for b in batches))
     optimizer.zero_grad()
     if smoothing.parameters is None:
@@ -110,10 +113,19 @@ def rsaft_step(
         second = []
         for batch, seen in zip(batches, first):
             trajectory = run.sample(batch, prefix=seen.trajectory)
-            second.append(run.follow(batch, trajectory, seen))
+            second.append(run.follow(batch, trajectory, seen, check=optimizer.check_finite))
         turned = gradient_change(ascent, gradients_of(optimizer)) if compare_gradients else {}
         optimizer.step()  # back to theta and update, fused
     return run.report(first, second, optimizer, turned)
+
+
+def _check_one_backward(batches: Sequence[MicroBatch], smoothing: Smoothing, compare_gradients: bool) -> None:
+    calls = sum(batch.plan.backward_calls(guided=batch.conditioning.negative is not None) for batch in batches)
+    if smoothing.parameters is not None and (calls != 1 or compare_gradients):
+        raise UserError(
+            f"release_gradients with {calls} backward passes and compare_gradients={compare_gradients}: gradients are "
+            "applied as they arrive. One micro-batch, one graded call, guidance off or uncond detached, no comparison"
+        )
 
 
 def gradients_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor | None]:
@@ -220,8 +232,17 @@ class _Run:
         keep = self.smoothing.resample == "graded_only"
         return replace(seen, trajectory=seen.trajectory if keep else None, observations=[])
 
-    def follow(self, batch: MicroBatch, trajectory: Trajectory, seen: _Seen) -> tuple[float, float]:
-        """The update's gradient, at the perturbed picture; mean smoothed reward and loss."""
+    def follow(
+        self,
+        batch: MicroBatch,
+        trajectory: Trajectory,
+        seen: _Seen,
+        check: Callable[..., None] = lambda *adjoints: None,
+    ) -> tuple[float, float]:
+        """The update's gradient, at the perturbed picture; mean smoothed reward and loss.
+
+        `check` sees the gradients at the endpoints before the denoiser's backward pass.
+        """
         image = self.smoothing.image
         same_weights = trajectory is seen.trajectory and bool(seen.observations)
         if image is None and same_weights:
@@ -231,7 +252,7 @@ class _Run:
                 self._observe_perturbed(batch, x, delta) for x, delta in zip(trajectory.endpoints, seen.deltas)
             ]
         slopes = [self.loss.derivative(o.rewards) for o in observations]
-        self._backpropagate(batch, trajectory, observations, slopes)
+        self._backpropagate(batch, trajectory, observations, slopes, check)
         rewards = [o.rewards for o in observations]
         return self._mean(batch, rewards), self._mean(batch, [self.loss(r) for r in rewards])
 
@@ -244,12 +265,18 @@ class _Run:
         return observe(self.backbone, self.reward, x, batch.prompts, delta, space)
 
     def _backpropagate(
-        self, batch: MicroBatch, trajectory: Trajectory, observations: list[Observation], slopes: list[torch.Tensor]
+        self,
+        batch: MicroBatch,
+        trajectory: Trajectory,
+        observations: list[Observation],
+        slopes: list[torch.Tensor],
+        check: Callable[..., None] = lambda *adjoints: None,
     ) -> None:
         adjoints = []
         for seen, slope, weight in zip(observations, slopes, batch.plan.weights):
             per_sample = (slope * (weight / self.total)).to(seen.image_gradient.dtype)
             adjoints.append(latent_gradient(self.backbone, seen, per_sample[:, None, None, None] * seen.image_gradient))
+        check(*adjoints)
         backpropagate(self.backbone, trajectory, adjoints)
 
     def _mean(self, batch: MicroBatch, values: list[torch.Tensor]) -> float:

@@ -173,6 +173,14 @@ class SharpnessAware(torch.optim.Optimizer):
         """Steps skipped for non-finite gradients so far: an int64 scalar on the device (``int(opt.skipped)`` waits)."""
         return self._scalars.skipped if self._scalars is not None else torch.tensor(self._skipped_before)
 
+    def check_finite(self, *tensors: torch.Tensor) -> None:
+        """What the second backward begins with, for optimizers that must know before it; others wait for its norm."""
+
+    @property
+    def half_stepped(self) -> bool:
+        """Whether an exception left some parameters updated and others not: possible with released gradients only."""
+        return False
+
     def stats(self) -> dict[str, float]:
         """Diagnostics of the last perturbation and the last step. Waits for the device: for logging, not for each step.
 

@@ -11,7 +11,7 @@ import torch
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.ops import backends
-from rsaft_fast.sampling import derive_rng
+from rsaft_fast.sampling import GradientPlan, derive_rng
 from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train.config import PLAYGROUND, Config
 from rsaft_fast.train.data import load_prompts
@@ -48,8 +48,9 @@ def check_config(config: Config) -> Inputs:
         UserError: the first thing that is wrong.
     """
     # The method itself knows whether its K fits into the sampler's steps.
-    config.method.draw(config.sampler.steps, derive_rng(config.seed, 0, "plan"))
+    plan = config.method.draw(config.sampler.steps, derive_rng(config.seed, 0, "plan"))
     _check_agreement(config)
+    _check_memory_options(config, plan)
     check_device(config.backbone.device)
     _check_backend(config.backbone.device)
     check_path("backbone.path", config.backbone.path)
@@ -85,6 +86,29 @@ def _check_agreement(config: Config) -> None:
             raise UserError(
                 f"smoothing.parameters.groups: {group.match!r} is not a regular expression ({error})"
             ) from error
+
+
+def _check_memory_options(config: Config, plan: GradientPlan) -> None:
+    """The optimizer's options against what is trained, and how."""
+    settings = config.optimizer
+    full_bf16 = config.parameters.train == "full" and config.backbone.dtype == "bf16"
+    if settings.stochastic_rounding and not full_bf16:
+        raise UserError(
+            f"optimizer.stochastic_rounding with parameters.train {config.parameters.train} and backbone.dtype "
+            f"{config.backbone.dtype}: it is for bf16 weights; LoRA and fp32 weights hold small changes without it"
+        )
+    if not settings.release_gradients:
+        return
+    calls = plan.backward_calls(guided=config.sampler.guidance_scale != 1)
+    obstacles = {
+        "smoothing.parameters null: there is no second pass": config.smoothing.parameters is None,
+        f"data.accumulate {config.data.accumulate}; set it to 1": config.data.accumulate > 1,
+        f"method {config.method.name}: {calls} backward passes an update, and it needs 1 (k=1, and guidance off or "
+        "method.uncond=detached)": calls > 1,
+    }
+    for obstacle, stands in obstacles.items():
+        if stands:
+            raise UserError(f"optimizer.release_gradients with {obstacle}")
 
 
 def check_device(name: str) -> None:

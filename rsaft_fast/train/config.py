@@ -99,6 +99,16 @@ class OptimizerSettings(Settings):
             the perturbation follows is never clipped: only its direction counts.
         schedule: of the learning rate after the warm-up: constant, linear to 0, or half a cosine to 0, at max_steps.
         warmup_steps: updates over which the learning rate rises linearly.
+        state_bits: of AdamW's two moments. 8 saves 6 bytes a parameter, for full fine-tuning; an error of at most 0.7 %
+            of a block's largest value.
+        stochastic_rounding: trained bf16 weights are rounded so that small changes arrive in expectation, without the
+            fp32 master: saves 2 bytes a parameter (4 for the master less 2 for the backup), costs noise.
+        backup: where the weights wait while they are perturbed, if they have no master: own keeps 2 bytes a bf16
+            parameter for it, gradient takes the memory of the first pass's gradient.
+        release_gradients: the update runs inside the second backward pass and frees each gradient as it arrives: saves
+            the second pass's gradients, 2 bytes a bf16 parameter. Clipping then uses the first pass's norm, and the
+            second's is not logged. One backward pass an update: accumulate 1, one graded call, guidance off or uncond
+            detached.
     """
 
     lr: float = Field(default=2e-5, gt=0)
@@ -108,6 +118,10 @@ class OptimizerSettings(Settings):
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(default=0, ge=0)
+    state_bits: Literal[32, 8] = 32
+    stochastic_rounding: bool = False
+    backup: Literal["own", "gradient"] = "own"
+    release_gradients: bool = False
 
 
 class EMASettings(Settings):

@@ -90,7 +90,12 @@ def train(
             del saved
         run.begin()
         while trainer.step < config.max_steps and not stop:
-            record = trainer.update()
+            try:
+                record = trainer.update()
+            except BaseException:
+                if trainer.optimizer.half_stepped:
+                    run.roll_back()
+                raise
             run.note(record)
             if run.is_due(config.samples.every) and (images := run.sample(stop)) is not None:
                 run.log_samples(images)
@@ -172,6 +177,18 @@ class _Run:
             self.config.keep_checkpoints,
         )
         self.saved = self.trainer.step
+
+    def roll_back(self) -> None:
+        """An update broke off inside its backward pass: leave the model as the last checkpoint has it."""
+        found, _ = checkpoints.newest(self.folder / "checkpoints")
+        found = found or self.resumed
+        if found is None:
+            self.say("the update broke off half done, and there is no checkpoint yet: the run starts anew")
+            return
+        self.trainer.load(checkpoints.read(found, verify=False))
+        self.say(
+            f"the update broke off half done: back at {found}, after update {self.trainer.step}; resume goes on there"
+        )
 
     def _new_bar(self) -> tqdm:
         # A log file needs no ten lines a second.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -37,16 +37,21 @@ _ELSE = "lower data.batch_size and raise data.accumulate"
 
 
 @contextmanager
-def naming_the_phase(what: str) -> Iterator[None]:
-    """Turn an out-of-memory error inside the block into a `UserError`. Perturbed weights are back by then."""
+def naming_the_phase(what: str, half_done: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Turn an out-of-memory error inside the block into a `UserError`. Perturbed weights are back by then.
+
+    Args:
+        half_done: whether some weights are updated and others are not (`optimizer.release_gradients`).
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         phase = phase_of(error)
+        state = "it broke off half done" if half_done() else "the weights are those before it"
         raise UserError(
-            f"out of memory in {what} ({phase}); the weights are those before it. Lower the need: "
+            f"out of memory in {what} ({phase}); {state}. Lower the need: "
             f"{_MENDS.get(phase, _ELSE)}, or a smaller backbone.height and backbone.width"
         ) from error
 

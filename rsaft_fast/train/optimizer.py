@@ -15,9 +15,12 @@ from rsaft_fast.train.config import OptimizerSettings
 
 
 def build_optimizer(
-    parameters: Mapping[str, torch.nn.Parameter], settings: OptimizerSettings, smoothing: ParameterSmoothing | None
+    parameters: Mapping[str, torch.nn.Parameter],
+    settings: OptimizerSettings,
+    smoothing: ParameterSmoothing | None,
+    seed: int = 0,
 ) -> SAMAdamW:
-    """One parameter group for each radius.
+    """One parameter group for each radius. `seed` is that of stochastic rounding.
 
     Raises:
         UserError: a group of `smoothing.parameters.groups` matches no parameter, or two match the same.
@@ -45,6 +48,11 @@ def build_optimizer(
         rho=smoothing.rho,
         adaptive=smoothing.adaptive,
         max_grad_norm=settings.max_grad_norm,
+        state_bits=settings.state_bits,
+        stochastic_rounding=settings.stochastic_rounding,
+        seed=seed,
+        backup=settings.backup,
+        release_gradients=settings.release_gradients,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import shutil
 import time
@@ -52,7 +53,7 @@ class Trainer:
             self.backbone.train_all_parameters()
         self.parameters = self.backbone.trainable_parameters
         self.reward = load_reward(config.reward, self.device)
-        self.optimizer = build_optimizer(self.parameters, config.optimizer, config.smoothing.parameters)
+        self.optimizer = build_optimizer(self.parameters, config.optimizer, config.smoothing.parameters, config.seed)
         self.ema = EMA(self.parameters, config.ema.decay) if config.ema else None
         self.step = 0
         self.batches = PromptBatches(config.data, inputs.prompts, config.method, config.sampler.steps, config.seed)
@@ -77,13 +78,14 @@ class Trainer:
         """The next update; its record for metrics.jsonl.
 
         Raises:
-            NonFiniteRewardError, UserError: a NaN reward, no memory left; weights are those before the update.
+            NonFiniteRewardError, UserError: a NaN reward, no memory left; weights are those before the update, or the
+                error and `optimizer.half_stepped` say that a released update broke off.
         """
         config, step, started = self.config, self.step, time.perf_counter()
         lr = learning_rate(config.optimizer, step, config.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with naming_the_phase(f"update {step + 1}"):
+        with naming_the_phase(f"update {step + 1}", lambda: self.optimizer.half_stepped):
             report = rsaft_step(
                 self.backbone,
                 self.reward,
@@ -93,7 +95,7 @@ class Trainer:
                 smoothing=config.smoothing,
                 loss=config.training_loss,
                 probe=config.sharpness,
-                compare_gradients=config.logging.diagnostics,
+                compare_gradients=config.logging.diagnostics and not config.optimizer.release_gradients,
             )
             denoising_loss = self.denoising and self.denoising.update(self.encoded, self.optimizer, step)
         self.step += 1
@@ -114,13 +116,15 @@ class Trainer:
             "s1": report.s1,
             "eps_norm": stats.pop("eps_norm") if perturbs else 0.0,
             "projection": stats.pop("projection") if perturbs else None,
-            "grad_norm": stats.pop("second_grad_norm"),
+            # Released gradients are gone before anybody could take their norm.
+            "grad_norm": None if math.isnan(stats["second_grad_norm"]) else stats["second_grad_norm"],
             "skipped": stats.pop("skipped"),
             "smoothed_reward": report.smoothed_reward,
             "realised_drop": report.realised_drop,
         }
         if not (perturbs and self.config.logging.diagnostics):
             return figures
+        del stats["second_grad_norm"]
         return figures | {"first_grad_norm": stats.pop("grad_norm"), **stats}
 
     def sample(self, stop: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
