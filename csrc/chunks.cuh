@@ -36,6 +36,10 @@ RSAFT_HD int64_t address_of(const rsaft_table &t, int list, int tensor) {
     return t.addresses[static_cast<int64_t>(list) * t.tensors + tensor];
 }
 
+RSAFT_HD int64_t gradient_of(const rsaft_table &t, int tensor) {
+    return t.gradient ? t.gradient : address_of(t, RSAFT_GRAD, tensor);
+}
+
 // Chunks are multiples of 16 bytes, so the base addresses decide alignment.
 template <class T> RSAFT_HD T *element(int64_t address, int64_t start) {
     return reinterpret_cast<T *>(static_cast<uintptr_t>(address)) + start;
@@ -121,7 +125,7 @@ template <int N> void block_sum(Sums<N> (&threads)[THREADS]) {
 template <class Op> int launch(const rsaft_table &t, const Op &op, void *) {
     for (int block = 0; block < t.chunks; ++block) {
         const Span span = span_of(t, op.chunk_of(block, t.chunks));
-        typename Op::Here here;
+        typename Op::Here here{};
         static Sums<Op::SUMS> sums[THREADS];
         const bool works = op.begin(t, span, here);
         for (int thread = 0; thread < THREADS; ++thread) {
@@ -138,12 +142,33 @@ template <class Op> int launch(const rsaft_table &t, const Op &op, void *) {
 
 #endif
 
-// Calls f with a value of the element type that `dtype` names; 1 (cudaErrorInvalidValue) for any other.
+constexpr int INVALID = 1; // cudaErrorInvalidValue
+
+// Calls f with a value of the element type that `dtype` names.
 template <class F> int with_type(int dtype, F f) {
     if (dtype == RSAFT_F32) return f(float{});
     if (dtype == RSAFT_BF16) return f(bf16{});
     if (dtype == RSAFT_F16) return f(f16{});
-    return 1;
+    return INVALID;
+}
+
+inline bool is_valid(const rsaft_table *t) {
+    return t != nullptr && t->tensors >= 0 && t->chunks >= 0 && t->chunk_size > 0 && t->chunk_size % 256 == 0 &&
+           t->addresses != nullptr && t->numel != nullptr && t->group != nullptr &&
+           (t->chunks == 0 || (t->chunk_tensor != nullptr && t->chunk_index != nullptr));
+}
+
+inline bool has_master(const rsaft_table &t) { return t.dtypes[RSAFT_MASTER] != RSAFT_ABSENT; }
+
+// A master is float32 beside 16-bit weights, a backup of the weight's type.
+inline bool can_restore(const rsaft_table &t) {
+    if (!has_master(t)) return t.dtypes[RSAFT_BACKUP] == t.dtypes[RSAFT_WEIGHT];
+    return t.dtypes[RSAFT_MASTER] == RSAFT_F32 && t.dtypes[RSAFT_WEIGHT] != RSAFT_F32;
+}
+
+// Only bf16 weights without master are rounded stochastically.
+inline bool can_round(const rsaft_table &t) {
+    return !t.stochastic || (t.dtypes[RSAFT_WEIGHT] == RSAFT_BF16 && !has_master(t) && t.parameter != nullptr);
 }
 
 } // namespace rsaft

@@ -5,10 +5,11 @@
 #include <type_traits>
 
 #include "chunks.cuh"
+#include "philox.cuh"
 
 namespace rsaft {
 
-template <class W, class G, bool MASTER, bool ADAPTIVE> struct Perturb {
+template <class W, class G, bool MASTER, bool STOCHASTIC> struct Perturb {
     static constexpr int SUMS = 3;
     using S = std::conditional_t<MASTER, float, W>;
     const double *scales;
@@ -17,10 +18,11 @@ template <class W, class G, bool MASTER, bool ADAPTIVE> struct Perturb {
     struct Here {
         W *weight;
         const G *grad; // null: no gradient, back up only
-        S *source;     // the master, or where the backup goes
+        S *source;     // the master, or where the backup goes: the gradient's own memory, perhaps
+        Rounding<STOCHASTIC> rounding;
         float scale;
         int count;
-        bool aligned;
+        bool aligned, adaptive;
     };
 
     // Last chunk first: the norm has just read the gradients in order, and the last of them may still be in L2.
@@ -32,50 +34,58 @@ template <class W, class G, bool MASTER, bool ADAPTIVE> struct Perturb {
         here = {element<W>(weight, s.start),
                 grad ? element<const G>(grad, s.start) : nullptr,
                 element<S>(source, s.start),
+                Rounding<STOCHASTIC>::of(t, s.tensor, s.start, STOCHASTIC ? t.steps[s.tensor] : 0.0f, RSAFT_PERTURBATION),
                 static_cast<float>(scales[t.group[s.tensor]]),
                 s.count,
-                ((weight | grad | source) & 15) == 0};
-        return *found_inf == 0.0f && (grad != 0 || !MASTER);
+                ((weight | grad | source) & 15) == 0,
+                t.adaptive != 0};
+        // Without a source there would be no way back.
+        return *found_inf == 0.0f && source != 0 && (grad != 0 || !MASTER);
     }
 
     template <int N> RSAFT_HD void at(const Here &here, int i, Sums<3> &sums) const {
         if constexpr (N == VECTOR) {
             Pack<S> source;
             Pack<W> weight;
-            if constexpr (MASTER) {
-                source = load_pack(here.source + i);
-            } else {
-                weight = load_pack(here.weight + i);
-                store_pack(here.source + i, weight);
-            }
+            Pack<G> grad;
+            if constexpr (MASTER) source = load_pack(here.source + i);
+            else weight = load_pack(here.weight + i);
+            if (here.grad != nullptr) grad = load_pack(here.grad + i);
+            if constexpr (!MASTER) store_pack(here.source + i, weight);
             if (here.grad == nullptr) return;
-            const Pack<G> grad = load_pack(here.grad + i);
+            const auto drawn = here.rounding.draw(i);
 #pragma unroll
             for (int k = 0; k < VECTOR; ++k) {
                 const W old = MASTER ? from_float<W>(to_float(source.v[k])) : weight.v[k];
                 const float base = MASTER ? to_float(source.v[k]) : to_float(weight.v[k]);
-                weight.v[k] = moved(base, old, to_float(grad.v[k]), here.scale, sums);
+                const float wanted = wanted_of(here, base, to_float(grad.v[k]));
+                weight.v[k] = here.rounding.template round<W>(base + wanted, drawn, k);
+                add(to_float(weight.v[k]) - to_float(old), wanted, sums);
             }
             store_pack(here.weight + i, weight);
         } else {
             const S source = MASTER ? here.source[i] : S{};
             const W old = MASTER ? from_float<W>(to_float(source)) : here.weight[i];
+            const float grad = here.grad ? to_float(here.grad[i]) : 0.0f;
             if constexpr (!MASTER) here.source[i] = old;
             if (here.grad == nullptr) return;
             const float base = MASTER ? to_float(source) : to_float(old);
-            here.weight[i] = moved(base, old, to_float(here.grad[i]), here.scale, sums);
+            const float wanted = wanted_of(here, base, grad);
+            const W out = here.rounding.template round<W>(base + wanted, here.rounding.draw(i), i);
+            here.weight[i] = out;
+            add(to_float(out) - to_float(old), wanted, sums);
         }
     }
 
-    RSAFT_HD static W moved(float base, W old, float grad, float scale, Sums<3> &sums) {
-        float wanted = scale * grad;
-        if constexpr (ADAPTIVE) wanted *= base * base;
-        const W out = from_float<W>(base + wanted);
-        const float applied = to_float(out) - to_float(old);
+    RSAFT_HD static float wanted_of(const Here &here, float base, float grad) {
+        const float wanted = here.scale * grad;
+        return here.adaptive ? wanted * (base * base) : wanted;
+    }
+
+    RSAFT_HD static void add(float applied, float wanted, Sums<3> &sums) {
         sums.v[0] += applied * applied;
         sums.v[1] += applied * wanted;
         sums.v[2] += wanted * wanted;
-        return out;
     }
 
     RSAFT_HD void finish(const rsaft_table &t, const Span &s, const Sums<3> &sums) const {
@@ -88,18 +98,18 @@ template <class W, class G, bool MASTER, bool ADAPTIVE> struct Perturb {
 using namespace rsaft;
 
 extern "C" int rsaft_sam_perturb(const rsaft_table *table, const double *scales, const float *found_inf, void *stream) {
-    if (table == nullptr || table->chunk_size % VECTOR != 0) return 1;
-    const bool master = table->dtypes[RSAFT_MASTER] == RSAFT_F32;
-    if (!master && table->dtypes[RSAFT_BACKUP] != table->dtypes[RSAFT_WEIGHT]) return 1;
+    if (!is_valid(table) || scales == nullptr || found_inf == nullptr || !can_restore(*table)) return INVALID;
+    if ((table->chunks > 0 && table->perturbation_sums == nullptr) || !can_round(*table)) return INVALID;
+    if (table->stochastic && table->steps == nullptr) return INVALID;
     return with_type(table->dtypes[RSAFT_WEIGHT], [&](auto w) {
         return with_type(table->dtypes[RSAFT_GRAD], [&](auto g) {
             using W = decltype(w);
             using G = decltype(g);
-            if (master)
-                return table->adaptive ? launch(*table, Perturb<W, G, true, true>{scales, found_inf}, stream)
-                                       : launch(*table, Perturb<W, G, true, false>{scales, found_inf}, stream);
-            return table->adaptive ? launch(*table, Perturb<W, G, false, true>{scales, found_inf}, stream)
-                                   : launch(*table, Perturb<W, G, false, false>{scales, found_inf}, stream);
+            if constexpr (sizeof(W) == 2)
+                if (has_master(*table)) return launch(*table, Perturb<W, G, true, false>{scales, found_inf}, stream);
+            if constexpr (std::is_same_v<W, bf16>)
+                if (table->stochastic) return launch(*table, Perturb<W, G, false, true>{scales, found_inf}, stream);
+            return launch(*table, Perturb<W, G, false, false>{scales, found_inf}, stream);
         });
     });
 }

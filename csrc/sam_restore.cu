@@ -5,12 +5,11 @@
 using namespace rsaft;
 
 extern "C" int rsaft_sam_restore(const rsaft_table *table, const float *found_inf, void *stream) {
-    if (table == nullptr || found_inf == nullptr || table->chunk_size % VECTOR != 0) return 1;
-    const bool master = table->dtypes[RSAFT_MASTER] == RSAFT_F32;
-    if (!master && table->dtypes[RSAFT_BACKUP] != table->dtypes[RSAFT_WEIGHT]) return 1;
+    if (!is_valid(table) || found_inf == nullptr || !can_restore(*table)) return INVALID;
     return with_type(table->dtypes[RSAFT_WEIGHT], [&](auto w) {
         using W = decltype(w);
-        return master ? launch(*table, Restore<W, true>{found_inf}, stream)
-                      : launch(*table, Restore<W, false>{found_inf}, stream);
+        if constexpr (sizeof(W) == 2)
+            if (has_master(*table)) return launch(*table, Restore<W, true>{found_inf}, stream);
+        return launch(*table, Restore<W, false>{found_inf}, stream);
     });
 }

@@ -1,118 +1,217 @@
-"""The operations through the compiled library (csrc/): the same seven functions as the other backends have.
+"""The operations through the compiled library (csrc/): the same functions as the other backends have.
 
-A table's C struct is built once and again when a list appears or changes its type; a call is then one foreign call.
+A step over small tensors is bound by this module, so it repeats nothing: a table's C struct is built once for each set
+of bound lists, addresses of scalars once an object, and a call is then one foreign call with plain integers.
 """
 
 import ctypes
-from contextlib import nullcontext
+from collections.abc import Sequence
 
 import torch
 
 from . import library
-from .table import CHUNK, LISTS, TensorTable
+from .scalars import GradientNorm, StepInputs, StepScalars
+from .table import CHUNK, LISTS, ROW, TensorTable
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 _ABSENT = -1
 _MAX_TABLES = 16
 _IMAGE_CHUNK = 32768
+_POINTERS = (
+    *("addresses", "numel", "group", "parameter", "chunk_tensor", "chunk_index"),
+    *("sum_sq", "perturbation_sums", "steps", "coefficients"),
+)
 
 
 class _Table(ctypes.Structure):
     """``rsaft_table`` of csrc/rsaft.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("addresses", "numel", "group", "chunk_tensor", "chunk_index")),
-        *((name, ctypes.c_void_p) for name in ("sum_sq", "perturbation_sums", "steps", "coefficients")),
-        *((name, ctypes.c_int32) for name in ("tensors", "chunks", "chunk_size", "adaptive")),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        ("gradient", ctypes.c_int64),
+        ("seed", ctypes.c_uint64),
+        *((name, ctypes.c_int32) for name in ("tensors", "chunks", "chunk_size", "adaptive", "stochastic")),
         ("dtypes", ctypes.c_int32 * len(LISTS)),
     ]
 
 
-def _struct(table: TensorTable) -> ctypes.Structure:
-    dtypes = tuple(DTYPES[table.dtypes[name]] if name in table else _ABSENT for name in LISTS)
-    known = vars(table).get("_cuda_struct")
-    if known is None or known[0] != dtypes:
-        struct = _Table(
+class _Inputs(ctypes.Structure):
+    """``rsaft_step_inputs`` of csrc/rsaft.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("hyper", "first_inf", "scaler_inf", "grad_scale", "skip", "skipped")),
+        ("released", ctypes.c_int32),
+    ]
+
+
+class _Prepared:
+    """The C struct of a table whose bound lists and types stay as they are; a second is pointed at single tensors."""
+
+    def __init__(self, table: TensorTable):
+        dtypes = [DTYPES[table.dtypes[name]] if name in table else _ABSENT for name in LISTS]
+        self.whole = _Table(
             tensors=len(table),
             chunks=table.chunks,
             chunk_size=CHUNK,
             adaptive=table.adaptive,
+            stochastic=table.rounding_seed is not None and "master" not in table,
+            seed=(table.rounding_seed or 0) & 0xFFFF_FFFF_FFFF_FFFF,
             dtypes=(ctypes.c_int32 * len(LISTS))(*dtypes),
-            **{name: getattr(table, name).data_ptr() for name, kind in _Table._fields_ if kind is ctypes.c_void_p},
+            **{name: getattr(table, name).data_ptr() for name in _POINTERS},
         )
-        known = table._cuda_struct = (dtypes, struct)
-    return ctypes.byref(known[1])
+        self.part = _Table.from_buffer_copy(self.whole)
+        self.address, self.part_address = ctypes.addressof(self.whole), ctypes.addressof(self.part)
+
+    def of_tensor(self, table: TensorTable, tensor: int, grad: torch.Tensor | None) -> int:
+        """Address of the struct that walks this tensor's chunks only, with this gradient for its own."""
+        offset = 4 * table.first_chunk[tensor]
+        self.part.chunk_tensor = self.whole.chunk_tensor + offset
+        self.part.chunk_index = self.whole.chunk_index + offset
+        self.part.chunks = table.chunks_of[tensor]
+        self.part.gradient = 0 if grad is None else grad.data_ptr()
+        self.part.dtypes[ROW["grad"]] = self.whole.dtypes[ROW["grad"]] if grad is None else DTYPES[grad.dtype]
+        return self.part_address
+
+
+def _prepared(table: TensorTable) -> _Prepared:
+    cache = vars(table).get("_cuda_structs")
+    if cache is None:
+        cache = table._cuda_structs = {}
+    key = (*table._lists, *table.dtypes.values())
+    found = cache.get(key)
+    if found is None:
+        found = cache[key] = _Prepared(table)
+    return found
 
 
 def _call(device: torch.device, function: str, *arguments) -> None:
     """Run on the tensors' device and PyTorch's current stream there."""
     loaded = library.load()
-    on_gpu = device.type == "cuda"
-    with torch.cuda.device(device) if on_gpu else nullcontext():
-        stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream if on_gpu else None)
-        library.check(loaded, getattr(loaded, function)(*arguments, stream))
+    if device.type != "cuda":
+        error = getattr(loaded, function)(*arguments, None)
+    elif torch._C._cuda_getDevice() == device.index:
+        error = getattr(loaded, function)(*arguments, torch._C._cuda_getCurrentRawStream(device.index))
+    else:
+        with torch.cuda.device(device):
+            return _call(device, function, *arguments)
+    if error:
+        library.check(loaded, error)
 
 
-def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _norm_pointers(norm: GradientNorm) -> tuple[int, int, int, int]:
+    """Of values, norm, scale, found_inf. They live as long as the object."""
+    found = vars(norm).get("_cuda_pointers")
+    if found is None:
+        tensors = (norm.values, norm.norm, norm.scale, norm.found_inf)
+        found = norm._cuda_pointers = tuple(tensor.data_ptr() for tensor in tensors)
+    return found
+
+
+def _inputs(inputs: StepInputs) -> int:
+    """Address of ``rsaft_step_inputs``: kept with the scalars, rewritten where an address has changed."""
+    scalars = inputs.scalars
+    first_inf = None if inputs.first is None else _norm_pointers(inputs.first)[3]
+    key = (first_inf, _pointer(inputs.found_inf), _pointer(inputs.grad_scale), inputs.released)
+    found = vars(scalars).get("_cuda_inputs")
+    if found is None or found[0] != key:
+        struct = _Inputs(
+            scalars.hyper.data_ptr(), *key[:3], scalars.skip.data_ptr(), scalars.skipped.data_ptr(), int(key[3])
+        )
+        found = scalars._cuda_inputs = (key, ctypes.addressof(struct), struct)
+    return found[1]
+
+
+def _check_count(tables: Sequence) -> None:
+    if len(tables) > _MAX_TABLES:
+        raise ValueError(f"{len(tables)} tables in one norm; the library adds up to {_MAX_TABLES}")
+
+
+def _table_array(owner: GradientNorm, tables: Sequence[TensorTable]) -> int:
+    """Address of an array of the tables' structs, kept with the norm."""
+    addresses = [_prepared(table).address for table in tables]
+    found = vars(owner).get("_cuda_tables")
+    if found is None or found[0] != addresses:
+        _check_count(tables)
+        array = (ctypes.c_void_p * len(addresses))(*addresses)
+        found = owner._cuda_tables = (addresses, ctypes.addressof(array), array)
+    return found[1]
+
+
+def _slot_arrays(norm: GradientNorm, slots: list[torch.Tensor]) -> tuple[int, int]:
+    """Addresses of an array of the slots' addresses and of one of their counts, kept with the norm."""
+    found = vars(norm).get("_cuda_slots")
+    if found is None or len(found[0]) != len(slots) or any(a is not b for a, b in zip(found[0], slots)):
+        _check_count(slots)
+        pointers = (ctypes.c_void_p * len(slots))(*(part.data_ptr() for part in slots))
+        counts = (ctypes.c_int32 * len(slots))(*(part.numel() for part in slots))
+        found = norm._cuda_slots = (
+            list(slots), (ctypes.addressof(pointers), ctypes.addressof(counts)), pointers, counts
+        )  # fmt: skip
+    return found[1]
 
 
 def sum_of_squares(table: TensorTable, adaptive: bool) -> None:
-    _call(table.device, "rsaft_sum_of_squares", _struct(table), int(adaptive))
+    _call(table.device, "rsaft_sum_of_squares", _prepared(table).address, adaptive)
 
 
-def finish_norm(slots: list[torch.Tensor], norm, rho: torch.Tensor) -> None:
-    if len(slots) > _MAX_TABLES:
-        raise ValueError(f"{len(slots)} tables in one norm; the library adds up to {_MAX_TABLES}")
-    _call(
-        norm.values.device,
-        "rsaft_finish_norm",
-        (ctypes.c_void_p * len(slots))(*(table_slots.data_ptr() for table_slots in slots)),
-        (ctypes.c_int32 * len(slots))(*(table_slots.numel() for table_slots in slots)),
-        len(slots),
-        _pointer(rho),
-        rho.numel(),
-        _pointer(norm.values),
-        _pointer(norm.found_inf),
-    )
-
-
-def sam_perturb_(table: TensorTable, norm) -> None:
-    _call(table.device, "rsaft_sam_perturb", _struct(table), _pointer(norm.scale), _pointer(norm.found_inf))
-
-
-def sam_restore_(table: TensorTable, norm) -> None:
-    _call(table.device, "rsaft_sam_restore", _struct(table), _pointer(norm.found_inf))
-
-
-def adamw_coefficients(
-    table: TensorTable,
-    norm,
-    scalars,
-    first,
-    grad_scale: torch.Tensor | None,
-    found_inf: torch.Tensor | None,
-    count: bool,
+def finish_norm(
+    slots: list[torch.Tensor],
+    norm: GradientNorm,
+    rho: torch.Tensor,
+    tables: list[TensorTable] | None = None,
+    inputs: StepInputs | None = None,
 ) -> None:
+    values, _, _, found_inf = _norm_pointers(norm)
     _call(
-        table.device,
-        "rsaft_adamw_coefficients",
-        _struct(table),
-        _pointer(scalars.hyper),
-        _pointer(norm.norm),
-        _pointer(norm.found_inf),
-        _pointer(None if first is None else first.found_inf),
-        _pointer(found_inf),
-        _pointer(grad_scale),
-        _pointer(scalars.skip),
-        _pointer(scalars.skipped),
-        int(count),
+        rho.device,
+        "rsaft_finish_norm",
+        *_slot_arrays(norm, slots),
+        len(slots),
+        rho.data_ptr(),
+        rho.numel(),
+        values,
+        found_inf,
+        None if inputs is None else _table_array(norm, tables),
+        None if inputs is None else _inputs(inputs),
     )
 
 
-def sam_adamw_step_(table: TensorTable, scalars, first, restore: bool) -> None:
-    first_inf = _pointer(None if first is None else first.found_inf)
-    _call(table.device, "rsaft_sam_adamw_step", _struct(table), _pointer(scalars.skip), first_inf, int(restore))
+def sam_perturb_(table: TensorTable, norm: GradientNorm) -> None:
+    _, _, scale, found_inf = _norm_pointers(norm)
+    _call(table.device, "rsaft_sam_perturb", _prepared(table).address, scale, found_inf)
+
+
+def sam_restore_(table: TensorTable, norm: GradientNorm, tensor: int | None = None) -> None:
+    prepared = _prepared(table)
+    address = prepared.address if tensor is None else prepared.of_tensor(table, tensor, None)
+    _call(table.device, "rsaft_sam_restore", address, _norm_pointers(norm)[3])
+
+
+def adamw_coefficients(tables: list[TensorTable], norm: GradientNorm, inputs: StepInputs) -> None:
+    _, value, _, found_inf = _norm_pointers(norm)
+    arguments = (_table_array(norm, tables), len(tables), value, found_inf, _inputs(inputs))
+    _call(tables[0].device, "rsaft_adamw_coefficients", *arguments)
+
+
+def sam_adamw_step_(
+    table: TensorTable,
+    scalars: StepScalars,
+    first: GradientNorm | None,
+    restore: bool,
+    tensor: int | None = None,
+    grad: torch.Tensor | None = None,
+) -> None:
+    prepared = _prepared(table)
+    address = prepared.address if tensor is None else prepared.of_tensor(table, tensor, grad)
+    skip = vars(scalars).get("_cuda_skip")
+    if skip is None:
+        skip = scalars._cuda_skip = scalars.skip.data_ptr()
+    first_inf = None if first is None else _norm_pointers(first)[3]
+    _call(table.device, "rsaft_sam_adamw_step", address, skip, first_inf, restore)
 
 
 def step_against_(out: torch.Tensor, images: torch.Tensor | None, grad: torch.Tensor, radius: float, norm: str) -> None:
@@ -129,15 +228,14 @@ def step_against_(out: torch.Tensor, images: torch.Tensor | None, grad: torch.Te
     _call(
         out.device,
         "rsaft_perturb_images",
-        _pointer(out),
+        out.data_ptr(),
         _pointer(images),
-        _pointer(grad),
+        grad.data_ptr(),
         DTYPES[out.dtype],
-        _ABSENT if images is None else DTYPES[images.dtype],
         DTYPES[grad.dtype],
-        ctypes.c_int64(samples),
-        ctypes.c_int64(elements),
-        ctypes.c_double(-radius * (elements**0.5 if norm == "rms" else 1.0)),
-        int(norm == "linf"),
-        _pointer(workspace),
+        samples,
+        elements,
+        -radius * (elements**0.5 if norm == "rms" else 1.0),
+        norm == "linf",
+        workspace.data_ptr(),
     )

@@ -5,8 +5,22 @@ import functools
 import os
 from pathlib import Path
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ENV = "RSAFT_LIBRARY"
+
+_P, _I, _L, _D = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
+_ARGUMENTS = {
+    "rsaft_cuda_versions": (_P, _P),
+    "rsaft_error_string": (_I,),
+    "rsaft_sum_of_squares": (_P, _I, _P),
+    "rsaft_finish_norm": (_P, _P, _I, _P, _I, _P, _P, _P, _P, _P),
+    "rsaft_sam_perturb": (_P, _P, _P, _P),
+    "rsaft_sam_restore": (_P, _P, _P),
+    "rsaft_adamw_coefficients": (_P, _I, _P, _P, _P, _P),
+    "rsaft_sam_adamw_step": (_P, _P, _P, _I, _P),
+    "rsaft_perturb_images": (_P, _P, _P, _I, _I, _L, _L, _D, _I, _P, _P),
+}
+"""Of the functions in csrc/rsaft.h: given once, so that a call converts plain integers and nothing else."""
 
 
 class LibraryError(RuntimeError):
@@ -30,6 +44,8 @@ def load() -> ctypes.CDLL:
     found = library.rsaft_abi_version()
     if found != ABI_VERSION:
         raise LibraryError(f"{path.name} has ABI {found}, this package speaks {ABI_VERSION}: build it again")
+    for name, types in _ARGUMENTS.items():
+        getattr(library, name).argtypes = types
     library.rsaft_error_string.restype = ctypes.c_char_p
     return library
 

@@ -1,0 +1,136 @@
+// The second walk over a table: a warp a quantisation block, so that what its elements share is a warp's reduction.
+//
+// An operation is a struct with
+//     begin(table, chunk, here)      what this chunk needs; returns false to leave the chunk alone
+//     updates(here)                  false: the chunk is restored, by undo<N>(here, i, none), as walk() calls it
+//     update(here, decoded, ...)     a lane's elements of a block; returns the lane's largest
+//     store(here, ..., largest)      the same lane again, with the block's largest
+// On the host a warp is its 32 lanes in turn, first all updates, then all stores: maxima do not depend on the order.
+#pragma once
+
+#include "chunks.cuh"
+#include "quantize.cuh"
+
+namespace rsaft {
+
+constexpr int LANES = 32;
+static_assert(LANES * VECTOR == BLOCK, "a warp's lanes hold a block of elements, a pack each");
+
+// The value of every code, made once a thread block: looking one up costs a tenth of computing it for each element.
+struct Decoded {
+    float exp_avg[CODES], exp_avg_sq[CODES];
+
+    RSAFT_HD void fill(int code) {
+        exp_avg[code] = decode<true>(code);
+        exp_avg_sq[code] = decode<false>(code);
+    }
+};
+
+// Largest magnitudes, as bits: they order like the magnitudes, and a NaN comes out on top, as torch's amax has it.
+struct Largest {
+    uint32_t m = 0, v = 0;
+
+    RSAFT_HD void take(uint32_t other_m, uint32_t other_v) {
+        m = m > other_m ? m : other_m;
+        v = v > other_v ? v : other_v;
+    }
+    RSAFT_HD void take(float other_m, float other_v) {
+        take(float_bits(other_m) & 0x7fffffffu, float_bits(other_v) & 0x7fffffffu);
+    }
+};
+
+template <class T> RSAFT_HD void load_some(const T *p, int n, Pack<T> &out, T otherwise) {
+    assume_global(p);
+#pragma unroll
+    for (int k = 0; k < VECTOR; ++k) out.v[k] = k < n ? p[k] : otherwise;
+}
+
+template <class T> RSAFT_HD void store_some(T *p, int n, const Pack<T> &x) {
+    assume_global(p);
+#pragma unroll
+    for (int k = 0; k < VECTOR; ++k)
+        if (k < n) p[k] = x.v[k];
+}
+
+// A lane's elements of a block: where they begin, and how many there are.
+struct Place {
+    int i, n;
+    bool whole; // the block is, and may be accessed in packs
+
+    RSAFT_HD Place(int block, int lane, int count, bool aligned)
+        : i(block * BLOCK + lane * VECTOR), n(count - i < 0 ? 0 : count - i < VECTOR ? count - i : VECTOR),
+          whole(aligned && (block + 1) * BLOCK <= count) {}
+};
+
+#if defined(__CUDACC__)
+
+template <class Op> struct AsWalk {
+    static constexpr int SUMS = 0;
+    using Here = typename Op::Here;
+    Op op;
+    template <int N> RSAFT_HD void at(const Here &here, int i, Sums<0> &none) const { op.template undo<N>(here, i, none); }
+};
+
+template <class Op> __global__ void __launch_bounds__(THREADS) over_blocks(const rsaft_table t, const Op op) {
+    __shared__ Decoded decoded;
+    typename Op::Here here;
+    if (!op.begin(t, span_of(t, blockIdx.x), here)) return;
+    if (!op.updates(here)) {
+        Sums<0> none;
+        walk(AsWalk<Op>{op}, here, here.count, here.aligned, threadIdx.x, none);
+        return;
+    }
+    for (int code = threadIdx.x; code < CODES; code += THREADS) decoded.fill(code);
+    __syncthreads();
+    const int lane = threadIdx.x % LANES, blocks = (here.count + BLOCK - 1) / BLOCK;
+#pragma unroll 1
+    for (int block = threadIdx.x / LANES; block < blocks; block += THREADS / LANES) {
+        const Place at(block, lane, here.count, here.aligned);
+        typename Op::Lane values;
+        Largest most = op.update(here, decoded, block, at.i, at.n, at.whole, values);
+        most.m = __reduce_max_sync(0xffffffffu, most.m);
+        most.v = __reduce_max_sync(0xffffffffu, most.v);
+        op.store(here, block, at.i, at.n, at.whole, most, values);
+    }
+}
+
+template <class Op> int launch_blocks(const rsaft_table &t, const Op &op, void *stream) {
+    if (t.chunks == 0) return 0;
+    over_blocks<<<t.chunks, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(t, op);
+    return cudaGetLastError();
+}
+
+#else
+
+template <class Op> void block_on_host(const Op &op, const typename Op::Here &here, const Decoded &decoded, int block) {
+    typename Op::Lane values[LANES];
+    Largest most;
+    for (int lane = 0; lane < LANES; ++lane) {
+        const Place at(block, lane, here.count, here.aligned);
+        const Largest lanes = op.update(here, decoded, block, at.i, at.n, at.whole, values[lane]);
+        most.take(lanes.m, lanes.v);
+    }
+    for (int lane = 0; lane < LANES; ++lane) {
+        const Place at(block, lane, here.count, here.aligned);
+        op.store(here, block, at.i, at.n, at.whole, most, values[lane]);
+    }
+}
+
+template <class Op> int launch_blocks(const rsaft_table &t, const Op &op, void *) {
+    Decoded decoded;
+    for (int code = 0; code < CODES; ++code) decoded.fill(code);
+    Sums<0> none;
+    for (int chunk = 0; chunk < t.chunks; ++chunk) {
+        typename Op::Here here{};
+        if (!op.begin(t, span_of(t, chunk), here)) continue;
+        if (!op.updates(here))
+            for (int i = 0; i < here.count; ++i) op.template undo<1>(here, i, none);
+        else
+            for (int block = 0; block * BLOCK < here.count; ++block) block_on_host(op, here, decoded, block);
+    }
+    return 0;
+}
+
+#endif
+
+} // namespace rsaft

@@ -1,0 +1,114 @@
+// The same step over 8-bit moments: decode, update in float32, take each block's new absmax, encode. Floor: 10.1 bytes a
+// parameter for bf16 weights with backup.
+
+#include "adamw.cuh"
+#include "blocks.cuh"
+#include "quantize.cuh"
+
+namespace rsaft {
+
+// A warp works on a block of 256 elements, 8 a lane: then both absmax are warp reductions, the codes of a lane one 8-byte
+// access and 16-bit weights one of 16. Sixteen elements a lane would make the codes 16-byte accesses too, but hold 32
+// moments in registers between decoding and encoding instead of 16, and a second 512-thread block would not fit.
+template <class Target> struct Step8 {
+    using W = typename Target::Weight;
+    using G = typename Target::Gradient;
+    using S = typename Target::S;
+    StepFlags flags;
+
+    struct Here : Target {
+        uint8_t *exp_avg, *exp_avg_sq;
+        float *absmax, *absmax_sq; // of the chunk's first block
+    };
+
+    struct Lane {
+        float m[VECTOR], v[VECTOR];
+    };
+
+    RSAFT_HD bool begin(const rsaft_table &t, const Span &s, Here &here) const {
+        if (!here.Target::begin(t, s, flags)) return false;
+        const int64_t m = address_of(t, RSAFT_EXP_AVG, s.tensor), v = address_of(t, RSAFT_EXP_AVG_SQ, s.tensor);
+        here.exp_avg = element<uint8_t>(m, s.start);
+        here.exp_avg_sq = element<uint8_t>(v, s.start);
+        here.absmax = element<float>(address_of(t, RSAFT_EXP_AVG_ABSMAX, s.tensor), s.start / BLOCK);
+        here.absmax_sq = element<float>(address_of(t, RSAFT_EXP_AVG_SQ_ABSMAX, s.tensor), s.start / BLOCK);
+        if (here.grad != nullptr) here.aligned = here.aligned && ((m | v) & 7) == 0;
+        return true;
+    }
+
+    RSAFT_HD static bool updates(const Here &here) { return here.grad != nullptr; }
+
+    template <int N> RSAFT_HD void undo(const Here &here, int i, Sums<0> &none) const {
+        here.template undo<N>(i, none);
+    }
+
+    // Elements i to i + n - 1 of the chunk, n <= 8, fewer in its last block: the weights, and the lane's largest moments.
+    RSAFT_HD Largest update(const Here &here, const Decoded &decoded, int block, int i, int n, bool whole,
+                            Lane &lane) const {
+        Pack<S> source;
+        Pack<G> grad;
+        Pack<uint8_t> m, v;
+        if (whole) {
+            source = load_pack(here.source + i);
+            grad = load_pack(here.grad + i);
+            m = load_pack(here.exp_avg + i);
+            v = load_pack(here.exp_avg_sq + i);
+        } else {
+            // Elements that are not there count as zero and decide no absmax.
+            load_some(here.source + i, n, source, S{});
+            load_some(here.grad + i, n, grad, G{});
+            load_some(here.exp_avg + i, n, m, uint8_t{127});
+            load_some(here.exp_avg_sq + i, n, v, uint8_t{0});
+        }
+        const float scale = here.absmax[block], scale_sq = here.absmax_sq[block];
+#pragma unroll
+        for (int k = 0; k < VECTOR; ++k) {
+            lane.m[k] = decoded.exp_avg[m.v[k]] * scale;
+            lane.v[k] = decoded.exp_avg_sq[v.v[k]] * scale_sq;
+        }
+        const Pack<W> weight = here.updated(i, source, grad, lane.m, lane.v);
+        if (whole) {
+            store_pack(here.weight + i, weight);
+            if constexpr (Target::HAS_MASTER) store_pack(here.source + i, source);
+        } else {
+            store_some(here.weight + i, n, weight);
+            if constexpr (Target::HAS_MASTER) store_some(here.source + i, n, source);
+        }
+        Largest most{};
+#pragma unroll
+        for (int k = 0; k < VECTOR; ++k) most.take(lane.m[k], lane.v[k]);
+        return most;
+    }
+
+    // The lane's codes, once the block's absmax are known.
+    RSAFT_HD void store(const Here &here, int block, int i, int n, bool whole, const Largest &most,
+                        const Lane &lane) const {
+        const float absmax = bits_float(most.m), absmax_sq = bits_float(most.v);
+        const float inverse = inverse_of(absmax), inverse_sq = inverse_of(absmax_sq);
+        Pack<uint8_t> m, v;
+#pragma unroll
+        for (int k = 0; k < VECTOR; ++k) {
+            m.v[k] = static_cast<uint8_t>(encode<true>(lane.m[k] * inverse));
+            v.v[k] = static_cast<uint8_t>(encode<false>(lane.v[k] * inverse_sq));
+        }
+        if (whole) {
+            store_pack(here.exp_avg + i, m);
+            store_pack(here.exp_avg_sq + i, v);
+        } else {
+            store_some(here.exp_avg + i, n, m);
+            store_some(here.exp_avg_sq + i, n, v);
+        }
+        if (i % BLOCK == 0) {
+            here.absmax[block] = absmax;
+            here.absmax_sq[block] = absmax_sq;
+        }
+    }
+};
+
+int step_8bit(const rsaft_table &table, const StepFlags &flags, void *stream) {
+    return with_weights(table, [&](auto *target) {
+        return launch_blocks(table, Step8<std::remove_pointer_t<decltype(target)>>{flags}, stream);
+    });
+}
+
+} // namespace rsaft
