@@ -1,8 +1,9 @@
 """The operations as Triton kernels, one file each; ``rsaft_fast.ops`` calls them. Importing this needs Triton."""
 
+from .coefficients import adamw_coefficients
 from .global_norm import finish_norm, sum_of_squares
 from .perturb_images import step_against_
-from .sam_adamw import adamw_coefficients, sam_adamw_step_
+from .sam_adamw import sam_adamw_step_
 from .sam_perturb import sam_perturb_
 from .sam_restore import sam_restore_
 

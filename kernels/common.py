@@ -9,7 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.uint8: tl.uint8,
+}
 
 # Multiply-adds stay unfused, so that every backend rounds alike; memory is the limit, not arithmetic. Set here because
 # Triton's default differs between versions.
@@ -21,10 +26,14 @@ def on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def launch_span(table, tensor: int | None) -> tuple[int, int]:
+    """First chunk and number of chunks of a launch over one tensor of the table, or over all."""
+    return (0, table.chunks) if tensor is None else (table.first_chunk[tensor], table.chunks_of[tensor])
+
+
 @triton.jit
-def chunk_span(numel, chunk_tensor, chunk_index, CHUNK: tl.constexpr):
-    """This program's tensor, the first element of its chunk, and how many elements the chunk has."""
-    i_chunk = tl.program_id(0)
+def chunk_span(i_chunk, numel, chunk_tensor, chunk_index, CHUNK: tl.constexpr):
+    """The tensor of a chunk, the first element of the chunk, and how many it has."""
     i_tensor = tl.load(chunk_tensor + i_chunk)
     start = tl.load(chunk_index + i_chunk).to(tl.int64) * CHUNK
     count = tl.minimum(tl.load(numel + i_tensor) - start, CHUNK).to(tl.int32)
@@ -56,18 +65,19 @@ def pointer_to(address, start, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def load(pointer, offsets, count, VECTOR: tl.constexpr):
+def load(pointer, offsets, count, VECTOR: tl.constexpr, KEEP: tl.constexpr = ""):
+    """``KEEP``: an eviction policy, what the cache should do with these values."""
     if VECTOR:
-        return tl.load(pointer + offsets)
-    return tl.load(pointer + offsets, mask=offsets < count, other=0.0)
+        return tl.load(pointer + offsets, eviction_policy=KEEP)
+    return tl.load(pointer + offsets, mask=offsets < count, other=0, eviction_policy=KEEP)
 
 
 @triton.jit
-def store(pointer, offsets, count, values, VECTOR: tl.constexpr):
+def store(pointer, offsets, count, values, VECTOR: tl.constexpr, KEEP: tl.constexpr = ""):
     if VECTOR:
-        tl.store(pointer + offsets, values)
+        tl.store(pointer + offsets, values, eviction_policy=KEEP)
     else:
-        tl.store(pointer + offsets, values, mask=offsets < count)
+        tl.store(pointer + offsets, values, mask=offsets < count, eviction_policy=KEEP)
 
 
 @triton.jit
@@ -77,17 +87,20 @@ def rounded(b_x, DTYPE: tl.constexpr):
     bf16 goes through integers: Triton's interpreter truncates that cast, and one source must give one result.
     """
     if DTYPE == tl.bfloat16:
-        b_bits = b_x.to(tl.uint32, bitcast=True)
-        b_up = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16
-        b_nan = (b_bits >> 16) | 0x40
-        b_bf16 = tl.where((b_bits & 0x7FFFFFFF) > 0x7F800000, b_nan, b_up)
-        return b_bf16.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return nearest_bf16(b_x.to(tl.uint32, bitcast=True)).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return b_x.to(DTYPE)
 
 
 @triton.jit
-def restore_block(
+def nearest_bf16(b_bits):
+    """Bits of float32 numbers to those of the nearest bf16 numbers."""
+    b_up = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16
+    return tl.where((b_bits & 0x7FFFFFFF) > 0x7F800000, (b_bits >> 16) | 0x40, b_up)
+
+
+@triton.jit
+def _restore_block(
     a_weight,
     a_source,
     start,
@@ -101,3 +114,16 @@ def restore_block(
     if SOURCE != WEIGHT:  # a backup is copied as it is: NaN payloads survive
         b_w = rounded(b_w, WEIGHT)
     store(pointer_to(a_weight, start, WEIGHT, VECTOR), offsets, count, b_w, VECTOR)
+
+
+@triton.jit
+def restore_chunk(
+    a_weight, a_source, start, count, first_inf, WEIGHT: tl.constexpr, SOURCE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Nothing where perturbing was a no-op (``first_inf``: the source holds something else), or without a source."""
+    count = tl.where((first_inf == 0.0) & (a_source != 0), count, 0)
+    vector = vector_part(a_weight | a_source, count, BLOCK)
+    for first in range(0, vector, BLOCK):
+        _restore_block(a_weight, a_source, start, first + tl.arange(0, BLOCK), count, WEIGHT, SOURCE, True)
+    for first in range(vector, count, BLOCK):
+        _restore_block(a_weight, a_source, start, first + tl.arange(0, BLOCK), count, WEIGHT, SOURCE, False)

@@ -4,16 +4,29 @@ The order of every addition follows from the chunk list alone, so the bits do no
 Floor: 4 bytes a parameter in fp32, 2 in bf16.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
 from rsaft_fast.ops.table import CHUNK, ROW, TensorTable
 
+from .coefficients import (
+    CONSTANTS,
+    adamw_coefficients,
+    note_skip,
+    skip_flag,
+    step_arguments,
+    table_arguments,
+    unscaling,
+    write_coefficients,
+)
 from .common import DTYPES, OPTIONS, address_of, chunk_span, load, on, pointer_to, vector_part
 
 BLOCK = 4096
 SLOT_BLOCK = 4096
+TENSORS_BLOCK = 1024  # one program does all: few rounds, so that an optimizer of a thousand tensors waits once
 
 
 @triton.jit
@@ -40,7 +53,8 @@ def sum_of_squares_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_tensor, start, count = chunk_span(numel, chunk_tensor, chunk_index, CHUNK)
+    i_chunk = tl.program_id(0)
+    i_tensor, start, count = chunk_span(i_chunk, numel, chunk_tensor, chunk_index, CHUNK)
     a_grad = address_of(addresses, ROW_GRAD, tensors, i_tensor)
     a_weight = address_of(addresses, ROW_WEIGHT, tensors, i_tensor)
     count = tl.where(a_grad == 0, 0, count)
@@ -54,14 +68,12 @@ def sum_of_squares_kernel(
         grad = pointer_to(a_grad, start, GRAD, False)
         weight = pointer_to(a_weight, start, WEIGHT, False)
         b_sum += _squares(grad, weight, first + tl.arange(0, BLOCK), count, ADAPTIVE, False)
-    tl.store(slots + tl.program_id(0), tl.sum(b_sum).to(tl.float64))
+    tl.store(slots + i_chunk, tl.sum(b_sum).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["count", "groups"])
-def finish_norm_kernel(
-    slots, count, values, rho, found_inf, groups, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
-):
-    """``values``: sum of squares, norm, scales; as GradientNorm lays them out."""
+@triton.jit
+def _finish(slots, count, values, rho, found_inf, groups, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds the slots to ``values`` (sum of squares, norm, scales: GradientNorm's layout); returns norm and flag."""
     b_sum = tl.zeros([BLOCK], dtype=tl.float64)
     for first in range(0, count, BLOCK):
         i_slot = first + tl.arange(0, BLOCK)
@@ -70,51 +82,98 @@ def finish_norm_kernel(
     if not FIRST:
         sum_sq += tl.load(values)
     tl.store(values, sum_sq)
+    norm = tl.sqrt(sum_sq)
+    finite = norm < float("inf")  # false for NaN too
+    flag = tl.where(finite, 0.0, 1.0)
     if LAST:
-        norm = tl.sqrt(sum_sq)
-        finite = norm < float("inf")  # false for NaN too
         tl.store(values + 1, norm)
-        tl.store(found_inf, tl.where(finite, 0.0, 1.0))
+        tl.store(found_inf, flag)
         for group in range(0, groups):
             scale = tl.load(rho + group) / (norm + 1e-12)
             tl.store(values + 2 + group, tl.where(finite & (norm > 0), scale, 0.0))
+    return norm, flag
+
+
+@triton.jit(do_not_specialize=["count", "groups"])
+def finish_norm_kernel(
+    slots, values, rho, found_inf, count, groups, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
+):
+    _finish(slots, count, values, rho, found_inf, groups, FIRST, LAST, BLOCK)
+
+
+@triton.jit(do_not_specialize=["count", "groups", "tensors"])
+def finish_step_kernel(
+    slots,
+    values,
+    rho,
+    found_inf,
+    count,
+    groups,
+    first_inf,
+    scaler_inf,
+    grad_scale,
+    skip_out,
+    skipped,
+    hyper,
+    addresses,
+    group,
+    steps,
+    coefficients,
+    tensors,
+    FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROW_GRAD: tl.constexpr,
+    N_HYPER: tl.constexpr,
+    N_COEFFICIENTS: tl.constexpr,
+    RELEASED: tl.constexpr,
+    TENSORS_BLOCK: tl.constexpr,
+):
+    """``finish_norm_kernel``, then ``adamw_coefficients_kernel`` for a table, in one program."""
+    norm, skip = _finish(slots, count, values, rho, found_inf, groups, FIRST, True, BLOCK)
+    skip = skip_flag(skip, first_inf, scaler_inf)
+    note_skip(skip, skip_out, skipped)
+    factor = unscaling(grad_scale)
+    for first in range(0, tensors, TENSORS_BLOCK):
+        write_coefficients(
+            addresses, group, steps, coefficients, hyper, tensors, first, norm, skip, factor,
+            ROW_GRAD, N_HYPER, N_COEFFICIENTS, RELEASED, TENSORS_BLOCK,
+        )  # fmt: skip
+
+
+@cache
+def _constants(weight: torch.dtype, grad: torch.dtype, adaptive: bool, block: int) -> dict:
+    rows = dict(ROW_WEIGHT=ROW["weight"], ROW_GRAD=ROW["grad"])
+    return rows | dict(WEIGHT=DTYPES[weight], GRAD=DTYPES[grad], ADAPTIVE=adaptive, CHUNK=CHUNK, BLOCK=block) | OPTIONS
 
 
 def sum_of_squares(table: TensorTable, adaptive: bool) -> None:
     if not table.chunks:
         return
+    constants = _constants(table.dtypes["weight"], table.dtypes["grad"], adaptive, BLOCK)
     with on(table.device):
         sum_of_squares_kernel[(table.chunks,)](
-            table.addresses,
-            table.numel,
-            table.chunk_tensor,
-            table.chunk_index,
-            table.sum_sq,
-            len(table),
-            ROW_WEIGHT=ROW["weight"],
-            ROW_GRAD=ROW["grad"],
-            WEIGHT=DTYPES[table.dtypes["weight"]],
-            GRAD=DTYPES[table.dtypes["grad"]],
-            ADAPTIVE=adaptive,
-            CHUNK=CHUNK,
-            BLOCK=BLOCK,
-            **OPTIONS,
+            table.addresses, table.numel, table.chunk_tensor, table.chunk_index, table.sum_sq, len(table), **constants
         )
 
 
-def finish_norm(slots: list[torch.Tensor], norm, rho: torch.Tensor) -> None:
-    last = len(slots) - 1
+def finish_norm(slots: list[torch.Tensor], norm, rho: torch.Tensor, tables=None, inputs=None) -> None:
+    """With ``tables`` and ``inputs``: the last launch writes the last table's coefficients too."""
     with on(norm.values.device):
         for index, table_slots in enumerate(slots):
-            finish_norm_kernel[(1,)](
-                table_slots,
-                table_slots.numel(),
-                norm.values,
-                rho,
-                norm.found_inf,
-                rho.numel(),
-                FIRST=index == 0,
-                LAST=index == last,
-                BLOCK=SLOT_BLOCK,
-                **OPTIONS,
-            )
+            first, last = index == 0, index == len(slots) - 1
+            arguments = table_slots, norm.values, rho, norm.found_inf, table_slots.numel(), rho.numel()
+            if last and inputs is not None:
+                finish_step_kernel[(1,)](
+                    *arguments,
+                    *step_arguments(inputs),
+                    *table_arguments(tables[-1]),
+                    FIRST=first,
+                    BLOCK=SLOT_BLOCK,
+                    RELEASED=inputs.released,
+                    TENSORS_BLOCK=TENSORS_BLOCK,
+                    **CONSTANTS,
+                )
+            else:
+                finish_norm_kernel[(1,)](*arguments, FIRST=first, LAST=last, BLOCK=SLOT_BLOCK, **OPTIONS)
+    if inputs is not None:
+        adamw_coefficients(tables[:-1], norm, inputs, count=False)

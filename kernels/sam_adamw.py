@@ -1,14 +1,16 @@
 """Restore, unscale, clip and AdamW in one pass: the weight is read from where restoring would read it.
 
-A first, tiny kernel turns hyper-parameters, step counts and the two passes' norms into eight numbers a tensor; the
-second streams. Floor: 28 bytes a parameter, for fp32 with backup and for bf16 weights with a float32 master alike.
+Moments are float32, or 8-bit codes with an absmax for each 256 elements (``quantize``). Floor: 28 bytes a parameter,
+for fp32 with backup and for bf16 weights with a float32 master alike; with 8-bit moments 10 for bf16 without a master.
 """
+
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
-from rsaft_fast.ops.scalars import COEFFICIENTS, HYPER
+from rsaft_fast.ops.scalars import COEFFICIENTS
 from rsaft_fast.ops.table import CHUNK, ROW, TensorTable
 
 from .common import (
@@ -16,75 +18,21 @@ from .common import (
     OPTIONS,
     address_of,
     chunk_span,
+    launch_span,
     load,
     on,
     pointer_to,
-    restore_block,
-    rounded,
+    restore_chunk,
     store,
     vector_part,
 )
+from .quantize import load_moments, rows_of, store_moments
+from .rounding import UPDATE, rounded_as_asked, rounding_seed
 
+# Eight elements a thread: 16 bytes of a bf16 list at once, and each warp's 256 are one block of 8-bit state, whose
+# absmax it finds without the other warps.
 BLOCK = 2048
-TENSORS_BLOCK = 256
-N_HYPER, N_COEFFICIENTS = len(HYPER), len(COEFFICIENTS)
-
-
-@triton.jit(do_not_specialize=["tensors"])
-def adamw_coefficients_kernel(
-    addresses,
-    group,
-    steps,
-    coefficients,
-    hyper,
-    norm,
-    second_inf,
-    first_inf,
-    scaler_inf,
-    grad_scale,
-    skip_out,
-    skipped,
-    tensors,
-    ROW_GRAD: tl.constexpr,
-    N_HYPER: tl.constexpr,
-    N_COEFFICIENTS: tl.constexpr,
-    SCALED: tl.constexpr,
-    COUNT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    skip = tl.maximum(tl.maximum(tl.load(second_inf), tl.load(first_inf)), tl.load(scaler_inf))
-    if tl.program_id(0) == 0:
-        tl.store(skip_out, skip)
-        if COUNT:
-            tl.store(skipped, tl.load(skipped) + tl.where(skip != 0, 1, 0))
-    factor = tl.full([], 1.0, tl.float64)
-    if SCALED:
-        factor = 1.0 / tl.load(grad_scale).to(tl.float64)
-
-    i_tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_tensor = i_tensor < tensors
-    present = tl.load(addresses + ROW_GRAD * tensors + i_tensor, mask=m_tensor, other=0) != 0
-    advance = tl.where(skip == 0, 1.0, 0.0)
-    b_step = tl.load(steps + i_tensor, mask=m_tensor, other=0.0) + tl.where(present, advance, 0.0)
-    tl.store(steps + i_tensor, b_step, mask=m_tensor)
-    b_step = b_step.to(tl.float64)
-
-    p_hyper = hyper + N_HYPER * tl.load(group + i_tensor, mask=m_tensor, other=0)
-    b_lr = tl.load(p_hyper)
-    b_beta1 = tl.load(p_hyper + 1)
-    b_beta2 = tl.load(p_hyper + 2)
-    b_clip = tl.minimum(tl.load(p_hyper + 5) / (tl.load(norm) * factor + 1e-6), 1.0)
-    b_bias1 = 1.0 - tl.exp(b_step * tl.log(b_beta1))
-    b_bias2 = 1.0 - tl.exp(b_step * tl.log(b_beta2))
-    p_out = coefficients + N_COEFFICIENTS * i_tensor
-    tl.store(p_out, b_clip * factor, mask=m_tensor)
-    tl.store(p_out + 1, 1.0 - b_lr * tl.load(p_hyper + 4), mask=m_tensor)
-    tl.store(p_out + 2, 1.0 - b_beta1, mask=m_tensor)
-    tl.store(p_out + 3, b_beta2, mask=m_tensor)
-    tl.store(p_out + 4, 1.0 - b_beta2, mask=m_tensor)
-    tl.store(p_out + 5, tl.sqrt(b_bias2), mask=m_tensor)
-    tl.store(p_out + 6, tl.load(p_hyper + 3), mask=m_tensor)
-    tl.store(p_out + 7, b_lr / b_bias1, mask=m_tensor)
+N_COEFFICIENTS = len(COEFFICIENTS)
 
 
 @triton.jit
@@ -94,153 +42,182 @@ def _update(
     a_source,
     a_exp_avg,
     a_exp_avg_sq,
+    a_avg_absmax,
+    a_sq_absmax,
     start,
-    offsets,
+    first,
     count,
-    p_row,
+    c,
+    seed,
+    parameter,
+    step,
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
     SOURCE: tl.constexpr,
+    STATE: tl.constexpr,
     MASTER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
+    """One block. ``c``: the coefficients, in the order of their columns. All loads first, so that they overlap."""
+    offsets = rows_of(first, BLOCK) if STATE == tl.uint8 else first + tl.arange(0, BLOCK)
     source = pointer_to(a_source, start, SOURCE, VECTOR)
     exp_avg = pointer_to(a_exp_avg, start, tl.float32, VECTOR)
     exp_avg_sq = pointer_to(a_exp_avg_sq, start, tl.float32, VECTOR)
     b_g = load(pointer_to(a_grad, start, GRAD, VECTOR), offsets, count, VECTOR).to(tl.float32)
-    b_g = b_g * tl.load(p_row).to(tl.float32)
-    b_m = load(exp_avg, offsets, count, VECTOR)
-    b_m = b_m + (b_g - b_m) * tl.load(p_row + 2).to(tl.float32)
-    store(exp_avg, offsets, count, b_m, VECTOR)
-    b_v = load(exp_avg_sq, offsets, count, VECTOR) * tl.load(p_row + 3).to(tl.float32)
-    b_v = b_v + (b_g * b_g) * tl.load(p_row + 4).to(tl.float32)
-    store(exp_avg_sq, offsets, count, b_v, VECTOR)
-    b_denominator = tl.div_rn(tl.sqrt_rn(b_v), tl.load(p_row + 5).to(tl.float32)) + tl.load(p_row + 6).to(tl.float32)
-    b_w = load(source, offsets, count, VECTOR).to(tl.float32) * tl.load(p_row + 1).to(tl.float32)
-    b_w = b_w - tl.load(p_row + 7).to(tl.float32) * tl.div_rn(b_m, b_denominator)
+    b_w = load(source, offsets, count, VECTOR).to(tl.float32)
+    if STATE == tl.uint8:
+        b_m = load_moments(a_exp_avg, a_avg_absmax, start, first, count, True, VECTOR, BLOCK)
+        b_v = load_moments(a_exp_avg_sq, a_sq_absmax, start, first, count, False, VECTOR, BLOCK)
+    else:
+        b_m = load(exp_avg, offsets, count, VECTOR)
+        b_v = load(exp_avg_sq, offsets, count, VECTOR)
+
+    b_g = b_g * c[0]
+    b_m = b_m + (b_g - b_m) * c[2]
+    b_v = b_v * c[3] + (b_g * b_g) * c[4]
+    b_w = b_w * c[1] - c[7] * tl.div_rn(b_m, tl.div_rn(tl.sqrt_rn(b_v), c[5]) + c[6])
+
+    if STATE == tl.uint8:
+        store_moments(a_exp_avg, a_avg_absmax, start, first, count, b_m, True, VECTOR, BLOCK)
+        store_moments(a_exp_avg_sq, a_sq_absmax, start, first, count, b_v, False, VECTOR, BLOCK)
+    else:
+        store(exp_avg, offsets, count, b_m, VECTOR)
+        store(exp_avg_sq, offsets, count, b_v, VECTOR)
     if MASTER:
         store(source, offsets, count, b_w, VECTOR)
-    store(pointer_to(a_weight, start, WEIGHT, VECTOR), offsets, count, rounded(b_w, WEIGHT), VECTOR)
+    b_w = rounded_as_asked(b_w, WEIGHT, STOCHASTIC, seed, parameter, step, UPDATE, start + first, BLOCK)
+    store(pointer_to(a_weight, start, WEIGHT, VECTOR), offsets, count, b_w, VECTOR)
 
 
-@triton.jit(do_not_specialize=["tensors"])
+@triton.jit(do_not_specialize=["seed", "grad", "first_chunk", "tensors"])
 def sam_adamw_kernel(
     addresses,
     numel,
     chunk_tensor,
     chunk_index,
+    parameter,
     coefficients,
     skip,
     first_inf,
+    seed: tl.uint64,
+    grad: tl.int64,
+    first_chunk,
     tensors,
     ROW_WEIGHT: tl.constexpr,
     ROW_GRAD: tl.constexpr,
     ROW_SOURCE: tl.constexpr,
     ROW_EXP_AVG: tl.constexpr,
     ROW_EXP_AVG_SQ: tl.constexpr,
+    ROW_EXP_AVG_ABSMAX: tl.constexpr,
+    ROW_EXP_AVG_SQ_ABSMAX: tl.constexpr,
     N_COEFFICIENTS: tl.constexpr,
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
     SOURCE: tl.constexpr,
+    STATE: tl.constexpr,
     MASTER: tl.constexpr,
     RESTORE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``ROW_SOURCE``: the master, the backup, or (nothing to restore) the weight itself."""
-    i_tensor, start, count = chunk_span(numel, chunk_tensor, chunk_index, CHUNK)
+    """``ROW_SOURCE``: the master, the backup, or (nothing to restore) the weight itself.
+
+    ``grad``: address of the gradient of the one tensor whose chunks these are; 0: look it up in the table.
+    """
+    # Backwards: the end of the gradients may still be in the L2 cache after the norm.
+    i_chunk = first_chunk + tl.num_programs(0) - 1 - tl.program_id(0)
+    i_tensor, start, count = chunk_span(i_chunk, numel, chunk_tensor, chunk_index, CHUNK)
     a_weight = address_of(addresses, ROW_WEIGHT, tensors, i_tensor)
-    a_grad = address_of(addresses, ROW_GRAD, tensors, i_tensor)
-    a_source = address_of(addresses, ROW_SOURCE, tensors, i_tensor)
-    a_exp_avg = address_of(addresses, ROW_EXP_AVG, tensors, i_tensor)
-    a_exp_avg_sq = address_of(addresses, ROW_EXP_AVG_SQ, tensors, i_tensor)
-    p_row = coefficients + N_COEFFICIENTS * i_tensor
-    updates = (tl.load(skip) == 0.0) & (a_grad != 0)
-    if updates:
+    a_grad = grad
+    if grad == 0:
+        a_grad = address_of(addresses, ROW_GRAD, tensors, i_tensor)
+    a_backup = address_of(addresses, ROW_SOURCE, tensors, i_tensor)
+    a_source = tl.where(a_backup == 0, a_weight, a_backup)  # no backup: the weight was not perturbed
+    if (tl.load(skip) == 0.0) & (a_grad != 0):
+        a_exp_avg = address_of(addresses, ROW_EXP_AVG, tensors, i_tensor)
+        a_exp_avg_sq = address_of(addresses, ROW_EXP_AVG_SQ, tensors, i_tensor)
+        a_avg_absmax = address_of(addresses, ROW_EXP_AVG_ABSMAX, tensors, i_tensor)
+        a_sq_absmax = address_of(addresses, ROW_EXP_AVG_SQ_ABSMAX, tensors, i_tensor)
+        p_row = coefficients + N_COEFFICIENTS * i_tensor
+        c = (
+            tl.load(p_row).to(tl.float32),
+            tl.load(p_row + 1).to(tl.float32),
+            tl.load(p_row + 2).to(tl.float32),
+            tl.load(p_row + 3).to(tl.float32),
+            tl.load(p_row + 4).to(tl.float32),
+            tl.load(p_row + 5).to(tl.float32),
+            tl.load(p_row + 6).to(tl.float32),
+            tl.load(p_row + 7).to(tl.float32),
+        )
+        step = tl.load(p_row + 8)
+        this = tl.load(parameter + i_tensor)
         vector = vector_part(a_weight | a_grad | a_source | a_exp_avg | a_exp_avg_sq, count, BLOCK)
         for first in range(0, vector, BLOCK):
-            offsets = first + tl.arange(0, BLOCK)
             _update(
-                a_weight, a_grad, a_source, a_exp_avg, a_exp_avg_sq, start, offsets, count, p_row,
-                WEIGHT, GRAD, SOURCE, MASTER, True,
+                a_weight, a_grad, a_source, a_exp_avg, a_exp_avg_sq, a_avg_absmax, a_sq_absmax, start, first, count, c,
+                seed, this, step, WEIGHT, GRAD, SOURCE, STATE, MASTER, STOCHASTIC, True, BLOCK,
             )  # fmt: skip
         for first in range(vector, count, BLOCK):
-            offsets = first + tl.arange(0, BLOCK)
             _update(
-                a_weight, a_grad, a_source, a_exp_avg, a_exp_avg_sq, start, offsets, count, p_row,
-                WEIGHT, GRAD, SOURCE, MASTER, False,
+                a_weight, a_grad, a_source, a_exp_avg, a_exp_avg_sq, a_avg_absmax, a_sq_absmax, start, first, count, c,
+                seed, this, step, WEIGHT, GRAD, SOURCE, STATE, MASTER, STOCHASTIC, False, BLOCK,
             )  # fmt: skip
     elif RESTORE:
-        # After a perturbation that was a no-op the weights are intact and the backup is not.
-        count = tl.where(tl.load(first_inf) == 0.0, count, 0)
-        vector = vector_part(a_weight | a_source, count, BLOCK)
-        for first in range(0, vector, BLOCK):
-            restore_block(a_weight, a_source, start, first + tl.arange(0, BLOCK), count, WEIGHT, SOURCE, True)
-        for first in range(vector, count, BLOCK):
-            restore_block(a_weight, a_source, start, first + tl.arange(0, BLOCK), count, WEIGHT, SOURCE, False)
+        restore_chunk(a_weight, a_backup, start, count, tl.load(first_inf), WEIGHT, SOURCE, BLOCK)
 
 
-def adamw_coefficients(
-    table: TensorTable,
-    norm,
-    scalars,
-    first,
-    grad_scale: torch.Tensor | None,
-    found_inf: torch.Tensor | None,
-    count: bool,
+@cache
+def _constants(
+    weight: torch.dtype,
+    grad: torch.dtype,
+    source: str,
+    source_dtype: torch.dtype,
+    state: torch.dtype,
+    restore: bool,
+    stochastic: bool,
+    block: int,
+) -> dict:
+    lists = ("weight", "grad", "exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
+    rows = {f"ROW_{name.upper()}": ROW[name] for name in lists} | dict(ROW_SOURCE=ROW[source])
+    dtypes = dict(WEIGHT=DTYPES[weight], GRAD=DTYPES[grad], SOURCE=DTYPES[source_dtype], STATE=DTYPES[state])
+    choices = dict(MASTER=source == "master", RESTORE=restore, STOCHASTIC=stochastic)
+    return rows | dtypes | choices | dict(N_COEFFICIENTS=N_COEFFICIENTS, CHUNK=CHUNK, BLOCK=block) | OPTIONS
+
+
+def sam_adamw_step_(
+    table: TensorTable, scalars, first, restore: bool, tensor: int | None = None, grad: torch.Tensor | None = None
 ) -> None:
-    with on(table.device):
-        adamw_coefficients_kernel[(triton.cdiv(len(table), TENSORS_BLOCK),)](
-            table.addresses,
-            table.group,
-            table.steps,
-            table.coefficients,
-            scalars.hyper,
-            norm.norm,
-            norm.found_inf,
-            norm.found_inf if first is None else first.found_inf,
-            norm.found_inf if found_inf is None else found_inf,
-            norm.norm if grad_scale is None else grad_scale,
-            scalars.skip,
-            scalars.skipped,
-            len(table),
-            ROW_GRAD=ROW["grad"],
-            N_HYPER=N_HYPER,
-            N_COEFFICIENTS=N_COEFFICIENTS,
-            SCALED=grad_scale is not None,
-            COUNT=count,
-            BLOCK=TENSORS_BLOCK,
-            **OPTIONS,
-        )
-
-
-def sam_adamw_step_(table: TensorTable, scalars, first, restore: bool) -> None:
-    if not table.chunks:
+    first_chunk, chunks = launch_span(table, tensor)
+    if not chunks:
         return
-    has_master = "master" in table
-    source = "master" if has_master else "backup" if restore else "weight"
+    source = "master" if "master" in table else "backup" if restore else "weight"
+    seed, dtypes = rounding_seed(table), table.dtypes
+    grad_dtype = dtypes["grad"] if grad is None else grad.dtype
     with on(table.device):
-        sam_adamw_kernel[(table.chunks,)](
+        sam_adamw_kernel[(chunks,)](
             table.addresses,
             table.numel,
             table.chunk_tensor,
             table.chunk_index,
+            table.parameter,
             table.coefficients,
             scalars.skip,
             scalars.skip if first is None else first.found_inf,
+            seed or 0,
+            0 if grad is None else grad.data_ptr(),
+            first_chunk,
             len(table),
-            ROW_WEIGHT=ROW["weight"],
-            ROW_GRAD=ROW["grad"],
-            ROW_SOURCE=ROW[source],
-            ROW_EXP_AVG=ROW["exp_avg"],
-            ROW_EXP_AVG_SQ=ROW["exp_avg_sq"],
-            N_COEFFICIENTS=N_COEFFICIENTS,
-            WEIGHT=DTYPES[table.dtypes["weight"]],
-            GRAD=DTYPES[table.dtypes["grad"]],
-            SOURCE=DTYPES[table.dtypes[source]],
-            MASTER=has_master,
-            RESTORE=restore,
-            CHUNK=CHUNK,
-            BLOCK=BLOCK,
-            **OPTIONS,
+            **_constants(
+                dtypes["weight"],
+                grad_dtype,
+                source,
+                dtypes[source],
+                dtypes["exp_avg"],
+                restore,
+                seed is not None,
+                BLOCK,
+            ),
         )

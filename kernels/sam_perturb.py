@@ -4,12 +4,16 @@ Also sums, in registers, what was applied at the weight's precision against what
 in fp32 with backup, 8 with bf16 weights and a master.
 """
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
 
 from rsaft_fast.ops.table import CHUNK, ROW, TensorTable
 
 from .common import DTYPES, OPTIONS, address_of, chunk_span, load, on, pointer_to, rounded, store, vector_part
+from .rounding import PERTURBATION, rounded_as_asked, rounding_seed
 
 BLOCK = 2048
 
@@ -20,28 +24,39 @@ def _perturb(
     a_grad,
     a_source,
     start,
-    offsets,
+    first,
     count,
     scale,
+    seed,
+    parameter,
+    step,
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
     MASTER: tl.constexpr,
     ADAPTIVE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Writes one block; returns applied and wanted. ``a_source``: the master, or where the backup goes."""
+    offsets = first + tl.arange(0, BLOCK)
     weight = pointer_to(a_weight, start, WEIGHT, VECTOR)
+    b_g = load(pointer_to(a_grad, start, GRAD, VECTOR), offsets, count, VECTOR).to(tl.float32)
     if MASTER:
         b_base = load(pointer_to(a_source, start, tl.float32, VECTOR), offsets, count, VECTOR)
         b_old = rounded(b_base, WEIGHT)
     else:
         b_old = load(weight, offsets, count, VECTOR)
         b_base = b_old.to(tl.float32)
+        # After the gradient was read, whose memory this may be. One layout for all accesses: an element is read and
+        # written by one thread.
         store(pointer_to(a_source, start, WEIGHT, VECTOR), offsets, count, b_old, VECTOR)
-    b_wanted = scale * load(pointer_to(a_grad, start, GRAD, VECTOR), offsets, count, VECTOR).to(tl.float32)
+    b_wanted = scale * b_g
     if ADAPTIVE:
         b_wanted = b_wanted * (b_base * b_base)
-    b_new = rounded(b_base + b_wanted, WEIGHT)
+    b_new = rounded_as_asked(
+        b_base + b_wanted, WEIGHT, STOCHASTIC, seed, parameter, step, PERTURBATION, start + first, BLOCK
+    )
     store(weight, offsets, count, b_new, VECTOR)
     return b_new.to(tl.float32) - b_old.to(tl.float32), b_wanted
 
@@ -55,7 +70,7 @@ def _back_up(a_weight, a_backup, start, count, WEIGHT: tl.constexpr, BLOCK: tl.c
         tl.store(backup + offsets, tl.load(weight + offsets, mask=offsets < count), mask=offsets < count)
 
 
-@triton.jit(do_not_specialize=["tensors"])
+@triton.jit(do_not_specialize=["seed", "tensors"])
 def sam_perturb_kernel(
     addresses,
     numel,
@@ -65,6 +80,9 @@ def sam_perturb_kernel(
     scales,
     found_inf,
     sums,
+    parameter,
+    steps,
+    seed: tl.uint64,
     tensors,
     ROW_WEIGHT: tl.constexpr,
     ROW_GRAD: tl.constexpr,
@@ -73,50 +91,62 @@ def sam_perturb_kernel(
     GRAD: tl.constexpr,
     MASTER: tl.constexpr,
     ADAPTIVE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_tensor, start, count = chunk_span(numel, chunk_tensor, chunk_index, CHUNK)
+    # Backwards: the end of the gradients may still be in the L2 cache after the norm.
+    i_chunk = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_tensor, start, count = chunk_span(i_chunk, numel, chunk_tensor, chunk_index, CHUNK)
     a_weight = address_of(addresses, ROW_WEIGHT, tensors, i_tensor)
     a_grad = address_of(addresses, ROW_GRAD, tensors, i_tensor)
     a_source = address_of(addresses, ROW_SOURCE, tensors, i_tensor)
-    finite = tl.load(found_inf) == 0.0
+    count = tl.where((tl.load(found_inf) == 0.0) & (a_source != 0), count, 0)
     if not MASTER:
-        if finite & (a_grad == 0):
+        if a_grad == 0:
             _back_up(a_weight, a_source, start, count, WEIGHT, BLOCK)
-    count = tl.where(finite & (a_grad != 0), count, 0)
+    count = tl.where(a_grad != 0, count, 0)
     scale = tl.load(scales + tl.load(group + i_tensor)).to(tl.float32)
+    this = tl.load(parameter + i_tensor) if STOCHASTIC else 0
+    step = tl.load(steps + i_tensor) if STOCHASTIC else 0
 
     b_applied_sq = tl.zeros([BLOCK], dtype=tl.float32)
     b_dot = tl.zeros([BLOCK], dtype=tl.float32)
     b_wanted_sq = tl.zeros([BLOCK], dtype=tl.float32)
     vector = vector_part(a_weight | a_grad | a_source, count, BLOCK)
     for first in range(0, vector, BLOCK):
-        offsets = first + tl.arange(0, BLOCK)
         b_applied, b_wanted = _perturb(
-            a_weight, a_grad, a_source, start, offsets, count, scale, WEIGHT, GRAD, MASTER, ADAPTIVE, True
-        )
+            a_weight, a_grad, a_source, start, first, count, scale, seed, this, step,
+            WEIGHT, GRAD, MASTER, ADAPTIVE, STOCHASTIC, True, BLOCK,
+        )  # fmt: skip
         b_applied_sq += b_applied * b_applied
         b_dot += b_applied * b_wanted
         b_wanted_sq += b_wanted * b_wanted
     for first in range(vector, count, BLOCK):
-        offsets = first + tl.arange(0, BLOCK)
         b_applied, b_wanted = _perturb(
-            a_weight, a_grad, a_source, start, offsets, count, scale, WEIGHT, GRAD, MASTER, ADAPTIVE, False
-        )
+            a_weight, a_grad, a_source, start, first, count, scale, seed, this, step,
+            WEIGHT, GRAD, MASTER, ADAPTIVE, STOCHASTIC, False, BLOCK,
+        )  # fmt: skip
         b_applied_sq += b_applied * b_applied
         b_dot += b_applied * b_wanted
         b_wanted_sq += b_wanted * b_wanted
-    i_chunk = tl.program_id(0)
     tl.store(sums + 3 * i_chunk, tl.sum(b_applied_sq).to(tl.float64))
     tl.store(sums + 3 * i_chunk + 1, tl.sum(b_dot).to(tl.float64))
     tl.store(sums + 3 * i_chunk + 2, tl.sum(b_wanted_sq).to(tl.float64))
 
 
+@cache
+def _constants(weight: torch.dtype, grad: torch.dtype, master: bool, adaptive: bool, stochastic: bool, block: int):
+    rows = dict(ROW_WEIGHT=ROW["weight"], ROW_GRAD=ROW["grad"], ROW_SOURCE=ROW["master" if master else "backup"])
+    choices = dict(MASTER=master, ADAPTIVE=adaptive, STOCHASTIC=stochastic)
+    return rows | choices | dict(WEIGHT=DTYPES[weight], GRAD=DTYPES[grad], CHUNK=CHUNK, BLOCK=block) | OPTIONS
+
+
 def sam_perturb_(table: TensorTable, norm) -> None:
     if not table.chunks:
         return
-    has_master = "master" in table
+    master, seed = "master" in table, rounding_seed(table)
+    dtypes = table.dtypes["weight"], table.dtypes["grad"]
     with on(table.device):
         sam_perturb_kernel[(table.chunks,)](
             table.addresses,
@@ -127,15 +157,9 @@ def sam_perturb_(table: TensorTable, norm) -> None:
             norm.scale,
             norm.found_inf,
             table.perturbation_sums,
+            table.parameter,
+            table.steps,
+            seed or 0,
             len(table),
-            ROW_WEIGHT=ROW["weight"],
-            ROW_GRAD=ROW["grad"],
-            ROW_SOURCE=ROW["master" if has_master else "backup"],
-            WEIGHT=DTYPES[table.dtypes["weight"]],
-            GRAD=DTYPES[table.dtypes["grad"]],
-            MASTER=has_master,
-            ADAPTIVE=table.adaptive,
-            CHUNK=CHUNK,
-            BLOCK=BLOCK,
-            **OPTIONS,
+            **_constants(*dtypes, master, table.adaptive, seed is not None, BLOCK),
         )

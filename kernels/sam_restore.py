@@ -1,22 +1,26 @@
 """Restore: the weight's old bits from the backup, or the float32 master rounded again. Nothing after a no-op."""
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
 
 from rsaft_fast.ops.table import CHUNK, ROW, TensorTable
 
-from .common import DTYPES, OPTIONS, address_of, chunk_span, on, restore_block, vector_part
+from .common import DTYPES, OPTIONS, address_of, chunk_span, launch_span, on, restore_chunk
 
 BLOCK = 4096
 
 
-@triton.jit(do_not_specialize=["tensors"])
+@triton.jit(do_not_specialize=["first_chunk", "tensors"])
 def sam_restore_kernel(
     addresses,
     numel,
     chunk_tensor,
     chunk_index,
     found_inf,
+    first_chunk,
     tensors,
     ROW_WEIGHT: tl.constexpr,
     ROW_SOURCE: tl.constexpr,
@@ -25,34 +29,33 @@ def sam_restore_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_tensor, start, count = chunk_span(numel, chunk_tensor, chunk_index, CHUNK)
+    i_chunk = first_chunk + tl.program_id(0)
+    i_tensor, start, count = chunk_span(i_chunk, numel, chunk_tensor, chunk_index, CHUNK)
     a_weight = address_of(addresses, ROW_WEIGHT, tensors, i_tensor)
     a_source = address_of(addresses, ROW_SOURCE, tensors, i_tensor)
-    count = tl.where(tl.load(found_inf) == 0.0, count, 0)
-    vector = vector_part(a_weight | a_source, count, BLOCK)
-    for first in range(0, vector, BLOCK):
-        restore_block(a_weight, a_source, start, first + tl.arange(0, BLOCK), count, WEIGHT, SOURCE, True)
-    for first in range(vector, count, BLOCK):
-        restore_block(a_weight, a_source, start, first + tl.arange(0, BLOCK), count, WEIGHT, SOURCE, False)
+    restore_chunk(a_weight, a_source, start, count, tl.load(found_inf), WEIGHT, SOURCE, BLOCK)
 
 
-def sam_restore_(table: TensorTable, norm) -> None:
-    if not table.chunks:
+@cache
+def _constants(weight: torch.dtype, source: str, source_dtype: torch.dtype, block: int) -> dict:
+    rows = dict(ROW_WEIGHT=ROW["weight"], ROW_SOURCE=ROW[source])
+    return rows | dict(WEIGHT=DTYPES[weight], SOURCE=DTYPES[source_dtype], CHUNK=CHUNK, BLOCK=block) | OPTIONS
+
+
+def sam_restore_(table: TensorTable, norm, tensor: int | None = None) -> None:
+    first_chunk, chunks = launch_span(table, tensor)
+    if not chunks:
         return
     source = "master" if "master" in table else "backup"
+    constants = _constants(table.dtypes["weight"], source, table.dtypes[source], BLOCK)
     with on(table.device):
-        sam_restore_kernel[(table.chunks,)](
+        sam_restore_kernel[(chunks,)](
             table.addresses,
             table.numel,
             table.chunk_tensor,
             table.chunk_index,
             norm.found_inf,
+            first_chunk,
             len(table),
-            ROW_WEIGHT=ROW["weight"],
-            ROW_SOURCE=ROW[source],
-            WEIGHT=DTYPES[table.dtypes["weight"]],
-            SOURCE=DTYPES[table.dtypes[source]],
-            CHUNK=CHUNK,
-            BLOCK=BLOCK,
-            **OPTIONS,
+            **constants,
         )
