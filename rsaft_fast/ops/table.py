@@ -139,7 +139,8 @@ class TensorTable:
         moved = {}
         for name, tensors in lists.items():
             try:
-                known = _places(tensors)
+                # A weight's layout changes with its address or not at all; a gradient's is its maker's choice each time.
+                known = [t.data_ptr() for t in tensors] if name == "weight" else _places(tensors)
             except RuntimeError:  # no storage: a sparse tensor, say. The check finds the words for it.
                 self._check(name, tensors)
                 raise
@@ -168,7 +169,7 @@ class TensorTable:
 
     def holds(self, name: str, index: int, tensor: torch.Tensor | None) -> bool:
         """Whether entry ``index`` of a list is where this tensor lies."""
-        return self._bound[name][index] == _places([tensor])[0]
+        return tensor is not None and _address(self._bound[name][index]) == tensor.data_ptr()
 
     def _upload(self, moved: dict[str, list]) -> None:
         """One copy, from the first moved row to the last: rows between them are written as they are known."""
@@ -178,10 +179,7 @@ class TensorTable:
         rows = sorted(ROW[name] for name in moved)
         empty = [None] * len(self)
         block = torch.tensor(
-            [
-                [_address(entry) for entry in self._bound.get(name, empty)]
-                for name in LISTS[rows[0] : rows[-1] + 1]
-            ],
+            [[_address(entry) for entry in self._bound.get(name, empty)] for name in LISTS[rows[0] : rows[-1] + 1]],
             dtype=torch.int64,
         )
         self.addresses[rows[0] : rows[-1] + 1].copy_(pinned(block, self.device), non_blocking=True)
@@ -231,9 +229,7 @@ class TensorTable:
 
 def _places(tensors: Sequence[torch.Tensor | None]) -> list[int | tuple | None]:
     """What tells that a tensor is where it was, laid out as it was: for contiguous ones the address alone."""
-    return [
-        None if t is None else t.data_ptr() if t.is_contiguous() else (t.data_ptr(), t.stride()) for t in tensors
-    ]
+    return [None if t is None else t.data_ptr() if t.is_contiguous() else (t.data_ptr(), t.stride()) for t in tensors]
 
 
 def _address(place: int | tuple | None) -> int:

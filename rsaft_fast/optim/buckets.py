@@ -66,12 +66,17 @@ class Bucket:
             self.bind()
         elif self.storage.backup == "own":
             self.bind()
-            self.table.bind(backup=self._own_backup())
+            if "backup" not in self.table:  # where it is, it stays
+                self.table.bind(backup=self._own_backup())
         else:
             gradients = [p.grad for p in self.params]
-            _check_can_hold(self.params, gradients)
             self.table.bind(weight=self.params, grad=gradients, backup=gradients)
             self._backup = gradients
+            try:
+                _check_can_hold(self.params, gradients)
+            except ValueError:
+                self.drop_backup()
+                raise
 
     def gradients_taken(self) -> bool:
         """Whether the gradients' memory now holds the old weights: then nobody may see it as ``p.grad``."""

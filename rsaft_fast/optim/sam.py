@@ -5,7 +5,8 @@ import torch
 from rsaft_fast import ops
 
 from .buckets import Bucket
-from .sharpness import IDLE, PERTURBED, Replicas, SharpnessAware
+from .sharpness import IDLE, PERTURBED, SharpnessAware
+from .workers import Replicas
 
 
 class SAM(SharpnessAware):

@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.distributed as dist
 
 from rsaft_fast import ops
 from rsaft_fast.ops.quantize import MIN_SIZE
@@ -11,7 +10,8 @@ from rsaft_fast.ops.quantize import MIN_SIZE
 from .buckets import LOW_PRECISION, Bucket, Storage
 from .moments import empty_state, load_moments, state_names
 from .release import GradientRelease
-from .sharpness import IDLE, PERTURBED, RESTORED, Replicas, SharpnessAware, upload
+from .sharpness import IDLE, PERTURBED, RESTORED, SharpnessAware, upload
+from .workers import Replicas, refuse_several
 
 
 class SAMAdamW(SharpnessAware):
@@ -247,7 +247,7 @@ class SAMAdamW(SharpnessAware):
         if self._release is not None:
             self._release.remove()
         if self.release_gradients:
-            _refuse_workers()
+            refuse_several()
             self._release = GradientRelease(self._buckets, self._first, self._scalars)
 
     def _built(self) -> list[Bucket]:
@@ -344,14 +344,6 @@ _OPTIONS = (
     "static_gradients",
 )
 """What a copied optimizer keeps besides its groups and state."""
-
-
-def _refuse_workers() -> None:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise RuntimeError(
-            f"release_gradients with {dist.get_world_size()} workers: a gradient is applied before it could be "
-            "averaged over them. Leave it out, or train on one"
-        )
 
 
 def _agree(master: torch.Tensor, weight: torch.Tensor) -> None:

@@ -1,10 +1,8 @@
 """What SAM and SAMAdamW share: perturb, restore, the state between the two passes, and its diagnostics."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -13,10 +11,9 @@ from rsaft_fast import ops
 from rsaft_fast.ops.table import pinned
 
 from .buckets import Bucket, Storage, make_buckets
+from .workers import Replicas, warn_of_silence
 
 IDLE, PERTURBED, RESTORED = "idle", "perturbed", "restored"
-
-Replicas = dist.ProcessGroup | Literal[False] | None
 
 
 class SharpnessAware(torch.optim.Optimizer):
@@ -268,7 +265,7 @@ class SharpnessAware(torch.optim.Optimizer):
     def _agree_with_replicas(self) -> None:
         """A first pass that is non-finite on one worker is skipped on all: else their weights would part."""
         if self.replicas is None and self.process_group is None:
-            _warn_of_other_workers()
+            warn_of_silence(stacklevel=4)
         elif self.replicas:
             dist.all_reduce(self._first.found_inf, dist.ReduceOp.MAX, group=self.replicas)
 
@@ -392,16 +389,6 @@ class SharpnessAware(torch.optim.Optimizer):
             self.process_group = self.replicas = None
             self._reset()
         super().__setstate__(state)
-
-
-def _warn_of_other_workers() -> None:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        warnings.warn(
-            f"{dist.get_world_size()} workers, and the optimizer knows of none: a first pass that is non-finite on one "
-            "would be skipped there alone. Pass replicas=torch.distributed.group.WORLD where workers hold the same "
-            "weights (DDP), process_group where they hold shards, replicas=False where each trains its own",
-            stacklevel=5,
-        )
 
 
 def check_rho(rho: float) -> None:
