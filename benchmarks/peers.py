@@ -33,7 +33,8 @@ class UsualLoop:
     @torch.no_grad()
     def perturb(self, norm: torch.Tensor) -> None:
         scale = RHO / (norm + 1e-12)
-        self.old = [p.detach().clone() for p in self.parameters]
+        self.old.clear()  # else the last step's copies would be held beside the new ones
+        self.old += [p.detach().clone() for p in self.parameters]
         for p in self.parameters:
             p.add_(p.grad * scale.to(p))
 

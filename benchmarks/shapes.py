@@ -32,7 +32,7 @@ def shapes_of(case: str) -> tuple[Shape, ...]:
     """
     check_names([case], CASES, "case")
     if case == TINY:
-        return tuple((256, 257 + i % 4) for i in range(40))
+        return tuple((64, 257 + i % 4) for i in range(20))
     return parse(json.loads(FILE.read_text(encoding="utf-8"))[case])
 
 

@@ -85,14 +85,20 @@ class Timer:
                         times[name].host_ms.append(host_ms)
         return times
 
-    def host_only(self, parts: Mapping[str, Part], repeats: int = 100) -> dict[str, Times]:
-        """Host time until a call returns, the device idle before and never waited for within."""
+    def host_only(self, parts: Mapping[str, Part], repeats: int = 100, seconds: float = 3.0) -> dict[str, Times]:
+        """Host time until a call returns, the device idle before and never waited for within.
+
+        Rounds end after `seconds`, but not before the third.
+        """
         times = {name: Times() for name in parts}
         for part in parts.values():
             for _ in range(3):
                 part()
+        end = time.monotonic() + seconds
         with _no_collection():
-            for _ in range(repeats):
+            for round_ in range(repeats):
+                if round_ >= 3 and time.monotonic() > end:
+                    break
                 for name, part in parts.items():
                     part.prepare()
                     self.synchronize()
