@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import socket
+import time
 
 import torch
 import torch.distributed as dist
@@ -46,6 +47,7 @@ def worker(rank: int, workers: int, sync_first_pass: bool) -> None:
     dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo", rank=rank, world_size=workers)
     train(rank, workers, sync_first_pass)
     dist.destroy_process_group()
+    time.sleep(0.2)  # gloo's threads finish: in an interpreter that is shutting down they abort it (pytorch #179291)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -31,3 +32,4 @@ def _worker(rank: int, function: Callable, folder: Path, args: tuple) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", timeout=wait, rank=rank, world_size=COUNT)
     torch.save(function(rank, *args), folder / f"{rank}.pt")
     dist.destroy_process_group()
+    time.sleep(0.2)  # gloo's threads finish: in an interpreter that is shutting down they abort it (pytorch #179291)
