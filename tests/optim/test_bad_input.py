@@ -1,0 +1,321 @@
+"""Bad input: an error that says what is wrong; weights as they were to the bit; and training goes on as if unharmed."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from rsaft_fast.optim import SAM, SAMAdamW
+
+from .networks import batches, bits, loss_of, network, train
+
+MAKERS = {
+    "SAM": lambda p, **o: SAM(p, torch.optim.AdamW, lr=0.01, **o),
+    "SAMAdamW": lambda p, **o: SAMAdamW(p, lr=0.01, **o),
+    "backup in gradients": lambda p, **o: SAMAdamW(p, lr=0.01, backup="gradient", **o),
+}
+
+
+@pytest.fixture(params=MAKERS)
+def make(request):
+    return MAKERS[request.param]
+
+
+def ready(make, **options):
+    """A network with gradients, and its optimizer."""
+    model = network()
+    opt = make(model.parameters(), **options)
+    loss_of(model, batches(1)[0]).backward()
+    return model, opt
+
+
+def assert_unharmed(model, opt, make):
+    """From here it trains to the bits of a network that saw nothing bad."""
+    twin = network()
+    assert not opt.is_perturbed and torch.equal(bits(model), bits(twin))
+    for net, optimizer in ((model, opt), (twin, make(twin.parameters()))):
+        train(net, optimizer, batches(3, seed=5))
+    assert torch.equal(bits(model), bits(twin)) and not torch.equal(bits(model), bits(network()))
+    assert int(opt.skipped) == 0
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def sparse(p):
+    p.grad = p.grad.to_sparse()
+
+
+def other_strides(p):
+    p.grad = p.grad.t().contiguous().t()
+
+
+def other_shape(p):
+    p.grad.data = torch.ones(5, 13)
+
+
+def of_dtype(dtype):
+    def spoil(p):
+        p.grad_dtype = None  # torch's leave to differ from the weight
+        grad, p.grad = p.grad, None
+        p.grad = grad.to(dtype)
+
+    return spoil
+
+
+def freed(p):
+    p.grad.untyped_storage().resize_(0)
+
+
+class Bad(NamedTuple):
+    spoil: object
+    error: type
+    words: str
+
+
+GRADIENTS = {
+    "sparse": Bad(sparse, TypeError, "grad 0 is sparse .torch.sparse_coo.: use dense gradients"),
+    "other strides": Bad(other_strides, ValueError, r"grad 0 has strides \(1, 13\), its weight \(5, 1\): give it"),
+    "other shape": Bad(other_shape, ValueError, r"grad 0 has shape \(5, 13\), its weight \(13, 5\)"),
+    "one of another dtype": Bad(of_dtype(torch.bfloat16), TypeError, "mixed dtypes"),
+    "complex": Bad(of_dtype(torch.complex64), TypeError, "mixed dtypes"),
+    "freed": Bad(freed, ValueError, "grad 0 has no memory .its storage was resized to 0."),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex")
+@pytest.mark.parametrize("bad", GRADIENTS.values(), ids=GRADIENTS)
+def test_a_gradient_that_does_not_fit_in_the_first_pass(make, bad):
+    model, opt = ready(make)
+    bad.spoil(model[0].weight)
+    with pytest.raises(bad.error, match=bad.words):
+        opt.perturb()
+    assert_unharmed(model, opt, make)
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex")
+@pytest.mark.parametrize("bad", GRADIENTS.values(), ids=GRADIENTS)
+def test_a_gradient_that_does_not_fit_in_the_second_pass(make, bad):
+    model, opt = ready(make)
+    before = bits(model)
+    opt.perturb(zero_grad=True)
+    assert not torch.equal(bits(model), before)
+    loss_of(model, batches(1)[0]).backward()
+    bad.spoil(model[0].weight)
+    with pytest.raises(bad.error, match=bad.words):
+        opt.step()
+    assert_unharmed(model, opt, make)
+
+
+# -- parameters --------------------------------------------------------------------------------------------------------
+
+
+def expanded():
+    return torch.randn(3, 1).expand(3, 4)
+
+
+def holey():
+    return torch.randn(6, 8)[:, ::2]
+
+
+def without_memory():
+    tensor = torch.randn(4)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+PARAMETERS = {
+    "on another device": Bad(
+        lambda: torch.ones(2, device="meta"), ValueError, "parameters on cpu, meta: one optimizer"
+    ),
+    "expanded": Bad(expanded, ValueError, r"shape \(3, 4\) has strides \(1, 0\): expanded.*Make it dense"),
+    "holey": Bad(holey, ValueError, r"shape \(6, 4\) has strides \(8, 2\).*Make it dense"),
+    "complex": Bad(lambda: torch.ones(2, dtype=torch.complex64), TypeError, "complex64: only floating-point"),
+    "without memory": Bad(without_memory, ValueError, "has no memory .its storage was resized to 0."),
+}
+
+
+@pytest.mark.parametrize("bad", PARAMETERS.values(), ids=PARAMETERS)
+def test_a_parameter_that_cannot_be_updated(make, bad):
+    model, opt = ready(make)
+    parameter = torch.nn.Parameter(bad.spoil())
+    opt.add_param_group({"params": [parameter]})
+    with pytest.raises(bad.error, match=bad.words):
+        opt.perturb()
+    parameter.requires_grad_(False)  # left alone, it does not hinder the others
+    assert_unharmed(model, opt, make)
+
+
+def test_parameters_that_overlap(make):
+    model, opt = ready(make)
+    base = torch.randn(6)
+    before = base.clone()
+    parameters = [torch.nn.Parameter(base[:4]), torch.nn.Parameter(base[2:])]
+    opt.add_param_group({"params": parameters})
+    with pytest.raises(ValueError, match="weights 6 and 7 overlap in memory: pass shared storage once"):
+        opt.perturb()
+    assert torch.equal(base, before)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    assert_unharmed(model, opt, make)
+
+
+def test_integer_parameters_are_frozen_by_nature(make):
+    model, opt = ready(make)
+    codes = torch.nn.Parameter(torch.arange(5), requires_grad=False)
+    opt.add_param_group({"params": [codes]})
+    assert_unharmed(model, opt, make)
+    assert torch.equal(codes, torch.arange(5))
+
+
+def test_a_weight_that_loses_its_memory_before_the_first_pass(make):
+    model, opt = ready(make)
+    weight = model[0].weight
+    kept, size = weight.detach().clone(), weight.untyped_storage().nbytes()
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="weight 0 has no memory .its storage was resized to 0.: gather it"):
+        opt.perturb()
+    weight.untyped_storage().resize_(size)
+    weight.data.copy_(kept)
+    assert_unharmed(model, opt, make)
+
+
+@pytest.mark.parametrize("how", ["step", "restore"])
+def test_a_weight_that_loses_its_memory_between_the_passes(make, how):
+    model, opt = ready(make)
+    opt.perturb(zero_grad=True)
+    loss_of(model, batches(1)[0]).backward()
+    weight = model[0].weight
+    size = weight.untyped_storage().nbytes()
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="weight 0 has no memory"):
+        getattr(opt, how)()
+    assert opt.is_perturbed  # still to be restored, once there is a place
+    weight.untyped_storage().resize_(size)
+    weight.data.fill_(float("nan"))
+    opt.restore()
+    assert_unharmed(model, opt, make)
+
+
+# -- order -------------------------------------------------------------------------------------------------------------
+
+
+def test_perturbing_twice(make):
+    model, opt = ready(make)
+    opt.perturb()
+    perturbed = bits(model)
+    with pytest.raises(RuntimeError, match=r"already perturbed: call step\(\) or restore\(\) before perturb\(\)"):
+        opt.perturb()
+    assert torch.equal(bits(model), perturbed) and opt.is_perturbed
+    opt.restore()
+    assert_unharmed(model, opt, make)
+
+
+def test_restoring_twice(make):
+    model, opt = ready(make)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="not perturbed"):
+            opt.restore()
+        loss_of(model, batches(1)[0]).backward()
+        opt.perturb()
+        opt.restore()
+    assert_unharmed(model, opt, make)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("step", r"step\(\) without perturb\(\).*Call perturb\(\) after the first backward, or step\(plain=True\)"),
+        ("second_step", r"second_step\(\) without first_step\(\)"),
+    ],
+)
+def test_stepping_unperturbed(make, how, words):
+    model, opt = ready(make)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=words):
+            getattr(opt, how)()
+    assert_unharmed(model, opt, make)
+
+
+def test_stepping_twice(make):
+    model, opt = ready(make)
+    with opt.perturbed(zero_grad=True):
+        loss_of(model, batches(1)[0]).backward()
+        opt.step()
+    once = bits(model)
+    with pytest.raises(RuntimeError, match=r"step\(\) without perturb\(\)"):
+        opt.step()
+    assert torch.equal(bits(model), once)
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_plain_step_between_the_passes(make, restored):
+    model, opt = ready(make)
+    opt.perturb()
+    if restored:
+        opt.restore()
+    at = bits(model)
+    with pytest.raises(RuntimeError, match=f"plain=True.*{'restored' if restored else 'perturbed'}"):
+        opt.step(plain=True)
+    assert torch.equal(bits(model), at) and opt.is_perturbed is not restored
+    if not restored:
+        opt.restore()
+    assert_unharmed(model, opt, make)
+
+
+def test_a_plain_step_with_a_closure(make):
+    model, opt = ready(make)
+    with pytest.raises(RuntimeError, match="plain=True.*closure"):
+        opt.step(lambda: loss_of(model, batches(1)[0]), plain=True)
+    assert_unharmed(model, opt, make)
+
+
+def test_a_base_optimizer_that_fails():
+    """Its own state is its own affair; the weights come back."""
+
+    class Failing(torch.optim.SGD):
+        def step(self, closure=None):
+            self.param_groups[0]["params"][0].data.zero_()
+            raise MemoryError("no room for the update")
+
+    model = network()
+    opt = SAM(model.parameters(), Failing, lr=0.1)
+    loss_of(model, batches(1)[0]).backward()
+    with pytest.raises(MemoryError), opt.perturbed(zero_grad=True):
+        loss_of(model, batches(1)[0]).backward()
+        opt.step()
+    assert torch.equal(bits(model), bits(network())) and not opt.is_perturbed
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rho", [0.0, -0.1, float("nan"), float("inf")])
+def test_a_bad_radius(make, rho):
+    with pytest.raises(ValueError, match=f"rho={rho}: the radius must be positive and finite"):
+        make(network().parameters(), rho=rho)
+    model, opt = ready(make)
+    with pytest.raises(ValueError, match=f"rho={rho}"):
+        opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "rho": rho})
+    good, opt.param_groups[0]["rho"] = opt.param_groups[0]["rho"], rho
+    with pytest.raises(ValueError, match=f"rho={rho}"):
+        opt.perturb()
+    opt.param_groups[0]["rho"] = good
+    assert_unharmed(model, opt, make)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"lr": -1.0}, {"betas": (0.9, 1.0)}, {"eps": -1e-8}, {"weight_decay": -0.1}, {"max_grad_norm": 0.0}],
+)
+def test_a_bad_hyper_parameter(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        SAMAdamW(network().parameters(), **options)
+
+
+def test_sam_wants_exactly_one_base():
+    params = list(network().parameters())
+    with pytest.raises(TypeError, match="needs a base optimizer"):
+        SAM(params)
+    with pytest.raises(TypeError, match="instance"):
+        SAM(torch.optim.SGD(params, lr=0.1), torch.optim.SGD)
