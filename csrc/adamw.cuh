@@ -18,16 +18,32 @@ struct StepFlags {
 
 // A tensor's coefficients, in float32 as the arithmetic below uses them.
 struct Row {
-    float factor, decay, beta1_c, beta2, beta2_c, bias2_sqrt, eps, step_size;
+    float factor, decay, beta1_c, beta2, beta2_c, bias2_sqrt, eps, step_size, bias2_inverse;
 };
 
-// The order of operations is that of the plain-torch reference; multiply-adds stay unfused (-fmad=false).
-RSAFT_HD float adamw(float base, float grad, float &m, float &v, const Row &row) {
+RSAFT_HD void update_moments(float grad, float &m, float &v, const Row &row) {
     grad *= row.factor;
     m = m + (grad - m) * row.beta1_c;
     v = v * row.beta2 + (grad * grad) * row.beta2_c;
+}
+
+// The order of operations is that of the plain-torch reference; multiply-adds stay unfused (-fmad=false).
+RSAFT_HD float adamw(float base, float m, float v, const Row &row) {
     const float denominator = sqrtf(v) / row.bias2_sqrt + row.eps;
     return base * row.decay - row.step_size * (m / denominator);
+}
+
+// Beside 8-bit moments: square root and reciprocal in one instruction each instead of twelve, at most 3e-7 of the update
+// off, where the moments themselves are known to a hundredth. At 10 bytes an element, arithmetic would be the limit.
+RSAFT_HD float adamw_nearly(float base, float m, float v, const Row &row) {
+#if defined(__CUDA_ARCH__)
+    float root, inverse;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(v));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(__fmaf_rn(root, row.bias2_inverse, row.eps)));
+    return base * row.decay - row.step_size * (m * inverse);
+#else
+    return adamw(base, m, v, row);
+#endif
 }
 
 // A chunk's weight and where its unperturbed value is read: the master, the backup, or the weight itself.
@@ -58,7 +74,8 @@ template <class W, class G, bool MASTER, bool STOCHASTIC> struct Weights {
         grad = updates ? element<const G>(gradient, s.start) : nullptr;
         source = element<S>(from, s.start);
         const double *c = t.coefficients + static_cast<int64_t>(COEFFICIENTS) * s.tensor;
-        row = {float(c[0]), float(c[1]), float(c[2]), float(c[3]), float(c[4]), float(c[5]), float(c[6]), float(c[7])};
+        row = {float(c[0]), float(c[1]), float(c[2]), float(c[3]), float(c[4]), float(c[5]), float(c[6]), float(c[7]),
+               1.0f / float(c[5])};
         rounding = Rounding<STOCHASTIC>::of(t, s.tensor, s.start, c[8], RSAFT_UPDATE);
         count = s.count;
         aligned = ((target | from | (updates ? gradient : 0)) & 15) == 0;
@@ -71,12 +88,15 @@ template <class W, class G, bool MASTER, bool STOCHASTIC> struct Weights {
     }
 
     // Eight weights from what has been loaded; the moments become the new ones.
+    template <bool EXACT>
     RSAFT_HD Pack<W> updated(int i, Pack<S> &base, const Pack<G> &g, float (&m)[VECTOR], float (&v)[VECTOR]) const {
         const auto drawn = rounding.draw(i);
         Pack<W> out;
 #pragma unroll
         for (int k = 0; k < VECTOR; ++k) {
-            const float w = adamw(to_float(base.v[k]), to_float(g.v[k]), m[k], v[k], row);
+            const float old = to_float(base.v[k]);
+            update_moments(to_float(g.v[k]), m[k], v[k], row);
+            const float w = EXACT ? adamw(old, m[k], v[k], row) : adamw_nearly(old, m[k], v[k], row);
             out.v[k] = rounding.template round<W>(w, drawn, k);
             if constexpr (MASTER) base.v[k] = w;
         }
@@ -84,7 +104,8 @@ template <class W, class G, bool MASTER, bool STOCHASTIC> struct Weights {
     }
 
     RSAFT_HD void update_one(int i, float &m, float &v) const {
-        const float w = adamw(to_float(source[i]), to_float(grad[i]), m, v, row);
+        update_moments(to_float(grad[i]), m, v, row);
+        const float w = adamw(to_float(source[i]), m, v, row);
         if constexpr (MASTER) source[i] = w;
         weight[i] = rounding.template round<W>(w, rounding.draw(i), i);
     }

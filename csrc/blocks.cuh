@@ -3,8 +3,8 @@
 // An operation is a struct with
 //     begin(table, chunk, here)      what this chunk needs; returns false to leave the chunk alone
 //     updates(here)                  false: the chunk is restored, by undo<N>(here, i, none), as walk() calls it
-//     update(here, decoded, ...)     a lane's elements of a block; returns the lane's largest
-//     store(here, ..., largest)      the same lane again, with the block's largest
+//     update(here, book, ...)        a lane's elements of a block; returns the lane's largest
+//     store(here, book, ..., most)   the same lane again, with the block's largest
 // On the host a warp is its 32 lanes in turn, first all updates, then all stores: maxima do not depend on the order.
 #pragma once
 
@@ -16,15 +16,23 @@ namespace rsaft {
 constexpr int LANES = 32;
 static_assert(LANES * VECTOR == BLOCK, "a warp's lanes hold a block of elements, a pack each");
 
-// The value of every code, made once a thread block: looking one up costs a tenth of computing it for each element.
-struct Decoded {
+// The value of every code and the encoding of every binade, made once a thread block, in shared memory: looked up, they
+// cost a third of what they do computed for each element, which would make this kernel wait for arithmetic, not memory.
+struct Codebook {
     float exp_avg[CODES], exp_avg_sq[CODES];
+    Binade binades[BINADES], binades_sq[BINADES];
 
-    RSAFT_HD void fill(int code) {
-        exp_avg[code] = decode<true>(code);
-        exp_avg_sq[code] = decode<false>(code);
+    RSAFT_HD void fill(int i) {
+        if (i < CODES) {
+            exp_avg[i] = decode<true>(i);
+            exp_avg_sq[i] = decode<false>(i);
+        } else if (i < CODES + BINADES) {
+            binades[i - CODES] = binade<true>(i - CODES);
+            binades_sq[i - CODES] = binade<false>(i - CODES);
+        }
     }
 };
+static_assert(CODES + BINADES <= THREADS, "one entry a thread");
 
 // Largest magnitudes, as bits: they order like the magnitudes, and a NaN comes out on top, as torch's amax has it.
 struct Largest {
@@ -71,8 +79,8 @@ template <class Op> struct AsWalk {
     template <int N> RSAFT_HD void at(const Here &here, int i, Sums<0> &none) const { op.template undo<N>(here, i, none); }
 };
 
-template <class Op> __global__ void __launch_bounds__(THREADS) over_blocks(const rsaft_table t, const Op op) {
-    __shared__ Decoded decoded;
+template <class Op> __global__ void __launch_bounds__(THREADS, 2) over_blocks(const rsaft_table t, const Op op) {
+    __shared__ Codebook book;
     typename Op::Here here;
     if (!op.begin(t, span_of(t, blockIdx.x), here)) return;
     if (!op.updates(here)) {
@@ -80,17 +88,17 @@ template <class Op> __global__ void __launch_bounds__(THREADS) over_blocks(const
         walk(AsWalk<Op>{op}, here, here.count, here.aligned, threadIdx.x, none);
         return;
     }
-    for (int code = threadIdx.x; code < CODES; code += THREADS) decoded.fill(code);
+    book.fill(threadIdx.x);
     __syncthreads();
     const int lane = threadIdx.x % LANES, blocks = (here.count + BLOCK - 1) / BLOCK;
 #pragma unroll 1
     for (int block = threadIdx.x / LANES; block < blocks; block += THREADS / LANES) {
         const Place at(block, lane, here.count, here.aligned);
         typename Op::Lane values;
-        Largest most = op.update(here, decoded, block, at.i, at.n, at.whole, values);
+        Largest most = op.update(here, book, block, at.i, at.n, at.whole, values);
         most.m = __reduce_max_sync(0xffffffffu, most.m);
         most.v = __reduce_max_sync(0xffffffffu, most.v);
-        op.store(here, block, at.i, at.n, at.whole, most, values);
+        op.store(here, book, block, at.i, at.n, at.whole, most, values);
     }
 }
 
@@ -102,23 +110,23 @@ template <class Op> int launch_blocks(const rsaft_table &t, const Op &op, void *
 
 #else
 
-template <class Op> void block_on_host(const Op &op, const typename Op::Here &here, const Decoded &decoded, int block) {
+template <class Op> void block_on_host(const Op &op, const typename Op::Here &here, const Codebook &book, int block) {
     typename Op::Lane values[LANES];
     Largest most;
     for (int lane = 0; lane < LANES; ++lane) {
         const Place at(block, lane, here.count, here.aligned);
-        const Largest lanes = op.update(here, decoded, block, at.i, at.n, at.whole, values[lane]);
+        const Largest lanes = op.update(here, book, block, at.i, at.n, at.whole, values[lane]);
         most.take(lanes.m, lanes.v);
     }
     for (int lane = 0; lane < LANES; ++lane) {
         const Place at(block, lane, here.count, here.aligned);
-        op.store(here, block, at.i, at.n, at.whole, most, values[lane]);
+        op.store(here, book, block, at.i, at.n, at.whole, most, values[lane]);
     }
 }
 
 template <class Op> int launch_blocks(const rsaft_table &t, const Op &op, void *) {
-    Decoded decoded;
-    for (int code = 0; code < CODES; ++code) decoded.fill(code);
+    Codebook book;
+    for (int i = 0; i < THREADS; ++i) book.fill(i);
     Sums<0> none;
     for (int chunk = 0; chunk < t.chunks; ++chunk) {
         typename Op::Here here{};
@@ -126,7 +134,7 @@ template <class Op> int launch_blocks(const rsaft_table &t, const Op &op, void *
         if (!op.updates(here))
             for (int i = 0; i < here.count; ++i) op.template undo<1>(here, i, none);
         else
-            for (int block = 0; block * BLOCK < here.count; ++block) block_on_host(op, here, decoded, block);
+            for (int block = 0; block * BLOCK < here.count; ++block) block_on_host(op, here, book, block);
     }
     return 0;
 }

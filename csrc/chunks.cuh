@@ -4,6 +4,7 @@
 //     span(table, chunk)         what this chunk needs, read once a block; returns false to leave the chunk alone
 //     at<N>(span, i, sums)       elements i to i + N - 1, N = VECTOR (aligned) or 1
 //     finish(chunk, sums)        by one thread, with the block's sums
+//     BLOCKS                     how many shall fit a multiprocessor at once: registers are limited to that
 // On the host the same struct runs thread by thread with the same additions in the same order: tests compile the
 // kernels for the CPU and run them on real tables.
 #pragma once
@@ -85,7 +86,7 @@ template <int N> __device__ __forceinline__ void block_sum(Sums<N> &sums) {
     }
 }
 
-template <class Op> __global__ void __launch_bounds__(THREADS) over_chunks(const rsaft_table t, const Op op) {
+template <class Op> __global__ void __launch_bounds__(THREADS, Op::BLOCKS) over_chunks(const rsaft_table t, const Op op) {
     const int chunk = op.chunk_of(blockIdx.x, t.chunks);
     const Span span = span_of(t, chunk);
     typename Op::Here here;

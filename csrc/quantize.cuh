@@ -2,6 +2,8 @@
 // and these are its float32 operations in its order, so that codes agree to the bit.
 #pragma once
 
+#include <cmath>
+
 #include "numeric.cuh"
 
 namespace rsaft {
@@ -24,36 +26,73 @@ template <bool SIGNED> RSAFT_HD float decode(int code) {
     return SIGNED && code < 127 ? -value : value;
 }
 
-// Where decade j ends and j + 1 begins.
-template <bool SIGNED> RSAFT_HD constexpr float decade_limit(int j) {
-    constexpr double POWER[] = {1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1};
-    return static_cast<float>(POWER[j] * (1 + 0.9 / (1 << (SIGNED ? j : j + 1))));
+// A magnitude is on one of nine levels: 0 rounds to zero, 1 to 7 are the decades, 8 rounds to one. Where level j ends:
+template <bool SIGNED> RSAFT_HD float level_end(int level) {
+    constexpr double END[] = {0.5e-6 * (0.1 + (SIGNED ? 0.45 : 0.225)),
+                              1e-6 * (1 + 0.9 / (SIGNED ? 1 : 2)),
+                              1e-5 * (1 + 0.9 / (SIGNED ? 2 : 4)),
+                              1e-4 * (1 + 0.9 / (SIGNED ? 4 : 8)),
+                              1e-3 * (1 + 0.9 / (SIGNED ? 8 : 16)),
+                              1e-2 * (1 + 0.9 / (SIGNED ? 16 : 32)),
+                              1e-1 * (1 + 0.9 / (SIGNED ? 32 : 64)),
+                              1 - 0.225 / (SIGNED ? 64 : 128)};
+    return static_cast<float>(END[level]);
 }
 
-// The code nearest to a fraction x of the absmax, |x| <= 1. Three comparisons find the decade out of seven.
-template <bool SIGNED> RSAFT_HD uint32_t encode(float x) {
-    constexpr float L0 = decade_limit<SIGNED>(0), L1 = decade_limit<SIGNED>(1), L2 = decade_limit<SIGNED>(2),
-                    L3 = decade_limit<SIGNED>(3), L4 = decade_limit<SIGNED>(4), L5 = decade_limit<SIGNED>(5);
-    constexpr float ZERO = static_cast<float>(0.5e-6 * (0.1 + (SIGNED ? 0.45 : 0.225)));
-    constexpr float ONE = static_cast<float>(1 - 0.225 / (SIGNED ? 64 : 128));
-    const float a = bits_float(float_bits(x) & 0x7fffffffu);
-    const bool bit2 = a >= L3, bit1 = a >= (bit2 ? L5 : L1);
-    const bool bit0 = !(bit2 && bit1) && a >= (bit2 ? L4 : bit1 ? L2 : L0);
-    // 10^(6 - decade); the products are exact.
-    const float power = (bit2 ? (bit1 ? 1.0f : 1e2f) : bit1 ? 1e4f : 1e6f) * (bit0 ? 0.1f : 1.0f);
-    const float steps = (bit2 ? 16.0f : 1.0f) * (bit1 ? 4.0f : 1.0f) * (bit0 ? 2.0f : 1.0f) * (SIGNED ? 1.0f : 2.0f);
-    float f = ((a * power - 0.1f) * static_cast<float>(1 / 0.9)) * steps;
-    f = f > 0.0f ? f : 0.0f;
-    f = f < steps - 1.0f ? f : steps - 1.0f;
+// What the magnitudes of one binade are encoded by. Levels are wider than three binades, so one may end in it, and the
+// next begins there, with twice the steps.
+struct alignas(16) Binade {
+    float end;          // of the level that the binade begins on; infinite where it does not end here
+    float power, above; // 10^(6 - decade) on that level and on the next
+    float steps;        // (1 / 0.9) 2^n on that level
+};
+
+// The last level's power only has to bring [end, 1] into its first step; level 0's, everything below it.
+RSAFT_HD float power_of(int level) {
+    constexpr float POWER[] = {0.0f, 1e6f, 1e5f, 1e4f, 1e3f, 1e2f, 1e1f, 1.0f, 0.102f};
+    return POWER[level];
+}
+
+constexpr int BINADES = 128; // up to 1
+
+template <bool SIGNED> RSAFT_HD Binade binade(int exponent) {
+    const float begin = bits_float(static_cast<uint32_t>(exponent) << 23), end = bits_float((exponent + 1u) << 23);
+    int level = 0;
+    float ends = bits_float(0x7f800000u);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        const float limit = level_end<SIGNED>(j);
+        level += begin >= limit;
+        ends = begin < limit && limit < end ? limit : ends;
+    }
+    const float steps = bits_float(static_cast<uint32_t>(126 + level + !SIGNED) << 23);
+    return {ends, power_of(level), power_of(level < 8 ? level + 1 : 8), static_cast<float>(1 / 0.9) * steps};
+}
+
+// The code nearest to a fraction x of the absmax, |x| <= 1, in its low byte.
+template <bool SIGNED> RSAFT_HD uint32_t encode(float x, const Binade *binades) {
+    // Only +1 has a code of its own: -1 goes the way of what is just short of it, to the same code as ever.
+    if (SIGNED) x = x > -0.996f ? x : -0.996f;
+    const float a = SIGNED ? fabsf(x) : x;
+    // Without the exponent's highest bit: no x, were it NaN, leads out of the table.
+    const Binade row = binades[float_bits(x) >> 23 & (BINADES - 1)];
+    const bool above = a >= row.end;
+    const float power = above ? row.above : row.power, scale = above ? row.steps + row.steps : row.steps;
+    const float f = (a * power - 0.1f) * scale;
+    // q = 2^n + f cut to an integer, short of 2^(n + 1): 2^n is the scale without its mantissa, the other with all of it.
+    const float steps = bits_float(float_bits(scale) & 0xff800000u), most = bits_float(float_bits(scale) | 0x7fffffu);
 #if defined(__CUDA_ARCH__)
-    // Cut to an integer by an addition: conversions run at a fraction of its rate.
-    const uint32_t q = float_bits(__fadd_rz(f, 8388608.0f + steps)) & 0xffu;
+    // Cut by additions that round towards zero: conversions run at a fraction of their rate.
+    float q = fminf(__fadd_rz(f, steps), most);
+    if (!SIGNED) return float_bits(__fadd_rz(fmaxf(q, 1.0f), 8388607.0f));
+    const uint32_t whole = float_bits(__fadd_rz(q, 8388608.0f));
 #else
-    const uint32_t q = static_cast<uint32_t>(f) + static_cast<uint32_t>(steps);
+    double q = static_cast<double>(f) + steps;
+    q = q < most ? q : most;
+    if (!SIGNED) return static_cast<uint32_t>(q > 1.0 ? q : 1.0) - 1;
+    const uint32_t whole = static_cast<uint32_t>(q);
 #endif
-    uint32_t code = !SIGNED ? q - 1 : x < 0.0f ? 127 - q : 127 + q;
-    code = a < ZERO ? (SIGNED ? 127 : 0) : code;
-    return x >= ONE ? 255 : code;
+    return x < 0.0f ? 127 - whole : 127 + whole;
 }
 
 RSAFT_HD float inverse_of(float absmax) { return absmax >= SMALLEST_ABSMAX ? 1.0f / absmax : 0.0f; }

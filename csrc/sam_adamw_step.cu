@@ -7,6 +7,7 @@ namespace rsaft {
 
 template <class Target> struct Step {
     static constexpr int SUMS = 0;
+    static constexpr int BLOCKS = 2;
     StepFlags flags;
 
     struct Here : Target {
@@ -31,7 +32,7 @@ template <class Target> struct Step {
             auto source = load_pack(here.source + i);
             const auto grad = load_pack(here.grad + i);
             Pack<float> m = load_pack(here.exp_avg + i), v = load_pack(here.exp_avg_sq + i);
-            const auto weight = here.updated(i, source, grad, m.v, v.v);
+            const auto weight = here.template updated<true>(i, source, grad, m.v, v.v);
             store_pack(here.exp_avg + i, m);
             store_pack(here.exp_avg_sq + i, v);
             if constexpr (Target::HAS_MASTER) store_pack(here.source + i, source);

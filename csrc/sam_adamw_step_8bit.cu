@@ -43,7 +43,7 @@ template <class Target> struct Step8 {
     }
 
     // Elements i to i + n - 1 of the chunk, n <= 8, fewer in its last block: the weights, and the lane's largest moments.
-    RSAFT_HD Largest update(const Here &here, const Decoded &decoded, int block, int i, int n, bool whole,
+    RSAFT_HD Largest update(const Here &here, const Codebook &book, int block, int i, int n, bool whole,
                             Lane &lane) const {
         Pack<S> source;
         Pack<G> grad;
@@ -63,10 +63,10 @@ template <class Target> struct Step8 {
         const float scale = here.absmax[block], scale_sq = here.absmax_sq[block];
 #pragma unroll
         for (int k = 0; k < VECTOR; ++k) {
-            lane.m[k] = decoded.exp_avg[m.v[k]] * scale;
-            lane.v[k] = decoded.exp_avg_sq[v.v[k]] * scale_sq;
+            lane.m[k] = book.exp_avg[m.v[k]] * scale;
+            lane.v[k] = book.exp_avg_sq[v.v[k]] * scale_sq;
         }
-        const Pack<W> weight = here.updated(i, source, grad, lane.m, lane.v);
+        const Pack<W> weight = here.template updated<false>(i, source, grad, lane.m, lane.v);
         if (whole) {
             store_pack(here.weight + i, weight);
             if constexpr (Target::HAS_MASTER) store_pack(here.source + i, source);
@@ -80,24 +80,23 @@ template <class Target> struct Step8 {
         return most;
     }
 
+    template <bool SIGNED>
+    RSAFT_HD static void store_codes(uint8_t *to, const Binade *binades, int n, bool whole, float inverse,
+                                     const float (&values)[VECTOR]) {
+        Pack<uint8_t> codes;
+#pragma unroll
+        for (int k = 0; k < VECTOR; ++k)
+            codes.v[k] = static_cast<uint8_t>(encode<SIGNED>(values[k] * inverse, binades));
+        if (whole) store_pack(to, codes);
+        else store_some(to, n, codes);
+    }
+
     // The lane's codes, once the block's absmax are known.
-    RSAFT_HD void store(const Here &here, int block, int i, int n, bool whole, const Largest &most,
+    RSAFT_HD void store(const Here &here, const Codebook &book, int block, int i, int n, bool whole, const Largest &most,
                         const Lane &lane) const {
         const float absmax = bits_float(most.m), absmax_sq = bits_float(most.v);
-        const float inverse = inverse_of(absmax), inverse_sq = inverse_of(absmax_sq);
-        Pack<uint8_t> m, v;
-#pragma unroll
-        for (int k = 0; k < VECTOR; ++k) {
-            m.v[k] = static_cast<uint8_t>(encode<true>(lane.m[k] * inverse));
-            v.v[k] = static_cast<uint8_t>(encode<false>(lane.v[k] * inverse_sq));
-        }
-        if (whole) {
-            store_pack(here.exp_avg + i, m);
-            store_pack(here.exp_avg_sq + i, v);
-        } else {
-            store_some(here.exp_avg + i, n, m);
-            store_some(here.exp_avg_sq + i, n, v);
-        }
+        store_codes<true>(here.exp_avg + i, book.binades, n, whole, inverse_of(absmax), lane.m);
+        store_codes<false>(here.exp_avg_sq + i, book.binades_sq, n, whole, inverse_of(absmax_sq), lane.v);
         if (i % BLOCK == 0) {
             here.absmax[block] = absmax;
             here.absmax_sq[block] = absmax_sq;
