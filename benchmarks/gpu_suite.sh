@@ -55,7 +55,7 @@ without_pip() {
 
 has() { "$python" -c "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))" "$@"; }
 
-tests=(tests/ops tests/kernels tests/optim)
+tests=(tests/ops tests/kernels tests/optim tests/benchmarks)
 if has diffusers pydantic; then tests=(tests); else say "no diffusers or pydantic here: GPU tests of ${tests[*]} only"; fi
 pytest=("$python" -m pytest -m gpu -p no:cacheprovider)
 

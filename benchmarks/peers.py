@@ -204,4 +204,4 @@ def torchao_adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer
 def optimi_adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     from optimi import AdamW
 
-    return AdamW(parameters, lr=LR)
+    return AdamW(parameters, lr=LR, betas=(0.9, 0.999), eps=1e-8)

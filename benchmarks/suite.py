@@ -298,8 +298,8 @@ def _backend_restored() -> Iterator[None]:
 
 
 def _free(device: torch.device) -> None:
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 

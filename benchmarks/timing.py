@@ -189,7 +189,6 @@ def extra_bytes(part: Part, device: torch.device) -> int | None:
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """A garbage collection within a call of 50 us would be most of it."""
-    gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,24 @@ def test_wheel_without_a_compiler_is_pure_and_whole(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert "rsaft_fast/kernels/global_norm.py" in names, "kernels/ installs inside the package"
     assert "rsaft_fast/recipes/playground.yaml" in names
-    assert not any(name.startswith(("kernels/", "recipes/", "tests/")) or name.endswith(".so") for name in names)
+    assert {"rsaft_fast/benchmarks/suite.py", "rsaft_fast/benchmarks/shapes.json"} <= set(names)
+    beside = [name for name in names if name.startswith("rsaft_fast/benchmarks/")]
+    assert all(re.fullmatch(r"(?!test_|conftest)\w+\.(py|json)", Path(name).name) for name in beside), beside
+    outside = ("kernels/", "recipes/", "benchmarks/", "tests/")
+    assert not any(name.startswith(outside) or name.endswith(".so") for name in names)
+
+
+def test_the_benchmarks_run_from_a_wheel(tmp_path):
+    zipfile.ZipFile(build_wheel(tmp_path, RSAFT_CUDA="0")).extractall(tmp_path / "site")
+    shutil.rmtree(tmp_path / "source")
+    run = subprocess.run(
+        [sys.executable, "-m", "rsaft_fast.cli", "bench", "--list"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0 and "sdxl-full: 2,567,463,684 parameters" in run.stdout, run.stderr
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")

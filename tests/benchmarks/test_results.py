@@ -1,0 +1,86 @@
+"""A results file is whole at every moment, and says what is wrong with it when it is not one."""
+
+import json
+import threading
+
+import pytest
+
+from rsaft_fast.benchmarks import results
+from rsaft_fast.errors import UserError
+
+from .synthetic import COPY, HEAD, READ, times
+from .synthetic import results as synthetic_results
+
+
+def row(provider="ours-cuda", what="perturb", ms=2.0):
+    return {"what": what, "case": "sdxl-full", "dtype": "fp32", "provider": provider} | times(ms)
+
+
+def test_rows_get_their_bandwidths():
+    found = results.Results(HEAD)
+    assert found.put(row(), 3e9)["gbps"] == pytest.approx(1500)
+    assert found.rows[0]["fraction_of_copy"] == pytest.approx(1500 / COPY)
+    assert found.put(row(what="norm"), 3e9)["fraction_of_read"] == pytest.approx(1500 / READ)
+    found.put(row(ms=1.0), 3e9)
+    assert len(found.rows) == 2 and found.rows[0]["gbps"] == pytest.approx(3000), "the same row once"
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path):
+    found = results.Results(HEAD, tmp_path)
+    stop, seen, broken = threading.Event(), set(), []
+
+    def read():
+        while not stop.is_set():
+            try:
+                seen.add(len(results.load(found.path)["rows"]))
+            except UserError as error:
+                broken.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for index in range(200):
+        found.put(row(f"provider-{index}"), 1e9)
+    stop.set()
+    reader.join()
+    assert not broken and len(seen) > 1
+    assert len(results.load(found.path)["rows"]) == 200
+    assert [path.name for path in found.path.parent.iterdir()] == ["2026-01-02T03-04-05Z.json"]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    found = results.Results(HEAD, tmp_path)
+    found.put(row(), 1e9)
+    with pytest.raises(TypeError):
+        found.put(row("foreach") | {"launches": object()}, 1e9)
+    assert [r["provider"] for r in results.load(found.path)["rows"]] == ["ours-cuda"]
+
+
+def test_names_are_safe_for_any_tool(tmp_path):
+    path = results.Results(HEAD | {"gpu": "NVIDIA H100 (80GB) / HBM3"}, tmp_path).path
+    assert path.relative_to(tmp_path).as_posix() == "NVIDIA-H100-80GB-HBM3/2026-01-02T03-04-05Z.json"
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--results .*file.* cannot be written to"):
+        results.Results(HEAD, tmp_path / "file")
+
+
+def test_what_is_no_results_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        results.load(tmp_path / "absent.json")
+    (tmp_path / "text.json").write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        results.load(tmp_path / "text.json")
+    (tmp_path / "other.json").write_text(json.dumps({"gpu": "x", "rows": []}))
+    with pytest.raises(UserError, match="without driver, torch"):
+        results.load(tmp_path / "other.json")
+
+
+def test_newest_looks_at_dates_and_at_gpus(tmp_path):
+    assert results.newest(tmp_path) is None
+    (tmp_path / "other.json").write_text("[]")
+    synthetic_results(tmp_path)
+    synthetic_results(tmp_path, date="2026-02-01T00:00:00Z", gpu="NVIDIA H200")
+    synthetic_results(tmp_path, date="2026-03-01T00:00:00Z", gpu="cpu x86_64", cuda=None, driver=None)
+    assert results.newest(tmp_path)["gpu"] == "NVIDIA H200"

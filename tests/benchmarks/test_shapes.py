@@ -1,0 +1,37 @@
+"""The committed parameter lists are those of the architectures."""
+
+import json
+import math
+
+import pytest
+
+from rsaft_fast.benchmarks import shapes
+from rsaft_fast.errors import UserError
+
+
+def test_the_file_is_what_the_architectures_give():
+    pytest.importorskip("diffusers")
+    assert json.loads(shapes.FILE.read_text()) == shapes.from_architectures()
+
+
+def test_published_sizes():
+    billions = {name: shapes.parameters_of(f"{name}-full") / 1e9 for name in shapes.NAMES}
+    assert {name: round(value, 3) for name, value in billions.items()} == {
+        "sd15": 0.860,
+        "sdxl": 2.567,
+        "sd35-medium": 2.243,
+        "flux1": 11.901,
+    }
+
+
+def test_text_and_shapes_are_inverse():
+    some = ((320, 4, 3, 3), (320,), (1280, 32))
+    assert shapes.parse(shapes.write(some)) == some
+    assert shapes.parameters_of("tiny") == sum(math.prod(s) for s in shapes.shapes_of("tiny"))
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(UserError, match=r"no case 'sdxl-ful'; did you mean sdxl-full.*There are: tiny, "):
+        shapes.shapes_of("sdxl-ful")
+    with pytest.raises(UserError, match="There are: a, b"):
+        shapes.check_names(["zzzzzz"], ("a", "b"), "case")

@@ -1,0 +1,193 @@
+"""Order, alternation, budget, memory, failures: what decides which rows a run has."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from rsaft_fast.benchmarks import providers, suite
+from rsaft_fast.benchmarks.jobs import HEADLINE, HOST, IMAGES, Job, plan
+from rsaft_fast.benchmarks.results import Results
+from rsaft_fast.benchmarks.shapes import parameters_of
+from rsaft_fast.benchmarks.suite import Suite
+from rsaft_fast.benchmarks.timing import Part, Timer
+
+from .synthetic import HEAD
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def run():
+    """A suite on the CPU, two calls a part."""
+    return Suite(Timer(CPU), Results(HEAD), repeats=4)
+
+
+class OnCuda:
+    """Stands where a Timer of a GPU would: the planning of memory and time asks it for the device alone."""
+
+    device = CUDA
+
+
+def test_a_budget_meets_the_headline_first():
+    jobs = [(job.case, job.layout) for job in plan(CUDA)]
+    assert tuple(jobs[: len(HEADLINE)]) == HEADLINE
+    assert len(set(jobs)) > len(HEADLINE)
+    late = [job.providers for job in plan(CUDA) if set(job.providers) & {"torchao", "ours-torch"}]
+    assert late and all(len(names) == 1 for names in late), "slow ones stand alone, at the end"
+    assert {"torchao", "ours-torch"} & set(plan(CUDA)[-1].providers)
+    assert not any(name in job.providers for job in plan(CUDA)[: -len(late)] for name in ("torchao", "ours-torch"))
+
+
+def test_the_plan_follows_what_was_asked():
+    assert [(j.case, j.layout) for j in plan(CPU, ["tiny"], ["bf16"])] == [("tiny", "bf16")]
+    assert {j.layout for j in plan(CUDA, ["sdxl-lora32"])} == {"fp32", "bf16"}
+    assert {j.layout for j in plan(CUDA, ["sdxl-lora32"], ["8bit"])} == {"8bit"}
+    assert {j.case for j in plan(CPU)} == {"tiny", IMAGES, HOST}
+    assert all(j.providers == ("usual-fused",) for j in plan(CPU, providers=["usual-fused"]))
+    assert plan(CPU, [HOST], ["bf16"]) == []
+
+
+def test_parts_take_turns():
+    called = []
+    parts = {name: Part(lambda name=name: called.append(name), lambda name=name: called.append("-")) for name in "abc"}
+    times = Timer(CPU).alternate(parts, repeats=4)
+    assert called[-24:] == ["-", "a", "-", "b", "-", "c"] * 4
+    assert all(len(t.ms) == 4 for t in times.values())
+    row = times["a"].row()
+    assert row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"] and row["calls"] == 4
+
+
+def test_a_slow_part_is_called_less_often():
+    import time
+
+    parts = {"slow": Part(lambda: time.sleep(0.05)), "quick": Part(lambda: None)}
+    times = Timer(CPU).alternate(parts, repeats=20, seconds=0.2)
+    assert 3 <= len(times["slow"].ms) <= 4 and len(times["quick"].ms) == 20
+    assert 50 <= times["slow"].row()["ms_p50"] < 100
+
+
+def test_host_time_leaves_the_preparation_out():
+    import time
+
+    part = Part(lambda: None, lambda: time.sleep(0.01))
+    assert Timer(CPU).host_only({"x": part}, repeats=5)["x"].row()["ms_p50"] < 5
+
+
+def test_a_job_measures_side_by_side(run):
+    rows = run.run(Job("tiny", "fp32", ("ours-torch", "usual-fused", "adamw-alone", "bitsandbytes")))
+    got = {(row["what"], row["provider"]) for row in rows}
+    passes = {(what, name) for what in ("norm", "perturb", "step", "update") for name in ("ours-torch", "usual-fused")}
+    assert got == passes | {("step", "adamw-alone")}, "no row for a layout that a provider does not have"
+    assert all(row["alternated"] == "call" and row["calls"] == 4 for row in rows)
+    update = next(row for row in rows if (row["what"], row["provider"]) == ("update", "ours-torch"))
+    assert update["gbps"] == pytest.approx(52 * parameters_of("tiny") / update["ms_p50"] / 1e6)
+    assert run.failed == [] and run.left_out == []
+
+
+def test_a_failing_provider_is_a_row_and_the_others_are_measured(run, monkeypatch):
+    def fail(problem):
+        raise ValueError("no such card\nmore")
+
+    broken = dataclasses.replace(providers.PROVIDERS["usual-fused"], build=fail)
+    ours = dataclasses.replace(providers.PROVIDERS["ours-torch"], build=fail)
+    monkeypatch.setitem(providers.PROVIDERS, "usual-fused", broken)
+    rows = run.run(Job("tiny", "fp32", ("usual-fused", "adamw-alone")))
+    assert {row["provider"]: row.get("missing") for row in rows} == {
+        "usual-fused": "failed: ValueError: no such card",
+        "adamw-alone": None,
+    }
+    assert run.failed == [], "a peer may fail"
+    monkeypatch.setitem(providers.PROVIDERS, "ours-torch", ours)
+    run.run(Job("tiny", "fp32", ("ours-torch",)))
+    assert run.failed == ["tiny fp32: ours-torch failed: ValueError: no such card"]
+
+
+def test_a_part_that_fails_costs_only_its_own_rows(run, monkeypatch):
+    class Broken:
+        def __init__(self, problem):
+            pass
+
+        def parts(self):
+            return {"step": Part(lambda: 1 / 0), "norm": Part(lambda: None)}
+
+    monkeypatch.setitem(
+        providers.PROVIDERS, "foreach", dataclasses.replace(providers.PROVIDERS["foreach"], build=Broken)
+    )
+    rows = run.run(Job("tiny", "fp32", ("foreach", "adamw-alone")))
+    assert [row["provider"] for row in rows if row["what"] == "step"] == ["adamw-alone"]
+    assert any("division by zero" in row.get("missing", "") for row in rows)
+
+
+def test_a_spent_budget_begins_nothing_and_says_what_is_left(tmp_path):
+    results = Results(HEAD, tmp_path)
+    run = Suite(Timer(CPU), results, budget=-1.0)
+    for job in plan(CPU):
+        assert run.run(job) == []
+    assert run.left_out == [str(job) for job in plan(CPU)]
+    assert results.head["left_out"] == run.left_out and '"left_out"' in results.path.read_text()
+
+
+def test_a_late_provider_brings_ours_along(run):
+    rows = run.run(Job("tiny", "fp32", ("usual-fused",), reference="ours-torch"))
+    assert {row["provider"] for row in rows} == {"usual-fused"}
+    assert all(row["ours_ms_p50"] > 0 for row in rows)
+
+
+def test_what_does_not_fit_together_is_measured_in_blocks(monkeypatch):
+    run = Suite(OnCuda(), Results(HEAD))
+    job = Job("sdxl-full", "fp32", ("ours-cuda", "usual-fused", "adamw-alone", "foreach"))
+    n = parameters_of("sdxl-full")
+    for free, expected in (
+        (80e9, [["ours-cuda"], ["usual-fused"], ["adamw-alone"], ["foreach"]]),
+        (139e9, [["ours-cuda", "usual-fused", "adamw-alone"], ["foreach"]]),
+        (1e12, [list(job.providers)]),
+    ):
+        monkeypatch.setattr(run, "_free_bytes", lambda free=free: free)
+        cohorts = run._cohorts(job, job.providers)
+        assert cohorts == expected
+        for cohort in cohorts:
+            held = sum(providers.PROVIDERS[name].held["fp32"] for name in cohort) * n + 4 * n
+            assert held <= free or len(cohort) == 1
+
+
+def test_what_does_not_fit_at_all_says_how_much_it_needs(monkeypatch):
+    run = Suite(OnCuda(), Results(HEAD))
+    job = Job("flux1-full", "8bit", ("bitsandbytes",))
+    monkeypatch.setattr(run, "_free_bytes", lambda: 78 * 2**30)
+    needed = (6.6 + 2) * parameters_of("flux1-full") / 2**30
+    assert run._too_large(job, "bitsandbytes") == f"does not fit: needs {needed:.0f} GiB, 78 GiB are free"
+    monkeypatch.setattr(run, "_free_bytes", lambda: 137 * 2**30)
+    assert run._too_large(job, "bitsandbytes") is None
+
+
+def test_blocks_pool_their_calls(run, monkeypatch):
+    monkeypatch.setattr(run, "_cohorts", lambda job, names: [[name] for name in names])
+    rows = run.run(Job("tiny", "fp32", ("usual-fused", "adamw-alone")))
+    assert all(row["calls"] == 4 and row["alternated"] == "block" for row in rows), "two blocks of two"
+    assert len({(row["what"], row["provider"]) for row in rows}) == len(rows) == 5
+
+
+def test_compiling_for_every_shape_is_not_begun_without_the_time(monkeypatch):
+    run = Suite(OnCuda(), Results(HEAD), budget=60.0)
+    assert "needs about 176 s to compile" in run._too_slow(Job("sdxl-full", "8bit", ("torchao",)), "torchao")
+    assert run._too_slow(Job("sdxl-full", "8bit", ("bitsandbytes",)), "bitsandbytes") is None
+
+
+def test_images_and_host_rows(run):
+    rows = run.run(Job(IMAGES, "bf16", ("ours-torch", "ours-cuda")))
+    assert {row["provider"] for row in rows} == {"ours-torch", "ours-cuda", "eager"}
+    measured = next(row for row in rows if row["provider"] == "eager")
+    assert measured["gbps"] == pytest.approx(8 * 2 * 3 * 128 * 128 / measured["ms_p50"] / 1e6)
+    rows = run.run(Job(HOST, "fp32", ("ours-torch",)))
+    assert [row["what"] for row in rows] == ["host-static", "host-checked", "host-moved"]
+    assert all("gbps" not in row and "arithmetic itself is included" in row["note"] for row in rows)
+
+
+def test_bandwidths_name_their_way():
+    _, results = suite.start(CPU)
+    head = results.head
+    assert head["copy_gbps"] == max(head["copy_ways"].values()) == head["copy_ways"][head["copy_way"]]
+    assert head["read_gbps"] == max(head["read_ways"].values()) and len(head["read_ways"]) >= 4
+    assert all(math.isfinite(rate) and rate > 0 for rate in head["read_ways"].values())
