@@ -51,13 +51,21 @@ def global_norm(
             own.
     """
     tables = [tables] if isinstance(tables, TensorTable) else list(tables)
+    if not tables:
+        raise ValueError("a norm of no table: give it at least one")
     device = tables[0].device
     if any(table.device != device for table in tables):
         raise ValueError(f"tables on {', '.join(sorted({str(t.device) for t in tables}))}: one device a norm")
     if not isinstance(rho, torch.Tensor):
         rho = torch.full((1 if out is None else out.scale.numel(),), float(rho), dtype=torch.float64, device=device)
     out = GradientNorm(device, rho.numel()) if out is None else out
+    if rho.dtype != torch.float64 or rho.device != device or rho.numel() != out.scale.numel():
+        raise ValueError(
+            f"rho is {rho.dtype} of {rho.numel()} on {rho.device}: it must be float64, one for each of the norm's "
+            f"{out.scale.numel()} groups, on {device}"
+        )
     for table in tables:
+        _check(table, out, "grad")
         _implementation(table).sum_of_squares(table, table.adaptive and not plain)
     slots = [table.sum_sq for table in tables]
     backend = backends.implementation(device)
@@ -85,6 +93,7 @@ def sam_perturb_(table: TensorTable, norm: GradientNorm) -> None:
     """
     if "master" not in table and "backup" not in table:
         raise ValueError("sam_perturb_ needs a master or a backup list to restore from: table.bind(backup=...)")
+    _check(table, norm, "grad")
     _check_rounding(table)
     _implementation(table).sam_perturb_(table, norm)
     _written(table["weight"])
@@ -97,6 +106,9 @@ def sam_restore_(table: TensorTable, norm: GradientNorm, tensor: int | None = No
 
     ``norm`` is the one that perturb used: after its no-op nothing is written, nor where a backup is absent.
     """
+    if "master" not in table and "backup" not in table:
+        raise ValueError("sam_restore_ needs the master or backup list that sam_perturb_ had: table.bind(backup=...)")
+    _check(table, norm)
     _implementation(table).sam_restore_(table, norm, tensor)
     _written(table["weight"] if tensor is None else [table["weight"][tensor]])
 
@@ -136,6 +148,7 @@ def sam_adamw_step_(
         first: the norm that the perturbation used, if there was one. restore: whether the weights are perturbed.
     """
     for table in [tables] if isinstance(tables, TensorTable) else list(tables):
+        _check(table, first, "grad", "exp_avg", "exp_avg_sq")
         _check_rounding(table)
         _implementation(table).sam_adamw_step_(table, scalars, first, restore)
         _written(table["weight"])
@@ -160,6 +173,17 @@ def sam_adamw_step_tensor_(
     table.check("grad", tensor, grad)
     _implementation(table).sam_adamw_step_(table, scalars, first, restore, tensor, grad)
     _written([table["weight"][tensor]])
+
+
+def _check(table: TensorTable, norm: GradientNorm | None, *lists: str) -> None:
+    """What a kernel reads without looking: the lists, by address, and a row of the norm for each group."""
+    for name in lists:
+        table[name]  # or a KeyError that says what to bind
+    if norm is not None and (norm.scale.numel() < table.groups or norm.scale.device != table.device):
+        raise ValueError(
+            f"a norm of {norm.scale.numel()} groups on {norm.scale.device} for a table of {table.groups} on "
+            f"{table.device}: GradientNorm(table.device, groups)"
+        )
 
 
 def _check_rounding(table: TensorTable) -> None:

@@ -16,6 +16,8 @@ LISTS = ("weight", "grad", "backup", "master", "exp_avg", "exp_avg_sq", "exp_avg
 ABSMAX = ("exp_avg_absmax", "exp_avg_sq_absmax")
 """Lists with a float32 value for each block of 8-bit state: ``(blocks(numel),)`` instead of the weight's shape."""
 
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 ROW = {name: row for row, name in enumerate(LISTS)}
 
 
@@ -49,6 +51,7 @@ class TensorTable:
         rounding_seed: round perturbed and updated bf16 weights without master stochastically. None: to nearest.
 
     Attributes:
+        groups: how many rows the hyper-parameter arrays must have.
         addresses: int64 ``(len(LISTS), n)``, on the device, as the kernels read them.
         numel: int64 ``(n,)``. group, parameter: int32 ``(n,)``.
         chunk_tensor, chunk_index: int32 ``(chunks,)``: the tensor of each chunk, and which chunk of it.
@@ -82,6 +85,7 @@ class TensorTable:
         self.shapes = [weight.shape for weight in weights]
         self.strides = [weight.stride() for weight in weights]
         self.dtypes: dict[str, torch.dtype] = {"weight": weights[0].dtype}
+        self._allowed = _allowed_dtypes(weights[0].dtype)
         self._lists: dict[str, list[torch.Tensor | None]] = {}
         self._bound: dict[str, list] = {}
 
@@ -92,6 +96,9 @@ class TensorTable:
         index = torch.arange(len(owner)) - (chunks.cumsum(0) - chunks)[owner]
         self.chunks_of = chunks.tolist()
         groups = torch.tensor([0] * len(weights) if group is None else list(group), dtype=torch.int32)
+        if len(groups) != len(weights) or groups.min() < 0:
+            raise ValueError(f"group={groups.tolist()} for {len(weights)} weights: one row number, from 0, for each")
+        self.groups = int(groups.max()) + 1
         self.parameters = list(range(len(weights)) if parameter is None else parameter)
 
         self.numel = to_device(sizes, self.device)
@@ -139,7 +146,7 @@ class TensorTable:
         moved = {}
         for name, tensors in lists.items():
             try:
-                # A weight's layout changes with its address or not at all; a gradient's is its maker's choice each time.
+                # A weight's layout changes with its address or not at all; a gradient's is its maker's choice.
                 known = [t.data_ptr() for t in tensors] if name == "weight" else _places(tensors)
             except RuntimeError:  # no storage: a sparse tensor, say. The check finds the words for it.
                 self._check(name, tensors)
@@ -211,6 +218,11 @@ class TensorTable:
             raise TypeError(f"{what} is sparse ({tensor.layout}): use dense gradients (sparse=False in nn.Embedding)")
         if tensor.device != self.device:
             raise ValueError(f"{what} is on {tensor.device}, the table on {self.device}: one device a table")
+        if tensor.dtype not in self._allowed[name]:
+            raise TypeError(
+                f"{what} is {tensor.dtype} beside {self.dtypes['weight']} weights: it must be "
+                + " or ".join(map(str, self._allowed[name]))
+            )
         if tensor.dtype != dtype:
             raise TypeError(f"{what} is {tensor.dtype}, the list is of {dtype}: mixed dtypes")
         if tensor.numel() and not tensor.is_meta and not tensor.data_ptr():
@@ -225,6 +237,14 @@ class TensorTable:
                 f"{what} has strides {tensor.stride()}, its weight {self.strides[index]}: "
                 "give it the weight's layout (torch.empty_like(weight).copy_(tensor))"
             )
+
+
+def _allowed_dtypes(weight: torch.dtype) -> dict[str, tuple[torch.dtype, ...]]:
+    """What kernels, which see addresses only, may be told that a list holds. A backup holds the weights' own bits."""
+    state = torch.promote_types(weight, torch.float32)
+    moments = (state, torch.uint8)
+    own = {"backup": (weight,), "master": (state,), "exp_avg": moments, "exp_avg_sq": moments}
+    return {name: own.get(name, FLOATING) for name in LISTS}
 
 
 def _places(tensors: Sequence[torch.Tensor | None]) -> list[int | tuple | None]:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from rsaft_fast import ops
+from rsaft_fast.ops import TensorTable
 from rsaft_fast.optim import SAM, SAMAdamW
 
 from .networks import batches, bits, loss_of, network, train
@@ -78,7 +80,7 @@ GRADIENTS = {
     "other strides": Bad(other_strides, ValueError, r"grad 0 has strides \(1, 13\), its weight \(5, 1\): give it"),
     "other shape": Bad(other_shape, ValueError, r"grad 0 has shape \(5, 13\), its weight \(13, 5\)"),
     "one of another dtype": Bad(of_dtype(torch.bfloat16), TypeError, "mixed dtypes"),
-    "complex": Bad(of_dtype(torch.complex64), TypeError, "mixed dtypes"),
+    "complex": Bad(of_dtype(torch.complex64), TypeError, "grad 0 is torch.complex64.*it must be torch.float32 or"),
     "freed": Bad(freed, ValueError, "grad 0 has no memory .its storage was resized to 0."),
 }
 
@@ -319,3 +321,101 @@ def test_sam_wants_exactly_one_base():
         SAM(params)
     with pytest.raises(TypeError, match="instance"):
         SAM(torch.optim.SGD(params, lr=0.1), torch.optim.SGD)
+
+
+# -- operations --------------------------------------------------------------------------------------------------------
+
+
+def table_of(*lists, dtype=torch.float32, **options):
+    """Two tensors a list, with values of their own."""
+    sizes = ((3, 4), (5,))
+    table = TensorTable([torch.randn(size, dtype=dtype) for size in sizes], **options)
+    table.bind(**{name: [torch.randn(size, dtype=dtype) for size in sizes] for name in lists})
+    return table
+
+
+def assert_refused(operation, error, words, *tables):
+    before = [[w.clone() for w in table["weight"]] for table in tables]
+    with pytest.raises(error, match=words):
+        operation()
+    for table, weights in zip(tables, before):
+        assert all(torch.equal(w, old) for w, old in zip(table["weight"], weights))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "allowed"),
+    [
+        ("grad", torch.complex64, "torch.float32 or torch.bfloat16"),
+        ("grad", torch.int32, "torch.float32 or torch.bfloat16"),
+        ("backup", torch.float32, "torch.bfloat16$"),
+        ("backup", torch.float16, "torch.bfloat16$"),  # of the same size, yet no place for these bits
+        ("master", torch.bfloat16, "torch.float32$"),
+        ("exp_avg", torch.bfloat16, "torch.float32 or torch.uint8$"),
+        ("exp_avg_sq", torch.float64, "torch.float32 or torch.uint8$"),
+    ],
+)
+def test_a_list_of_a_dtype_that_it_cannot_have(name, dtype, allowed):
+    table = table_of("grad", dtype=torch.bfloat16)
+    known = table.addresses.clone()
+    lists = {name: [torch.ones(3, 4, dtype=dtype), torch.ones(5, dtype=dtype)]}
+    words = f"{name} 0 is {dtype} beside torch.bfloat16 weights: it must be {allowed}"
+    assert_refused(lambda: table.bind(**lists), TypeError, words, table)
+    assert torch.equal(table.addresses, known)
+
+
+def test_memory_that_is_gone():
+    table = table_of("grad")
+    grads = [torch.randn(3, 4), torch.randn(5)]
+    grads[1].untyped_storage().resize_(0)
+    assert_refused(
+        lambda: table.bind(grad=grads), ValueError, "grad 1 has no memory .its storage was resized to 0.", table
+    )
+    with pytest.raises(ValueError, match="weight 1 has no memory"):
+        TensorTable([torch.randn(2), grads[1]])
+
+
+def test_a_list_that_an_operation_needs():
+    """The addresses of a released list stay in the table: an operation that trusted them would read freed memory."""
+    table = table_of("grad", "backup")
+    norm = ops.global_norm(table, 0.1)
+    table.release("grad")
+    for operation in (
+        lambda: ops.global_norm(table, 0.1),
+        lambda: ops.sam_perturb_(table, norm),
+        lambda: ops.sam_adamw_step_(table, ops.StepScalars("cpu"), first=norm, restore=True),
+    ):
+        assert_refused(operation, KeyError, "the table has no list 'grad'; bind it first", table)
+    table = table_of("grad")
+    for operation in (ops.sam_perturb_, ops.sam_restore_):
+        words = "needs .* master or .*backup list"
+        assert_refused(lambda operation=operation: operation(table, norm), ValueError, words, table)
+
+
+def test_a_norm_of_too_few_groups_or_of_elsewhere():
+    table = table_of("grad", "backup", group=[0, 2])
+    for norm, words in (
+        (ops.GradientNorm("cpu", 2), "a norm of 2 groups on cpu for a table of 3 on cpu"),
+        (ops.GradientNorm("meta", 3), "a norm of 3 groups on meta for a table of 3 on cpu"),
+    ):
+        for operation in (ops.sam_perturb_, ops.sam_restore_):
+            assert_refused(lambda op=operation, norm=norm: op(table, norm), ValueError, words, table)
+    assert_refused(lambda: ops.global_norm(table, 0.1), ValueError, "a norm of 1 groups", table)
+
+
+def test_radii_and_tables_that_do_not_go_together():
+    table = table_of("grad")
+    for rho, words in (
+        (torch.tensor([0.1]), "rho is torch.float32 of 1 on cpu: it must be float64"),
+        (torch.tensor([0.1, 0.2], dtype=torch.float64), "of 2 on cpu: .* one for each of the norm's 1 groups"),
+    ):
+        out = ops.GradientNorm("cpu")
+        assert_refused(lambda rho=rho, out=out: ops.global_norm(table, rho, out=out), ValueError, words, table)
+    elsewhere = TensorTable([torch.ones(2, device="meta")])
+    assert_refused(lambda: ops.global_norm([table, elsewhere]), ValueError, "tables on cpu, meta: one device", table)
+    assert_refused(lambda: ops.global_norm([]), ValueError, "a norm of no table")
+
+
+@pytest.mark.parametrize("group", [[0], [0, 1, 1], [0, -1]])
+def test_groups_that_are_not_one_for_each_weight(group):
+    with pytest.raises(ValueError, match=r"for 2 weights: one row number, from 0, for each"):
+        table_of(group=group)
