@@ -1,10 +1,9 @@
 """Goals follow from the rows: the synthetic figures are made so that each ratio is known."""
 
 import pytest
+from builders import benchmark_results as synthetic
 
 from rsaft_fast.benchmarks.goals import goals, text
-
-from . import synthetic
 
 
 def by_name(results):

@@ -2,11 +2,10 @@
 
 import matplotlib.image
 import pytest
+from builders import benchmark_results as synthetic
 
 from rsaft_fast.benchmarks import plots, report, tables
 from rsaft_fast.errors import UserError
-
-from . import synthetic
 
 EXPECTED = """\
 ## Speed

@@ -4,12 +4,11 @@ import json
 import threading
 
 import pytest
+from builders.benchmark_results import COPY, HEAD, READ, times
+from builders.benchmark_results import results as synthetic_results
 
 from rsaft_fast.benchmarks import results
 from rsaft_fast.errors import UserError
-
-from .synthetic import COPY, HEAD, READ, times
-from .synthetic import results as synthetic_results
 
 
 def row(provider="ours-cuda", what="perturb", ms=2.0):

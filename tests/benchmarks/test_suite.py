@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from builders.benchmark_results import HEAD
 
 from rsaft_fast.benchmarks import providers, suite
 from rsaft_fast.benchmarks.jobs import HEADLINE, HOST, IMAGES, Job, plan
@@ -12,8 +13,6 @@ from rsaft_fast.benchmarks.results import Results
 from rsaft_fast.benchmarks.shapes import parameters_of
 from rsaft_fast.benchmarks.suite import Suite
 from rsaft_fast.benchmarks.timing import Part, Timer
-
-from .synthetic import HEAD
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
