@@ -1,10 +1,13 @@
 """The README's table, the terminal's and the plots, from synthetic results."""
 
+from pathlib import Path
+
 import matplotlib.image
 import pytest
 from builders import benchmark_results as synthetic
 
 from rsaft_fast.benchmarks import plots, report, tables
+from rsaft_fast.benchmarks.results import newest
 from rsaft_fast.errors import UserError
 
 EXPECTED = """\
@@ -98,3 +101,9 @@ def test_goals_from_the_command_line(tmp_path, capsys):
     assert "18 of 22 measured goals met" in capsys.readouterr().out
     assert report.main([str(tmp_path / "absent.json")]) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_the_readme_says_what_the_newest_results_say():
+    top = Path(__file__).parents[2]
+    readme = (top / "README.md").read_text(encoding="utf-8")
+    assert f"{report.BEGIN}\n{report.section(newest(top / 'benchmarks/results'))}\n{report.END}" in readme
