@@ -47,10 +47,36 @@ struct Largest {
     }
 };
 
-template <class T> RSAFT_HD void load_some(const T *p, int n, Pack<T> &out, T otherwise) {
-    assume_global(p);
+// A pack as the words that it was loaded in. Two branches that meet must agree on those: else the compiler takes the
+// elements apart in both, for three instructions and a register more for each.
+template <class T> struct alignas(alignof(Pack<T>)) Words32 {
+    uint32_t v[sizeof(Pack<T>) / 4];
+};
+
+template <class T> RSAFT_HD void keep([[maybe_unused]] Words32<T> &words) {
+#if defined(__CUDA_ARCH__)
 #pragma unroll
-    for (int k = 0; k < VECTOR; ++k) out.v[k] = k < n ? p[k] : otherwise;
+    for (uint32_t &word : words.v) asm("" : "+r"(word));
+#endif
+}
+
+template <class T> RSAFT_HD Pack<T> as_pack(const Words32<T> &words) {
+    Pack<T> x;
+    memcpy(x.v, words.v, sizeof words.v);
+    return x;
+}
+
+// Elements i to i + n - 1, those beyond them `otherwise`.
+template <class T> RSAFT_HD Words32<T> load_words(const T *p, int n, bool whole, T otherwise) {
+    assume_global(p);
+    if (whole) return *reinterpret_cast<const Words32<T> *>(p);
+    Pack<T> x;
+#pragma unroll
+    for (int k = 0; k < VECTOR; ++k) x.v[k] = k < n ? p[k] : otherwise;
+    Words32<T> words;
+    memcpy(words.v, x.v, sizeof words.v);
+    keep(words);
+    return words;
 }
 
 template <class T> RSAFT_HD void store_some(T *p, int n, const Pack<T> &x) {

@@ -30,8 +30,9 @@ template <class Target> struct Step8 {
         const int64_t m = address_of(t, RSAFT_EXP_AVG, s.tensor), v = address_of(t, RSAFT_EXP_AVG_SQ, s.tensor);
         here.exp_avg = element<uint8_t>(m, s.start);
         here.exp_avg_sq = element<uint8_t>(v, s.start);
-        here.absmax = element<float>(address_of(t, RSAFT_EXP_AVG_ABSMAX, s.tensor), s.start / BLOCK);
-        here.absmax_sq = element<float>(address_of(t, RSAFT_EXP_AVG_SQ_ABSMAX, s.tensor), s.start / BLOCK);
+        const int64_t first_block = static_cast<int64_t>(static_cast<uint64_t>(s.start) / BLOCK);
+        here.absmax = element<float>(address_of(t, RSAFT_EXP_AVG_ABSMAX, s.tensor), first_block);
+        here.absmax_sq = element<float>(address_of(t, RSAFT_EXP_AVG_SQ_ABSMAX, s.tensor), first_block);
         if (here.grad != nullptr) here.aligned = here.aligned && ((m | v) & 7) == 0;
         return true;
     }
@@ -45,21 +46,27 @@ template <class Target> struct Step8 {
     // Elements i to i + n - 1 of the chunk, n <= 8, fewer in its last block: the weights, and the lane's largest moments.
     RSAFT_HD Largest update(const Here &here, const Codebook &book, int block, int i, int n, bool whole,
                             Lane &lane) const {
-        Pack<S> source;
-        Pack<G> grad;
-        Pack<uint8_t> m, v;
+        Words32<S> source_words;
+        Words32<G> grad_words;
+        Words32<uint8_t> m_words, v_words;
+        // One branch for all four, so that they are in flight together. Elements that are not there count as zero and
+        // decide no absmax.
         if (whole) {
-            source = load_pack(here.source + i);
-            grad = load_pack(here.grad + i);
-            m = load_pack(here.exp_avg + i);
-            v = load_pack(here.exp_avg_sq + i);
+            source_words = load_words(here.source + i, n, true, S{});
+            grad_words = load_words(here.grad + i, n, true, G{});
+            m_words = load_words(here.exp_avg + i, n, true, uint8_t{127});
+            v_words = load_words(here.exp_avg_sq + i, n, true, uint8_t{0});
         } else {
-            // Elements that are not there count as zero and decide no absmax.
-            load_some(here.source + i, n, source, S{});
-            load_some(here.grad + i, n, grad, G{});
-            load_some(here.exp_avg + i, n, m, uint8_t{127});
-            load_some(here.exp_avg_sq + i, n, v, uint8_t{0});
+            source_words = load_words(here.source + i, n, false, S{});
+            grad_words = load_words(here.grad + i, n, false, G{});
+            m_words = load_words(here.exp_avg + i, n, false, uint8_t{127});
+            v_words = load_words(here.exp_avg_sq + i, n, false, uint8_t{0});
         }
+        Pack<S> source = as_pack(source_words);
+        const Pack<G> grad = as_pack(grad_words);
+        const Pack<uint8_t> m = as_pack(m_words), v = as_pack(v_words);
+        assume_global(here.absmax);
+        assume_global(here.absmax_sq);
         const float scale = here.absmax[block], scale_sq = here.absmax_sq[block];
 #pragma unroll
         for (int k = 0; k < VECTOR; ++k) {
@@ -98,6 +105,8 @@ template <class Target> struct Step8 {
         store_codes<true>(here.exp_avg + i, book.binades, n, whole, inverse_of(absmax), lane.m);
         store_codes<false>(here.exp_avg_sq + i, book.binades_sq, n, whole, inverse_of(absmax_sq), lane.v);
         if (i % BLOCK == 0) {
+            assume_global(here.absmax);
+            assume_global(here.absmax_sq);
             here.absmax[block] = absmax;
             here.absmax_sq[block] = absmax_sq;
         }
