@@ -1,4 +1,4 @@
-"""The same peaks as in test_peak_memory.py, as CUDA's allocator sees them, at a size where layers are small beside all."""
+"""The peaks of test_peak_memory.py as CUDA's allocator sees them, where a layer is small beside the model."""
 
 import gc
 
