@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 from rsaft_fast.integrations.accelerate import TwoPasses, unwrapped
 from rsaft_fast.optim import SAM, SAMAdamW
 
-from .reference import example, weights
+from .reference import distance, example, weights
 from .test_loops import STEPS, cosine, error, numbers, task
 
 accelerate = pytest.importorskip("accelerate")
@@ -96,6 +96,29 @@ def test_an_exception_in_either_pass_drops_the_step_and_nothing_else(failing_cal
         cross_entropy(alone(x), y).backward()
         expected.step()
     assert (weights(model) - weights(alone)).norm() < 1e-4 * (weights(alone) - before).norm()
+
+
+def test_a_scaler_of_accelerate_changes_nothing():
+    """accelerate hands the optimizer to its GradScaler, behind a step of its own."""
+    ended = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        accelerator = accelerate.Accelerator(gradient_accumulation_steps=2, cpu=True)
+        accelerator.scaler = scaler
+        model = task.network().cpu()
+        model, optimizer = accelerator.prepare(model, SAMAdamW(model.parameters(), lr=5e-3, rho=0.5))
+        passes = TwoPasses(accelerator, model, optimizer)
+
+        def forward_backward(x, y, model=model, accelerator=accelerator):
+            accelerator.backward(cross_entropy(model(x), y))
+
+        for x, y in task.batches(8):
+            with accelerator.accumulate(model):
+                passes(forward_backward, x.cpu(), y.cpu())
+                optimizer.step()
+                optimizer.zero_grad()
+        ended.append(model)
+    assert scaler.get_scale() == 1024.0 and int(passes.optimizer.skipped) == 0
+    assert distance(ended[1], ended[0], task.network()) < 1e-5
 
 
 def test_another_optimizer_is_refused():

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from builders.workers import COUNT, run_workers
 
 from .reference import EXAMPLES, distance, example, textbook, weights
-from .test_loops import numbers, on, task
+from .test_hf_trainer import next_token_loss
+from .test_loops import cosine, numbers, on, task
 
 STEPS = 24
 
@@ -56,19 +57,36 @@ def accelerated(rank):
     return {**seen, "weights": weights(model), "model": model.state_dict()}
 
 
-def scenarios(rank):
+def trained_by_trainer(rank, folder):
+    hf = example("hf_trainer")
+    model, seen = hf.llama(), []
+
+    def record(module, args, kwargs):
+        if module.training:
+            seen.append(kwargs["input_ids"].clone())
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    options = dict(use_cpu=True, ddp_backend="gloo", ddp_find_unused_parameters=False, save_strategy="no")
+    trainer = hf.trainer_for(model, folder, max_steps=6, max_grad_norm=0.4, **options)
+    trainer.train()
+    return {"weights": weights(model), "model": model.state_dict(), "seen": seen}
+
+
+def scenarios(rank, folder):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*workers, and the optimizer")
         return {
             "per worker": train(rank, sync_first_pass=False),
             "synced": train(rank, sync_first_pass=True),
             "accelerate": accelerated(rank),
+            "trainer": trained_by_trainer(rank, folder),
         }
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return run_workers(scenarios, tmp_path_factory.mktemp("workers"))
+    folder = tmp_path_factory.mktemp("workers")
+    return run_workers(scenarios, folder, str(folder))
 
 
 def start():
@@ -89,10 +107,10 @@ def error(ranks, scenario, truth):
     return distance(model, truth, start())
 
 
-@pytest.mark.parametrize("scenario", ["per worker", "synced", "accelerate"])
+@pytest.mark.parametrize("scenario", ["per worker", "synced", "accelerate", "trainer"])
 def test_all_workers_end_at_the_same_weights(ranks, scenario):
     first, second = (rank[scenario]["weights"] for rank in ranks)
-    assert torch.equal(first, second) and not torch.equal(first, weights(start()))
+    assert torch.equal(first, second)
 
 
 def test_each_worker_perturbs_by_its_own_gradient(ranks):
@@ -128,15 +146,19 @@ def test_accelerate_is_m_sharpness_over_its_micro_batches(ranks):
         micro = list(zip(xs.split(16), ys.split(16)))
         steps.append([on(*(torch.cat(parts) for parts in zip(*micro[rank::COUNT]))) for rank in range(COUNT)])
     # Its schedulers step once for each process.
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([torch.ones(1)], lr=1.0), STEPS)
-    factors = [cosine.get_last_lr()[0]]
-    for _ in range(STEPS):
-        cosine.optimizer.step()
-        cosine.step()
-        factors.append(cosine.get_last_lr()[0])
-    truth = textbook(start(), steps, max_norm=0.3, factor=lambda step: factors[COUNT * step], lr=5e-3)
+    truth = textbook(start(), steps, max_norm=0.3, factor=lambda step: cosine(COUNT * step, of=STEPS), lr=5e-3)
     assert error(ranks, "accelerate", truth) < 1e-5
     assert all(rank["accelerate"]["replicas"] for rank in ranks)
+
+
+def test_a_trainer_is_m_sharpness_over_its_micro_batches(ranks):
+    hf, seen = example("hf_trainer"), [rank["trainer"]["seen"] for rank in ranks]
+    steps = [[next_token_loss(torch.cat(calls[i : i + 2])) for calls in seen] for i in range(0, 4 * 6, 4)]
+    truth = textbook(hf.llama().double(), steps, 0.05, 0.4, lambda step: cosine(step, of=6), lr=5e-3)
+    model = hf.llama()
+    model.load_state_dict(ranks[0]["trainer"]["model"])
+    assert distance(model, truth, hf.llama()) < 1e-4
+    assert not torch.equal(seen[0][0], seen[1][0])  # each had its own batches
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

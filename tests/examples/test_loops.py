@@ -14,8 +14,8 @@ ADAMW = dict(lr=5e-3, max_norm=0.3)  # of every example
 task = example("task")
 
 
-def cosine(step):
-    return (1 + math.cos(math.pi * step / STEPS)) / 2
+def cosine(step, of=STEPS):
+    return (1 + math.cos(math.pi * step / of)) / 2
 
 
 def on(x, y):
