@@ -77,7 +77,8 @@ else
   say "memcheck, racecheck: no compute-sanitizer on PATH"
   status=1
 fi
-step benchmarks 165 "$python" -m rsaft_fast.cli bench --results "$out" --budget 135 --goals
+step benchmarks 170 "$python" -m rsaft_fast.cli bench --results "$out" --budget 140 --goals \
+  --providers ours-cuda,ours-triton,usual-fused,adamw-alone,foreach,bitsandbytes,pytorch_optimizer,eager
 step plots 15 "$python" -m rsaft_fast.benchmarks.report "$out" --goals --plots "$out"
 "$python" -m rsaft_fast.benchmarks.report "$out" --goals > "$out/goals.txt" 2>&1
 say "all: ${SECONDS} s"

@@ -19,11 +19,11 @@ ALL_CASES = (*CASES, IMAGES, HOST)
 HEADLINE = (
     ("sdxl-full", "fp32"),
     ("sdxl-lora32", "fp32"),
-    ("sdxl-full", "bf16"),
     (IMAGES, "fp32"),
     (IMAGES, "bf16"),
-    ("sdxl-full", "8bit"),
     (HOST, "fp32"),
+    ("sdxl-full", "bf16"),
+    ("sdxl-full", "8bit"),
     ("flux1-lora32", "fp32"),
     ("flux1-full", "8bit"),
 )

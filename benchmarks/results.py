@@ -56,13 +56,22 @@ class Results:
             row["fraction_of_copy"] = row["gbps"] / self.head["copy_gbps"]
             if row["what"] == "norm":
                 row["fraction_of_read"] = row["gbps"] / self.head["read_gbps"]
-        known = [index for index, other in enumerate(self.rows) if all(other[name] == row[name] for name in KEY)]
-        if known:
-            self.rows[known[0]] = row
-        else:
+        place = self._place(row)
+        if place is None:
             self.rows.append(row)
+        else:
+            self.rows[place] = row
         self._write()
         return row
+
+    def measured(self, row: Row) -> bool:
+        """Whether there is a measured row of the same (what, case, dtype, provider)."""
+        place = self._place(row)
+        return place is not None and "missing" not in self.rows[place]
+
+    def _place(self, row: Row) -> int | None:
+        same = (index for index, other in enumerate(self.rows) if all(other[name] == row[name] for name in KEY))
+        return next(same, None)
 
     def note(self, **fields: object) -> None:
         """Add to the head: what was left out, say."""

@@ -78,16 +78,16 @@ class Suite:
         problem = Problem.build(shapes_of(job.case), job.layout, self.device)
         # Providers that do not fit together are built one after the other, twice: A, B, C, A, B, C in blocks of calls.
         rounds = 1 if len(cohorts) == 1 else 2
-        pooled: dict[tuple[str, str], Times] = {}
+        known: dict[tuple[str, str], tuple[Times, dict]] = {}
         for _ in range(rounds):
             for cohort in cohorts:
-                self._measure(job, problem, cohort, rounds, pooled)
-                _free(self.device)
+                self._measure(job, problem, cohort, rounds, known)
+                gc.collect()  # what is freed stays in torch's cache: the next provider asks for the same sizes
 
-    def _measure(self, job: Job, problem: Problem, cohort: Sequence[str], rounds: int, pooled: dict) -> None:
+    def _measure(self, job: Job, problem: Problem, cohort: Sequence[str], rounds: int, known: dict) -> None:
+        """Measures a cohort once; times are pooled with those of the rounds before in `known`."""
         parts, held = {}, {}
         for name in cohort:
-            _free(self.device)
             before = self._allocated()
             if (running := self._build(job, name, problem)) is not None:
                 parts[name], held[name] = running, self._held(problem, before)
@@ -96,20 +96,21 @@ class Suite:
             if here and self._over():
                 self._leave_out(f"{job}: {what} of {', '.join(here)}")
                 continue
-            for name, times in self._alternate(job, here, self.repeats // rounds).items():
-                pool = pooled.setdefault((name, what), Times())
-                pool.ms += times.ms
-                pool.host_ms += times.host_ms
-                row = self._row(job, name, what) | self._size_of(job) | pool.row()
-                row |= self._footprint(here[name], times) | {"held_bytes": held[name]}
+            for name, times in self._alternate(job, what, here, self.repeats // rounds).items():
+                if (name, what) not in known:
+                    footprint = self._footprint(here[name], times) | {"held_bytes": held[name]}
+                    known[name, what] = (Times(), footprint)
+                pooled, footprint = known[name, what]
+                pooled.add(times)
+                row = self._row(job, name, what) | self._size_of(job) | pooled.row() | footprint
                 row |= {"alternated": "call" if rounds == 1 else "block"}
-                self._put_list_row(job, row, pooled.get((job.reference, what)))
+                self._put_list_row(job, row, known.get((job.reference, what)))
 
-    def _put_list_row(self, job: Job, row: dict, reference: Times | None) -> None:
+    def _put_list_row(self, job: Job, row: dict, reference: tuple[Times, dict] | None) -> None:
         if row["provider"] == job.reference:
             return
         if reference is not None:
-            row["ours_ms_p50"] = reference.row()["ms_p50"]
+            row["ours_ms_p50"] = reference[0].row()["ms_p50"]
         if note := PROVIDERS[row["provider"]].notes.get(job.layout):
             row["note"] = note
         self.results.put(row, floor(row["what"], job.layout) * row["parameters"])
@@ -123,19 +124,20 @@ class Suite:
             return PROVIDERS[name].build(problem).parts()
         except Exception as error:  # whatever a provider's failure is, the others are measured
             self._missing(job, name, f"failed: {_first_line(error)}", failed=True)
-            return None
+        _free(self.device)
+        return None
 
-    def _alternate(self, job: Job, parts: Mapping[str, Part], repeats: int) -> dict[str, Times]:
+    def _alternate(self, job: Job, what: str, parts: Mapping[str, Part], repeats: int) -> dict[str, Times]:
         """Times of those that do not fail."""
         try:
             return self.timer.alternate(parts, repeats)
         except Exception as error:
             if len(parts) == 1:
-                self._missing(job, next(iter(parts)), f"failed: {_first_line(error)}", failed=True)
+                self._missing(job, next(iter(parts)), f"failed: {_first_line(error)}", what, failed=True)
                 return {}
         found: dict[str, Times] = {}
         for name, part in parts.items():
-            found |= self._alternate(job, {name: part}, repeats)
+            found |= self._alternate(job, what, {name: part}, repeats)
         return found
 
     def _footprint(self, part: Part, times: Times) -> dict[str, int | None]:
@@ -203,7 +205,6 @@ class Suite:
 
     def _held(self, problem: Problem, before: int | None) -> int | None:
         """Bytes held between calls beside the weights: moments, master, backup."""
-        _free(self.device)
         after = self._allocated()
         if after is None or before is None:
             return None
@@ -221,7 +222,7 @@ class Suite:
             parts = {name: parts[name] for name in here.providers if name in parts}
             elements = batch * 3 * side * side
             moved = image_floor(DTYPES[job.layout].itemsize) * elements
-            for name, times in self._alternate(here, parts, self.repeats).items():
+            for name, times in self._alternate(here, images.WHAT, parts, self.repeats).items():
                 row = self._row(here, name, images.WHAT) | {"parameters": elements} | times.row()
                 row |= self._footprint(parts[name], times) | {"alternated": "call"}
                 self.results.put(row, moved)
@@ -257,7 +258,9 @@ class Suite:
         return {"parameters": parameters_of(job.case), "tensors": len(shapes_of(job.case))}
 
     def _missing(self, job: Job, name: str, reason: str, what: str = "update", failed: bool = False) -> None:
-        self.results.put(self._row(job, name, what) | {"missing": reason})
+        row = self._row(job, name, what)
+        if name != job.reference and not self.results.measured(row):
+            self.results.put(row | {"missing": reason})
         if failed:
             self.say(f"{job}: {name} {reason}")
             if name in OURS:

@@ -41,6 +41,11 @@ class Times:
     ms: list[float] = field(default_factory=list)
     host_ms: list[float] = field(default_factory=list)
 
+    def add(self, other: Times) -> None:
+        """Pool with the calls of another round."""
+        self.ms += other.ms
+        self.host_ms += other.host_ms
+
     def row(self) -> dict[str, float | int]:
         """The fields of a result row."""
         ms = torch.tensor(self.ms, dtype=torch.float64)
@@ -160,9 +165,12 @@ def launches(part: Part, device: torch.device) -> dict[str, int | None]:
     torch.cuda.synchronize()
     part.prepare()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        part.run()
-        torch.cuda.synchronize()
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            part.run()
+            torch.cuda.synchronize()
+    except (RuntimeError, AssertionError):  # no CUPTI, or none that this machine lets us use
+        return nothing
     names = [
         event.name
         for event in seen.events()

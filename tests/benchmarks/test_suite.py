@@ -115,8 +115,9 @@ def test_a_part_that_fails_costs_only_its_own_rows(run, monkeypatch):
         providers.PROVIDERS, "foreach", dataclasses.replace(providers.PROVIDERS["foreach"], build=Broken)
     )
     rows = run.run(Job("tiny", "fp32", ("foreach", "adamw-alone")))
-    assert [row["provider"] for row in rows if row["what"] == "step"] == ["adamw-alone"]
-    assert any("division by zero" in row.get("missing", "") for row in rows)
+    step = {row["provider"]: row.get("missing") for row in rows if row["what"] == "step"}
+    assert step == {"foreach": "failed: ZeroDivisionError: division by zero", "adamw-alone": None}
+    assert any(row["what"] == "norm" and "missing" not in row for row in rows)
 
 
 def test_a_spent_budget_begins_nothing_and_says_what_is_left(tmp_path):
@@ -190,3 +191,12 @@ def test_bandwidths_name_their_way():
     assert head["copy_gbps"] == max(head["copy_ways"].values()) == head["copy_ways"][head["copy_way"]]
     assert head["read_gbps"] == max(head["read_ways"].values()) and len(head["read_ways"]) >= 4
     assert all(math.isfinite(rate) and rate > 0 for rate in head["read_ways"].values())
+
+
+def test_a_later_failure_does_not_hide_what_was_measured(run, monkeypatch):
+    job = Job("tiny", "fp32", ("adamw-alone",))
+    run.run(job)
+    run._missing(job, "adamw-alone", "failed: later", "step", failed=True)
+    assert run.results.measured(run._row(job, "adamw-alone", "step"))
+    run._missing(job, "usual-fused", "not installed")
+    assert not run.results.measured(run._row(job, "usual-fused", "update"))
