@@ -141,7 +141,7 @@ def finish_step_kernel(
 
 
 @cache
-def _constants(weight: torch.dtype, grad: torch.dtype, adaptive: bool, block: int) -> dict:
+def launch_constants(weight: torch.dtype, grad: torch.dtype, adaptive: bool, block: int) -> dict:
     rows = dict(ROW_WEIGHT=ROW["weight"], ROW_GRAD=ROW["grad"])
     return rows | dict(WEIGHT=DTYPES[weight], GRAD=DTYPES[grad], ADAPTIVE=adaptive, CHUNK=CHUNK, BLOCK=block) | OPTIONS
 
@@ -149,7 +149,7 @@ def _constants(weight: torch.dtype, grad: torch.dtype, adaptive: bool, block: in
 def sum_of_squares(table: TensorTable, adaptive: bool) -> None:
     if not table.chunks:
         return
-    constants = _constants(table.dtypes["weight"], table.dtypes["grad"], adaptive, BLOCK)
+    constants = launch_constants(table.dtypes["weight"], table.dtypes["grad"], adaptive, BLOCK)
     with on(table.device):
         sum_of_squares_kernel[(table.chunks,)](
             table.addresses, table.numel, table.chunk_tensor, table.chunk_index, table.sum_sq, len(table), **constants

@@ -29,8 +29,8 @@ from .common import (
 from .quantize import load_moments, rows_of, store_moments
 from .rounding import UPDATE, rounded_as_asked, rounding_seed
 
-# Eight elements a thread: 16 bytes of a bf16 list at once, and each warp's 256 are one block of 8-bit state, whose
-# absmax it finds without the other warps.
+# Eight elements a thread: 16 bytes of a bf16 list at once, 8 of codes; and each warp's 256 are one block of 8-bit
+# state, whose absmax it finds without the other warps.
 BLOCK = 2048
 N_COEFFICIENTS = len(COEFFICIENTS)
 
@@ -77,7 +77,11 @@ def _update(
     b_g = b_g * c[0]
     b_m = b_m + (b_g - b_m) * c[2]
     b_v = b_v * c[3] + (b_g * b_g) * c[4]
-    b_w = b_w * c[1] - c[7] * tl.div_rn(b_m, tl.div_rn(tl.sqrt_rn(b_v), c[5]) + c[6])
+    if STATE == tl.uint8:
+        # With codes to make, arithmetic is the limit: root and quotients to a unit or two in the last place.
+        b_w = b_w * c[1] - c[7] * (b_m / (tl.sqrt(b_v) * (1.0 / c[5]) + c[6]))
+    else:
+        b_w = b_w * c[1] - c[7] * tl.div_rn(b_m, tl.div_rn(tl.sqrt_rn(b_v), c[5]) + c[6])
 
     if STATE == tl.uint8:
         store_moments(a_exp_avg, a_avg_absmax, start, first, count, b_m, True, VECTOR, BLOCK)
@@ -122,6 +126,7 @@ def sam_adamw_kernel(
     STOCHASTIC: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     """``ROW_SOURCE``: the master, the backup, or (nothing to restore) the weight itself.
 
@@ -160,17 +165,17 @@ def sam_adamw_kernel(
                 a_weight, a_grad, a_source, a_exp_avg, a_exp_avg_sq, a_avg_absmax, a_sq_absmax, start, first, count, c,
                 seed, this, step, WEIGHT, GRAD, SOURCE, STATE, MASTER, STOCHASTIC, True, BLOCK,
             )  # fmt: skip
-        for first in range(vector, count, BLOCK):
+        for first in range(vector, count, TAIL):
             _update(
                 a_weight, a_grad, a_source, a_exp_avg, a_exp_avg_sq, a_avg_absmax, a_sq_absmax, start, first, count, c,
-                seed, this, step, WEIGHT, GRAD, SOURCE, STATE, MASTER, STOCHASTIC, False, BLOCK,
+                seed, this, step, WEIGHT, GRAD, SOURCE, STATE, MASTER, STOCHASTIC, False, TAIL,
             )  # fmt: skip
     elif RESTORE:
         restore_chunk(a_weight, a_backup, start, count, tl.load(first_inf), WEIGHT, SOURCE, BLOCK)
 
 
 @cache
-def _constants(
+def launch_constants(
     weight: torch.dtype,
     grad: torch.dtype,
     source: str,
@@ -184,7 +189,12 @@ def _constants(
     rows = {f"ROW_{name.upper()}": ROW[name] for name in lists} | dict(ROW_SOURCE=ROW[source])
     dtypes = dict(WEIGHT=DTYPES[weight], GRAD=DTYPES[grad], SOURCE=DTYPES[source_dtype], STATE=DTYPES[state])
     choices = dict(MASTER=source == "master", RESTORE=restore, STOCHASTIC=stochastic)
-    return rows | dtypes | choices | dict(N_COEFFICIENTS=N_COEFFICIENTS, CHUNK=CHUNK, BLOCK=block) | OPTIONS
+    fixed = rows | dtypes | choices | dict(N_COEFFICIENTS=N_COEFFICIENTS, CHUNK=CHUNK) | OPTIONS
+    if state is torch.uint8:
+        # 96 registers: five blocks of 128 threads on a multiprocessor, where 256 threads would fit twice.
+        return fixed | dict(BLOCK=block // 2, TAIL=block // 2, num_warps=4, maxnreg=96)
+    # A tail is masked element by element: half a block of it needs no more registers than a whole block elsewhere.
+    return fixed | dict(BLOCK=block, TAIL=block // 2, maxnreg=80 if source == "master" or stochastic else 64)
 
 
 def sam_adamw_step_(
@@ -210,7 +220,7 @@ def sam_adamw_step_(
             0 if grad is None else grad.data_ptr(),
             first_chunk,
             len(table),
-            **_constants(
+            **launch_constants(
                 dtypes["weight"],
                 grad_dtype,
                 source,

@@ -48,8 +48,10 @@ def _perturb(
     else:
         b_old = load(weight, offsets, count, VECTOR)
         b_base = b_old.to(tl.float32)
-        # After the gradient was read, whose memory this may be. One layout for all accesses: an element is read and
-        # written by one thread.
+        # After the gradient was read, whose memory this may be. On the vector path one thread reads and writes an
+        # element; elsewhere Triton may give stores another layout than loads.
+        if not VECTOR:
+            tl.debug_barrier()
         store(pointer_to(a_source, start, WEIGHT, VECTOR), offsets, count, b_old, VECTOR)
     b_wanted = scale * b_g
     if ADAPTIVE:
@@ -136,10 +138,13 @@ def sam_perturb_kernel(
 
 
 @cache
-def _constants(weight: torch.dtype, grad: torch.dtype, master: bool, adaptive: bool, stochastic: bool, block: int):
+def launch_constants(
+    weight: torch.dtype, grad: torch.dtype, master: bool, adaptive: bool, stochastic: bool, block: int
+):
     rows = dict(ROW_WEIGHT=ROW["weight"], ROW_GRAD=ROW["grad"], ROW_SOURCE=ROW["master" if master else "backup"])
     choices = dict(MASTER=master, ADAPTIVE=adaptive, STOCHASTIC=stochastic)
-    return rows | choices | dict(WEIGHT=DTYPES[weight], GRAD=DTYPES[grad], CHUNK=CHUNK, BLOCK=block) | OPTIONS
+    sizes = dict(CHUNK=CHUNK, BLOCK=block, maxnreg=80)  # registers for three blocks on a multiprocessor
+    return rows | choices | dict(WEIGHT=DTYPES[weight], GRAD=DTYPES[grad]) | sizes | OPTIONS
 
 
 def sam_perturb_(table: TensorTable, norm) -> None:
@@ -161,5 +166,5 @@ def sam_perturb_(table: TensorTable, norm) -> None:
             table.steps,
             seed or 0,
             len(table),
-            **_constants(*dtypes, master, table.adaptive, seed is not None, BLOCK),
+            **launch_constants(*dtypes, master, table.adaptive, seed is not None, BLOCK),
         )

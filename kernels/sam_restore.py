@@ -37,7 +37,7 @@ def sam_restore_kernel(
 
 
 @cache
-def _constants(weight: torch.dtype, source: str, source_dtype: torch.dtype, block: int) -> dict:
+def launch_constants(weight: torch.dtype, source: str, source_dtype: torch.dtype, block: int) -> dict:
     rows = dict(ROW_WEIGHT=ROW["weight"], ROW_SOURCE=ROW[source])
     return rows | dict(WEIGHT=DTYPES[weight], SOURCE=DTYPES[source_dtype], CHUNK=CHUNK, BLOCK=block) | OPTIONS
 
@@ -47,7 +47,7 @@ def sam_restore_(table: TensorTable, norm, tensor: int | None = None) -> None:
     if not chunks:
         return
     source = "master" if "master" in table else "backup"
-    constants = _constants(table.dtypes["weight"], source, table.dtypes[source], BLOCK)
+    constants = launch_constants(table.dtypes["weight"], source, table.dtypes[source], BLOCK)
     with on(table.device):
         sam_restore_kernel[(chunks,)](
             table.addresses,

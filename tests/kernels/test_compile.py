@@ -6,108 +6,120 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter has nothing to compile", allow_module_level=True)
 
-import triton.language as tl  # noqa: E402
-from rsaft_fast.kernels import global_norm, perturb_images, sam_adamw, sam_perturb, sam_restore  # noqa: E402
-from rsaft_fast.kernels.common import OPTIONS  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from rsaft_fast.ops import CHUNK  # noqa: E402
-from rsaft_fast.ops.table import ROW  # noqa: E402
+from rsaft_fast.kernels import coefficients, global_norm, perturb_images, sam_adamw, sam_perturb, sam_restore  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
-F32, BF16, F16 = tl.float32, tl.bfloat16, tl.float16
+F32, BF16, F16, CODES = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 POINTERS = {
     "*i64": ("addresses", "numel", "skipped"),
-    "*i32": ("chunk_tensor", "chunk_index", "group"),
+    "*i32": ("chunk_tensor", "chunk_index", "group", "parameter"),
     "*fp64": ("slots", "values", "rho", "scales", "sums", "coefficients", "hyper", "norm"),
-    "*fp32": ("found_inf", "skip", "first_inf", "second_inf", "scaler_inf", "grad_scale", "skip_out", "steps"),
+    "*fp32": ("found_inf", "skip", "norm_inf", "first_inf", "scaler_inf", "grad_scale", "skip_out", "steps"),
 }
-TYPES = {name: kind for kind, names in POINTERS.items() for name in names} | {"radius": "fp32"}
+TYPES = {name: kind for kind, names in POINTERS.items() for name in names} | {"radius": "fp32", "seed": "u64"}
+KINDS = {F32: "*fp32", BF16: "*bf16", F16: "*fp16"}
 
 
 def norm_of(dtype, adaptive=False):
-    constants = dict(WEIGHT=dtype, GRAD=dtype, ADAPTIVE=adaptive, CHUNK=CHUNK, BLOCK=global_norm.BLOCK)
+    constants = global_norm.launch_constants(dtype, dtype, adaptive, global_norm.BLOCK)
     return global_norm.sum_of_squares_kernel, constants, {}
 
 
-def perturb_of(dtype, master, adaptive=False):
-    constants = dict(WEIGHT=dtype, GRAD=dtype, MASTER=master, ADAPTIVE=adaptive, CHUNK=CHUNK, BLOCK=sam_perturb.BLOCK)
+def perturb_of(dtype, master=False, adaptive=False, stochastic=False):
+    constants = sam_perturb.launch_constants(dtype, dtype, master, adaptive, stochastic, sam_perturb.BLOCK)
     return sam_perturb.sam_perturb_kernel, constants, {}
 
 
-def restore_of(dtype, source):
-    constants = dict(WEIGHT=dtype, SOURCE=source, CHUNK=CHUNK, BLOCK=sam_restore.BLOCK)
+def restore_of(dtype, source, source_dtype):
+    constants = sam_restore.launch_constants(dtype, source, source_dtype, sam_restore.BLOCK)
     return sam_restore.sam_restore_kernel, constants, {}
 
 
-def adamw_of(dtype, source, restore=True):
-    constants = dict(N_COEFFICIENTS=sam_adamw.N_COEFFICIENTS, WEIGHT=dtype, GRAD=dtype, SOURCE=source)
-    constants |= dict(MASTER=source != dtype, RESTORE=restore, CHUNK=CHUNK, BLOCK=sam_adamw.BLOCK)
-    return sam_adamw.sam_adamw_kernel, constants, {}
+def adamw_of(dtype, source="backup", state=F32, stochastic=False):
+    constants = sam_adamw.launch_constants(
+        dtype,
+        dtype,
+        source,
+        F32 if source == "master" else dtype,
+        state,
+        source != "weight",
+        stochastic,
+        sam_adamw.BLOCK,
+    )
+    return sam_adamw.sam_adamw_kernel, constants, {"grad": "i64"}
 
 
-def images_of(kind, dtype, sign=False):
-    constants = dict(OUT=dtype, IMAGES=True, SIGN=sign, SLOTS=128, CHUNK=CHUNK, BLOCK=perturb_images.BLOCK)
-    return perturb_images.perturb_images_kernel, constants, dict.fromkeys(("out", "images", "grad"), kind)
+def images_of(dtype, sign=False):
+    constants = perturb_images.launch_constants(dtype, True, sign, 128, perturb_images.BLOCK)
+    return perturb_images.perturb_images_kernel, constants, dict.fromkeys(("out", "images", "grad"), KINDS[dtype])
 
 
-SAMPLE_SUMS = (
-    perturb_images.sample_sums_kernel,
-    dict(CHUNK=CHUNK, BLOCK=perturb_images.BLOCK),
-    {"grad": "*bf16"},
-)
+def image_sums_of(dtype):
+    return (
+        perturb_images.sample_sums_kernel,
+        perturb_images.sums_constants(perturb_images.BLOCK),
+        {"grad": KINDS[dtype]},
+    )
 
-# name: (kernel, constants, types), registers it may use, loads and stores of 16 bytes it must have.
-# 80 registers let three blocks of 256 threads, 64 let four, onto one multiprocessor.
+
+# name: (kernel, constants, types), registers it may use, loads and stores it must have.
+# 80 registers let three blocks of 256 threads, 64 let four, 96 let five of 128 onto one multiprocessor. Codes of 8-bit
+# state are accessed 8 bytes at a time: a thread's eight elements, as everywhere else.
+WIDE, CODE = ".128", ".64"
 STREAMS = {
-    "norm fp32": (norm_of(F32), 64, True, False),
-    "norm bf16": (norm_of(BF16), 64, True, False),
-    "norm bf16 adaptive": (norm_of(BF16, True), 80, True, False),
-    "perturb fp32": (perturb_of(F32, False), 80, True, True),
-    "perturb bf16": (perturb_of(BF16, False), 80, True, True),
-    "perturb bf16 from master": (perturb_of(BF16, True), 80, True, True),
-    "perturb fp16 from master, adaptive": (perturb_of(F16, True, True), 80, True, True),
-    "restore fp32": (restore_of(F32, F32), 48, True, True),
-    "restore bf16 from master": (restore_of(BF16, F32), 48, True, True),
-    "adamw fp32": (adamw_of(F32, F32), 80, True, True),
-    "adamw bf16": (adamw_of(BF16, BF16), 80, True, True),
-    "adamw bf16 and master": (adamw_of(BF16, F32), 80, True, True),
-    "adamw fp16 and master, plain": (adamw_of(F16, F32, False), 80, True, True),
-    "image sums": (SAMPLE_SUMS, 48, True, False),
-    "images fp32": (images_of("*fp32", F32), 48, True, True),
-    "images bf16, linf": (images_of("*bf16", BF16, True), 48, True, True),
+    "norm fp32": (norm_of(F32), 64, [WIDE], []),
+    "norm bf16": (norm_of(BF16), 64, [WIDE], []),
+    "norm bf16 adaptive": (norm_of(BF16, True), 80, [WIDE], []),
+    "perturb fp32": (perturb_of(F32), 80, [WIDE], [WIDE]),
+    "perturb bf16": (perturb_of(BF16), 80, [WIDE], [WIDE]),
+    "perturb bf16 stochastically": (perturb_of(BF16, stochastic=True), 80, [WIDE], [WIDE]),
+    "perturb bf16 from master": (perturb_of(BF16, True), 80, [WIDE], [WIDE]),
+    "perturb fp16 from master, adaptive": (perturb_of(F16, True, True), 80, [WIDE], [WIDE]),
+    "restore fp32": (restore_of(F32, "backup", F32), 48, [WIDE], [WIDE]),
+    "restore bf16 from master": (restore_of(BF16, "master", F32), 48, [WIDE], [WIDE]),
+    "adamw fp32": (adamw_of(F32), 64, [WIDE], [WIDE]),
+    "adamw bf16": (adamw_of(BF16), 64, [WIDE], [WIDE]),
+    "adamw bf16 stochastically": (adamw_of(BF16, stochastic=True), 80, [WIDE], [WIDE]),
+    "adamw bf16 and master": (adamw_of(BF16, "master"), 80, [WIDE], [WIDE]),
+    "adamw fp16, plain": (adamw_of(F16, "weight"), 64, [WIDE], [WIDE]),
+    "adamw fp32, 8 bit": (adamw_of(F32, state=CODES), 96, [WIDE, CODE], [WIDE, CODE]),
+    "adamw bf16 and master, 8 bit": (adamw_of(BF16, "master", CODES), 96, [WIDE, CODE], [WIDE, CODE]),
+    "adamw bf16 stochastically, 8 bit": (adamw_of(BF16, "backup", CODES, True), 96, [WIDE, CODE], [WIDE, CODE]),
+    "image sums": (image_sums_of(BF16), 48, [WIDE], []),
+    "images fp32": (images_of(F32), 48, [WIDE], [WIDE]),
+    "images bf16, linf": (images_of(BF16, True), 48, [WIDE], [WIDE]),
 }
+NO_FLAGS = dict.fromkeys(("first_inf", "scaler_inf", "grad_scale"))
+FOLDED = coefficients.CONSTANTS | dict(BLOCK=global_norm.SLOT_BLOCK, TENSORS_BLOCK=global_norm.TENSORS_BLOCK)
+ALONE = coefficients.CONSTANTS | dict(RELEASED=True, COUNT=True, BLOCK=coefficients.BLOCK)
 SMALL = {
     "finish norm": (
         global_norm.finish_norm_kernel,
-        dict(FIRST=True, LAST=True, BLOCK=global_norm.SLOT_BLOCK),
-        {},
+        global_norm.OPTIONS | dict(FIRST=True, LAST=True, BLOCK=global_norm.SLOT_BLOCK),
     ),
-    "adamw coefficients": (
-        sam_adamw.adamw_coefficients_kernel,
-        dict(
-            N_HYPER=sam_adamw.N_HYPER,
-            N_COEFFICIENTS=sam_adamw.N_COEFFICIENTS,
-            SCALED=True,
-            COUNT=True,
-            BLOCK=sam_adamw.TENSORS_BLOCK,
-        ),
-        {},
+    "finish norm and coefficients": (global_norm.finish_step_kernel, FOLDED | dict(FIRST=True, RELEASED=False)),
+    "finish norm and coefficients, no flags": (
+        global_norm.finish_step_kernel,
+        FOLDED | dict(FIRST=False, RELEASED=False) | NO_FLAGS,
     ),
+    "adamw coefficients": (coefficients.adamw_coefficients_kernel, ALONE),
 }
 
 
-def compile_for(architecture, kernel, constants, types):
+def compile_for(architecture, kernel, launched_with, types):
     names = kernel.arg_names
-    rows = {name: ROW[name[4:].lower()] for name in names if name.startswith("ROW_") and name != "ROW_SOURCE"}
-    constants = constants | rows | ({"ROW_SOURCE": ROW["backup"]} if "ROW_SOURCE" in names else {})
+    constants = {name: value for name, value in launched_with.items() if name in names}
+    options = {name: value for name, value in launched_with.items() if name not in names}
     signature = {n: "constexpr" if n in constants else types.get(n) or TYPES.get(n) or "i32" for n in names}
     # What the launcher finds out by itself: allocations, and the elements of ordinary images, are multiples of 16.
     divisible = [n for n in names if signature[n].startswith("*") or n == "elements"]
@@ -117,7 +129,7 @@ def compile_for(architecture, kernel, constants, types):
         {(names.index(name),): value for name, value in constants.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(OPTIONS))
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
 def inspect(compiled, folder, what) -> str:
@@ -137,14 +149,35 @@ def test_streaming_kernels(tmp_path, name, architecture):
     assert used <= registers and stack == 0
     code = inspect(compiled, tmp_path, "-sass")
     assert not re.search(r"\b(LDL|STL)\b", code), "registers spill to local memory"
-    assert not loads or re.search(r"\bLDG\.E[.\w]*\.128\b", code)
-    assert not stores or re.search(r"\bSTG\.E[.\w]*\.128\b", code)
+    for instruction, widths in (("LDG", loads), ("STG", stores)):
+        for width in widths:
+            assert re.search(rf"\b{instruction}\.E[.\w]*\{width}\b", code)
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("name", SMALL)
 def test_small_kernels(tmp_path, name, architecture):
-    compiled = compile_for(architecture, *SMALL[name])
+    compiled = compile_for(architecture, *SMALL[name], {})
     if not CUOBJDUMP.exists():
         pytest.skip("this triton wheel has no cuobjdump to look into the machine code")
     assert re.search(r"STACK:0\b", inspect(compiled, tmp_path, "-res-usage"))
+
+
+@pytest.mark.parametrize("name", ["perturb fp32", "perturb bf16", "perturb bf16 stochastically"])
+def test_a_gradient_is_read_by_the_thread_that_writes_the_backup_over_it(name):
+    """The backup may be the gradient's memory: on the vector path nothing orders two threads, elsewhere a barrier."""
+    ir = compile_for(90, *STREAMS[name][0]).asm["ttgir"]
+    accesses = re.findall(r"tt\.(load|store) ([^:\n]*) : tensor<\d+x!tt\.ptr<\w+>, (#\w+)>", ir)
+    unmasked = [
+        (kind, layout) for kind, operands, layout in accesses if operands.count("%") == (1 if kind == "load" else 2)
+    ]
+    assert [kind for kind, _ in unmasked] == ["load", "load", "store", "store"]
+    assert len({layout for _, layout in unmasked}) == 1
+    assert len(accesses) > len(unmasked) and "barrier" in ir
+
+
+def test_random_bits_are_drawn_where_they_are_used():
+    """Eight elements of one Philox call lie in one thread: no exchange through shared memory on the vector path."""
+    ir = compile_for(90, *STREAMS["adamw bf16 stochastically"][0]).asm["ttgir"]
+    first = next(loop for loop in ir.split("scf.for")[1:] if "tt.join" in loop)
+    assert not re.search(r"convert_layout .*xi32", first)
