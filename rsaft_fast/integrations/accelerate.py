@@ -61,7 +61,8 @@ class TwoPasses:
     def __call__(self, forward_backward: Callable[..., Loss], *args) -> Loss:
         """One micro-batch of the first pass and, if it completes the step, the second pass.
 
-        An exception in either drops what the step has gathered: weights are restored, gradients cleared.
+        An exception in either drops what the step has gathered: weights are restored, gradients cleared. (In a released
+        backward it leaves a half step: see ``SAMAdamW``.)
 
         Args:
             forward_backward: computes the loss of ``args``, calls ``accelerator.backward`` and returns the loss.
@@ -75,11 +76,10 @@ class TwoPasses:
             self._micro_batches.append((forward_backward, args))
             if self.accelerator.sync_gradients:
                 self._second_pass()
-        except BaseException:
+        except BaseException as error:
             self._micro_batches.clear()
             self.model.zero_grad()
-            if self.optimizer.is_perturbed:
-                self.optimizer.restore()
+            self.optimizer._abandon(error)
             raise
         return loss
 

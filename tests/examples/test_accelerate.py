@@ -1,5 +1,8 @@
 """The accelerate loop against float64, and what ``TwoPasses`` promises: when to step, what an exception leaves."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -119,6 +122,39 @@ def test_a_scaler_of_accelerate_changes_nothing():
         ended.append(model)
     assert scaler.get_scale() == 1024.0 and int(passes.optimizer.skipped) == 0
     assert distance(ended[1], ended[0], task.network()) < 1e-5
+
+
+def test_released_gradients_and_their_half_step():
+    ended = []
+    for release in (False, True):
+        accelerator, model, optimizer, passes, forward_backward = prepared(
+            1, lambda params, release=release, **o: SAMAdamW(params, release_gradients=release, **o)
+        )
+        for x, y in task.batches(3):
+            with accelerator.accumulate(model):
+                passes(forward_backward, x, y)
+                optimizer.step()
+                optimizer.zero_grad()
+        ended.append(weights(model))
+    assert torch.equal(*ended)
+
+    def out_of_memory(_):
+        if passes.optimizer.is_perturbed:
+            raise MemoryError("no room for this gradient")
+
+    model[0].weight.register_hook(out_of_memory)  # the last to get its gradient
+    with pytest.raises(MemoryError), accelerator.accumulate(model):
+        passes(forward_backward, x, y)
+    assert passes.optimizer.half_stepped
+
+
+def test_nothing_is_imported_for_those_who_do_not_use_it():
+    code = """
+import sys, rsaft_fast.optim, rsaft_fast.integrations, rsaft_fast.integrations.accelerate
+print(*{"accelerate", "transformers", "diffusers"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
 def test_another_optimizer_is_refused():
