@@ -39,10 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
             say=lambda line: tqdm.write(f"rsaft-fast: {line}", file=sys.stderr),
             tick=bar.set_postfix_str,
         )
-        for job in jobs:
-            bar.set_description_str(str(job))
-            suite.run(job)
-            bar.update()
+        interrupted = _measure(suite, jobs, bar)
     print(tables.terminal(results.as_dict()))
     if arguments.goals:
         print("\n" + goals.text(results.as_dict()))
@@ -50,7 +47,22 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\nrsaft-fast: {results.path}")
     for line in suite.failed:
         print(f"rsaft-fast: error: {line}", file=sys.stderr)
+    if interrupted:
+        print("rsaft-fast: interrupted; what was measured until then is above", file=sys.stderr)
+        return 130
     return 1 if suite.failed else 0
+
+
+def _measure(suite: Suite, jobs: list[Job], bar: tqdm) -> bool:
+    """Measure the jobs; whether Ctrl-C ended it early."""
+    try:
+        for job in jobs:
+            bar.set_description_str(str(job))
+            suite.run(job)
+            bar.update()
+    except KeyboardInterrupt:
+        return True
+    return False
 
 
 def _jobs(arguments: argparse.Namespace, device: torch.device) -> list[Job]:

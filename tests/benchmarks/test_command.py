@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 from rsaft_fast.benchmarks import results
+from rsaft_fast.benchmarks.suite import Suite
+from rsaft_fast.cli import main
 
 
 def bench(*arguments):
@@ -52,3 +54,13 @@ def test_neither_diffusers_nor_transformers_is_needed():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and "providers:" in run.stdout, run.stderr
+
+
+def test_an_interruption_shows_what_was_measured(monkeypatch, capsys):
+    def interrupt(self, job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Suite, "run", interrupt)
+    assert main(["bench", "--cases", "tiny"]) == 130
+    said = capsys.readouterr()
+    assert "the card's own bandwidth in this run" in said.out and "interrupted; what was measured" in said.err
