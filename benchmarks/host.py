@@ -3,6 +3,9 @@
 static    gradients stay where they are, and the optimizer was promised so (`static_gradients=True`)
 checked   they stay, and the optimizer looks at every address in every pass
 moved     every pass finds new ones, as after `zero_grad(set_to_none=True)`: addresses are uploaded
+
+Without a GPU the library's functions are empty and the tensors have one element: Python's time is left, and the foreign
+calls', without the driver's launches.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from rsaft_fast.benchmarks.ours import Ours
 from rsaft_fast.benchmarks.problem import Problem
 from rsaft_fast.benchmarks.timing import Part
 
+LISTS = ("sdxl-lora32", "flux1-lora32", "sd15-lora32", "sd35-medium-lora32")
+EMPTY_NOTE = "on the CPU, its library's functions return at once: Python and foreign calls, no launches"
 VARIANTS = ("static", "checked", "moved")
 
 

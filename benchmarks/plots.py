@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from rsaft_fast.benchmarks.floors import PASSES, floor, image_floor
 from rsaft_fast.benchmarks.images import WHAT
+from rsaft_fast.benchmarks.jobs import HEADLINE
 from rsaft_fast.benchmarks.problem import DTYPES
 from rsaft_fast.benchmarks.providers import OURS
 from rsaft_fast.benchmarks.results import Row, is_gpu
@@ -26,6 +27,7 @@ OURS_COLOURS = dict(zip(OURS, ("#D55E00", "#0072B2", "#009E73")))
 PEER = "#B4B4B4"
 MARKERS = {"norm": "o", "perturb": "s", "step": "^", "update": "D", WHAT: "P"}
 _DPI = 130
+_MOST_PANELS = 12
 
 
 def draw(results: Row, folder: str | Path) -> list[Path]:
@@ -45,12 +47,17 @@ def draw(results: Row, folder: str | Path) -> list[Path]:
 
 
 def bars(results: Row) -> Figure:
-    """One panel for each list and layout, one group for each pass, one bar for each provider."""
+    """One panel for each list and layout, one group for each pass, one bar for each provider.
+
+    A run of everything has two dozen panels: then those of the headline's lists are drawn.
+    """
     view = View(results)
     panels: dict[tuple[str, str], list[tuple[str, list[Row]]]] = {}
     for case, dtype, what, rows in view.groups():
         if what in PASSES or what == WHAT:
             panels.setdefault((case, dtype), []).append((what, rows))
+    if len(panels) > _MOST_PANELS:
+        panels = {key: passes for key, passes in panels.items() if key in HEADLINE or passes[0][0] == WHAT} or panels
     heights = [sum(len(rows) + 1.4 for _, rows in passes) for passes in panels.values()]
     columns = 2 if len(panels) > 1 else 1
     grid = [heights[i : i + columns] for i in range(0, len(heights), columns)]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from rsaft_fast.benchmarks import host, images
+from rsaft_fast.benchmarks import empty_library, host, images
 from rsaft_fast.benchmarks.bandwidth import bandwidths
 from rsaft_fast.benchmarks.floors import PASSES, floor, image_floor
 from rsaft_fast.benchmarks.jobs import HOST, IMAGES, Job
@@ -17,14 +17,13 @@ from rsaft_fast.benchmarks.ours import use_backend
 from rsaft_fast.benchmarks.problem import DTYPES, Problem
 from rsaft_fast.benchmarks.providers import OURS, PROVIDERS, quiet, why_missing
 from rsaft_fast.benchmarks.results import Results, describe_machine
-from rsaft_fast.benchmarks.shapes import TINY, parameters_of, shapes_of
+from rsaft_fast.benchmarks.shapes import parameters_of, shapes_of
 from rsaft_fast.benchmarks.timing import Part, Timer, Times, extra_bytes, launches
 from rsaft_fast.ops import backends
 
-HOST_LISTS = {"cuda": ("sdxl-lora32", "flux1-lora32", "sd15-lora32", "sd35-medium-lora32"), "cpu": (TINY,)}
 _MARGIN = 2 << 30  # bytes left free on the card: the flush buffer, workspaces, other processes
 _MOST_HOST_MS = 300.0  # a call that launches for longer is not profiled: its list of events takes longer still
-_CPU_HOST_NOTE = "on the CPU: the arithmetic itself is included"
+EMPTY = "ours-cuda"  # on the CPU its host time is measured with a library of empty functions
 
 
 class Suite:
@@ -229,24 +228,36 @@ class Suite:
                 self.tick(f"{here} {images.WHAT} {name}")
 
     def _host(self, job: Job) -> None:
-        for case in HOST_LISTS[self.device.type]:
-            here = Job(case, job.layout, tuple(name for name in OURS if name in job.providers))
-            problem = Problem.build(shapes_of(case), job.layout, self.device)
-            for name in here.providers:
-                if reason := why_missing(name, self.device, job.layout):
-                    self._missing(here, name, reason, host.what_of("static"))
-                else:
-                    self._host_rows(here, name, problem)
+        measure = self._host_list if self.device.type == "cuda" else self._host_list_without_gpu
+        for case in host.LISTS:
+            measure(Job(case, job.layout, tuple(name for name in OURS if name in job.providers)))
 
-    def _host_rows(self, job: Job, name: str, problem: Problem) -> None:
+    def _host_list(self, job: Job) -> None:
+        problem = Problem.build(shapes_of(job.case), job.layout, self.device)
+        for name in job.providers:
+            if reason := why_missing(name, self.device, job.layout):
+                self._missing(job, name, reason, host.what_of("static"))
+            else:
+                self._host_rows(job, name, problem, {})
+
+    def _host_list_without_gpu(self, job: Job) -> None:
+        if EMPTY not in job.providers:
+            return
+        if reason := empty_library.why_not():
+            self._missing(job, EMPTY, reason, host.what_of("static"))
+            return
+        problem = Problem.build([(1,)] * len(shapes_of(job.case)), job.layout, self.device)
+        with empty_library.empty_library():
+            self._host_rows(job, EMPTY, problem, {"parameters": len(problem.shapes), "note": host.EMPTY_NOTE})
+
+    def _host_rows(self, job: Job, name: str, problem: Problem, extra: dict) -> None:
         try:
             measured = self.timer.host_only(host.host_parts(problem, name.removeprefix("ours-")), 5 * self.repeats)
         except Exception as error:
             self._missing(job, name, f"failed: {_first_line(error)}", host.what_of("static"), failed=True)
             return
         for what, times in measured.items():
-            row = self._row(job, name, what) | self._size_of(job) | times.row()
-            self.results.put(row | ({} if self.device.type == "cuda" else {"note": _CPU_HOST_NOTE}))
+            self.results.put(self._row(job, name, what) | self._size_of(job) | times.row() | extra)
             self.tick(f"{job} {what} {name}")
 
     # -- rows ----------------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ same run, every provider's time over ours, launches and memory. No weights are n
 are listed as missing. Without a GPU a tiny list runs on the CPU, and its figures mean nothing.
 
 examples:
-  rsaft-fast bench --quick                                        a look, in about two minutes
+  rsaft-fast bench --quick                                        a look, at two models' lists
   rsaft-fast bench --results benchmarks/results --goals           everything that fits, recorded, against the goals
   rsaft-fast bench --cases sdxl-full --dtypes fp32,bf16           one model's list in two layouts
   rsaft-fast bench --cases sdxl-lora32 --providers ours-cuda,ours-triton,usual-fused

@@ -8,6 +8,7 @@ from builders import benchmark_results as synthetic
 
 from rsaft_fast.benchmarks import plots, report, tables
 from rsaft_fast.benchmarks.results import newest
+from rsaft_fast.benchmarks.shapes import CASES
 from rsaft_fast.errors import UserError
 
 EXPECTED = """\
@@ -107,3 +108,11 @@ def test_the_readme_says_what_the_newest_results_say():
     top = Path(__file__).parents[2]
     readme = (top / "README.md").read_text(encoding="utf-8")
     assert f"{report.BEGIN}\n{report.section(newest(top / 'benchmarks/results'))}\n{report.END}" in readme
+
+
+def test_a_run_of_everything_draws_the_headline():
+    cases = [(case, dtype) for case in CASES[1:] for dtype in ("fp32", "bf16")]
+    figure = plots.bars(synthetic.results(cases=cases).as_dict())
+    drawn = {axis.get_title(loc="left") for axis in figure.axes if axis.get_visible()}
+    assert {"sdxl-full, fp32", "sdxl-lora32, fp32", "4x3x512x512, fp32"} <= drawn
+    assert "sd15-full, fp32" not in drawn and len(drawn) <= 12

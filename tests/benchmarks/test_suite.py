@@ -2,17 +2,20 @@
 
 import dataclasses
 import math
+import shutil
 
 import pytest
 import torch
 from builders.benchmark_results import HEAD
 
 from rsaft_fast.benchmarks import providers, suite
+from rsaft_fast.benchmarks.host import LISTS
 from rsaft_fast.benchmarks.jobs import HEADLINE, HOST, IMAGES, Job, plan
 from rsaft_fast.benchmarks.results import Results
 from rsaft_fast.benchmarks.shapes import parameters_of
 from rsaft_fast.benchmarks.suite import Suite
 from rsaft_fast.benchmarks.timing import Part, Timer
+from rsaft_fast.ops import library
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -175,14 +178,31 @@ def test_compiling_for_every_shape_is_not_begun_without_the_time(monkeypatch):
     assert run._too_slow(Job("sdxl-full", "8bit", ("bitsandbytes",)), "bitsandbytes") is None
 
 
-def test_images_and_host_rows(run):
+def test_images_rows(run):
     rows = run.run(Job(IMAGES, "bf16", ("ours-torch", "ours-cuda")))
     assert {row["provider"] for row in rows} == {"ours-torch", "ours-cuda", "eager"}
     measured = next(row for row in rows if row["provider"] == "eager")
     assert measured["gbps"] == pytest.approx(8 * 2 * 3 * 128 * 128 / measured["ms_p50"] / 1e6)
-    rows = run.run(Job(HOST, "fp32", ("ours-torch",)))
-    assert [row["what"] for row in rows] == ["host-static", "host-checked", "host-moved"]
-    assert all("gbps" not in row and "arithmetic itself is included" in row["note"] for row in rows)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_host_time_without_a_gpu_is_python_alone(run):
+    library.forget()
+    before = library.why_not("cpu")
+    rows = run.run(Job(HOST, "fp32", ("ours-cuda", "ours-torch")))
+    assert run.failed == [] and library.why_not("cpu") == before, "the empty library is gone"
+    assert [row["what"] for row in rows][:3] == ["host-static", "host-checked", "host-moved"]
+    assert {row["case"] for row in rows} == set(LISTS)
+    assert all("gbps" not in row and "no launches" in row["note"] for row in rows)
+    ms = {(row["what"], row["case"]): row["ms_p50"] for row in rows}
+    for case in LISTS:
+        assert ms["host-static", case] < ms["host-moved", case], "addresses of every tensor are read and uploaded"
+
+
+def test_without_a_compiler_host_time_is_missing(run, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    rows = run.run(Job(HOST, "fp32", ("ours-cuda",)))
+    assert {row["missing"] for row in rows} == {"needs a C compiler (cc) for a library of empty functions"}
 
 
 def test_bandwidths_name_their_way():
