@@ -7,7 +7,7 @@ namespace rsaft {
 
 template <class W, class G, bool ADAPTIVE> struct SumOfSquares {
     static constexpr int SUMS = 1;
-    static constexpr int BLOCKS = 4;
+    static constexpr int BLOCKS = 3;
     struct Here {
         const W *weight;
         const G *grad;

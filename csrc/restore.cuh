@@ -9,7 +9,7 @@ namespace rsaft {
 
 template <class W, bool MASTER> struct Restore {
     static constexpr int SUMS = 0;
-    static constexpr int BLOCKS = 3;
+    static constexpr int BLOCKS = 2;
     using S = std::conditional_t<MASTER, float, W>;
     const float *found_inf;
 

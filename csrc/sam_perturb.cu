@@ -11,7 +11,7 @@ namespace rsaft {
 
 template <class W, class G, bool MASTER, bool STOCHASTIC> struct Perturb {
     static constexpr int SUMS = 3;
-    static constexpr int BLOCKS = STOCHASTIC ? 3 : 4;
+    static constexpr int BLOCKS = 3;
     using S = std::conditional_t<MASTER, float, W>;
     const double *scales;
     const float *found_inf;
