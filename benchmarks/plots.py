@@ -139,13 +139,13 @@ def roofline(results: Row) -> Figure:
     axis.set_yscale("log")
     axis.set_xlim(low, high)
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_ylim(bottom, 1.6 * max(results["copy_gbps"], results["read_gbps"]))
     axis.set_ylabel("GB/s on the floor's bytes", fontsize=10, color=INK)
     _tidy(axis, "bytes that the pass must move (floor: bytes a parameter x parameters)")
     axis.grid(True, axis="y", color=GRID, linewidth=0.8)
-    figure.legend(handles=_legend(points), loc="outside right upper", frameon=False, fontsize=8.5)
+    figure.legend(handles=_legend(points), loc="outside right center", frameon=False, fontsize=8.5)
     _title(figure, results, "Achieved bandwidth against the card's own")
     return figure
 
@@ -192,7 +192,7 @@ def _title(figure: Figure, results: Row, said: str) -> None:
     where = (
         f"{results['gpu']}, torch {results['torch']}, commit {results['commit'] or 'unknown'}, {results['date'][:10]}"
     )
-    warning = "" if is_gpu(results) else "  (CPU figures, not to be quoted)"
+    warning = "" if is_gpu(results) else " (CPU figures, not to be quoted)"
     figure.suptitle(f"{said}\n{where}{warning}", x=0.01, ha="left", fontsize=11, color=INK)
 
 
