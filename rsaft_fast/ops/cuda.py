@@ -73,10 +73,25 @@ class _Prepared:
         return self.part_address
 
 
+class _Cache(dict):
+    """Addresses that belong to one object, kept with it. A copy of the object has other memory and starts without."""
+
+    def __deepcopy__(self, memo) -> "_Cache":
+        return _Cache()
+
+    def __reduce__(self):
+        return _Cache, ()
+
+
+def _cache(owner: TensorTable | GradientNorm | StepScalars) -> _Cache:
+    found = owner.__dict__.get("_cuda")
+    if found is None:
+        found = owner._cuda = _Cache()
+    return found
+
+
 def _prepared(table: TensorTable) -> _Prepared:
-    cache = vars(table).get("_cuda_structs")
-    if cache is None:
-        cache = table._cuda_structs = {}
+    cache = _cache(table)
     key = (*table._lists, *table.dtypes.values())
     found = cache.get(key)
     if found is None:
@@ -104,10 +119,11 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 
 def _norm_pointers(norm: GradientNorm) -> tuple[int, int, int, int]:
     """Of values, norm, scale, found_inf. They live as long as the object."""
-    found = vars(norm).get("_cuda_pointers")
+    cache = _cache(norm)
+    found = cache.get("pointers")
     if found is None:
         tensors = (norm.values, norm.norm, norm.scale, norm.found_inf)
-        found = norm._cuda_pointers = tuple(tensor.data_ptr() for tensor in tensors)
+        found = cache["pointers"] = tuple(tensor.data_ptr() for tensor in tensors)
     return found
 
 
@@ -116,12 +132,13 @@ def _inputs(inputs: StepInputs) -> int:
     scalars = inputs.scalars
     first_inf = None if inputs.first is None else _norm_pointers(inputs.first)[3]
     key = (first_inf, _pointer(inputs.found_inf), _pointer(inputs.grad_scale), inputs.released)
-    found = vars(scalars).get("_cuda_inputs")
+    cache = _cache(scalars)
+    found = cache.get("inputs")
     if found is None or found[0] != key:
         struct = _Inputs(
             scalars.hyper.data_ptr(), *key[:3], scalars.skip.data_ptr(), scalars.skipped.data_ptr(), int(key[3])
         )
-        found = scalars._cuda_inputs = (key, ctypes.addressof(struct), struct)
+        found = cache["inputs"] = (key, ctypes.addressof(struct), struct)
     return found[1]
 
 
@@ -133,22 +150,24 @@ def _check_count(tables: Sequence) -> None:
 def _table_array(owner: GradientNorm, tables: Sequence[TensorTable]) -> int:
     """Address of an array of the tables' structs, kept with the norm."""
     addresses = [_prepared(table).address for table in tables]
-    found = vars(owner).get("_cuda_tables")
+    cache = _cache(owner)
+    found = cache.get("tables")
     if found is None or found[0] != addresses:
         _check_count(tables)
         array = (ctypes.c_void_p * len(addresses))(*addresses)
-        found = owner._cuda_tables = (addresses, ctypes.addressof(array), array)
+        found = cache["tables"] = (addresses, ctypes.addressof(array), array)
     return found[1]
 
 
 def _slot_arrays(norm: GradientNorm, slots: list[torch.Tensor]) -> tuple[int, int]:
     """Addresses of an array of the slots' addresses and of one of their counts, kept with the norm."""
-    found = vars(norm).get("_cuda_slots")
+    cache = _cache(norm)
+    found = cache.get("slots")
     if found is None or len(found[0]) != len(slots) or any(a is not b for a, b in zip(found[0], slots)):
         _check_count(slots)
         pointers = (ctypes.c_void_p * len(slots))(*(part.data_ptr() for part in slots))
         counts = (ctypes.c_int32 * len(slots))(*(part.numel() for part in slots))
-        found = norm._cuda_slots = (
+        found = cache["slots"] = (
             list(slots), (ctypes.addressof(pointers), ctypes.addressof(counts)), pointers, counts
         )  # fmt: skip
     return found[1]
@@ -207,9 +226,10 @@ def sam_adamw_step_(
 ) -> None:
     prepared = _prepared(table)
     address = prepared.address if tensor is None else prepared.of_tensor(table, tensor, grad)
-    skip = vars(scalars).get("_cuda_skip")
+    cache = _cache(scalars)
+    skip = cache.get("skip")
     if skip is None:
-        skip = scalars._cuda_skip = scalars.skip.data_ptr()
+        skip = cache["skip"] = scalars.skip.data_ptr()
     first_inf = None if first is None else _norm_pointers(first)[3]
     _call(table.device, "rsaft_sam_adamw_step", address, skip, first_inf, restore)
 
