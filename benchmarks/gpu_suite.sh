@@ -61,7 +61,8 @@ pytest=("$python" -m pytest -m gpu -p no:cacheprovider)
 
 step build 75 "$python" -m pip install -q --no-build-isolation --no-deps --disable-pip-version-check -e . || { status=0; without_pip; }
 step doctor 20 "$python" -m rsaft_fast.cli doctor
-step tests 115 "${pytest[@]}" "${tests[@]}"
+# A part that cannot be collected here (a package is missing) fails the step, after the others ran.
+step tests 115 "${pytest[@]}" --continue-on-collection-errors "${tests[@]}"
 if command -v compute-sanitizer > /dev/null; then
   # Without torch's caching allocator a write beyond a tensor is a write beyond an allocation.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
