@@ -8,13 +8,17 @@ import torch
 from diffusers import DiffusionPipeline
 
 from rsaft_fast.backbones.base import Backbone, Branch, Conditioning
+from rsaft_fast.backbones.flux import FLUX
 from rsaft_fast.backbones.lora import LoRASettings, add_lora, save_lora
 from rsaft_fast.backbones.pipeline import PipelineBackbone
 from rsaft_fast.backbones.sd3 import SD3
 from rsaft_fast.backbones.sd15 import SD15
+from rsaft_fast.backbones.sdxl import SDXL
 from rsaft_fast.errors import UserError
 
-ADAPTERS: dict[str, type[PipelineBackbone]] = {adapter.pipeline_class.__name__: adapter for adapter in (SD15, SD3)}
+ADAPTERS: dict[str, type[PipelineBackbone]] = {
+    adapter.pipeline_class.__name__: adapter for adapter in (SD15, SDXL, SD3, FLUX)
+}
 
 
 def load_backbone(
@@ -30,42 +34,69 @@ def load_backbone(
     Raises:
         UserError: nothing there, a pipeline class without an adapter, a damaged file, or a size it cannot make.
     """
-    if str(path) == "playground":
-        from rsaft_fast.playground import pipeline_path
-
-        path = pipeline_path()
-    adapter = _adapter_for(path)
+    path = _local(path)
+    adapter = adapter_for(path)
     try:
         return adapter.from_pretrained(path, height=height, width=width, dtype=dtype, device=device)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise UserError(f"the pipeline at {path} could not be loaded: {_first_line(error)}") from error
 
 
-def _adapter_for(path: str | Path) -> type[PipelineBackbone]:
-    folder = Path(path)
+def adapter_for(path: str | Path) -> type[PipelineBackbone]:
+    """The adapter for the pipeline at a folder or hub id; reads model_index.json alone.
+
+    Raises:
+        UserError: nothing there, a pipeline class without an adapter, or a component without which nothing runs.
+    """
+    folder = Path(path := _local(path))
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise UserError(f"{path} has no model_index.json; give the folder of a diffusers pipeline, or its hub id")
     try:
-        name = DiffusionPipeline.load_config(str(path))["_class_name"]
+        index = DiffusionPipeline.load_config(str(path))
+        adapter = ADAPTERS.get(index["_class_name"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"no diffusers pipeline at {path}: {_first_line(error)}") from error
-    if name not in ADAPTERS:
-        raise UserError(f"{path} is a {name}; supported pipeline classes: {', '.join(sorted(ADAPTERS))}")
-    return ADAPTERS[name]
+    if adapter is None:
+        supported = ", ".join(sorted(ADAPTERS))
+        raise UserError(f"{path} is a {index['_class_name']}; supported pipeline classes: {supported}")
+    # diffusers finds these out one at a time, after it has read the parts before.
+    for name in adapter.text_encoders:
+        if not any(index.get(name) or ()):
+            raise UserError(f"{path} names no {name} in its model_index.json; prompts cannot be encoded without")
+    if folder.is_dir():
+        for name, entry in index.items():
+            if isinstance(entry, list) and any(entry) and not (folder / name).is_dir():
+                raise UserError(f"{path} is incomplete: its model_index.json names {name}, and there is no such folder")
+    return adapter
+
+
+def _local(path: str | Path) -> str | Path:
+    """The path, or that of the pipeline that ships with the package."""
+    if str(path) == "playground":
+        from rsaft_fast.playground import pipeline_path
+
+        return pipeline_path()
+    return path
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first sentence: diffusers adds advice about its own options."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". If you want")[0]
 
 
 __all__ = [
+    "FLUX",
     "SD3",
     "SD15",
+    "SDXL",
     "Backbone",
     "Branch",
     "Conditioning",
     "LoRASettings",
     "PipelineBackbone",
+    "adapter_for",
     "add_lora",
     "load_backbone",
     "save_lora",

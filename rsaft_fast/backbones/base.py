@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from rsaft_fast.errors import UserError
 from rsaft_fast.sampling.linear import LinearStep, Schedule
 from rsaft_fast.sampling.noise import NoiseSource
 
@@ -20,10 +21,11 @@ class Conditioning:
     """Encoded prompts of one batch.
 
     Attributes:
-        positive: keyword tensors of the denoiser, each (B, ...): text embeddings, pooled embeddings, time ids,
-            guidance embedding, whatever the backbone's `predict` takes.
+        positive: keyword tensors of the denoiser, each (B, ...): text embeddings, pooled embeddings, time ids, the
+            scale for a guidance embedding, whatever the backbone's `predict` takes.
         negative: the same for the unconditional branch of classifier-free guidance; None without guidance.
-        guidance_scale: w in f = f_u + w (f_c - f_u); unused when `negative` is None.
+        guidance_scale: w in f = f_u + w (f_c - f_u); unused when `negative` is None. An embedded guidance scale is
+            part of the branches.
     """
 
     positive: Branch
@@ -84,10 +86,32 @@ class Backbone(ABC):
         return noise.draw("initial", self.latent_shape, dtype=self.latent_dtype, device=self.device)
 
     @abstractmethod
+    def cfg_scale(self, guidance_scale: float, true_cfg_scale: float = 1.0) -> float:
+        """The weight w of classifier-free guidance that these settings mean for this model; 1 is without."""
+
+    @abstractmethod
+    def embed(self, prompts: Sequence[str | None], guidance_scale: float = 1.0) -> Branch:
+        """Encode prompts as one branch, without gradient; None is the unconditional prompt."""
+
     def encode(
-        self, prompts: Sequence[str], negative_prompts: Sequence[str] | str | None = None, guidance_scale: float = 1.0
+        self,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str] | str | None = None,
+        guidance_scale: float = 1.0,
+        true_cfg_scale: float = 1.0,
     ) -> Conditioning:
-        """Encode prompts without gradient; a guidance scale of 1 leaves the negative branch out."""
+        """Encode prompts without gradient; classifier-free guidance at weight 1 leaves the negative branch out.
+
+        Args:
+            negative_prompts: one for each prompt, or one for all; None is the model's unconditional prompt.
+            guidance_scale: the weight of classifier-free guidance; FLUX.1 has an embedding for it instead.
+            true_cfg_scale: FLUX.1's weight of classifier-free guidance beside the embedded one.
+        """
+        w = self.cfg_scale(guidance_scale, true_cfg_scale)
+        negatives = as_negative_prompts(prompts, negative_prompts)
+        return Conditioning(
+            self.embed(prompts, guidance_scale), None if w == 1.0 else self.embed(negatives, guidance_scale), w
+        )
 
     @abstractmethod
     def predict(self, x: torch.Tensor, step: LinearStep, branch: Branch) -> torch.Tensor:
@@ -100,3 +124,16 @@ class Backbone(ABC):
     @abstractmethod
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Scaled latents of images in [0, 1] (the VAE posterior's mean), without gradient."""
+
+
+def as_negative_prompts(
+    prompts: Sequence[str], negative_prompts: Sequence[str] | str | None
+) -> Sequence[str] | Sequence[None]:
+    """One negative prompt for each prompt; None and a single string are repeated."""
+    if negative_prompts is None or isinstance(negative_prompts, str):
+        return [negative_prompts] * len(prompts)
+    if len(negative_prompts) != len(prompts):
+        raise UserError(
+            f"{len(negative_prompts)} negative prompts for {len(prompts)} prompts; give one for each, or one"
+        )
+    return list(negative_prompts)

@@ -68,6 +68,6 @@ def save_lora(backbone: PipelineBackbone, folder: str | Path, settings: LoRASett
         name: tensor.detach().float().cpu() * (settings.scale if ".lora_B." in name else 1.0)
         for name, tensor in get_peft_model_state_dict(backbone.denoiser).items()
     }
-    layers = "unet_lora_layers" if hasattr(backbone.pipeline, "unet") else "transformer_lora_layers"
-    backbone.pipeline_class.save_lora_weights(str(folder), **{layers: state}, safe_serialization=True)
+    layers = {f"{backbone.denoiser_name}_lora_layers": state}
+    backbone.pipeline_class.save_lora_weights(str(folder), **layers, safe_serialization=True)
     return Path(folder) / "pytorch_lora_weights.safetensors"

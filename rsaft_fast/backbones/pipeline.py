@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 
-from rsaft_fast.backbones.base import Backbone
+from rsaft_fast.backbones.base import Backbone, Branch, Conditioning
 from rsaft_fast.errors import UserError
 
 
@@ -17,10 +18,25 @@ class PipelineBackbone(Backbone):
     """Adapter over a diffusers pipeline.
 
     Networks compute in `compute_dtype`; latents and everything done to them by the sampler stay in `latent_dtype`.
-    The VAE of an fp16 pipeline decodes in fp32: several public ones overflow in fp16.
+
+    The VAE computes in `compute_dtype` too, but in fp32 for fp16. SDXL's activations exceed fp16's largest number
+    (`force_upcast` in its config), and the repaired VAEs that do not would still lose the reward's gradient on the way
+    back: about 1e-5 a pixel lies below fp16's smallest normal number. bf16 has fp32's range, and half its memory.
+
+    Attributes:
+        pipeline_class: the diffusers pipeline that it adapts.
+        denoiser_class, denoiser_name: of the network that is trained, and its name within the pipeline.
+        text_encoders: names of the components without which no prompt can be encoded.
+        embeds_guidance: whether `guidance_scale` goes into an embedding, not into classifier-free guidance.
+        lora_targets: names of the linear layers that adapters go to by default.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
+    denoiser_class: ClassVar[type[ModelMixin]]
+    denoiser_name: ClassVar[str]
+    text_encoders: ClassVar[tuple[str, ...]]
+    embeds_guidance: ClassVar[bool] = False
+    lora_targets: ClassVar[tuple[str, ...]]
 
     def __init__(
         self,
@@ -46,6 +62,7 @@ class PipelineBackbone(Backbone):
                 module.to(dtype)
         if dtype == torch.float16:
             pipeline.vae.to(torch.float32)
+        self._check_channels()
         self.height = height or self.default_size
         self.width = width or self.default_size
         for name, size in (("height", self.height), ("width", self.width)):
@@ -66,13 +83,32 @@ class PipelineBackbone(Backbone):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> PipelineBackbone:
-        pipeline = cls.pipeline_class.from_pretrained(path, dtype=dtype, **cls.loading_options())
+        denoiser = {cls.denoiser_name: cls._load_denoiser(path, dtype)}
+        pipeline = cls.pipeline_class.from_pretrained(path, dtype=dtype, **denoiser, **cls.loading_options())
         return cls(pipeline, height=height, width=width, dtype=dtype, device=device)
+
+    @classmethod
+    def _load_denoiser(cls, path: str | Path, dtype: torch.dtype) -> torch.nn.Module:
+        """The denoiser alone: within a pipeline, diffusers loads one whose config fits part of its weights."""
+        denoiser, info = cls.denoiser_class.from_pretrained(
+            path, subfolder=cls.denoiser_name, dtype=dtype, output_loading_info=True
+        )
+        for key, meaning in (("missing_keys", "the file lacks"), ("unexpected_keys", "the config has no place for")):
+            if names := sorted(info[key]):
+                raise UserError(
+                    f"{path}: {cls.denoiser_name}/config.json does not match its weights: {meaning} {len(names)} of "
+                    f"them, {names[0]} first"
+                )
+        return denoiser
 
     @classmethod
     def loading_options(cls) -> dict[str, Any]:
         """Components that are never used are not loaded."""
         return {}
+
+    @property
+    def denoiser(self) -> torch.nn.Module:
+        return getattr(self.pipeline, self.denoiser_name)
 
     def modules(self) -> list[torch.nn.Module]:
         """The pipeline's networks."""
@@ -96,7 +132,12 @@ class PipelineBackbone(Backbone):
     @property
     def latent_shape(self) -> tuple[int, ...]:
         scale = self.vae_scale_factor
-        return (self.pipeline.vae.config.latent_channels, self.height // scale, self.width // scale)
+        return (self.latent_channels, self.height // scale, self.width // scale)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the VAE's latents that the denoiser takes."""
+        return self.denoiser.config.in_channels
 
     @property
     def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -114,6 +155,60 @@ class PipelineBackbone(Backbone):
             if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
                 raise UserError(f"{name} has dropout {module.p}; the passes of a step must agree: set dropout to 0")
 
+    def cfg_scale(self, guidance_scale: float, true_cfg_scale: float = 1.0) -> float:
+        if true_cfg_scale != 1.0:
+            raise UserError(
+                f"sampler.true_cfg_scale is {true_cfg_scale}, which FLUX.1 alone knows; {type(self).__name__}'s "
+                "classifier-free guidance is sampler.guidance_scale"
+            )
+        return guidance_scale
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[str | None], guidance_scale: float = 1.0) -> Branch:
+        missing = [name for name in self.text_encoders if getattr(self.pipeline, name) is None]
+        if missing:
+            raise UserError(f"prompts cannot be encoded: the pipeline has no {' and no '.join(missing)}")
+        text = self.encode_text([prompt or "" for prompt in prompts])
+        for name, shape in self.embedding_shapes.items():
+            if text[name].shape[-1] != shape[-1]:
+                raise UserError(
+                    f"the pipeline's parts do not fit: its text encoders give {name} of width {text[name].shape[-1]}, "
+                    f"and its denoiser's config wants {shape[-1]}"
+                )
+        return self._branch(text, len(prompts), guidance_scale)
+
+    @abstractmethod
+    def encode_text(self, prompts: list[str]) -> Branch:
+        """What the pipeline's text encoders make of the prompts, under the denoiser's own names."""
+
+    def added_conditions(self, batch: int, guidance_scale: float) -> Branch:
+        """What a branch holds beside the text."""
+        return {}
+
+    @property
+    @abstractmethod
+    def embedding_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one prompt's row of every tensor of `encode_text`."""
+
+    def random_conditioning(
+        self, batch: int, guidance_scale: float = 1.0, true_cfg_scale: float = 1.0, seed: int = 0
+    ) -> Conditioning:
+        """A conditioning of the right shapes, drawn N(0, 1): no text encoder is needed."""
+        generator = torch.Generator().manual_seed(seed)
+        w = self.cfg_scale(guidance_scale, true_cfg_scale)
+        drawn = [
+            {n: torch.randn(batch, *shape, generator=generator) for n, shape in self.embedding_shapes.items()}
+            for _ in range(1 if w == 1.0 else 2)
+        ]
+        positive, negative = (*(self._branch(text, batch, guidance_scale) for text in drawn), None)[:2]
+        return Conditioning(positive, negative, w)
+
+    def _branch(self, text: Branch, batch: int, guidance_scale: float) -> Branch:
+        embedded = {
+            name: tensor.detach().to(device=self.device, dtype=self.compute_dtype) for name, tensor in text.items()
+        }
+        return embedded | self.added_conditions(batch, guidance_scale)
+
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self.pipeline.vae
         x = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
@@ -130,23 +225,11 @@ class PipelineBackbone(Backbone):
     def _timesteps(self, t: float, batch: int) -> torch.Tensor:
         return torch.full((batch,), t, device=self.device, dtype=torch.float32)
 
-    def _embeddings(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().to(device=self.device, dtype=self.compute_dtype)
-
-
-def as_negative_prompts(prompts: Sequence[str], negative_prompts: Sequence[str] | str | None) -> list[str]:
-    """One negative prompt for each prompt; None and a single string are repeated."""
-    if negative_prompts is None or isinstance(negative_prompts, str):
-        return [negative_prompts or ""] * len(prompts)
-    if len(negative_prompts) != len(prompts):
-        raise UserError(
-            f"{len(negative_prompts)} negative prompts for {len(prompts)} prompts; give one for each, or one"
-        )
-    return list(negative_prompts)
-
-
-def dynamic_shift(config: Any, num_tokens: int) -> float:
-    """mu of a dynamically shifted flow scheduler: linear in the number of image tokens (its config holds the line)."""
-    base, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.16)
-    return low + (high - low) * (num_tokens - base) / (most - base)
+    def _check_channels(self) -> None:
+        """A denoiser of another task (inpainting has 9 channels) or another VAE's loads, but cannot work."""
+        found = self.pipeline.vae.config.latent_channels
+        if found != self.latent_channels:
+            raise UserError(
+                f"the pipeline's parts do not fit: its VAE has {found} latent channels, and its denoiser takes "
+                f"{self.latent_channels}"
+            )

@@ -1,23 +1,22 @@
-"""Stable Diffusion 1.x: a UNet that predicts the noise, sampled by DDIM."""
+"""Stable Diffusion 1.x: one text encoder."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 
-from rsaft_fast.backbones.base import Branch, Conditioning
-from rsaft_fast.backbones.pipeline import PipelineBackbone, as_negative_prompts
-from rsaft_fast.sampling.linear import LinearStep, Schedule, ddim_schedule
+from rsaft_fast.backbones.base import Branch
+from rsaft_fast.backbones.unet import UNetBackbone
+from rsaft_fast.sampling.linear import LinearStep
 
 
-class SD15(PipelineBackbone):
+class SD15(UNetBackbone):
     """`StableDiffusionPipeline`: latents (4, H/8, W/8), one text encoder."""
 
     pipeline_class = StableDiffusionPipeline
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    text_encoders = ("text_encoder",)
 
     @classmethod
     def loading_options(cls) -> dict[str, Any]:
@@ -29,35 +28,12 @@ class SD15(PipelineBackbone):
         }
 
     @property
-    def denoiser(self) -> torch.nn.Module:
-        return self.pipeline.unet
+    def embedding_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"encoder_hidden_states": (self.text_tokens, self.denoiser.config.cross_attention_dim)}
 
-    def schedule(self, num_steps: int, eta: float = 0.0) -> Schedule:
-        config = self.pipeline.scheduler.config
-        # SD1.5 ships a PNDM config, which knows no clip_sample; DDIM's default for the missing key would clip.
-        clip_sample = config.get("clip_sample", False)
-        return ddim_schedule(DDIMScheduler.from_config(config, clip_sample=clip_sample), num_steps, eta)
-
-    @torch.no_grad()
-    def encode(
-        self,
-        prompts: Sequence[str],
-        negative_prompts: Sequence[str] | str | None = None,
-        guidance_scale: float = 1.0,
-    ) -> Conditioning:
-        guided = guidance_scale != 1.0
-        positive, negative = self.pipeline.encode_prompt(
-            list(prompts),
-            self.device,
-            1,
-            guided,
-            negative_prompt=as_negative_prompts(prompts, negative_prompts) if guided else None,
-        )
-        return Conditioning(
-            {"encoder_hidden_states": self._embeddings(positive)},
-            {"encoder_hidden_states": self._embeddings(negative)} if guided else None,
-            guidance_scale,
-        )
+    def encode_text(self, prompts: list[str]) -> Branch:
+        text, _ = self.pipeline.encode_prompt(prompts, self.device, 1, False)
+        return {"encoder_hidden_states": text}
 
     def predict(self, x: torch.Tensor, step: LinearStep, branch: Branch) -> torch.Tensor:
         scaled = (step.input_scale * x).to(self.compute_dtype)

@@ -38,7 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.lora:
         load_lora(backbone, arguments.lora)
     with naming_the_phase("sampling"):
-        encoded = EncodedPrompts(backbone, prompts, sampler.negative_prompt, sampler.guidance_scale)
+        encoded = EncodedPrompts(
+            backbone, prompts, sampler.negative_prompt, sampler.guidance_scale, sampler.true_cfg_scale
+        )
         columns = {
             f"seed {seed}": sample_images(
                 backbone, schedule, encoded(prompts), seed, arguments.batch_size, same_noise=True

@@ -10,6 +10,7 @@ Scalars are Python floats (float64), computed from the tables that diffusers' ow
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -109,13 +110,19 @@ def _ddim_step(t: int, abar: float, abar_previous: float, eta: float, prediction
     )
 
 
-def flow_schedule(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, mu: float | None = None) -> Schedule:
+def flow_schedule(
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    num_steps: int,
+    mu: float | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> Schedule:
     """Euler steps of the rectified flow x_t = (1 - sigma) x0 + sigma noise, v = noise - x0 (SD3, FLUX).
 
     Args:
         scheduler: its shift (or dynamic shift, with `mu`) places the sigmas exactly as the pipeline does.
         num_steps: number of network calls.
         mu: the dynamic shift for `use_dynamic_shifting` schedulers (FLUX: from the number of image tokens).
+        sigmas: one a call, before the shift, as FLUX's pipeline sets them; None takes the scheduler's own.
     """
     config = scheduler.config
     if config.get("stochastic_sampling"):
@@ -125,7 +132,8 @@ def flow_schedule(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, mu
             "this flow scheduler shifts dynamically and needs mu, which its pipeline computes from the image size"
         )
     _check_num_steps(num_steps, config.num_train_timesteps)
-    scheduler.set_timesteps(num_steps, **({"mu": mu} if config.get("use_dynamic_shifting") else {}))
+    shift = {"mu": mu} if config.get("use_dynamic_shifting") else {}
+    scheduler.set_timesteps(num_steps, sigmas=None if sigmas is None else list(sigmas), **shift)
     sigmas = scheduler.sigmas.double().tolist()
     return tuple(
         LinearStep(t=float(t), a=1.0, b=after - now, c=0.0, x0_a=1.0, x0_b=-now, alpha=1.0 - now, sigma=now)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from rsaft_fast.backbones import adapter_for
 from rsaft_fast.errors import UserError
 from rsaft_fast.ops import backends
 from rsaft_fast.sampling import GradientPlan, derive_rng
@@ -50,10 +51,10 @@ def check_config(config: Config) -> Inputs:
     # The method itself knows whether its K fits into the sampler's steps.
     plan = config.method.draw(config.sampler.steps, derive_rng(config.seed, 0, "plan"))
     _check_agreement(config)
-    _check_memory_options(config, plan)
     check_device(config.backbone.device)
     _check_backend(config.backbone.device)
     check_path("backbone.path", config.backbone.path)
+    _check_memory_options(config, plan)
     checkpoint, notes = _find_checkpoint(config)
     prompts = load_prompts(config.data.prompts, config.data.column)
     return Inputs(
@@ -69,7 +70,8 @@ def _check_agreement(config: Config) -> None:
     """Keys that contradict each other."""
     if config.sharpness is not None and config.sharpness.space not in ("pixel01", "pixel11"):
         raise UserError(f"sharpness.space is {config.sharpness.space!r}; S1 is measured in pixel01 or pixel11")
-    if config.sampler.negative_prompt and config.sampler.guidance_scale == 1:
+    sampler = config.sampler
+    if sampler.negative_prompt and sampler.guidance_scale == sampler.true_cfg_scale == 1:
         raise UserError("sampler.negative_prompt does nothing at sampler.guidance_scale 1; raise it, or leave it out")
     schedule, warmup = config.optimizer.schedule, config.optimizer.warmup_steps
     if schedule != "constant" and warmup >= config.max_steps:
@@ -99,7 +101,7 @@ def _check_memory_options(config: Config, plan: GradientPlan) -> None:
         )
     if not settings.release_gradients:
         return
-    calls = plan.backward_calls(guided=config.sampler.guidance_scale != 1)
+    calls = plan.backward_calls(guided=_is_guided(config))
     obstacles = {
         "smoothing.parameters null: there is no second pass": config.smoothing.parameters is None,
         f"data.accumulate {config.data.accumulate}; set it to 1": config.data.accumulate > 1,
@@ -109,6 +111,14 @@ def _check_memory_options(config: Config, plan: GradientPlan) -> None:
     for obstacle, stands in obstacles.items():
         if stands:
             raise UserError(f"optimizer.release_gradients with {obstacle}")
+
+
+def _is_guided(config: Config) -> bool:
+    """Whether a network call has two branches. A guidance scale alone does not say so: FLUX.1 embeds it."""
+    sampler = config.sampler
+    if sampler.true_cfg_scale != 1 or sampler.guidance_scale == 1:
+        return sampler.true_cfg_scale != 1
+    return not adapter_for(config.backbone.path).embeds_guidance
 
 
 def check_device(name: str) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from rsaft_fast import playground
 from rsaft_fast.backbones import Backbone, Conditioning, PipelineBackbone
+from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation import prompts as prompt_files
 from rsaft_fast.methods import Method
 from rsaft_fast.sampling import NoiseSource, derive_rng
@@ -41,17 +42,28 @@ def _permutation(seed: int, epoch: int, size: int, stream: int) -> list[int]:
 class EncodedPrompts:
     """Encodings of prompts, kept on the CPU, so that the text encoders can leave the device.
 
-    Each prompt is encoded alone: its encoding does not depend on which others came with it.
+    Each prompt is encoded alone: its encoding does not depend on which others came with it. An empty text is the
+    model's unconditional prompt.
     """
 
-    def __init__(self, backbone: Backbone, texts: Iterable[str], negative_prompt: str, guidance_scale: float):
+    def __init__(
+        self,
+        backbone: PipelineBackbone,
+        texts: Iterable[str],
+        negative_prompt: str = "",
+        guidance_scale: float = 1.0,
+        true_cfg_scale: float = 1.0,
+    ):
         self.device = backbone.device
-        self.guidance_scale = guidance_scale
-        self._rows = {text: _on_cpu(backbone.encode([text]).positive) for text in dict.fromkeys(texts)}
-        self._negative = None
-        if guidance_scale != 1.0:
-            guided = backbone.encode([negative_prompt], [negative_prompt], guidance_scale)
-            self._negative = _on_cpu(guided.negative)
+        self.guidance_scale = backbone.cfg_scale(guidance_scale, true_cfg_scale)
+        if negative_prompt and backbone.embeds_guidance and self.guidance_scale == 1.0:
+            raise UserError(
+                "sampler.negative_prompt does nothing at sampler.true_cfg_scale 1: this model's guidance_scale is an "
+                "embedding; raise true_cfg_scale, or leave the negative prompt out"
+            )
+        embed = lambda text: _on_cpu(backbone.embed([text or None], guidance_scale))  # noqa: E731
+        self._rows = {text: embed(text) for text in dict.fromkeys(texts)}
+        self._negative = None if self.guidance_scale == 1.0 else embed(negative_prompt)
 
     def __call__(self, texts: Sequence[str]) -> Conditioning:
         """The conditioning of a batch of these texts, on the backbone's device."""

@@ -70,7 +70,9 @@ class Trainer:
             texts += self.denoising.texts()
         sampler = self.config.sampler
         with naming_the_phase("preparing the run"):
-            encoded = EncodedPrompts(self.backbone, texts, sampler.negative_prompt, sampler.guidance_scale)
+            encoded = EncodedPrompts(
+                self.backbone, texts, sampler.negative_prompt, sampler.guidance_scale, sampler.true_cfg_scale
+            )
         unload_text_encoders(self.backbone)
         return encoded
 
@@ -181,7 +183,7 @@ class Trainer:
     def export(self, folder: Path) -> Path:
         """Write what other programs load: `<folder>/lora`, or the denoiser as `<folder>/unet` or `/transformer`."""
         lora = self.config.parameters.train == "lora"
-        final = folder / ("lora" if lora else denoiser_name(self.backbone))
+        final = folder / ("lora" if lora else self.backbone.denoiser_name)
         temporary = folder / f".{final.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         with self.final_weights():
@@ -212,11 +214,6 @@ def prepare_backbone(settings: BackboneSettings, device: torch.device) -> Pipeli
     if "decoder" in settings.checkpoint:
         checkpoint_vae_decoder(backbone.pipeline.vae)
     return backbone
-
-
-def denoiser_name(backbone: PipelineBackbone) -> str:
-    """The denoiser's place in a diffusers pipeline: "unet" or "transformer"."""
-    return next(name for name, part in backbone.pipeline.components.items() if part is backbone.denoiser)
 
 
 def describe_software() -> dict[str, str]:

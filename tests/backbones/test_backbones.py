@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from builders.backbones import BUILDERS, PROMPTS, noise_source
+from builders.backbones import BUILDERS, PROMPTS, SIZE, cfg, noise_source
 from builders.pipelines import tiny_sd3
 from diffusers import DDIMScheduler, DiffusionPipeline
 
@@ -16,30 +16,29 @@ from rsaft_fast.sampling import rollout
 STEPS, GUIDANCE, NEGATIVE = 4, 3.5, "blurry"
 
 
-def our_images(backbone, prompts=PROMPTS[:2]):
+def load(folder, **options):
+    return load_backbone(folder, **({"height": SIZE, "width": SIZE} | options))
+
+
+def our_images(backbone, prompts=PROMPTS[:2], negative=NEGATIVE, **guidance):
     noise = noise_source(len(prompts))
-    conditioning = backbone.encode(prompts, NEGATIVE, GUIDANCE)
+    conditioning = backbone.encode(prompts, negative, **({"guidance_scale": GUIDANCE} | guidance))
     plan = DRaFT().draw(STEPS, None)
     with torch.no_grad():
         end = rollout(backbone, backbone.schedule(STEPS), plan, backbone.initial_latents(noise), conditioning, noise)
         return backbone.decode(end.endpoints[0]).clamp(0, 1)
 
 
-def diffusers_images(pipeline, latents, prompts=PROMPTS[:2]):
+def diffusers_images(pipeline, latents, prompts=PROMPTS[:2], **options):
     if hasattr(pipeline, "unet"):
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
-    out = pipeline(
-        list(prompts),
-        negative_prompt=[NEGATIVE] * len(prompts),
-        num_inference_steps=STEPS,
-        guidance_scale=GUIDANCE,
-        latents=latents,
-        height=32,
-        width=32,
-        output_type="pt",
-    )
-    return out.images
+    options = dict(negative_prompt=[NEGATIVE] * len(prompts), guidance_scale=GUIDANCE) | options
+    if hasattr(pipeline, "transformer") and hasattr(pipeline, "tokenizer_2") and not hasattr(pipeline, "tokenizer_3"):
+        options |= {"max_sequence_length": pipeline.tokenizer_2.model_max_length}
+    return pipeline(
+        list(prompts), num_inference_steps=STEPS, latents=latents, height=SIZE, width=SIZE, output_type="pt", **options
+    ).images
 
 
 @pytest.fixture(params=list(BUILDERS))
@@ -48,7 +47,7 @@ def folder(request, tmp_path):
 
 
 def test_images_are_those_of_diffusers(folder):
-    backbone = load_backbone(folder)
+    backbone = load(folder)
     theirs = diffusers_images(DiffusionPipeline.from_pretrained(folder), backbone.initial_latents(noise_source(2)))
     assert (our_images(backbone) - theirs).abs().max() < 1e-4
     assert theirs.std() > 0.05
@@ -56,7 +55,7 @@ def test_images_are_those_of_diffusers(folder):
 
 @pytest.mark.parametrize("alpha", [None, 3.0])
 def test_saved_lora_gives_the_same_images_in_plain_diffusers(folder, tmp_path, alpha):
-    backbone = load_backbone(folder)
+    backbone = load(folder)
     untrained = our_images(backbone)
     settings = LoRASettings(rank=4, alpha=alpha)
     add_lora(backbone, settings)
@@ -75,7 +74,7 @@ def test_saved_lora_gives_the_same_images_in_plain_diffusers(folder, tmp_path, a
 
 
 def test_lora_trains_adapters_in_fp32_over_a_bf16_base(folder):
-    backbone = load_backbone(folder, dtype=torch.bfloat16)
+    backbone = load(folder, dtype=torch.bfloat16)
     add_lora(backbone, LoRASettings(rank=2))
     assert {p.dtype for p in backbone.trainable_parameters.values()} == {torch.float32}
     assert all("lora_" in name for name in backbone.trainable_parameters)
@@ -88,7 +87,7 @@ def test_lora_trains_adapters_in_fp32_over_a_bf16_base(folder):
 def test_lora_is_the_same_for_the_same_seed_and_leaves_global_randomness_alone(folder):
     states = []
     for seed in (0, 0, 1):
-        backbone = load_backbone(folder)
+        backbone = load(folder)
         torch.manual_seed(11)
         add_lora(backbone, LoRASettings(rank=2), seed)
         assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(11)))
@@ -97,7 +96,7 @@ def test_lora_is_the_same_for_the_same_seed_and_leaves_global_randomness_alone(f
 
 
 def test_decode_inverts_encode_scaling_and_differentiates(folder):
-    backbone = load_backbone(folder, dtype=torch.float64)
+    backbone = load(folder, dtype=torch.float64)
     images = torch.rand(1, 3, 32, 32, dtype=torch.float64)
     latents = backbone.encode_images(images)
     assert latents.shape == (1, *backbone.latent_shape) and latents.dtype == torch.float64
@@ -110,21 +109,23 @@ def test_decode_inverts_encode_scaling_and_differentiates(folder):
 
 
 def test_negative_prompts_and_batches_do_not_mix(folder):
-    backbone = load_backbone(folder)
-    together = backbone.encode(PROMPTS, "blurry", 2.0)
-    alone = backbone.encode(PROMPTS[1:2], ["blurry"], 2.0)
-    for name, tensor in together.select([1]).positive.items():
-        assert torch.allclose(tensor, alone.positive[name], atol=1e-6)
+    backbone = load(folder)
+    together = backbone.encode(PROMPTS, "blurry", **cfg(backbone, 2.0))
+    alone = backbone.encode(PROMPTS[1:2], ["blurry"], **cfg(backbone, 2.0))
+    for branch in ("positive", "negative"):
+        one = getattr(together.select([1]), branch)
+        for name, tensor in getattr(alone, branch).items():
+            assert torch.allclose(tensor, one[name], atol=1e-6)
     assert together.negative is not None and backbone.encode(PROMPTS).negative is None
     with pytest.raises(UserError, match="1 negative prompts for 4"):
-        backbone.encode(PROMPTS, ["blurry"], 2.0)
+        backbone.encode(PROMPTS, ["blurry"], **cfg(backbone, 2.0))
 
 
 def test_resolution_must_divide(folder):
-    divisor = load_backbone(folder).size_divisor
+    divisor = load(folder).size_divisor
     with pytest.raises(UserError, match=f"multiples of {divisor}"):
-        load_backbone(folder, height=32 + divisor // 2)
-    wide = load_backbone(folder, height=16, width=24)
+        load(folder, height=32 + divisor // 2)
+    wide = load(folder, height=16, width=24)
     assert our_images(wide).shape == (2, 3, 16, 24)
 
 
@@ -142,11 +143,11 @@ def test_bad_pipelines_have_clear_errors(tmp_path, folder):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "KandinskyPipeline"}))
     with pytest.raises(UserError, match="KandinskyPipeline.*StableDiffusion3Pipeline"):
-        load_backbone(folder)
+        load(folder)
 
 
 def test_dropout_in_the_trained_network_is_refused(folder):
-    backbone = load_backbone(folder)
+    backbone = load(folder)
     next(m for m in backbone.denoiser.modules() if isinstance(m, torch.nn.Dropout)).p = 0.1
     with pytest.raises(UserError, match="dropout 0.1"):
         backbone.train_all_parameters()
@@ -154,4 +155,4 @@ def test_dropout_in_the_trained_network_is_refused(folder):
 
 def test_unknown_lora_targets_are_refused(folder):
     with pytest.raises(UserError, match="no_such_layer"):
-        add_lora(load_backbone(folder), LoRASettings(targets=("no_such_layer",)))
+        add_lora(load(folder), LoRASettings(targets=("no_such_layer",)))

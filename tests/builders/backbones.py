@@ -6,16 +6,17 @@ from pathlib import Path
 
 import torch
 
-from builders.pipelines import tiny_sd3, tiny_sd15
+from builders.pipelines import tiny_flux, tiny_sd3, tiny_sd15, tiny_sdxl
 from rsaft_fast.backbones import LoRASettings, PipelineBackbone, add_lora, load_backbone
 from rsaft_fast.sampling import NoiseSource
 
-BUILDERS = {"sd15": tiny_sd15, "sd3": tiny_sd3}
+BUILDERS = {"sd15": tiny_sd15, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
+SIZE = 32  # pixels a side, the default of all but FLUX
 PROMPTS = ("a red circle", "two blue squares", "a green triangle above a red square", "one")
 
 
 def make_backbone(
-    family: str, folder: Path, dtype: torch.dtype = torch.float32, train: str = "lora", size: int | None = None
+    family: str, folder: Path, dtype: torch.dtype = torch.float32, train: str = "lora", size: int = SIZE
 ) -> PipelineBackbone:
     backbone = load_backbone(BUILDERS[family](folder), dtype=dtype, height=size, width=size)
     if train == "full":
@@ -27,6 +28,11 @@ def make_backbone(
         for parameter in backbone.trainable_parameters.values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return backbone
+
+
+def cfg(backbone: PipelineBackbone, w: float) -> dict[str, float]:
+    """The options of `encode` for classifier-free guidance at weight w; FLUX embeds another scale beside it."""
+    return {"guidance_scale": 3.5, "true_cfg_scale": w} if backbone.embeds_guidance else {"guidance_scale": w}
 
 
 def noise_source(count: int, seed: int = 3, step: int = 0, first: int = 0) -> NoiseSource:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from builders.clip import write_clip
-from builders.pipelines import tiny_sd3, tiny_sd15
+from builders.pipelines import tiny_flux, tiny_sd3, tiny_sd15, tiny_sdxl
 from rsaft_fast.train.config import Config
 from rsaft_fast.train.recipe import validate
 
@@ -26,7 +26,9 @@ class Tiny:
     """Folders of the inputs that a recipe names."""
 
     sd15: Path
+    sdxl: Path
     sd3: Path
+    flux: Path
     clip: Path
     prompts: Path
 
@@ -35,7 +37,12 @@ def write_tiny(folder: Path) -> Tiny:
     (folder / "clip").mkdir()
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     return Tiny(
-        tiny_sd15(folder / "sd15"), tiny_sd3(folder / "sd3"), write_clip(folder / "clip"), folder / "prompts.txt"
+        sd15=tiny_sd15(folder / "sd15"),
+        sdxl=tiny_sdxl(folder / "sdxl"),
+        sd3=tiny_sd3(folder / "sd3"),
+        flux=tiny_flux(folder / "flux"),
+        clip=write_clip(folder / "clip"),
+        prompts=folder / "prompts.txt",
     )
 
 
@@ -45,7 +52,7 @@ def recipe(tiny: Tiny, out: Path, family: str = "sd15", **overrides: Any) -> dic
         "output_dir": str(out),
         "max_steps": 2,
         "checkpoint_every": 2,
-        "backbone": {"path": str(getattr(tiny, family)), "device": "cpu"},
+        "backbone": {"path": str(getattr(tiny, family)), "device": "cpu", "height": 32, "width": 32},
         "parameters": {"lora": {"rank": 2, "alpha": 4}},
         "sampler": {"steps": 2},
         "method": {"name": "draft"},

@@ -7,8 +7,9 @@ import gc
 
 import pytest
 import torch
-from builders.pipelines import tiny_sd3, tiny_sd15
-from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
+from builders.backbones import BUILDERS, make_backbone, noise_source
+from builders.pipelines import tiny_sd15
+from diffusers import AutoencoderKL
 from torch import nn
 
 from rsaft_fast.memory import checkpoint_calls, checkpoint_denoiser, checkpoint_vae_decoder, saved_tensor_bytes
@@ -133,31 +134,17 @@ def test_vae_decoder(sd15):
         assert set(handle.modules) == {*resnets, *attentions} and resnets
 
 
-def unet_call(sd15):
-    unet = UNet2DConditionModel.from_pretrained(sd15, subfolder="unet")
-    text = torch.randn(2, 7, unet.config.cross_attention_dim)
-    size = unet.config.sample_size
-    return unet, lambda x: unet(x, 500, text).sample, torch.randn(2, unet.config.in_channels, size, size)
-
-
-def sd3_call(folder):
-    transformer = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
-    config = transformer.config
-    text = torch.randn(2, 7, config.joint_attention_dim)
-    pooled, t = torch.randn(2, config.pooled_projection_dim), torch.full((2,), 500.0)
-    x = torch.randn(2, config.in_channels, config.sample_size, config.sample_size)
-    return transformer, lambda x: transformer(x, text, pooled, t).sample, x
-
-
-@pytest.mark.parametrize("kind", ["sd15", "sd3"])
-def test_denoisers_own_checkpointing_acts_under_eval(kind, sd15, tmp_path):
-    denoiser, call, x = unet_call(sd15) if kind == "sd15" else sd3_call(tiny_sd3(tmp_path, with_t5=False))
-    denoiser.eval()
+@pytest.mark.parametrize("family", BUILDERS)
+def test_denoisers_own_checkpointing_acts_under_eval(family, tmp_path):
+    backbone = make_backbone(family, tmp_path, train="full")
+    denoiser, step = backbone.denoiser, backbone.schedule(4)[1]
+    branch = backbone.random_conditioning(2).positive
+    x = backbone.initial_latents(noise_source(2))
     results = {}
     for checked in (False, True, "off again"):
         checkpoint_denoiser(denoiser, enabled=checked is True)
         with saved_tensor_bytes(denoiser.parameters()) as saved:
-            out = call(x)
+            out = backbone.predict(x, step, branch)
         results[checked] = (torch.autograd.grad(out.square().sum(), list(denoiser.parameters())), saved.peak)
         del out
         gc.collect()

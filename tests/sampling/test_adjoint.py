@@ -3,8 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from builders.backbones import PROMPTS, clear_gradients, gradients, make_backbone, noise_source, relative_error
+from builders.backbones import (
+    BUILDERS,
+    PROMPTS,
+    cfg,
+    clear_gradients,
+    gradients,
+    make_backbone,
+    noise_source,
+    relative_error,
+)
 
+from rsaft_fast.backbones import SD3, SD15
+from rsaft_fast.backbones.flow import FlowBackbone
 from rsaft_fast.memory.accounting import saved_tensor_bytes
 from rsaft_fast.methods import AlignProp, DRaFT, DRaFTLV, DRTune, ReFL
 from rsaft_fast.sampling import GradientPlan, backpropagate, rollout
@@ -59,12 +70,16 @@ def unrolled_endpoints(backbone, schedule, plan, x, conditioning, noise):
 def test_backpropagate_equals_autograd(backbone64, name, guidance, uncond):
     if guidance == 1.0 and uncond != "graded":
         pytest.skip("without a negative branch all three are the same")
-    backbone, eta = backbone64, 0.0 if hasattr(backbone64.pipeline, "transformer") else 1.0
-    for seed in range(2):
+    backbone, eta = backbone64, 0.0 if isinstance(backbone64, FlowBackbone) else 1.0
+    # What the others add is their `predict`: guidance off, and eta 0, are the samplers' and are tried with the first.
+    first_of_its_sampler = isinstance(backbone, (SD15, SD3))
+    if not first_of_its_sampler and (guidance == 1.0 or uncond == "none"):
+        pytest.skip("tried with the first backbone of this sampler")
+    for seed in range(2) if first_of_its_sampler else (1,):
         method = METHODS[name].model_copy(update={"uncond": uncond})
         plan = method.draw(T, np.random.default_rng(seed))
         schedule = backbone.schedule(T, eta=eta * seed)
-        conditioning = backbone.encode(PROMPTS[:2], "blurry", guidance)
+        conditioning = backbone.encode(PROMPTS[:2], "blurry", **cfg(backbone, guidance))
         noise = noise_source(2, seed)
         latents = backbone.initial_latents(noise)
         assert latents.dtype == torch.float64
@@ -89,7 +104,7 @@ def test_alignprop_from_b_equals_draft_of_the_rest(backbone64):
     """AlignProp as published: the latent path keeps its graph, predictions before b are detached."""
     backbone, b = backbone64, 3
     schedule = backbone.schedule(T)
-    conditioning = backbone.encode(PROMPTS[:2], guidance_scale=3.0)
+    conditioning = backbone.encode(PROMPTS[:2], **cfg(backbone, 3.0))
     noise = noise_source(2)
     x = latents = backbone.initial_latents(noise)
     clear_gradients(backbone)
@@ -110,11 +125,11 @@ def test_alignprop_from_b_equals_draft_of_the_rest(backbone64):
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
-@pytest.mark.parametrize("family", ["sd15", "sd3"])
+@pytest.mark.parametrize("family", BUILDERS)
 def test_peak_activation_memory_is_flat_in_k(family, train, tmp_path):
     backbone = make_backbone(family, tmp_path / family, train=train)
     schedule = backbone.schedule(8)
-    conditioning = backbone.encode(PROMPTS[:2], guidance_scale=3.0)
+    conditioning = backbone.encode(PROMPTS[:2], **cfg(backbone, 3.0))
     peaks = {}
     for k in (1, 2, 8):
         noise = noise_source(2)
@@ -124,7 +139,7 @@ def test_peak_activation_memory_is_flat_in_k(family, train, tmp_path):
             trajectory = rollout(backbone, schedule, plan, backbone.initial_latents(noise), conditioning, noise)
             backpropagate(backbone, trajectory, [torch.ones_like(trajectory.endpoints[0])])
         peaks[k] = account.peak
-    assert peaks[1] > 50 * backbone.initial_latents(noise).nbytes
+    assert peaks[1] > 40 * backbone.initial_latents(noise).nbytes
     assert peaks[8] == peaks[2]
     # With adapters, a call that is also differentiated by its input keeps what lies before the first adapter: a share
     # of these two-block networks that is far above a real one's, and of one call only.

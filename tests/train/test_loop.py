@@ -72,8 +72,10 @@ def test_a_run_leaves_a_log_grids_checkpoints_and_a_lora(tiny, out, family, caps
         {"method": {"name": "alignprop"}, "sampler": {"steps": 3, "eta": 1.0, "guidance_scale": 2.0}},
         {"method": {"name": "drtune", "k": 1}, "optimizer__schedule": "cosine", "optimizer__warmup_steps": 1},
         {"parameters": {"train": "full"}, "backbone__dtype": "bf16"},
+        {"family": "sdxl", "sampler": {"steps": 2, "guidance_scale": 3.0}},
+        {"family": "flux", "sampler": {"steps": 2, "guidance_scale": 3.5}, "parameters": {"train": "full"}},
     ],
-    ids=["rsaft", "plain", "lv-ema-accumulate", "alignprop-eta-cfg", "drtune-cosine", "full-bf16"],
+    ids=["rsaft", "plain", "lv-ema-accumulate", "alignprop-eta-cfg", "drtune-cosine", "full-bf16", "sdxl", "flux-full"],
 )
 def test_resuming_repeats_the_unbroken_run_bit_for_bit(tiny, tmp_path, overrides):
     whole, broken = tmp_path / "whole", tmp_path / "broken"

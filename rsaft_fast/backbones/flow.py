@@ -1,0 +1,49 @@
+"""Transformers that predict a rectified flow's velocity, sampled by Euler steps: Stable Diffusion 3 and FLUX.1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rsaft_fast.backbones.pipeline import PipelineBackbone
+from rsaft_fast.errors import UserError
+from rsaft_fast.sampling.linear import Schedule, flow_schedule
+
+
+class FlowBackbone(PipelineBackbone):
+    """A pipeline whose denoiser is an MMDiT: text and image tokens attend to each other."""
+
+    denoiser_name = "transformer"
+    lora_targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of one picture."""
+        return (self.height // self.size_divisor) * (self.width // self.size_divisor)
+
+    def schedule(self, num_steps: int, eta: float = 0.0) -> Schedule:
+        if eta:
+            raise UserError(f"sampler.eta is {eta}; the flow's Euler steps are deterministic: set it to 0")
+        scheduler = self.pipeline.scheduler
+        mu = dynamic_shift(scheduler.config, self.image_tokens) if scheduler.config.use_dynamic_shifting else None
+        return flow_schedule(scheduler, num_steps, mu, self.unshifted_sigmas(num_steps))
+
+    def unshifted_sigmas(self, num_steps: int) -> Sequence[float] | None:
+        """Sigmas before the shift, where the pipeline sets them; None leaves them to its scheduler."""
+        return None
+
+
+def dynamic_shift(config: Any, num_tokens: int) -> float:
+    """mu of a dynamically shifted flow scheduler: linear in the number of image tokens (its config holds the line)."""
+    base, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return low + (high - low) * (num_tokens - base) / (most - base)

@@ -1,0 +1,127 @@
+"""FLUX.1: packed latents, CLIP's pooled embedding and T5's tokens, the guidance scale as an embedding (dev)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+
+from rsaft_fast.backbones.base import Branch
+from rsaft_fast.backbones.flow import FlowBackbone
+from rsaft_fast.errors import UserError
+from rsaft_fast.sampling.linear import LinearStep
+
+PATCH = 2  # latent pixels along one side of a token
+
+
+class FLUX(FlowBackbone):
+    """`FluxPipeline`: one sample's latent is (H/16 * W/16, 64), 2x2 patches of 16 channels as tokens, row by row.
+
+    With a guidance embedding (FLUX.1-dev) `guidance_scale` goes there and costs nothing; classifier-free guidance with
+    a negative prompt comes on top with `true_cfg_scale`. Without one (schnell) `guidance_scale` must stay 1.
+    """
+
+    pipeline_class = FluxPipeline
+    denoiser_class = FluxTransformer2DModel
+    text_encoders = ("text_encoder", "text_encoder_2")
+    embeds_guidance = True
+
+    @classmethod
+    def loading_options(cls) -> dict[str, Any]:
+        return {"feature_extractor": None, "image_encoder": None}
+
+    @property
+    def size_divisor(self) -> int:
+        return self.vae_scale_factor * PATCH
+
+    @property
+    def default_size(self) -> int:
+        return self.pipeline.default_sample_size * self.vae_scale_factor
+
+    @property
+    def latent_channels(self) -> int:
+        return self.denoiser.config.in_channels // PATCH**2
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return (self.image_tokens, self.denoiser.config.in_channels)
+
+    def unshifted_sigmas(self, num_steps: int) -> Sequence[float] | None:
+        if self.pipeline.scheduler.config.get("use_flow_sigmas"):
+            return None
+        return np.linspace(1.0, 1 / num_steps, num_steps)
+
+    def cfg_scale(self, guidance_scale: float, true_cfg_scale: float = 1.0) -> float:
+        if guidance_scale != 1.0 and not self.denoiser.config.guidance_embeds:
+            raise UserError(
+                f"sampler.guidance_scale is {guidance_scale}, but this FLUX has no guidance embedding (schnell): "
+                "set it to 1, or guide with sampler.true_cfg_scale"
+            )
+        return true_cfg_scale
+
+    @property
+    def t5_length(self) -> int:
+        """Tokens of T5: 512 for dev and 256 for schnell, as each was trained, or fewer where its tokenizer ends."""
+        most = 512 if self.denoiser.config.guidance_embeds else 256
+        tokenizer = self.pipeline.tokenizer_2
+        return most if tokenizer is None else min(most, tokenizer.model_max_length)
+
+    @property
+    def embedding_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.denoiser.config
+        return {
+            "encoder_hidden_states": (self.t5_length, config.joint_attention_dim),
+            "pooled_projections": (config.pooled_projection_dim,),
+        }
+
+    def encode_text(self, prompts: list[str]) -> Branch:
+        text, pooled, _ = self.pipeline.encode_prompt(
+            prompts, None, device=self.device, max_sequence_length=self.t5_length
+        )
+        return {"encoder_hidden_states": text, "pooled_projections": pooled}
+
+    def added_conditions(self, batch: int, guidance_scale: float) -> Branch:
+        if not self.denoiser.config.guidance_embeds:
+            return {}
+        return {"guidance": torch.full((batch,), guidance_scale, dtype=torch.float32, device=self.device)}
+
+    def predict(self, x: torch.Tensor, step: LinearStep, branch: Branch) -> torch.Tensor:
+        out = self.denoiser(
+            hidden_states=(step.input_scale * x).to(self.compute_dtype),
+            timestep=self._timesteps(step.t / 1000, len(x)),  # the transformer multiplies by 1000
+            img_ids=self._image_ids,
+            txt_ids=self._image_ids.new_zeros(branch["encoder_hidden_states"].shape[1], 3),
+            **branch,
+            return_dict=False,
+        )[0]
+        return out.to(x.dtype)
+
+    @cached_property
+    def _image_ids(self) -> torch.Tensor:
+        """(tokens, 3): 0, row and column of each token."""
+        rows, columns = self.height // self.size_divisor, self.width // self.size_divisor
+        grid = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        ids = torch.stack([torch.zeros_like(grid[0]), *grid], dim=-1).reshape(-1, 3)
+        return ids.to(device=self.device, dtype=torch.float32)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return super().decode(self.unpack(latents))
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        return self.pack(super().encode_images(images))
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) latents as (B, H/2 * W/2, 4 C) tokens."""
+        batch, channels, height, width = x.shape
+        patches = x.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5)
+        return patches.reshape(batch, -1, channels * PATCH**2)
+
+    def unpack(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The inverse of `pack` at this picture's size."""
+        rows, columns = self.height // self.size_divisor, self.width // self.size_divisor
+        patches = tokens.reshape(len(tokens), rows, columns, -1, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
+        return patches.reshape(len(tokens), -1, rows * PATCH, columns * PATCH)

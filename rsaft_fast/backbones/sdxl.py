@@ -1,0 +1,74 @@
+"""Stable Diffusion XL: two text encoders, a pooled embedding, and the picture's size as six time ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from rsaft_fast.backbones.base import Branch
+from rsaft_fast.backbones.unet import UNetBackbone
+from rsaft_fast.errors import UserError
+from rsaft_fast.sampling.linear import LinearStep
+
+
+class SDXL(UNetBackbone):
+    """`StableDiffusionXLPipeline`: latents (4, H/8, W/8).
+
+    Time ids are those that the pipeline gives by default: original size and target size are the picture's, the crop
+    starts at (0, 0).
+    """
+
+    pipeline_class = StableDiffusionXLPipeline
+    text_encoders = ("text_encoder", "text_encoder_2")
+
+    def __init__(self, pipeline: StableDiffusionXLPipeline, **options):
+        super().__init__(pipeline, **options)
+        if self.denoiser.config.addition_embed_type != "text_time":
+            raise UserError(
+                f"the UNet's addition_embed_type is {self.denoiser.config.addition_embed_type!r}; "
+                "Stable Diffusion XL's is 'text_time'"
+            )
+
+    @classmethod
+    def loading_options(cls) -> dict[str, Any]:
+        return {"feature_extractor": None, "image_encoder": None, "add_watermarker": False}
+
+    @property
+    def embedding_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.denoiser.config
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return {"encoder_hidden_states": (self.text_tokens, config.cross_attention_dim), "text_embeds": (pooled,)}
+
+    def embed(self, prompts: Sequence[str | None], guidance_scale: float = 1.0) -> Branch:
+        branch = super().embed(prompts, guidance_scale)
+        if not self.pipeline.config.force_zeros_for_empty_prompt:
+            return branch
+        # The base model was trained with zeros, not with the empty text, where there is no prompt.
+        given = torch.tensor([prompt is not None for prompt in prompts], device=self.device)
+        for name in self.embedding_shapes:
+            tensor = branch[name]
+            branch[name] = tensor * given.view(-1, *(1,) * (tensor.ndim - 1)).to(tensor.dtype)
+        return branch
+
+    def encode_text(self, prompts: list[str]) -> Branch:
+        text, _, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": text, "text_embeds": pooled}
+
+    def added_conditions(self, batch: int, guidance_scale: float) -> Branch:
+        # In fp32: bf16 would round sizes that are no multiple of 8 above 1024.
+        size = [self.height, self.width]
+        return {"time_ids": torch.tensor([size + [0, 0] + size] * batch, dtype=torch.float32, device=self.device)}
+
+    def predict(self, x: torch.Tensor, step: LinearStep, branch: Branch) -> torch.Tensor:
+        scaled = (step.input_scale * x).to(self.compute_dtype)
+        out = self.denoiser(
+            scaled,
+            self._timesteps(step.t, len(x)),
+            encoder_hidden_states=branch["encoder_hidden_states"],
+            added_cond_kwargs={"text_embeds": branch["text_embeds"], "time_ids": branch["time_ids"]},
+            return_dict=False,
+        )[0]
+        return out.to(x.dtype)

@@ -1,0 +1,44 @@
+"""UNets that predict the noise (or v), sampled by DDIM: Stable Diffusion 1.x and XL."""
+
+from __future__ import annotations
+
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+from rsaft_fast.backbones.pipeline import PipelineBackbone
+from rsaft_fast.errors import UserError
+from rsaft_fast.sampling.linear import Schedule, ddim_schedule
+
+
+class UNetBackbone(PipelineBackbone):
+    """A pipeline whose denoiser is a `UNet2DConditionModel`."""
+
+    denoiser_class = UNet2DConditionModel
+    denoiser_name = "unet"
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def __init__(self, pipeline, **options):
+        super().__init__(pipeline, **options)
+        if self.denoiser.config.time_cond_proj_dim is not None:
+            raise UserError(
+                "this UNet takes its guidance scale as an embedding (time_cond_proj_dim is "
+                f"{self.denoiser.config.time_cond_proj_dim}), as latent consistency models do; give one without"
+            )
+
+    @property
+    def text_tokens(self) -> int:
+        """Length of the text encoders' sequence."""
+        tokenizer = self.pipeline.tokenizer
+        return 77 if tokenizer is None else tokenizer.model_max_length
+
+    def schedule(self, num_steps: int, eta: float = 0.0) -> Schedule:
+        """DDIM over the pipeline's own betas and timestep spacing, whichever sampler its config names.
+
+        Raises:
+            UserError: a scheduler without betas (EDM), a setting that makes a step non-linear, or a wrong number.
+        """
+        scheduler = self.pipeline.scheduler
+        if "beta_schedule" not in scheduler.config:
+            raise UserError(f"the pipeline's {type(scheduler).__name__} has no beta_schedule, which DDIM needs")
+        # SD1.5 ships a PNDM config, which knows no clip_sample; DDIM's default for the missing key would clip.
+        clip_sample = scheduler.config.get("clip_sample", False)
+        return ddim_schedule(DDIMScheduler.from_config(scheduler.config, clip_sample=clip_sample), num_steps, eta)
