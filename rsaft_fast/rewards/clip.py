@@ -16,7 +16,7 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.memory.checkpointing import checkpoint_clip_vision
 from rsaft_fast.rewards.base import Reward, RewardSpec, check_prompts
 from rsaft_fast.rewards.files import checkpoint_folder, first_line, read_json, sha256_of, weight_files
-from rsaft_fast.rewards.preprocess import CLIP_MEAN, CLIP_STD, Clamp, Preprocess
+from rsaft_fast.rewards.preprocess import CLIP_MEAN, CLIP_STD, Clamp, Preprocess, without_autocast
 
 Scale = Literal["logit", "cosine"]
 # PIL's numbers, which preprocessor_config.json stores.
@@ -130,7 +130,7 @@ class ClipReward(Reward):
             UserError: prompts that are not one string an image.
         """
         check_prompts(prompts, len(inputs))
-        with torch.autocast(inputs.device.type, enabled=False):
+        with without_autocast(inputs.device):
             text = self.encode_text(prompts)
             if len(inputs) == 0:
                 return text.sum(1) + inputs.to(text.dtype).sum((1, 2, 3))

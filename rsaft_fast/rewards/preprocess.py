@@ -1,7 +1,8 @@
 """From images to a reward network's input: one differentiable linear map.
 
 Resize, crop and padding together are out = A X B^T with one small dense matrix for each image axis. It has the weights
-of antialiased `torch.nn.functional.interpolate` and of PIL, works in every float dtype on every device, and its
+of antialiased `torch.nn.functional.interpolate` and of PIL (or, for scores that were published so, of `interpolate`
+without antialiasing), works in every float dtype on every device, and its
 backward is a matrix product: the same bits every time (the CUDA backward of `interpolate` is not deterministic), and it
 can be differentiated twice.
 """
@@ -9,6 +10,7 @@ can be differentiated twice.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -23,6 +25,11 @@ Clamp = Literal["hard", "ste", "none"]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# By the number of channels that somebody gave instead of three.
+_MENDS = {
+    1: "; repeat the grey channel: images.expand(-1, 3, -1, -1)",
+    4: "; drop the alpha channel (images[:, :3]) or convert the picture to RGB",
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,9 @@ class Preprocess:
         geometry: "shortest_crop" resizes the shortest side to `resize_to` and crops the centre; "longest_pad" resizes
             to fit within `size`, keeping the aspect ratio, and pads with black; "stretch" resizes both sides alone.
         resize_to: length of the shortest side before the crop; only used by "shortest_crop".
-        filter: antialiased "bicubic" (a = -0.5, as PIL) or "bilinear".
+        filter: "bicubic" (a = -0.5, as PIL) or "bilinear".
+        antialias: False reads two or four neighbours whatever the ratio, as torch does unasked (bicubic a = -0.75).
+            Some pixels then have no gradient at all (23 % of them at 1024 to 224, bicubic).
         clamp: what happens to values outside [0, 1] before anything else: "hard" clips them, and their gradient is 0;
             "ste" clips the value and passes the gradient (straight-through estimator); "none" leaves them.
         mean, std: per-channel normalisation, after the resize.
@@ -44,6 +53,7 @@ class Preprocess:
     geometry: Geometry = "shortest_crop"
     resize_to: int | None = None
     filter: Filter = "bicubic"
+    antialias: bool = True
     clamp: Clamp = "hard"
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
@@ -69,8 +79,9 @@ class Preprocess:
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise UserError(
                 f"a reward takes float images of shape (B, 3, H, W), 0 to 1; got {tuple(images.shape)}, {images.dtype}"
+                + _MENDS.get(images.shape[1] if images.ndim == 4 else None, "")
             )
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images.device):
             images = images.to(torch.promote_types(images.dtype, torch.float32))
             resized = apply_axis_matrices(
                 CLAMPS[self.clamp](images), *self.axis_matrices(images.shape[-2:], images.dtype, images.device)
@@ -82,22 +93,30 @@ class Preprocess:
         self, shape: tuple[int, int], dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The matrices (size[0], H) and (size[1], W) for images of `shape` (H, W)."""
-        return _axis_matrices(tuple(shape), self.size, self.geometry, self.shortest_side, self.filter, dtype, device)
+        kernel = (self.filter, self.antialias)
+        return _axis_matrices(tuple(shape), self.size, self.geometry, self.shortest_side, kernel, dtype, device)
 
     def describe(self) -> dict[str, Any]:
         """Every choice, for the reward's spec."""
-        return asdict(self) | {"resize_to": self.shortest_side, "antialias": True}
+        return asdict(self) | {"resize_to": self.shortest_side}
 
 
-def resize(images: torch.Tensor, size: tuple[int, int], filter: Filter = "bicubic") -> torch.Tensor:
-    """Antialiased resize of (..., H, W) to (..., *size), computed in at least fp32, in the images' dtype.
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context without autocast; the meta device has none to switch off."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def resize(
+    images: torch.Tensor, size: tuple[int, int], filter: Filter = "bicubic", antialias: bool = True
+) -> torch.Tensor:
+    """Resize of (..., H, W) to (..., *size), computed in at least fp32, in the images' dtype.
 
     Values may overshoot the input's range by about 3 % at sharp edges (bicubic), as PIL's do before it clips to 8 bits.
     """
     working = images.to(torch.promote_types(images.dtype, torch.float32))
     shape = tuple(images.shape[-2:])
-    matrices = _axis_matrices(shape, tuple(size), "stretch", 0, filter, working.dtype, images.device)
-    with torch.autocast(images.device.type, enabled=False):
+    matrices = _axis_matrices(shape, tuple(size), "stretch", 0, (filter, antialias), working.dtype, images.device)
+    with without_autocast(images.device):
         return apply_axis_matrices(working, *matrices).to(images.dtype)
 
 
@@ -143,29 +162,41 @@ def _bilinear(x: torch.Tensor) -> torch.Tensor:
 _KERNELS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"bicubic": _bicubic, "bilinear": _bilinear}
 
 
-def resize_matrix(length: int, resized: int, filter: Filter = "bicubic") -> torch.Tensor:
-    """The antialiased resize of one axis as a float64 matrix (resized, length); rows sum to 1."""
+def resize_matrix(length: int, resized: int, filter: Filter = "bicubic", antialias: bool = True) -> torch.Tensor:
+    """The resize of one axis as a float64 matrix (resized, length); rows sum to 1."""
     if min(length, resized) < 1:
         raise UserError(f"cannot resize a side of {length} to {resized}; both must be at least 1")
     if filter not in _KERNELS:
         raise UserError(f"resize filter {filter!r} is unknown; choose one of {', '.join(_KERNELS)}")
     ratio = length / resized
     centre = (torch.arange(resized, dtype=torch.float64)[:, None] + 0.5) * ratio
+    if not antialias:
+        return _interpolation_matrix(centre - 0.5, length, filter)
     pixel = torch.arange(length, dtype=torch.float64)[None, :] + 0.5
     # The kernel widens with the ratio when shrinking: that is the antialiasing.
     weights = _KERNELS[filter]((pixel - centre) / max(ratio, 1.0))
     return weights / weights.sum(1, keepdim=True)
 
 
-def _cropped(length: int, resized: int, size: int, filter: Filter) -> torch.Tensor:
+def _interpolation_matrix(position: torch.Tensor, length: int, filter: Filter) -> torch.Tensor:
+    """Values at fractional positions (n, 1) from their 2 or 4 neighbours, the border's pixel repeated outside."""
+    taps = torch.arange(-1, 3) if filter == "bicubic" else torch.arange(0, 2)
+    pixel = position.floor() + taps
+    distance = pixel - position
+    weights = _bicubic(distance, a=-0.75) if filter == "bicubic" else _bilinear(distance)
+    matrix = torch.zeros(len(position), length, dtype=torch.float64)
+    return matrix.scatter_add_(1, pixel.long().clamp(0, length - 1), weights)
+
+
+def _cropped(length: int, resized: int, size: int, filter: Filter, antialias: bool) -> torch.Tensor:
     start = (resized - size) // 2
-    return resize_matrix(length, resized, filter)[start : start + size]
+    return resize_matrix(length, resized, filter, antialias)[start : start + size]
 
 
-def _padded(length: int, resized: int, size: int, filter: Filter) -> torch.Tensor:
+def _padded(length: int, resized: int, size: int, filter: Filter, antialias: bool) -> torch.Tensor:
     matrix = torch.zeros(size, length, dtype=torch.float64)
     start = (size - resized) // 2
-    matrix[start : start + resized] = resize_matrix(length, resized, filter)
+    matrix[start : start + resized] = resize_matrix(length, resized, filter, antialias)
     return matrix
 
 
@@ -175,7 +206,7 @@ def _axis_matrices(
     size: tuple[int, int],
     geometry: Geometry,
     shortest_side: int,
-    filter: Filter,
+    kernel: tuple[Filter, bool],
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,7 +224,7 @@ def _axis_matrices(
         raise UserError(f"geometry {geometry!r} is unknown; choose shortest_crop, longest_pad or stretch")
     # A cached inference tensor could not be saved for a later backward pass.
     with torch.inference_mode(False):
-        rows, columns = (build(*axis, filter).to(device, dtype) for axis in zip(shape, resized, size))
+        rows, columns = (build(*axis, *kernel).to(device, dtype) for axis in zip(shape, resized, size))
     return rows, columns
 
 

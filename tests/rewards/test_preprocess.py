@@ -41,6 +41,22 @@ def test_resize_equals_antialiased_interpolate(filter, shape, size):
     assert (resize(images.double(), size, filter) - double).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("filter", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("shape, size", [*SIZES, ((512, 384), (224, 168)), ((7, 3), (1, 40))])
+def test_resize_without_antialiasing_equals_plain_interpolate(filter, shape, size):
+    images = torch.rand(2, 3, *shape, dtype=torch.float64)
+    expected = interpolate(images, size, mode=filter, antialias=False, align_corners=False)
+    assert (resize(images, size, filter, antialias=False) - expected).abs().max() < 1e-12
+
+
+def test_antialiasing_leaves_no_pixel_without_gradient():
+    """What a picture of 1024 x 1024 shows a 224 x 224 tower: all of it, or holes."""
+    unseen = {aa: (resize_matrix(1024, 224, "bicubic", aa) == 0).all(0).double().mean() for aa in (True, False)}
+    assert unseen[True] == 0
+    # Either axis hides a pixel.
+    assert 1 - (1 - unseen[False]) ** 2 == pytest.approx(0.23, abs=0.01)
+
+
 @pytest.mark.parametrize("filter, pil", [("bicubic", Image.BICUBIC), ("bilinear", Image.BILINEAR)])
 @pytest.mark.parametrize("size", [(224, 224), (96, 150), (600, 500)])
 def test_resize_follows_pil(filter, pil, size):
@@ -173,6 +189,12 @@ def test_a_first_call_under_inference_mode_leaves_later_gradients_alone():
 def test_wrong_images_are_refused(images):
     with pytest.raises(UserError, match=r"\(B, 3, H, W\)"):
         Preprocess((4, 4))(images)
+
+
+@pytest.mark.parametrize("channels, mend", [(1, "repeat the grey channel"), (4, "drop the alpha channel")])
+def test_rgba_and_greyscale_are_refused_with_their_mend(channels, mend):
+    with pytest.raises(UserError, match=mend):
+        Preprocess((4, 4))(torch.rand(1, channels, 8, 8))
 
 
 def test_wrong_settings_are_refused():
