@@ -3,6 +3,7 @@
 #include "adamw.cuh"
 #include "blocks.cuh"
 #include "coefficients.cuh"
+#include "perturb_images.cu"
 #include "philox.cuh"
 #include "quantize.cuh"
 
@@ -41,6 +42,8 @@ void hook_round(const float *x, const uint32_t *bits, int64_t count, uint16_t *s
         nearest[i] = from_float<bf16>(x[i]).bits;
     }
 }
+
+int64_t hook_group_of(int64_t samples, int64_t sample_bytes) { return group_of(samples, sample_bytes); }
 
 double hook_power(double base, uint64_t exponent) { return power(base, exponent); }
 

@@ -27,6 +27,7 @@ def hooks(tmp_path_factory):
     subprocess.run(["g++", *options, *sources, "-o", str(path)], check=True)
     library = ctypes.CDLL(str(path))
     library.hook_power.restype = ctypes.c_double
+    library.hook_group_of.restype = ctypes.c_int64
     return library
 
 
@@ -164,3 +165,28 @@ def test_the_update_against_float64(hooks):
     hooks.hook_adamw(at(w), at(g), at(m), at(v), ctypes.c_int64(len(w)), at(row))
     for ours, exact in ((w, wd), (m, md), (v, vd)):
         torch.testing.assert_close(ours.double(), exact, rtol=4e-7, atol=1e-7)
+
+
+BUDGET = 24 * 2**20
+
+
+def group_of(hooks, samples: int, sample_bytes: int) -> int:
+    return hooks.hook_group_of(ctypes.c_int64(samples), ctypes.c_int64(sample_bytes))
+
+
+def test_samples_that_fit_the_cache_share_a_group(hooks):
+    megapixel = 3 * 1024 * 1024
+    assert group_of(hooks, 32, 4 * megapixel) == 2
+    assert group_of(hooks, 32, 2 * megapixel) == 4
+    assert group_of(hooks, 4, 4 * 3 * 512 * 512) == 4  # all at once: one pair of launches
+    assert group_of(hooks, 3, BUDGET + 4) == 1  # larger than the cache: alone
+
+
+@given(st.integers(1, 2**20), st.integers(1, 2**27))
+def test_groups_are_even_and_within_what_a_launch_takes(hooks, samples, sample_bytes):
+    group = group_of(hooks, samples, sample_bytes)
+    assert 1 <= group <= min(samples, 65535)
+    assert group == 1 or group * sample_bytes <= BUDGET
+    launches = -(-samples // group)
+    most = max(1, min(BUDGET // sample_bytes, 65535))
+    assert launches == -(-samples // most), "no more launches than full groups would take"

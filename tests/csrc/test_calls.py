@@ -98,3 +98,11 @@ def test_more_tables_than_a_launch_takes_are_refused():
     tables = [random_table("cpu", torch.float32, torch.Generator(), [(3,)])[0] for _ in range(17)]
     with pytest.raises(ValueError, match="17 tables in one norm.*up to 16"):
         ops.global_norm(tables)
+
+
+def test_images_in_two_groups_are_perturbed_as_each_alone():
+    images, grad = torch.rand(3, 3 * 1024 * 1024), torch.randn(3, 3 * 1024 * 1024)  # 12.6 MB each, two a group
+    moved = ops.perturb_images(images, grad, 0.1)
+    for sample in range(3):
+        one = slice(sample, sample + 1)
+        assert torch.equal(moved[one], ops.perturb_images(images[one].clone(), grad[one].clone(), 0.1))
