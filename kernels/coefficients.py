@@ -9,9 +9,9 @@ import triton.language as tl
 from rsaft_fast.ops.scalars import COEFFICIENTS, HYPER
 from rsaft_fast.ops.table import ROW, TensorTable
 
-from .common import OPTIONS, on
+from .common import OPTIONS, launcher, on, unspecialised
 
-BLOCK = 256
+TENSORS_BLOCK = 512
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def write_coefficients(
     tl.store(p_out + 8, b_step, mask=m_tensor)
 
 
-@triton.jit(do_not_specialize=["tensors"])
+@unspecialised
 def adamw_coefficients_kernel(
     norm,
     norm_inf,
@@ -108,15 +108,15 @@ def adamw_coefficients_kernel(
     N_COEFFICIENTS: tl.constexpr,
     RELEASED: tl.constexpr,
     COUNT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TENSORS_BLOCK: tl.constexpr,
 ):
     skip = skip_flag(tl.load(norm_inf), first_inf, scaler_inf)
     if COUNT:
         if tl.program_id(0) == 0:
             note_skip(skip, skip_out, skipped)
     write_coefficients(
-        addresses, group, steps, coefficients, hyper, tensors, tl.program_id(0) * BLOCK, tl.load(norm), skip,
-        unscaling(grad_scale), ROW_GRAD, N_HYPER, N_COEFFICIENTS, RELEASED, BLOCK,
+        addresses, group, steps, coefficients, hyper, tensors, tl.program_id(0) * TENSORS_BLOCK, tl.load(norm), skip,
+        unscaling(grad_scale), ROW_GRAD, N_HYPER, N_COEFFICIENTS, RELEASED, TENSORS_BLOCK,
     )  # fmt: skip
 
 
@@ -131,20 +131,25 @@ def table_arguments(table: TensorTable) -> tuple:
     return table.addresses, table.group, table.steps, table.coefficients, len(table)
 
 
-CONSTANTS = dict(ROW_GRAD=ROW["grad"], N_HYPER=len(HYPER), N_COEFFICIENTS=len(COEFFICIENTS)) | OPTIONS
+def kinds(inputs) -> tuple:
+    """What a compiled form depends on: which flags there are, of which dtype, and whether tensors step one by one."""
+    optional = None if inputs.first is None else inputs.first.found_inf, inputs.found_inf, inputs.grad_scale
+    return *(None if tensor is None else tensor.dtype for tensor in optional), inputs.released
+
+
+def constants(released: bool) -> dict:
+    sizes = dict(N_HYPER=len(HYPER), N_COEFFICIENTS=len(COEFFICIENTS), TENSORS_BLOCK=TENSORS_BLOCK)
+    return dict(ROW_GRAD=ROW["grad"], RELEASED=released) | sizes | OPTIONS
+
+
+def variant(first_inf, scaler_inf, grad_scale, released: bool, count: bool) -> tuple:
+    return adamw_coefficients_kernel, constants(released) | dict(COUNT=count)
 
 
 def adamw_coefficients(tables: list[TensorTable], norm, inputs, count: bool = True) -> None:
     """``count``: the first of these tables writes the skip flag and counts a skip."""
-    with on(norm.values.device):
-        for index, table in enumerate(tables):
-            adamw_coefficients_kernel[(triton.cdiv(len(table), BLOCK),)](
-                norm.norm,
-                norm.found_inf,
-                *step_arguments(inputs),
-                *table_arguments(table),
-                RELEASED=inputs.released,
-                COUNT=count and index == 0,
-                BLOCK=BLOCK,
-                **CONSTANTS,
-            )
+    for index, table in enumerate(tables):
+        launch = launcher(variant, table.device, *kinds(inputs), count and index == 0)
+        grid = triton.cdiv(len(table), TENSORS_BLOCK), 1, 1
+        with on(table.device):
+            launch(grid, norm.norm, norm.found_inf, *step_arguments(inputs), *table_arguments(table))

@@ -3,7 +3,10 @@
 Names: ``a_`` addresses, ``i_`` indices, ``b_`` blocks of values, ``p_`` pointers, UPPER compile-time constants.
 """
 
+import inspect
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 import triton
@@ -29,6 +32,38 @@ def on(device: torch.device):
 def launch_span(table, tensor: int | None) -> tuple[int, int]:
     """First chunk and number of chunks of a launch over one tensor of the table, or over all."""
     return (0, table.chunks) if tensor is None else (table.first_chunk[tensor], table.chunks_of[tensor])
+
+
+def unspecialised(function):
+    """``triton.jit`` of a kernel: one compiled form, whatever the values and alignments of its run-time arguments."""
+    parameters = inspect.signature(function).parameters.values()
+    return triton.jit(function, do_not_specialize=[p.name for p in parameters if p.annotation is not tl.constexpr])
+
+
+class Launcher:
+    """A kernel with its compile-time arguments: compiled by the first launch, launched without Triton's dispatch after.
+
+    Triton looks at every argument of every launch to find the compiled form, which takes longer than small launches
+    run. Here the form follows from the constants alone: kernels are ``unspecialised``, and run-time arguments, which
+    come first in their signatures, keep their types.
+    """
+
+    def __init__(self, kernel, constants: dict):
+        self.kernel, self.constants = kernel, constants
+        self.values = [constants[name] for name in kernel.arg_names if name in constants]
+        self.compiled = None
+
+    def __call__(self, grid: tuple[int, int, int], *arguments) -> None:
+        if self.compiled is None:  # always so in the interpreter, which returns nothing
+            self.compiled = self.kernel[grid](*arguments, **self.constants)
+        else:
+            self.compiled[grid](*arguments, *self.values)
+
+
+@cache
+def launcher(variant: Callable[..., tuple], device: torch.device, *choices) -> Launcher:
+    """``variant(*choices)``: a kernel and its constants, by parameter and option name. One compiled form a device."""
+    return Launcher(*variant(*choices))
 
 
 @triton.jit
@@ -58,7 +93,12 @@ def vector_part(joined_addresses, count, BLOCK: tl.constexpr):
 @triton.jit
 def pointer_to(address, start, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
     # The hint counts only after the cast to a pointer; on the integer the compiler drops it.
-    pointer = address.to(tl.pointer_type(DTYPE)) + start
+    return advance(address.to(tl.pointer_type(DTYPE)), start, VECTOR)
+
+
+@triton.jit
+def advance(pointer, start, VECTOR: tl.constexpr):
+    pointer += start
     if VECTOR:
         pointer = tl.multiple_of(pointer, 16)
     return pointer

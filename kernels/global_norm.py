@@ -4,8 +4,6 @@ The order of every addition follows from the chunk list alone, so the bits do no
 Floor: 4 bytes a parameter in fp32, 2 in bf16.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -13,8 +11,9 @@ import triton.language as tl
 from rsaft_fast.ops.table import CHUNK, ROW, TensorTable
 
 from .coefficients import (
-    CONSTANTS,
     adamw_coefficients,
+    constants,
+    kinds,
     note_skip,
     skip_flag,
     step_arguments,
@@ -22,11 +21,21 @@ from .coefficients import (
     unscaling,
     write_coefficients,
 )
-from .common import DTYPES, OPTIONS, address_of, chunk_span, load, on, pointer_to, vector_part
+from .common import (
+    DTYPES,
+    OPTIONS,
+    address_of,
+    chunk_span,
+    launcher,
+    load,
+    on,
+    pointer_to,
+    unspecialised,
+    vector_part,
+)
 
 BLOCK = 4096
 SLOT_BLOCK = 4096
-TENSORS_BLOCK = 1024  # one program does all: few rounds, so that an optimizer of a thousand tensors waits once
 
 
 @triton.jit
@@ -37,7 +46,7 @@ def _squares(grad, weight, offsets, count, ADAPTIVE: tl.constexpr, VECTOR: tl.co
     return b_g * b_g
 
 
-@triton.jit(do_not_specialize=["tensors"])
+@unspecialised
 def sum_of_squares_kernel(
     addresses,
     numel,
@@ -94,14 +103,14 @@ def _finish(slots, count, values, rho, found_inf, groups, FIRST: tl.constexpr, L
     return norm, flag
 
 
-@triton.jit(do_not_specialize=["count", "groups"])
+@unspecialised
 def finish_norm_kernel(
     slots, values, rho, found_inf, count, groups, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
 ):
     _finish(slots, count, values, rho, found_inf, groups, FIRST, LAST, BLOCK)
 
 
-@triton.jit(do_not_specialize=["count", "groups", "tensors"])
+@unspecialised
 def finish_step_kernel(
     slots,
     values,
@@ -140,40 +149,47 @@ def finish_step_kernel(
         )  # fmt: skip
 
 
-@cache
-def launch_constants(weight: torch.dtype, grad: torch.dtype, adaptive: bool, block: int) -> dict:
+def variant(weight: torch.dtype, grad: torch.dtype, adaptive: bool, block: int) -> tuple:
     rows = dict(ROW_WEIGHT=ROW["weight"], ROW_GRAD=ROW["grad"])
-    return rows | dict(WEIGHT=DTYPES[weight], GRAD=DTYPES[grad], ADAPTIVE=adaptive, CHUNK=CHUNK, BLOCK=block) | OPTIONS
+    dtypes = dict(WEIGHT=DTYPES[weight], GRAD=DTYPES[grad])
+    return sum_of_squares_kernel, rows | dtypes | dict(ADAPTIVE=adaptive, CHUNK=CHUNK, BLOCK=block) | OPTIONS
 
 
 def sum_of_squares(table: TensorTable, adaptive: bool) -> None:
     if not table.chunks:
         return
-    constants = launch_constants(table.dtypes["weight"], table.dtypes["grad"], adaptive, BLOCK)
+    launch = launcher(variant, table.device, table.dtypes["weight"], table.dtypes["grad"], adaptive, BLOCK)
     with on(table.device):
-        sum_of_squares_kernel[(table.chunks,)](
-            table.addresses, table.numel, table.chunk_tensor, table.chunk_index, table.sum_sq, len(table), **constants
+        launch(
+            (table.chunks, 1, 1),
+            table.addresses,
+            table.numel,
+            table.chunk_tensor,
+            table.chunk_index,
+            table.sum_sq,
+            len(table),
         )
+
+
+def norm_variant(first: bool, last: bool) -> tuple:
+    return finish_norm_kernel, dict(FIRST=first, LAST=last, BLOCK=SLOT_BLOCK) | OPTIONS
+
+
+def step_variant(first_inf, scaler_inf, grad_scale, released: bool, first: bool) -> tuple:
+    return finish_step_kernel, constants(released) | dict(FIRST=first, BLOCK=SLOT_BLOCK)
 
 
 def finish_norm(slots: list[torch.Tensor], norm, rho: torch.Tensor, tables=None, inputs=None) -> None:
     """With ``tables`` and ``inputs``: the last launch writes the last table's coefficients too."""
-    with on(norm.values.device):
+    device = norm.values.device
+    with on(device):
         for index, table_slots in enumerate(slots):
             first, last = index == 0, index == len(slots) - 1
             arguments = table_slots, norm.values, rho, norm.found_inf, table_slots.numel(), rho.numel()
             if last and inputs is not None:
-                finish_step_kernel[(1,)](
-                    *arguments,
-                    *step_arguments(inputs),
-                    *table_arguments(tables[-1]),
-                    FIRST=first,
-                    BLOCK=SLOT_BLOCK,
-                    RELEASED=inputs.released,
-                    TENSORS_BLOCK=TENSORS_BLOCK,
-                    **CONSTANTS,
-                )
+                arguments += step_arguments(inputs) + table_arguments(tables[-1])
+                launcher(step_variant, device, *kinds(inputs), first)((1, 1, 1), *arguments)
             else:
-                finish_norm_kernel[(1,)](*arguments, FIRST=first, LAST=last, BLOCK=SLOT_BLOCK, **OPTIONS)
+                launcher(norm_variant, device, first, last)((1, 1, 1), *arguments)
     if inputs is not None:
         adamw_coefficients(tables[:-1], norm, inputs, count=False)

@@ -6,15 +6,13 @@ timing nor on the grouping. Floor: 16 bytes an element in fp32 and 8 in bf16 wit
 with the second read from the cache.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 
 from rsaft_fast.ops.table import CHUNK
 
-from .common import DTYPES, OPTIONS, load, on, rounded, store
+from .common import DTYPES, OPTIONS, advance, launcher, load, on, rounded, store, unspecialised
 
 BLOCK = 2048
 GROUP_BYTES = 24 * 2**20
@@ -23,11 +21,13 @@ GROUP_BYTES = 24 * 2**20
 GRID_LIMIT = 65535  # of a grid's second dimension
 
 
-@triton.jit(do_not_specialize=["first_sample"])
-def sample_sums_kernel(grad, slots, elements, first_sample, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+@unspecialised
+def sample_sums_kernel(
+    grad, slots, elements: tl.int64, first_sample, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
     i_sample, i_chunk = first_sample + tl.program_id(1), tl.program_id(0)
     start = i_chunk.to(tl.int64) * CHUNK
-    p_grad = grad + i_sample.to(tl.int64) * elements + start
+    p_grad = advance(grad, i_sample.to(tl.int64) * elements + start, ALIGNED)
     count = tl.minimum(elements - start, CHUNK).to(tl.int32)
     whole = (count // BLOCK) * BLOCK
     b_sum = tl.zeros([BLOCK], dtype=tl.float32)
@@ -64,19 +64,20 @@ def _move(
     store(p_out, offsets, count, rounded(b_out, OUT), VECTOR, "evict_first")
 
 
-@triton.jit(do_not_specialize=["first_sample"])
+@unspecialised
 def perturb_images_kernel(
     out,
     images,
     grad,
     slots,
-    radius,
-    elements,
+    radius: tl.float32,
+    elements: tl.int64,
     first_sample,
     OUT: tl.constexpr,
     IMAGES: tl.constexpr,
     SIGN: tl.constexpr,
     SLOTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -91,24 +92,27 @@ def perturb_images_kernel(
 
     start = i_chunk.to(tl.int64) * CHUNK
     base = i_sample.to(tl.int64) * elements + start
+    p_out, p_images, p_grad = advance(out, base, ALIGNED), advance(images, base, ALIGNED), advance(grad, base, ALIGNED)
     count = tl.minimum(elements - start, CHUNK).to(tl.int32)
     whole = (count // BLOCK) * BLOCK
     for first in range(0, whole, BLOCK):
         offsets = first + tl.arange(0, BLOCK)
-        _move(out + base, images + base, grad + base, offsets, count, scale, OUT, IMAGES, SIGN, True)
+        _move(p_out, p_images, p_grad, offsets, count, scale, OUT, IMAGES, SIGN, True)
     for first in range(whole, count, BLOCK):
         offsets = first + tl.arange(0, BLOCK)
-        _move(out + base, images + base, grad + base, offsets, count, scale, OUT, IMAGES, SIGN, False)
+        _move(p_out, p_images, p_grad, offsets, count, scale, OUT, IMAGES, SIGN, False)
 
 
-@cache
-def sums_constants(block: int) -> dict:
-    return dict(CHUNK=CHUNK, BLOCK=block) | OPTIONS
+def sums_variant(grad: torch.dtype, aligned: bool, block: int) -> tuple:
+    return sample_sums_kernel, dict(ALIGNED=aligned, CHUNK=CHUNK, BLOCK=block) | OPTIONS
 
 
-@cache
-def launch_constants(out: torch.dtype, images: bool, sign: bool, slots: int, block: int) -> dict:
-    return dict(OUT=DTYPES[out], IMAGES=images, SIGN=sign, SLOTS=slots) | sums_constants(block)
+def variant(
+    out: torch.dtype, grad: torch.dtype, images: torch.dtype | None, aligned: bool, sign: bool, slots: int, block: int
+) -> tuple:
+    """``slots``: a power of two that is not below the chunks of a sample."""
+    kinds = dict(OUT=DTYPES[out], IMAGES=images is not None, SIGN=sign, SLOTS=slots, ALIGNED=aligned)
+    return perturb_images_kernel, kinds | dict(CHUNK=CHUNK, BLOCK=block) | OPTIONS
 
 
 def step_against_(out: torch.Tensor, images: torch.Tensor | None, grad: torch.Tensor, radius: float, norm: str) -> None:
@@ -123,15 +127,17 @@ def step_against_(out: torch.Tensor, images: torch.Tensor | None, grad: torch.Te
     chunks = triton.cdiv(elements, CHUNK)
     slots = torch.empty(samples, chunks, dtype=torch.float64, device=out.device)
     length = -radius * (elements**0.5 if norm == "rms" else 1.0)
-    sums = sums_constants(BLOCK)
-    moves = launch_constants(out.dtype, images is not None, norm == "linf", triton.next_power_of_2(chunks), BLOCK)
-    images = grad if images is None else images
+    images_dtype, images = None if images is None else images.dtype, grad if images is None else images
+    aligned = elements % 16 == 0 and (out.data_ptr() | images.data_ptr() | grad.data_ptr()) % 16 == 0
+    sums = launcher(sums_variant, out.device, grad.dtype, aligned, BLOCK)
+    kinds = out.dtype, grad.dtype, images_dtype, aligned, norm == "linf"
+    move = launcher(variant, out.device, *kinds, triton.next_power_of_2(chunks), BLOCK)
     group = min(max(1, GROUP_BYTES // (elements * grad.element_size())), GRID_LIMIT)
     with on(out.device):
         for first in range(0, samples, group):
-            grid = chunks, min(group, samples - first)
-            sample_sums_kernel[grid](grad, slots, elements, first, **sums)
-            perturb_images_kernel[grid](out, images, grad, slots, length, elements, first, **moves)
+            grid = chunks, min(group, samples - first), 1
+            sums(grid, grad, slots, elements, first)
+            move(grid, out, images, grad, slots, length, elements, first)
 
 
 def _sample_after_sample(tensor: torch.Tensor, out: torch.Tensor) -> bool:

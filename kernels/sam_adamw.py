@@ -4,8 +4,6 @@ Moments are float32, or 8-bit codes with an absmax for each 256 elements (``quan
 for fp32 with backup and for bf16 weights with a float32 master alike; with 8-bit moments 10 for bf16 without a master.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -19,11 +17,13 @@ from .common import (
     address_of,
     chunk_span,
     launch_span,
+    launcher,
     load,
     on,
     pointer_to,
     restore_chunk,
     store,
+    unspecialised,
     vector_part,
 )
 from .quantize import load_moments, rows_of, store_moments
@@ -95,7 +95,7 @@ def _update(
     store(pointer_to(a_weight, start, WEIGHT, VECTOR), offsets, count, b_w, VECTOR)
 
 
-@triton.jit(do_not_specialize=["seed", "grad", "first_chunk", "tensors"])
+@unspecialised
 def sam_adamw_kernel(
     addresses,
     numel,
@@ -174,8 +174,7 @@ def sam_adamw_kernel(
         restore_chunk(a_weight, a_backup, start, count, tl.load(first_inf), WEIGHT, SOURCE, BLOCK)
 
 
-@cache
-def launch_constants(
+def variant(
     weight: torch.dtype,
     grad: torch.dtype,
     source: str,
@@ -184,7 +183,7 @@ def launch_constants(
     restore: bool,
     stochastic: bool,
     block: int,
-) -> dict:
+) -> tuple:
     lists = ("weight", "grad", "exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
     rows = {f"ROW_{name.upper()}": ROW[name] for name in lists} | dict(ROW_SOURCE=ROW[source])
     dtypes = dict(WEIGHT=DTYPES[weight], GRAD=DTYPES[grad], SOURCE=DTYPES[source_dtype], STATE=DTYPES[state])
@@ -192,9 +191,10 @@ def launch_constants(
     fixed = rows | dtypes | choices | dict(N_COEFFICIENTS=N_COEFFICIENTS, CHUNK=CHUNK) | OPTIONS
     if state is torch.uint8:
         # 96 registers: five blocks of 128 threads on a multiprocessor, where 256 threads would fit twice.
-        return fixed | dict(BLOCK=block // 2, TAIL=block // 2, num_warps=4, maxnreg=96)
+        return sam_adamw_kernel, fixed | dict(BLOCK=block // 2, TAIL=block // 2, num_warps=4, maxnreg=96)
     # A tail is masked element by element: half a block of it needs no more registers than a whole block elsewhere.
-    return fixed | dict(BLOCK=block, TAIL=block // 2, maxnreg=80 if source == "master" or stochastic else 64)
+    registers = 80 if source == "master" or stochastic else 64
+    return sam_adamw_kernel, fixed | dict(BLOCK=block, TAIL=block // 2, maxnreg=registers)
 
 
 def sam_adamw_step_(
@@ -205,9 +205,11 @@ def sam_adamw_step_(
         return
     source = "master" if "master" in table else "backup" if restore else "weight"
     seed, dtypes = rounding_seed(table), table.dtypes
-    grad_dtype = dtypes["grad"] if grad is None else grad.dtype
+    kinds = dtypes["weight"], dtypes["grad"] if grad is None else grad.dtype, source, dtypes[source], dtypes["exp_avg"]
+    launch = launcher(variant, table.device, *kinds, restore, seed is not None, BLOCK)
     with on(table.device):
-        sam_adamw_kernel[(chunks,)](
+        launch(
+            (chunks, 1, 1),
             table.addresses,
             table.numel,
             table.chunk_tensor,
@@ -220,14 +222,4 @@ def sam_adamw_step_(
             0 if grad is None else grad.data_ptr(),
             first_chunk,
             len(table),
-            **launch_constants(
-                dtypes["weight"],
-                grad_dtype,
-                source,
-                dtypes[source],
-                dtypes["exp_avg"],
-                restore,
-                seed is not None,
-                BLOCK,
-            ),
         )

@@ -4,15 +4,26 @@ Also sums, in registers, what was applied at the weight's precision against what
 in fp32 with backup, 8 with bf16 weights and a master.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 
 from rsaft_fast.ops.table import CHUNK, ROW, TensorTable
 
-from .common import DTYPES, OPTIONS, address_of, chunk_span, load, on, pointer_to, rounded, store, vector_part
+from .common import (
+    DTYPES,
+    OPTIONS,
+    address_of,
+    chunk_span,
+    launcher,
+    load,
+    on,
+    pointer_to,
+    rounded,
+    store,
+    unspecialised,
+    vector_part,
+)
 from .rounding import PERTURBATION, rounded_as_asked, rounding_seed
 
 BLOCK = 2048
@@ -72,7 +83,7 @@ def _back_up(a_weight, a_backup, start, count, WEIGHT: tl.constexpr, BLOCK: tl.c
         tl.store(backup + offsets, tl.load(weight + offsets, mask=offsets < count), mask=offsets < count)
 
 
-@triton.jit(do_not_specialize=["seed", "tensors"])
+@unspecialised
 def sam_perturb_kernel(
     addresses,
     numel,
@@ -137,23 +148,24 @@ def sam_perturb_kernel(
     tl.store(sums + 3 * i_chunk + 2, tl.sum(b_wanted_sq).to(tl.float64))
 
 
-@cache
-def launch_constants(
+def variant(
     weight: torch.dtype, grad: torch.dtype, master: bool, adaptive: bool, stochastic: bool, block: int
-):
+) -> tuple:
     rows = dict(ROW_WEIGHT=ROW["weight"], ROW_GRAD=ROW["grad"], ROW_SOURCE=ROW["master" if master else "backup"])
     choices = dict(MASTER=master, ADAPTIVE=adaptive, STOCHASTIC=stochastic)
     sizes = dict(CHUNK=CHUNK, BLOCK=block, maxnreg=80)  # registers for three blocks on a multiprocessor
-    return rows | choices | dict(WEIGHT=DTYPES[weight], GRAD=DTYPES[grad]) | sizes | OPTIONS
+    return sam_perturb_kernel, rows | choices | dict(WEIGHT=DTYPES[weight], GRAD=DTYPES[grad]) | sizes | OPTIONS
 
 
 def sam_perturb_(table: TensorTable, norm) -> None:
     if not table.chunks:
         return
-    master, seed = "master" in table, rounding_seed(table)
-    dtypes = table.dtypes["weight"], table.dtypes["grad"]
+    seed = rounding_seed(table)
+    choices = table.dtypes["weight"], table.dtypes["grad"], "master" in table, table.adaptive, seed is not None, BLOCK
+    launch = launcher(variant, table.device, *choices)
     with on(table.device):
-        sam_perturb_kernel[(table.chunks,)](
+        launch(
+            (table.chunks, 1, 1),
             table.addresses,
             table.numel,
             table.chunk_tensor,
@@ -166,5 +178,4 @@ def sam_perturb_(table: TensorTable, norm) -> None:
             table.steps,
             seed or 0,
             len(table),
-            **launch_constants(*dtypes, master, table.adaptive, seed is not None, BLOCK),
         )

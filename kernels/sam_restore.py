@@ -1,19 +1,16 @@
 """Restore: the weight's old bits from the backup, or the float32 master rounded again. Nothing after a no-op."""
 
-from functools import cache
-
 import torch
-import triton
 import triton.language as tl
 
 from rsaft_fast.ops.table import CHUNK, ROW, TensorTable
 
-from .common import DTYPES, OPTIONS, address_of, chunk_span, launch_span, on, restore_chunk
+from .common import DTYPES, OPTIONS, address_of, chunk_span, launch_span, launcher, on, restore_chunk, unspecialised
 
 BLOCK = 4096
 
 
-@triton.jit(do_not_specialize=["first_chunk", "tensors"])
+@unspecialised
 def sam_restore_kernel(
     addresses,
     numel,
@@ -36,10 +33,10 @@ def sam_restore_kernel(
     restore_chunk(a_weight, a_source, start, count, tl.load(found_inf), WEIGHT, SOURCE, BLOCK)
 
 
-@cache
-def launch_constants(weight: torch.dtype, source: str, source_dtype: torch.dtype, block: int) -> dict:
+def variant(weight: torch.dtype, source: str, source_dtype: torch.dtype, block: int) -> tuple:
     rows = dict(ROW_WEIGHT=ROW["weight"], ROW_SOURCE=ROW[source])
-    return rows | dict(WEIGHT=DTYPES[weight], SOURCE=DTYPES[source_dtype], CHUNK=CHUNK, BLOCK=block) | OPTIONS
+    dtypes = dict(WEIGHT=DTYPES[weight], SOURCE=DTYPES[source_dtype])
+    return sam_restore_kernel, rows | dtypes | dict(CHUNK=CHUNK, BLOCK=block) | OPTIONS
 
 
 def sam_restore_(table: TensorTable, norm, tensor: int | None = None) -> None:
@@ -47,9 +44,10 @@ def sam_restore_(table: TensorTable, norm, tensor: int | None = None) -> None:
     if not chunks:
         return
     source = "master" if "master" in table else "backup"
-    constants = launch_constants(table.dtypes["weight"], source, table.dtypes[source], BLOCK)
+    launch = launcher(variant, table.device, table.dtypes["weight"], source, table.dtypes[source], BLOCK)
     with on(table.device):
-        sam_restore_kernel[(chunks,)](
+        launch(
+            (chunks, 1, 1),
             table.addresses,
             table.numel,
             table.chunk_tensor,
@@ -57,5 +55,4 @@ def sam_restore_(table: TensorTable, norm, tensor: int | None = None) -> None:
             norm.found_inf,
             first_chunk,
             len(table),
-            **constants,
         )

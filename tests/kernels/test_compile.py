@@ -26,50 +26,38 @@ POINTERS = {
     "*fp64": ("slots", "values", "rho", "scales", "sums", "coefficients", "hyper", "norm"),
     "*fp32": ("found_inf", "skip", "norm_inf", "first_inf", "scaler_inf", "grad_scale", "skip_out", "steps"),
 }
-TYPES = {name: kind for kind, names in POINTERS.items() for name in names} | {"radius": "fp32", "seed": "u64"}
+TYPES = {name: kind for kind, names in POINTERS.items() for name in names} | {
+    "radius": "fp32",
+    "seed": "u64",
+    "elements": "i64",
+}
 KINDS = {F32: "*fp32", BF16: "*bf16", F16: "*fp16"}
 
 
 def norm_of(dtype, adaptive=False):
-    constants = global_norm.launch_constants(dtype, dtype, adaptive, global_norm.BLOCK)
-    return global_norm.sum_of_squares_kernel, constants, {}
+    return *global_norm.variant(dtype, dtype, adaptive, global_norm.BLOCK), {}
 
 
 def perturb_of(dtype, master=False, adaptive=False, stochastic=False):
-    constants = sam_perturb.launch_constants(dtype, dtype, master, adaptive, stochastic, sam_perturb.BLOCK)
-    return sam_perturb.sam_perturb_kernel, constants, {}
+    return *sam_perturb.variant(dtype, dtype, master, adaptive, stochastic, sam_perturb.BLOCK), {}
 
 
 def restore_of(dtype, source, source_dtype):
-    constants = sam_restore.launch_constants(dtype, source, source_dtype, sam_restore.BLOCK)
-    return sam_restore.sam_restore_kernel, constants, {}
+    return *sam_restore.variant(dtype, source, source_dtype, sam_restore.BLOCK), {}
 
 
 def adamw_of(dtype, source="backup", state=F32, stochastic=False):
-    constants = sam_adamw.launch_constants(
-        dtype,
-        dtype,
-        source,
-        F32 if source == "master" else dtype,
-        state,
-        source != "weight",
-        stochastic,
-        sam_adamw.BLOCK,
-    )
-    return sam_adamw.sam_adamw_kernel, constants, {"grad": "i64"}
+    lists = dtype, dtype, source, F32 if source == "master" else dtype, state
+    return *sam_adamw.variant(*lists, source != "weight", stochastic, sam_adamw.BLOCK), {"grad": "i64"}
 
 
-def images_of(dtype, sign=False):
-    constants = perturb_images.launch_constants(dtype, True, sign, 128, perturb_images.BLOCK)
-    return perturb_images.perturb_images_kernel, constants, dict.fromkeys(("out", "images", "grad"), KINDS[dtype])
+def images_of(dtype, sign=False, aligned=True):
+    variant = perturb_images.variant(dtype, dtype, dtype, aligned, sign, 128, perturb_images.BLOCK)
+    return *variant, dict.fromkeys(("out", "images", "grad"), KINDS[dtype])
 
 
 def image_sums_of(dtype):
-    return (
-        perturb_images.sample_sums_kernel,
-        perturb_images.sums_constants(perturb_images.BLOCK),
-        {"grad": KINDS[dtype]},
-    )
+    return *perturb_images.sums_variant(dtype, True, perturb_images.BLOCK), {"grad": KINDS[dtype]}
 
 
 # name: (kernel, constants, types), registers it may use, loads and stores it must have.
@@ -98,22 +86,17 @@ STREAMS = {
     "image sums": (image_sums_of(BF16), 48, [WIDE], []),
     "images fp32": (images_of(F32), 48, [WIDE], [WIDE]),
     "images bf16, linf": (images_of(BF16, True), 48, [WIDE], [WIDE]),
+    "images fp32, misaligned": (images_of(F32, aligned=False), 64, [], []),
 }
-NO_FLAGS = dict.fromkeys(("first_inf", "scaler_inf", "grad_scale"))
-FOLDED = coefficients.CONSTANTS | dict(BLOCK=global_norm.SLOT_BLOCK, TENSORS_BLOCK=global_norm.TENSORS_BLOCK)
-ALONE = coefficients.CONSTANTS | dict(RELEASED=True, COUNT=True, BLOCK=coefficients.BLOCK)
+FLAGS, NO_FLAGS = (F32, F32, F32, False), (None, None, None, True)
 SMALL = {
-    "finish norm": (
-        global_norm.finish_norm_kernel,
-        global_norm.OPTIONS | dict(FIRST=True, LAST=True, BLOCK=global_norm.SLOT_BLOCK),
-    ),
-    "finish norm and coefficients": (global_norm.finish_step_kernel, FOLDED | dict(FIRST=True, RELEASED=False)),
-    "finish norm and coefficients, no flags": (
-        global_norm.finish_step_kernel,
-        FOLDED | dict(FIRST=False, RELEASED=False) | NO_FLAGS,
-    ),
-    "adamw coefficients": (coefficients.adamw_coefficients_kernel, ALONE),
+    "finish norm": global_norm.norm_variant(True, True),
+    "finish norm and coefficients": global_norm.step_variant(*FLAGS, True),
+    "finish norm and coefficients, no flags, released": global_norm.step_variant(*NO_FLAGS, False),
+    "adamw coefficients": coefficients.variant(*FLAGS, True),
+    "adamw coefficients, no flags, released": coefficients.variant(*NO_FLAGS, False),
 }
+ABSENT = dict.fromkeys(("first_inf", "scaler_inf", "grad_scale"))
 
 
 def compile_for(architecture, kernel, launched_with, types):
@@ -121,14 +104,7 @@ def compile_for(architecture, kernel, launched_with, types):
     constants = {name: value for name, value in launched_with.items() if name in names}
     options = {name: value for name, value in launched_with.items() if name not in names}
     signature = {n: "constexpr" if n in constants else types.get(n) or TYPES.get(n) or "i32" for n in names}
-    # What the launcher finds out by itself: allocations, and the elements of ordinary images, are multiples of 16.
-    divisible = [n for n in names if signature[n].startswith("*") or n == "elements"]
-    source = ASTSource(
-        kernel,
-        signature,
-        {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
-    )
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
@@ -157,7 +133,8 @@ def test_streaming_kernels(tmp_path, name, architecture):
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("name", SMALL)
 def test_small_kernels(tmp_path, name, architecture):
-    compiled = compile_for(architecture, *SMALL[name], {})
+    kernel, constants = SMALL[name]
+    compiled = compile_for(architecture, kernel, constants | (ABSENT if "no flags" in name else {}), {})
     if not CUOBJDUMP.exists():
         pytest.skip("this triton wheel has no cuobjdump to look into the machine code")
     assert re.search(r"STACK:0\b", inspect(compiled, tmp_path, "-res-usage"))
