@@ -84,6 +84,8 @@ class TensorTable:
         self.captured = False
         self.shapes = [weight.shape for weight in weights]
         self.strides = [weight.stride() for weight in weights]
+        self._odd_strides = [None if weight.is_contiguous() else weight.stride() for weight in weights]
+        self._device_index = weights[0].get_device()
         self.dtypes: dict[str, torch.dtype] = {"weight": weights[0].dtype}
         self._allowed = _allowed_dtypes(weights[0].dtype)
         self._lists: dict[str, list[torch.Tensor | None]] = {}
@@ -152,7 +154,8 @@ class TensorTable:
                 self._check(name, tensors)
                 raise
             if known != self._bound.get(name):
-                self._check(name, tensors)
+                if not self._fit_at_a_glance(name, tensors, known):
+                    self._check(name, tensors)
                 moved[name] = known
         if moved and (self.captured or capturing):
             raise RuntimeError(
@@ -186,10 +189,30 @@ class TensorTable:
         rows = sorted(ROW[name] for name in moved)
         empty = [None] * len(self)
         block = torch.tensor(
-            [[_address(entry) for entry in self._bound.get(name, empty)] for name in LISTS[rows[0] : rows[-1] + 1]],
+            [
+                [e if type(e) is int else _address(e) for e in self._bound.get(name, empty)]
+                for name in LISTS[rows[0] : rows[-1] + 1]
+            ],
             dtype=torch.int64,
         )
         self.addresses[rows[0] : rows[-1] + 1].copy_(pinned(block, self.device), non_blocking=True)
+
+    def _fit_at_a_glance(self, name: str, tensors: Sequence[torch.Tensor | None], known: list) -> bool:
+        """Whether a list that has been bound before is as it was but for its addresses. For gradients that are made anew
+        each time; what is not plainly right, ``check`` looks at closely."""
+        dtype, device = self.dtypes.get(name), self._device_index
+        if dtype is None or name in ABSMAX or name not in self._bound or len(tensors) != len(self):
+            return False
+        return all(
+            place is None
+            or (
+                (place[1] == expected if type(place) is tuple else place != 0 and expected is None)
+                and t.dtype is dtype
+                and t.shape == shape
+                and t.get_device() == device
+            )
+            for t, place, shape, expected in zip(tensors, known, self.shapes, self._odd_strides)
+        )
 
     def _check_absmax(self, what: str, index: int, tensor: torch.Tensor) -> None:
         expected = (blocks(self.shapes[index].numel()),)
