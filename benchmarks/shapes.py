@@ -64,20 +64,16 @@ def write(shapes: Sequence[Sequence[int]]) -> str:
 
 def from_architectures() -> dict[str, str]:
     """What shapes.json must hold: every case as the architecture configs give it."""
-    from rsaft_fast.backbones import SD3, SD15
+    from rsaft_fast.backbones import FLUX, SD3, SD15, SDXL
     from rsaft_fast.backbones.specs import build_denoiser
 
-    targets = {name: SD15.lora_targets if name in ("sd15", "sdxl") else SD3.lora_targets for name in NAMES}
     found = {}
-    for name in NAMES:
+    for name, adapter in zip(NAMES, (SD15, SDXL, SD3, FLUX)):
         network = build_denoiser(name)
-        layers = [
-            module
-            for path, module in network.named_modules()
-            if hasattr(module, "in_features") and path.endswith(targets[name])
-        ]
+        targets = tuple(f".{target}" for target in adapter.lora_targets)
+        layers = [module for path, module in network.named_modules() if path.endswith(targets)]
         lora = [shape for m in layers for shape in ((RANK, m.in_features), (m.out_features, RANK))]
-        found[f"{name}-lora32"] = write(lora)
+        found[f"{name}-lora{RANK}"] = write(lora)
         found[f"{name}-full"] = write([tuple(p.shape) for p in network.parameters()])
     return found
 
