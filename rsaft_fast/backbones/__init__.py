@@ -11,14 +11,12 @@ from rsaft_fast.backbones.base import Backbone, Branch, Conditioning
 from rsaft_fast.backbones.flux import FLUX
 from rsaft_fast.backbones.lora import LoRASettings, add_lora, save_lora
 from rsaft_fast.backbones.pipeline import PipelineBackbone
+from rsaft_fast.backbones.random import random_backbone
+from rsaft_fast.backbones.registry import ADAPTERS
 from rsaft_fast.backbones.sd3 import SD3
 from rsaft_fast.backbones.sd15 import SD15
 from rsaft_fast.backbones.sdxl import SDXL
 from rsaft_fast.errors import UserError
-
-ADAPTERS: dict[str, type[PipelineBackbone]] = {
-    adapter.pipeline_class.__name__: adapter for adapter in (SD15, SDXL, SD3, FLUX)
-}
 
 
 def load_backbone(
@@ -87,6 +85,7 @@ def _first_line(error: Exception) -> str:
 
 
 __all__ = [
+    "ADAPTERS",
     "FLUX",
     "SD3",
     "SD15",
@@ -99,5 +98,6 @@ __all__ = [
     "adapter_for",
     "add_lora",
     "load_backbone",
+    "random_backbone",
     "save_lora",
 ]

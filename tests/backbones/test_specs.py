@@ -4,7 +4,13 @@ import pytest
 
 from rsaft_fast.backbones.specs import NAMES, build_denoiser
 
-PUBLISHED = {"sd15": 859_520_964, "sdxl": 2_567_463_684, "sd35-medium": 2_243_171_520, "flux1": 11_901_408_320}
+PUBLISHED = {
+    "sd15": 859_520_964,
+    "sdxl": 2_567_463_684,
+    "sd35-medium": 2_243_171_520,
+    "sd35-large": 8_056_627_520,
+    "flux1": 11_901_408_320,
+}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,19 +1,62 @@
-"""Public architecture configurations of the denoisers at real size, for benchmarks and estimates without weights."""
+"""Public architecture configurations at real size, for benchmarks and estimates without weights.
+
+`<name>.json` is a denoiser's config; `pipelines.json` has what stands around it: the pipeline's class, where its VAE
+differs from the one architecture that all share, and its scheduler.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 import diffusers
 import torch
 
-NAMES = ("sd15", "sdxl", "sd35-medium", "flux1")
+from rsaft_fast.errors import UserError
+
+NAMES = ("sd15", "sdxl", "sd35-medium", "sd35-large", "flux1")
+_VAE = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The architecture of a pipeline as far as `predict` and `decode` go: no text encoders.
+
+    Attributes:
+        pipeline: name of the diffusers pipeline class.
+        denoiser, vae: their configs. A `_class_name`, where there is one, must be the pipeline's own.
+        scheduler: its config, with `_class_name`.
+    """
+
+    pipeline: str
+    denoiser: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+
+
+def load_spec(name: str) -> Spec:
+    """The published architecture of that name, one of `NAMES`."""
+    if name not in NAMES:
+        raise UserError(f"there is no spec {name!r}; there are {', '.join(NAMES)}")
+    around = _read("pipelines")[name]
+    return Spec(around["pipeline"], _read(name), _VAE | around["vae"], around["scheduler"])
 
 
 def build_denoiser(name: str, device: torch.device | str = "meta") -> torch.nn.Module:
     """The denoiser of that name with unset weights, on `device` ("meta": shapes alone, no memory)."""
-    config = json.loads(resources.files(__name__).joinpath(f"{name}.json").read_text(encoding="utf-8"))
+    config = _read(name)
     network = getattr(diffusers, config.pop("_class_name"))
     with torch.device(device):
         return network(**config)
+
+
+def _read(name: str) -> dict[str, Any]:
+    return json.loads(resources.files(__name__).joinpath(f"{name}.json").read_text(encoding="utf-8"))
