@@ -198,8 +198,10 @@ class TensorTable:
         self.addresses[rows[0] : rows[-1] + 1].copy_(pinned(block, self.device), non_blocking=True)
 
     def _fit_at_a_glance(self, name: str, tensors: Sequence[torch.Tensor | None], known: list) -> bool:
-        """Whether a list that has been bound before is as it was but for its addresses. For gradients that are made anew
-        each time; what is not plainly right, ``check`` looks at closely."""
+        """Whether a list is as it was but for its addresses: what gradients are that are made anew for each pass.
+
+        What is not plainly right, ``check`` looks at closely.
+        """
         dtype, device = self.dtypes.get(name), self._device_index
         if dtype is None or name in ABSMAX or name not in self._bound or len(tensors) != len(self):
             return False
