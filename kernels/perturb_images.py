@@ -123,7 +123,7 @@ def step_against_(out: torch.Tensor, images: torch.Tensor | None, grad: torch.Te
         step_against_(plain, None if images is None else images.contiguous(), grad.contiguous(), radius, norm)
         out.copy_(plain)
         return
-    samples, elements = len(out), out[0].numel()
+    samples, elements = len(out), out.numel() // len(out)
     chunks = triton.cdiv(elements, CHUNK)
     slots = torch.empty(samples, chunks, dtype=torch.float64, device=out.device)
     length = -radius * (elements**0.5 if norm == "rms" else 1.0)
@@ -142,6 +142,8 @@ def step_against_(out: torch.Tensor, images: torch.Tensor | None, grad: torch.Te
 
 def _sample_after_sample(tensor: torch.Tensor, out: torch.Tensor) -> bool:
     """Whether samples lie one after the other without holes, their elements in the order of ``out``'s."""
+    if tensor.is_contiguous() and out.is_contiguous():
+        return True
     if tensor.stride() != out.stride():
         return False
     expected = 1
