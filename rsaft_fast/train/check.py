@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rsaft_fast.backbones import adapter_for
+from rsaft_fast.backbones import PipelineBackbone, adapter_for
 from rsaft_fast.errors import UserError
 from rsaft_fast.ops import backends
 from rsaft_fast.sampling import GradientPlan, derive_rng
@@ -54,6 +54,7 @@ def check_config(config: Config) -> Inputs:
     check_device(config.backbone.device)
     _check_backend(config.backbone.device)
     check_path("backbone.path", config.backbone.path)
+    _check_true_cfg(config)
     _check_memory_options(config, plan)
     checkpoint, notes = _find_checkpoint(config)
     prompts = load_prompts(config.data.prompts, config.data.column)
@@ -64,6 +65,20 @@ def check_config(config: Config) -> Inputs:
         checkpoint=checkpoint,
         notes=notes,
     )
+
+
+def check_settings(config: Config, adapter: type[PipelineBackbone]) -> None:
+    """Check the keys by themselves, for a pipeline of that adapter: no file, device or output folder is needed.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    plan = config.method.draw(config.sampler.steps, derive_rng(config.seed, 0, "plan"))
+    _check_agreement(config)
+    if config.backbone.device.partition(":")[0] != "cuda":  # a recipe for a GPU may be looked at without one
+        check_device(config.backbone.device)
+    _check_true_cfg(config, adapter)
+    _check_memory_options(config, plan, adapter)
 
 
 def _check_agreement(config: Config) -> None:
@@ -90,7 +105,18 @@ def _check_agreement(config: Config) -> None:
             ) from error
 
 
-def _check_memory_options(config: Config, plan: GradientPlan) -> None:
+def _check_true_cfg(config: Config, adapter: type[PipelineBackbone] | None = None) -> None:
+    """A second guidance scale needs a model whose first one is embedded."""
+    scale = config.sampler.true_cfg_scale
+    if scale != 1 and not (adapter or adapter_for(config.backbone.path)).embeds_guidance:
+        raise UserError(
+            f"sampler.true_cfg_scale is {scale}, which FLUX.1 alone knows; leave it out and set sampler.guidance_scale"
+        )
+
+
+def _check_memory_options(
+    config: Config, plan: GradientPlan, adapter: type[PipelineBackbone] | None = None
+) -> None:
     """The optimizer's options against what is trained, and how."""
     settings = config.optimizer
     full_bf16 = config.parameters.train == "full" and config.backbone.dtype == "bf16"
@@ -101,7 +127,7 @@ def _check_memory_options(config: Config, plan: GradientPlan) -> None:
         )
     if not settings.release_gradients:
         return
-    calls = plan.backward_calls(guided=_is_guided(config))
+    calls = plan.backward_calls(guided=_is_guided(config, adapter))
     obstacles = {
         "smoothing.parameters null: there is no second pass": config.smoothing.parameters is None,
         f"data.accumulate {config.data.accumulate}; set it to 1": config.data.accumulate > 1,
@@ -113,12 +139,12 @@ def _check_memory_options(config: Config, plan: GradientPlan) -> None:
             raise UserError(f"optimizer.release_gradients with {obstacle}")
 
 
-def _is_guided(config: Config) -> bool:
+def _is_guided(config: Config, adapter: type[PipelineBackbone] | None = None) -> bool:
     """Whether a network call has two branches. A guidance scale alone does not say so: FLUX.1 embeds it."""
     sampler = config.sampler
-    if sampler.true_cfg_scale != 1 or sampler.guidance_scale == 1:
-        return sampler.true_cfg_scale != 1
-    return not adapter_for(config.backbone.path).embeds_guidance
+    if sampler.guidance_scale == sampler.true_cfg_scale == 1:
+        return False
+    return sampler.true_cfg_scale != 1 or not (adapter or adapter_for(config.backbone.path)).embeds_guidance
 
 
 def check_device(name: str) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders.backbones import make_backbone
+from builders.backbones import BUILDERS, make_backbone
 from PIL import Image
 
+from rsaft_fast.backbones.flow import FlowBackbone
 from rsaft_fast.errors import UserError
 from rsaft_fast.sampling import NoiseSource
 from rsaft_fast.train.config import DenoisingSettings
@@ -18,7 +19,7 @@ from rsaft_fast.train.data import EncodedPrompts
 from rsaft_fast.train.denoising import DenoisingLoss, load_folder, read_image, regression_target
 
 
-@pytest.fixture(scope="module", params=["sd15", "sd3"])
+@pytest.fixture(scope="module", params=list(BUILDERS))
 def backbone(request, tmp_path_factory):
     return make_backbone(request.param, tmp_path_factory.mktemp(request.param), dtype=torch.float64)
 
@@ -34,8 +35,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_the_target_is_the_noise_of_an_epsilon_model_and_the_velocity_of_a_flow(backbone):
-    clean, noise = torch.randn(2, 4, 16, 16, dtype=torch.float64), torch.randn(2, 4, 16, 16, dtype=torch.float64)
-    wanted = noise if type(backbone).__name__ == "SD15" else noise - clean
+    clean, noise = torch.randn(2, 2, *backbone.latent_shape, dtype=torch.float64)
+    wanted = noise - clean if isinstance(backbone, FlowBackbone) else noise
     for step in backbone.schedule(250)[::25]:
         torch.testing.assert_close(regression_target(step, clean, noise), wanted, rtol=1e-9, atol=1e-9)
         # And what the sampler would take for x0, were the prediction exact.
@@ -62,11 +63,11 @@ def test_loss_and_gradient_are_those_of_the_definition(backbone, folder):
     assert len(seen) == 2
     terms = []
     for sample, (x, step) in enumerate(seen):
-        noise = NoiseSource(9, 4, (sample,)).draw("denoising", (4, 16, 16), dtype=torch.float64)
+        noise = NoiseSource(9, 4, (sample,)).draw("denoising", backbone.latent_shape, dtype=torch.float64)
         clean = (x - step.sigma * noise) / step.alpha if step.alpha > 1e-6 else None
         caption, match = _which(backbone, items, clean)
         assert match < 1e-9
-        target = noise if type(backbone).__name__ == "SD15" else noise - clean
+        target = noise - clean if isinstance(backbone, FlowBackbone) else noise
         terms.append((predict(x, step, encoded([caption]).positive) - target).square().mean())
     mean = torch.stack(terms).mean()
     assert value == pytest.approx(float(mean.detach()), rel=1e-9)

@@ -57,12 +57,21 @@ def test_released_runs_train_to_the_same_weights(tiny, tmp_path):
         ({**RELEASED, "smoothing": {"parameters": None}}, "there is no second pass"),
         ({**RELEASED, "method": {"name": "draft", "k": 2}}, "method draft: 2 backward passes"),
         ({**RELEASED, "sampler": {"steps": 2, "guidance_scale": 3.0}}, "method draft: 2 backward passes"),
+        ({**RELEASED, "family": "flux", "sampler__true_cfg_scale": 2.0}, "method draft: 2 backward passes"),
+        ({"sampler__true_cfg_scale": 2.0}, "true_cfg_scale is 2.0, which FLUX.1 alone knows"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_anything_loads(tiny, out, overrides, line):
     with pytest.raises(UserError, match=line):
         check_config(config(tiny, out, **overrides))
     assert not out.exists()
+
+
+def test_an_embedded_guidance_scale_leaves_one_backward_pass_to_release(tiny, out):
+    settings = config(tiny, out, "flux", sampler={"steps": 2, "guidance_scale": 3.5}, **RELEASED)
+    train(settings)
+    records = read_metrics(out)
+    assert len(records) == 2 and all(record["skipped"] == 0 for record in records)
 
 
 @pytest.mark.parametrize("checkpointed", [True, False])
