@@ -33,8 +33,9 @@ RSAFT_HD float adamw(float base, float m, float v, const Row &row) {
     return base * row.decay - row.step_size * (m / denominator);
 }
 
-// Beside 8-bit moments: square root and reciprocal in one instruction each instead of twelve, at most 3e-7 of the update
-// off, where the moments themselves are known to a hundredth. At 10 bytes an element, arithmetic would be the limit.
+// Beside 8-bit moments: square root and reciprocal in one instruction each instead of twelve, at most 3e-7 of the
+// update off, where the moments themselves are known to a hundredth. At 10 bytes an element, arithmetic would be the
+// limit.
 RSAFT_HD float adamw_nearly(float base, float m, float v, const Row &row) {
 #if defined(__CUDA_ARCH__)
     float root, inverse;

@@ -102,7 +102,9 @@ template <class Op> struct AsWalk {
     static constexpr int SUMS = 0;
     using Here = typename Op::Here;
     Op op;
-    template <int N> RSAFT_HD void at(const Here &here, int i, Sums<0> &none) const { op.template undo<N>(here, i, none); }
+    template <int N> RSAFT_HD void at(const Here &here, int i, Sums<0> &none) const {
+        op.template undo<N>(here, i, none);
+    }
 };
 
 template <class Op> __global__ void __launch_bounds__(THREADS, 2) over_blocks(const rsaft_table t, const Op op) {

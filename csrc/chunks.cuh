@@ -86,7 +86,8 @@ template <int N> __device__ __forceinline__ void block_sum(Sums<N> &sums) {
     }
 }
 
-template <class Op> __global__ void __launch_bounds__(THREADS, Op::BLOCKS) over_chunks(const rsaft_table t, const Op op) {
+template <class Op>
+__global__ void __launch_bounds__(THREADS, Op::BLOCKS) over_chunks(const rsaft_table t, const Op op) {
     const int chunk = op.chunk_of(blockIdx.x, t.chunks);
     const Span span = span_of(t, chunk);
     typename Op::Here here;

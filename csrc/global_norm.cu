@@ -1,5 +1,5 @@
-// Global gradient norm, first part: a float32 sum a chunk in its own slot (finish_norm.cu adds them). The bits follow from
-// the chunk list alone, not from the GPU's size. Floor: the bytes of the gradients.
+// Global gradient norm, first part: a float32 sum a chunk in its own slot (finish_norm.cu adds them). The bits follow
+// from the chunk list alone, not from the GPU's size. Floor: the bytes of the gradients.
 
 #include "chunks.cuh"
 

@@ -1,6 +1,7 @@
-// Image perturbation: a norm a sample, then one pass that writes images + delta, or delta alone. The second launch adds a
-// sample's slots again, in order, so no third is needed. Samples are taken in groups whose gradients stay in the L2 from
-// one launch to the other. Floor: 12 bytes an element in float32, 6 in bf16; 16 and 8 for what does not fit.
+// Image perturbation: a norm a sample, then one pass that writes images + delta, or delta alone. The second launch
+// adds a sample's slots again, in order, so no third is needed. Samples are taken in groups whose gradients stay in
+// the L2 from one launch to the other. Floor: 12 bytes an element in float32, 6 in bf16; 16 and 8 for what does not
+// fit.
 
 #include <cmath>
 #include <cstddef>
@@ -74,10 +75,10 @@ template <class O, class G> struct Move {
 };
 
 // Bytes of gradients in a group. An H100's L2 holds 50 MB in two halves, and what the far half owns may lie in both, so
-// 25 MB are sure to be still there. A group costs two launches more, each some 2 us of filling and draining the GPU; at 3
-// TB/s it saves the second read of 24 MiB, 8.4 us of 33.5. So larger groups gain while they fit, and below 12 MB splitting
-// would lose: at 32 x 3 x 1024 x 1024 in float32 (12.6 MB a sample, 96 chunks) two samples share a launch of 192 blocks,
-// all of them resident at once on 132 multiprocessors.
+// 25 MB are sure to be still there. A group costs two launches more, each some 2 us of filling and draining the GPU;
+// at 3 TB/s it saves the second read of 24 MiB, 8.4 us of 33.5. So larger groups gain while they fit, and below 12 MB
+// splitting would lose: at 32 x 3 x 1024 x 1024 in float32 (12.6 MB a sample, 96 chunks) two samples share a launch of
+// 192 blocks, all of them resident at once on 132 multiprocessors.
 constexpr int64_t GROUP_BYTES = int64_t{24} << 20;
 constexpr int64_t MOST_SAMPLES = 65535; // a grid's second side
 

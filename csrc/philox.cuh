@@ -27,7 +27,8 @@ RSAFT_HD Words philox(Words c, uint64_t seed) {
 #pragma unroll
     for (int round = 0; round < 10; ++round) {
         constexpr uint32_t M0 = 0xd2511f53u, M1 = 0xcd9e8d57u;
-        c = {{high_product(M1, c.v[2]) ^ c.v[1] ^ k0, M1 * c.v[2], high_product(M0, c.v[0]) ^ c.v[3] ^ k1, M0 * c.v[0]}};
+        const uint32_t high0 = high_product(M0, c.v[0]), high1 = high_product(M1, c.v[2]);
+        c = {{high1 ^ c.v[1] ^ k0, M1 * c.v[2], high0 ^ c.v[3] ^ k1, M0 * c.v[0]}};
         k0 += 0x9e3779b9u;
         k1 += 0xbb67ae85u;
     }

@@ -1,5 +1,5 @@
-// The 8-bit codes of optimizer state (bitsandbytes' dynamic map), in closed form: rsaft_fast/ops/quantize.py explains it,
-// and these are its float32 operations in its order, so that codes agree to the bit.
+// The 8-bit codes of optimizer state (bitsandbytes' dynamic map), in closed form: rsaft_fast/ops/quantize.py explains
+// it, and these are its float32 operations in its order, so that codes agree to the bit.
 #pragma once
 
 #include <cmath>
@@ -79,7 +79,8 @@ template <bool SIGNED> RSAFT_HD uint32_t encode(float x, const Binade *binades) 
     const bool above = a >= row.end;
     const float power = above ? row.above : row.power, scale = above ? row.steps + row.steps : row.steps;
     const float f = (a * power - 0.1f) * scale;
-    // q = 2^n + f cut to an integer, short of 2^(n + 1): 2^n is the scale without its mantissa, the other with all of it.
+    // q = 2^n + f cut to an integer, short of 2^(n + 1): 2^n is the scale without its mantissa, the other with a
+    // full one.
     const float steps = bits_float(float_bits(scale) & 0xff800000u), most = bits_float(float_bits(scale) | 0x7fffffu);
 #if defined(__CUDA_ARCH__)
     // Cut by additions that round towards zero: conversions run at a fraction of their rate.

@@ -26,8 +26,8 @@ template <class W, bool MASTER> struct Restore {
         const int64_t weight = address_of(t, RSAFT_WEIGHT, s.tensor);
         const int64_t source = address_of(t, MASTER ? RSAFT_MASTER : RSAFT_BACKUP, s.tensor);
         here = {element<W>(weight, s.start), element<const S>(source, s.start), s.count, ((weight | source) & 15) == 0};
-        // After a perturbation that was a no-op the weights are intact and the backup is not. What has no backup was not
-        // perturbed.
+        // After a perturbation that was a no-op the weights are intact and the backup is not. What has no backup was
+        // not perturbed.
         return *found_inf == 0.0f && source != 0;
     }
 

@@ -45,11 +45,13 @@ enum {
     RSAFT_LISTS
 };
 
-/* Element types. U8: codes of 8-bit moments, with a float32 absmax for each 256 elements of a tensor, in memory order. */
+/* Element types. U8: codes of 8-bit moments, with a float32 absmax for each 256 elements of a tensor as they lie in
+ * memory. */
 enum { RSAFT_ABSENT = -1, RSAFT_F32 = 0, RSAFT_BF16 = 1, RSAFT_F16 = 2, RSAFT_U8 = 3 };
 
-/* Many tensors as one launch. The struct itself lives in host memory. An address of 0 is an absent entry. A launch walks
- * the chunks that it is given: chunk_tensor and chunk_index moved on to one tensor's chunks make it that tensor's. */
+/* Many tensors as one launch. The struct itself lives in host memory. An address of 0 is an absent entry. A launch
+ * walks the chunks that it is given: chunk_tensor and chunk_index moved on to one tensor's chunks make it that
+ * tensor's. */
 typedef struct rsaft_table {
     const int64_t *addresses;    /* [RSAFT_LISTS][tensors] */
     const int64_t *numel;        /* [tensors] */
@@ -71,7 +73,8 @@ typedef struct rsaft_table {
     int32_t dtypes[RSAFT_LISTS]; /* RSAFT_ABSENT where the list is not bound */
 } rsaft_table;
 
-/* What AdamW's coefficients are made of besides a norm. In host memory; first_inf, scaler_inf, grad_scale may be NULL. */
+/* What AdamW's coefficients are made of besides a norm. In host memory; first_inf, scaler_inf and grad_scale may be
+ * NULL. */
 typedef struct rsaft_step_inputs {
     const double *hyper; /* [groups][6]: lr, beta1, beta2, eps, weight decay, clip norm */
     const float *first_inf, *scaler_inf, *grad_scale;
@@ -84,9 +87,9 @@ typedef struct rsaft_step_inputs {
 RSAFT_API int rsaft_sum_of_squares(const rsaft_table *table, int adaptive, void *stream);
 
 /* The slots of up to RSAFT_MAX_TABLES tables added in float64 and in order: values = {sum of squares, norm,
- * scale[groups]} with scale = rho / (norm + 1e-12), 0 for a zero or non-finite norm; found_inf = 1 where the norm is not
- * finite. `slots` and `counts` are host arrays. With `inputs`, the coefficients of the same number of `tables` (a host
- * array) too, as rsaft_adamw_coefficients writes them; both may be NULL. */
+ * scale[groups]} with scale = rho / (norm + 1e-12), 0 for a zero or non-finite norm; found_inf = 1 where the norm is
+ * not finite. `slots` and `counts` are host arrays. With `inputs`, the coefficients of the same number of `tables` (a
+ * host array) too, as rsaft_adamw_coefficients writes them; both may be NULL. */
 #define RSAFT_MAX_TABLES 16
 RSAFT_API int rsaft_finish_norm(const double *const *slots, const int32_t *counts, int count, const double *rho,
                                 int groups, double *values, float *found_inf, const rsaft_table *const *tables,
@@ -101,8 +104,8 @@ RSAFT_API int rsaft_sam_perturb(const rsaft_table *table, const double *scales, 
 RSAFT_API int rsaft_sam_restore(const rsaft_table *table, const float *found_inf, void *stream);
 
 /* Step counts, skip flag and counter, and the coefficients of up to RSAFT_MAX_TABLES tables (a host array): clip factor
- * / gradient scale, 1 - lr * weight decay, 1 - beta1, beta2, 1 - beta2, sqrt(1 - beta2^step), eps, lr / (1 - beta1^step),
- * step. */
+ * / gradient scale, 1 - lr * weight decay, 1 - beta1, beta2, 1 - beta2, sqrt(1 - beta2^step), eps,
+ * lr / (1 - beta1^step), step. */
 RSAFT_API int rsaft_adamw_coefficients(const rsaft_table *const *tables, int count, const double *norm,
                                        const float *found_inf, const rsaft_step_inputs *inputs, void *stream);
 

@@ -1,5 +1,5 @@
-// Restore, unscale, clip and AdamW in one pass: the weight is read from where restoring would read it. Floor: 28 bytes a
-// parameter, for float32 with backup and for bf16 weights with a float32 master alike.
+// Restore, unscale, clip and AdamW in one pass: the weight is read from where restoring would read it. Floor: 28 bytes
+// a parameter, for float32 with backup and for bf16 weights with a float32 master alike.
 
 #include "adamw.cuh"
 

@@ -1,5 +1,5 @@
-// The same step over 8-bit moments: decode, update in float32, take each block's new absmax, encode. Floor: 10.1 bytes a
-// parameter for bf16 weights with backup.
+// The same step over 8-bit moments: decode, update in float32, take each block's new absmax, encode. Floor: 10.1 bytes
+// a parameter for bf16 weights with backup.
 
 #include "adamw.cuh"
 #include "blocks.cuh"
@@ -7,9 +7,10 @@
 
 namespace rsaft {
 
-// A warp works on a block of 256 elements, 8 a lane: then both absmax are warp reductions, the codes of a lane one 8-byte
-// access and 16-bit weights one of 16. Sixteen elements a lane would make the codes 16-byte accesses too, but hold 32
-// moments in registers between decoding and encoding instead of 16, and a second 512-thread block would not fit.
+// A warp works on a block of 256 elements, 8 a lane: then both absmax are warp reductions, the codes of a lane one
+// 8-byte access and 16-bit weights one of 16. Sixteen elements a lane would make the codes 16-byte accesses too, but
+// hold 32 moments in registers between decoding and encoding instead of 16, and a second 512-thread block would not
+// fit.
 template <class Target> struct Step8 {
     using W = typename Target::Weight;
     using G = typename Target::Gradient;
@@ -43,7 +44,8 @@ template <class Target> struct Step8 {
         here.template undo<N>(i, none);
     }
 
-    // Elements i to i + n - 1 of the chunk, n <= 8, fewer in its last block: the weights, and the lane's largest moments.
+    // Elements i to i + n - 1 of the chunk, n <= 8, fewer in its last block: the weights, and the lane's largest
+    // moments.
     RSAFT_HD Largest update(const Here &here, const Codebook &book, int block, int i, int n, bool whole,
                             Lane &lane) const {
         Words32<S> source_words;
@@ -99,8 +101,8 @@ template <class Target> struct Step8 {
     }
 
     // The lane's codes, once the block's absmax are known.
-    RSAFT_HD void store(const Here &here, const Codebook &book, int block, int i, int n, bool whole, const Largest &most,
-                        const Lane &lane) const {
+    RSAFT_HD void store(const Here &here, const Codebook &book, int block, int i, int n, bool whole,
+                        const Largest &most, const Lane &lane) const {
         const float absmax = bits_float(most.m), absmax_sq = bits_float(most.v);
         store_codes<true>(here.exp_avg + i, book.binades, n, whole, inverse_of(absmax), lane.m);
         store_codes<false>(here.exp_avg_sq + i, book.binades_sq, n, whole, inverse_of(absmax_sq), lane.v);

@@ -1,6 +1,6 @@
-// Perturbation in place: w + scale * g with the old bits to a backup, or rounded from a float32 master. What was applied
-// at the weight's precision is summed against what was wanted. Floor: 16 bytes a parameter in float32 with backup, 8
-// with bf16 weights and a master.
+// Perturbation in place: w + scale * g with the old bits to a backup, or rounded from a float32 master. What was
+// applied at the weight's precision is summed against what was wanted. Floor: 16 bytes a parameter in float32 with
+// backup, 8 with bf16 weights and a master.
 
 #include <type_traits>
 
@@ -32,10 +32,11 @@ template <class W, class G, bool MASTER, bool STOCHASTIC> struct Perturb {
     RSAFT_HD bool begin(const rsaft_table &t, const Span &s, Here &here) const {
         const int64_t weight = address_of(t, RSAFT_WEIGHT, s.tensor), grad = address_of(t, RSAFT_GRAD, s.tensor);
         const int64_t source = address_of(t, MASTER ? RSAFT_MASTER : RSAFT_BACKUP, s.tensor);
+        const double step = STOCHASTIC ? t.steps[s.tensor] : 0.0f;
         here = {element<W>(weight, s.start),
                 grad ? element<const G>(grad, s.start) : nullptr,
                 element<S>(source, s.start),
-                Rounding<STOCHASTIC>::of(t, s.tensor, s.start, STOCHASTIC ? t.steps[s.tensor] : 0.0f, RSAFT_PERTURBATION),
+                Rounding<STOCHASTIC>::of(t, s.tensor, s.start, step, RSAFT_PERTURBATION),
                 static_cast<float>(scales[t.group[s.tensor]]),
                 s.count,
                 ((weight | grad | source) & 15) == 0,

@@ -19,7 +19,7 @@ void hook_encode(int is_signed, const float *x, int64_t count, uint8_t *codes) {
     Codebook book;
     for (int i = 0; i < THREADS; ++i) book.fill(i);
     for (int64_t i = 0; i < count; ++i)
-        codes[i] = static_cast<uint8_t>(is_signed ? encode<true>(x[i], book.binades) : encode<false>(x[i], book.binades_sq));
+        codes[i] = is_signed ? encode<true>(x[i], book.binades) & 0xff : encode<false>(x[i], book.binades_sq) & 0xff;
 }
 
 void hook_philox(const uint32_t *counter, uint64_t seed, uint32_t *words) {
@@ -47,7 +47,8 @@ int64_t hook_group_of(int64_t samples, int64_t sample_bytes) { return group_of(s
 
 double hook_power(double base, uint64_t exponent) { return power(base, exponent); }
 
-// One AdamW update of each element; row: factor, 1 - lr wd, 1 - beta1, beta2, 1 - beta2, sqrt(1 - beta2^t), eps, step size.
+// One AdamW update of each element; row: factor, 1 - lr wd, 1 - beta1, beta2, 1 - beta2, sqrt(1 - beta2^t), eps, step
+// size.
 void hook_adamw(float *w, const float *g, float *m, float *v, int64_t count, const float *row) {
     const Row r{row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], 1.0f / row[5]};
     for (int64_t i = 0; i < count; ++i) {
