@@ -56,12 +56,11 @@ class PipelineBackbone(Backbone):
         self.compute_dtype = dtype
         self.latent_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         for module in self.modules():
+            wanted = self.vae_dtype(dtype) if module is pipeline.vae else dtype
             module.requires_grad_(False).eval()
             module.to(self.device)
-            if module.dtype != dtype:
-                module.to(dtype)
-        if dtype == torch.float16:
-            pipeline.vae.to(torch.float32)
+            if module.dtype != wanted:
+                module.to(wanted)
         self._check_channels()
         self.height = height or self.default_size
         self.width = width or self.default_size
@@ -84,8 +83,14 @@ class PipelineBackbone(Backbone):
         device: torch.device | str = "cpu",
     ) -> PipelineBackbone:
         denoiser = {cls.denoiser_name: cls._load_denoiser(path, dtype)}
-        pipeline = cls.pipeline_class.from_pretrained(path, dtype=dtype, **denoiser, **cls.loading_options())
+        dtypes = {"default": dtype, "vae": cls.vae_dtype(dtype)}
+        pipeline = cls.pipeline_class.from_pretrained(path, dtype=dtypes, **denoiser, **cls.loading_options())
         return cls(pipeline, height=height, width=width, dtype=dtype, device=device)
+
+    @staticmethod
+    def vae_dtype(dtype: torch.dtype) -> torch.dtype:
+        """What the VAE computes in when the denoiser computes in `dtype`."""
+        return torch.float32 if dtype == torch.float16 else dtype
 
     @classmethod
     def _load_denoiser(cls, path: str | Path, dtype: torch.dtype) -> torch.nn.Module:

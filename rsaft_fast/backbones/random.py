@@ -46,7 +46,7 @@ def random_backbone(
     components = dict.fromkeys(_required_components(adapter)) | adapter.loading_options()
     components |= {
         adapter.denoiser_name: random_network(adapter.denoiser_class, spec.denoiser, dtype, device, seed),
-        "vae": random_network(AutoencoderKL, spec.vae, dtype, device, seed + 1),
+        "vae": random_network(AutoencoderKL, spec.vae, adapter.vae_dtype(dtype), device, seed + 1),
         "scheduler": getattr(diffusers, spec.scheduler["_class_name"]).from_config(spec.scheduler),
     }
     return adapter(adapter.pipeline_class(**components), height=height, width=width, dtype=dtype, device=device)

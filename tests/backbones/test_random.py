@@ -74,6 +74,12 @@ def test_a_backbone_is_alive_from_the_noise_to_the_adapters_gradient(miniature):
     assert all(torch.isfinite(g).all() for g in gradients) and sum(bool(g.any()) for g in gradients) > 4
 
 
+def test_an_fp16_backbone_has_its_vae_in_fp32(miniature):
+    backbone = make(miniature, dtype=torch.float16)
+    assert {p.dtype for p in backbone.denoiser.parameters()} == {torch.float16}
+    assert {p.dtype for p in backbone.pipeline.vae.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_weight_is_drawn_in_its_dtype_and_by_the_seed_alone(miniature, dtype, monkeypatch):
     # Memory as the allocator may hand it out: a tensor that nobody draws stays NaN.

@@ -68,7 +68,6 @@ def test_conditioning_is_what_the_pipeline_gives_its_unet(folder):
 def test_an_fp16_run_decodes_in_fp32_where_fp16_overflows(folder):
     full, half = load_backbone(folder), load_backbone(folder, dtype=torch.float16)
     assert (half.pipeline.vae.dtype, half.denoiser.dtype) == (torch.float32, torch.float16)
-    half.pipeline.vae.load_state_dict(full.pipeline.vae.state_dict())  # loading rounded them to fp16
     for backbone in (full, half):
         with torch.no_grad():
             # GroupNorm hides the factor from the picture; SDXL's own activations grow beyond fp16 in the same way.
