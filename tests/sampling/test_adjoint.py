@@ -64,6 +64,28 @@ def unrolled_endpoints(backbone, schedule, plan, x, conditioning, noise):
     return endpoints
 
 
+def check_against_autograd(backbone, schedule, plan, conditioning, seed):
+    """Gradients and endpoints of one rollout, for adjoints drawn at random."""
+    noise = noise_source(2, seed)
+    latents = backbone.initial_latents(noise)
+    assert latents.dtype == torch.float64
+
+    clear_gradients(backbone)
+    expected = unrolled_endpoints(backbone, schedule, plan, latents, conditioning, noise)
+    generator = torch.Generator().manual_seed(seed)
+    adjoints = [torch.randn(latents.shape, generator=generator, dtype=torch.float64) for _ in expected]
+    torch.autograd.backward(expected, adjoints)
+    truth = gradients(backbone)
+    assert sum(t.abs().sum() for t in truth.values()) > 0
+
+    clear_gradients(backbone)
+    trajectory = rollout(backbone, schedule, plan, latents, conditioning, noise)
+    for ours, theirs in zip(trajectory.endpoints, expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()
+    backpropagate(backbone, trajectory, adjoints)
+    assert relative_error(gradients(backbone), truth) < 1e-9
+
+
 @pytest.mark.parametrize("uncond", ["graded", "detached", "none"])
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize("name", METHODS)
@@ -80,24 +102,17 @@ def test_backpropagate_equals_autograd(backbone64, name, guidance, uncond):
         plan = method.draw(T, np.random.default_rng(seed))
         schedule = backbone.schedule(T, eta=eta * seed)
         conditioning = backbone.encode(PROMPTS[:2], "blurry", **cfg(backbone, guidance))
-        noise = noise_source(2, seed)
-        latents = backbone.initial_latents(noise)
-        assert latents.dtype == torch.float64
+        check_against_autograd(backbone, schedule, plan, conditioning, seed)
 
-        clear_gradients(backbone)
-        expected = unrolled_endpoints(backbone, schedule, plan, latents, conditioning, noise)
-        generator = torch.Generator().manual_seed(seed)
-        adjoints = [torch.randn(latents.shape, generator=generator, dtype=torch.float64) for _ in expected]
-        torch.autograd.backward(expected, adjoints)
-        truth = gradients(backbone)
-        assert sum(t.abs().sum() for t in truth.values()) > 0
 
-        clear_gradients(backbone)
-        trajectory = rollout(backbone, schedule, plan, latents, conditioning, noise)
-        for ours, theirs in zip(trajectory.endpoints, expected, strict=True):
-            assert (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()
-        backpropagate(backbone, trajectory, adjoints)
-        assert relative_error(gradients(backbone), truth) < 1e-9
+@pytest.mark.parametrize("family", BUILDERS)
+def test_backpropagate_equals_autograd_for_all_parameters(family, tmp_path):
+    backbone = make_backbone(family, tmp_path, dtype=torch.float64, train="full")
+    plan = DRaFT(k=2).draw(4, np.random.default_rng(0))
+    conditioning = backbone.encode(PROMPTS[:2], "blurry", **cfg(backbone, 4.0))
+    check_against_autograd(backbone, backbone.schedule(4), plan, conditioning, seed=0)
+    untouched = [name for name, p in backbone.trainable_parameters.items() if p.grad is None]
+    assert not untouched, "every parameter of the denoiser is trained"
 
 
 def test_alignprop_from_b_equals_draft_of_the_rest(backbone64):
