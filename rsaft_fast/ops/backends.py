@@ -86,6 +86,14 @@ def choose(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> str:
 
 def implementation(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> ModuleType:
     """The module that implements the operations for tensors of this device and these dtypes."""
+    # Asked several times a step: looked up again only when what the choice depends on has changed.
+    return _implementation(
+        device, dtypes, os.environ.get(ENV), os.environ.get("TRITON_INTERPRET"), library.looked_for()
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _implementation(device: torch.device, dtypes: tuple[torch.dtype, ...], *_: object) -> ModuleType:
     return importlib.import_module(_MODULES[choose(device, dtypes)])
 
 

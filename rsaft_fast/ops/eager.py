@@ -1,4 +1,4 @@
-"""Keeps table operations out of traced graphs."""
+"""Keeps operations on raw addresses out of traced graphs and out of autograd, at little cost where there is neither."""
 
 import functools
 from collections.abc import Callable
@@ -7,14 +7,23 @@ import torch
 
 
 def eager_only(function: Callable) -> Callable:
-    """``torch.compiler.disable``, applied at the first call: applied at import it would load all of dynamo."""
-    disabled = None
+    """``torch.compiler.disable`` where dynamo traces, ``torch.no_grad`` where gradients are recorded.
+
+    Both cost microseconds a call, and a step makes several. ``disable`` is applied at the first traced call: at import
+    it would load all of dynamo.
+    """
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
-        nonlocal disabled
-        if disabled is None:
-            disabled = torch.compiler.disable(function, reason="works on raw addresses")
-        return disabled(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return _disabled(function)(*args, **kwargs)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
 
     return wrapper
+
+
+def _disabled(function: Callable) -> Callable:
+    return torch.compiler.disable(torch.no_grad()(function), reason="works on raw addresses")

@@ -89,8 +89,18 @@ def why_not(device_type: str = "cuda") -> str | None:
     return None
 
 
+_search = 0
+
+
+def looked_for() -> int:
+    """Which search for the library its present answers come from."""
+    return _search
+
+
 def forget() -> None:
     """Look for the library again at the next call (after ``RSAFT_LIBRARY`` has changed)."""
+    global _search
+    _search += 1
     load.cache_clear()
     why_not.cache_clear()
 

@@ -25,7 +25,6 @@ def _written(weights: Sequence[torch.Tensor]) -> None:
 
 
 @eager_only
-@torch.no_grad()
 def global_norm(
     tables: TensorTable | Sequence[TensorTable],
     rho: float | torch.Tensor = 0.0,
@@ -82,7 +81,6 @@ def global_norm(
 
 
 @eager_only
-@torch.no_grad()
 def sam_perturb_(table: TensorTable, norm: GradientNorm) -> None:
     """``w += scale * g`` (``scale * w**2 * g`` for an adaptive table), where ``norm.found_inf`` is 0; else nothing.
 
@@ -100,7 +98,6 @@ def sam_perturb_(table: TensorTable, norm: GradientNorm) -> None:
 
 
 @eager_only
-@torch.no_grad()
 def sam_restore_(table: TensorTable, norm: GradientNorm, tensor: int | None = None) -> None:
     """Undo ``sam_perturb_`` bit for bit; of all tensors, or of the one with this index.
 
@@ -114,7 +111,6 @@ def sam_restore_(table: TensorTable, norm: GradientNorm, tensor: int | None = No
 
 
 @eager_only
-@torch.no_grad()
 def adamw_coefficients_(tables: TensorTable | Sequence[TensorTable], norm: GradientNorm, inputs: StepInputs) -> None:
     """Prepare ``sam_adamw_step_``: the skip flag, step counts, and what its kernel needs of each tensor.
 
@@ -129,7 +125,6 @@ def adamw_coefficients_(tables: TensorTable | Sequence[TensorTable], norm: Gradi
 
 
 @eager_only
-@torch.no_grad()
 def sam_adamw_step_(
     tables: TensorTable | Sequence[TensorTable],
     scalars: StepScalars,
@@ -155,7 +150,6 @@ def sam_adamw_step_(
 
 
 @eager_only
-@torch.no_grad()
 def sam_adamw_step_tensor_(
     table: TensorTable,
     tensor: int,
