@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from builders.backbones import PROMPTS, make_backbone, relative_error
+from builders.backbones import PROMPTS, cfg, make_backbone, relative_error
 from builders.clip import write_clip
 
 from rsaft_fast.errors import NonFiniteRewardError, UserError
@@ -59,7 +59,7 @@ def make_batches(backbone, method, sizes=(B,), seed=5):
     for size in sizes:
         noise = NoiseSource(seed, 0, tuple(range(start, start + size)))
         mine = prompts[start : start + size]
-        conditioning = backbone.encode(mine, "blurry", GUIDANCE)
+        conditioning = backbone.encode(mine, "blurry", **cfg(backbone, GUIDANCE))
         batches.append(MicroBatch(mine, conditioning, backbone.initial_latents(noise), noise, plan))
         start += size
     return batches
@@ -137,6 +137,15 @@ def test_step_equals_the_equations(backbone, reward, balls, k):
     assert relative_error(ours, truth) < 1e-9
     if balls == "neither":
         assert report.reward == report.smoothed_reward == -report.loss
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_step_equals_the_equations_on_the_other_backbones(family, reward, tmp_path):
+    backbone = make_backbone(family, tmp_path, dtype=torch.float64)
+    batches = make_batches(backbone, DRaFT(k=2))
+    ours, report = step(backbone, reward, BALLS["both"], batches)
+    assert relative_error(ours, equations(copy.deepcopy(backbone), reward, batches[0], BALLS["both"])) < 1e-9
+    assert report.reward != report.smoothed_reward
 
 
 def test_smoothing_changes_the_gradient(backbone, reward):
