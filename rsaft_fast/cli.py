@@ -15,6 +15,7 @@ Fine-tunes diffusion models by reward gradient, smoothed against reward hacking 
   rsaft-fast demo                          watch it work in three minutes, on any machine
   rsaft-fast train recipe.yaml             fine-tune your own model
   rsaft-fast sample PIPELINE --run RUN     look at what came out
+  rsaft-fast estimate recipe.yaml          will it fit, and what would make it fit
   rsaft-fast bench                         how fast the SAM step is here, beside what others use
   rsaft-fast doctor                        what runs on this machine, and why
 """
@@ -72,6 +73,24 @@ examples:
   rsaft-fast bench --list                                         every case, dtype and provider, and what runs here
 
 Passes: norm (global gradient norm), perturb, step (restore + AdamW), update (norm, perturb, norm with clipping, step).
+"""
+
+ESTIMATE = """\
+Say how much GPU memory a recipe will need, before anything is downloaded, loaded or allocated. One update of it runs
+on shapes alone, by the code that trains, while every tensor's birth and death is counted.
+
+examples:
+  rsaft-fast estimate sd15-lora-24gb.yaml                           a shipped recipe, by name
+  rsaft-fast estimate my.yaml data.batch_size=1                     keys replaced, as for train
+  rsaft-fast estimate my.yaml backbone.checkpoint=[]                what checkpointing saves
+  rsaft-fast estimate my.yaml --quick                               the table alone, in a third of the time
+  rsaft-fast estimate my.yaml --json | jq .peak                     bytes, for scripts
+
+The first part of the table is what stands throughout training. The second has every phase of an update at its own
+peak: what the phase itself brings, what stands beside it at that moment, and the sum. The largest sum is the run's
+peak, which torch.cuda.max_memory_allocated() will show. Then it says which keys lower that phase, each tried by
+estimating again. Shapes come from the config files of the pipeline and of the reward; where a hub id is not on this
+machine, from the published architecture of that name, and it says so.
 """
 
 DOCTOR = """\
@@ -134,6 +153,12 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--budget", type=_positive, metavar="SECONDS", help="begin nothing new after this long")
     bench.add_argument("--goals", action="store_true", help="also show the project's goals, and which are met")
     bench.add_argument("--list", action="store_true", help="show the cases, dtypes and providers, and end")
+
+    estimate = add("estimate", "say how much memory a recipe needs, before anything loads", ESTIMATE)
+    estimate.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of a shipped recipe")
+    estimate.add_argument("overrides", nargs="*", metavar="key=value", help="keys that replace the recipe's")
+    estimate.add_argument("--quick", action="store_true", help="do not look for keys that would lower the peak")
+    estimate.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
 
     add("doctor", "say what runs on this machine, and why", DOCTOR)
     return parser

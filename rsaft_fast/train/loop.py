@@ -17,6 +17,7 @@ from rsaft_fast.evaluation import compose_grid
 from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train.check import check_config
 from rsaft_fast.train.config import Config
+from rsaft_fast.train.forecast import announce
 from rsaft_fast.train.logging import RunLog, read_metrics
 from rsaft_fast.train.recipe import to_yaml
 from rsaft_fast.train.signals import StopSignals
@@ -72,7 +73,10 @@ def train(
     inputs = check_config(config)
     for note in inputs.notes:
         say(note)
+    forecast = announce(config, say)
     trainer = Trainer(config, inputs)
+    if forecast is not None:
+        trainer.advise = forecast.advise
     saved = checkpoints.read(inputs.checkpoint, verify=False) if inputs.checkpoint else None
     if saved is not None:
         trainer.check_fit(saved)

@@ -9,39 +9,32 @@ from contextlib import contextmanager
 import torch
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.memory import phases
 
-# Functions of an update, in the words of a recipe; the innermost one on the stack names the phase.
-_PHASES = {
-    "encode": "encoding prompts",
-    "rollout": "sampling",
-    "sample_images": "drawing the sample grid",
-    "observe": "scoring",
-    "perturbed_rewards": "scoring",
-    "decode": "decoding",
-    "latent_gradient": "the decoder's backward pass",
-    "backpropagate": "the denoiser's backward pass",
-    "perturb": "perturbing the weights",
-    "step": "the optimizer's update",
-}
 _MENDS = {
-    "encoding prompts": "use backbone.dtype=bf16",
-    "sampling": "lower data.batch_size and raise data.accumulate",
-    "drawing the sample grid": "lower data.batch_size, which the grid is drawn with too",
-    "decoding": "lower data.batch_size and raise data.accumulate",
-    "the decoder's backward pass": "set backbone.checkpoint=[denoiser,decoder]",
-    "the denoiser's backward pass": "set backbone.checkpoint=[denoiser,decoder]",
-    "perturbing the weights": "train LoRA (parameters.train=lora)",
-    "the optimizer's update": "train LoRA (parameters.train=lora)",
+    phases.ENCODING: "use backbone.dtype=bf16",
+    phases.SAMPLING: "lower data.batch_size and raise data.accumulate",
+    phases.GRID: "lower data.batch_size, which the grid is drawn with too",
+    phases.SCORING: "lower data.batch_size and raise data.accumulate",
+    phases.DECODER: "set backbone.checkpoint=[denoiser,decoder]",
+    phases.DENOISER: "set backbone.checkpoint=[denoiser,decoder]",
+    phases.PERTURBING: "train LoRA (parameters.train=lora)",
+    phases.UPDATING: "train LoRA (parameters.train=lora)",
 }
 _ELSE = "lower data.batch_size and raise data.accumulate"
 
 
 @contextmanager
-def naming_the_phase(what: str, half_done: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def naming_the_phase(
+    what: str,
+    half_done: Callable[[], bool] = lambda: False,
+    advise: Callable[[str], str | None] = lambda phase: None,
+) -> Iterator[None]:
     """Turn an out-of-memory error inside the block into a `UserError`. Perturbed weights are back by then.
 
     Args:
         half_done: whether some weights are updated and others are not (`optimizer.release_gradients`).
+        advise: what lowers that phase's need most in this very recipe; None leaves it to the rule.
     """
     try:
         yield
@@ -52,7 +45,7 @@ def naming_the_phase(what: str, half_done: Callable[[], bool] = lambda: False) -
         state = "it broke off half done" if half_done() else "the weights are those before it"
         raise UserError(
             f"out of memory in {what} ({phase}); {state}. Lower the need: "
-            f"{_MENDS.get(phase, _ELSE)}, or a smaller backbone.height and backbone.width"
+            f"{advise(phase) or _MENDS.get(phase, _ELSE)}, or a smaller backbone.height and backbone.width"
         ) from error
 
 
@@ -65,4 +58,4 @@ def is_out_of_memory(error: BaseException) -> bool:
 def phase_of(error: BaseException) -> str:
     """The phase of the update that raised."""
     names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-    return next((_PHASES[name] for name in reversed(names) if name in _PHASES), "working")
+    return next((phases.FUNCTIONS[name] for name in names if name in phases.FUNCTIONS), phases.REST)

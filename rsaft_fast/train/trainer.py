@@ -40,6 +40,7 @@ class Trainer:
     Attributes:
         backbone, reward, optimizer, ema: as the recipe asks for.
         step: updates done.
+        advise: what lowers the memory that a phase needs, for the message when there is too little; None if unknown.
     """
 
     def __init__(self, config: Config, inputs: Inputs):
@@ -61,6 +62,7 @@ class Trainer:
         self.denoising = None
         if config.denoising is not None:
             self.denoising = DenoisingLoss(self.backbone, config.denoising, inputs.images, config.seed)
+        self.advise: Callable[[str], str | None] = lambda phase: None
         self.encoded = self._encode()
 
     def _encode(self) -> EncodedPrompts:
@@ -87,7 +89,7 @@ class Trainer:
         lr = learning_rate(config.optimizer, step, config.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with naming_the_phase(f"update {step + 1}", lambda: self.optimizer.half_stepped):
+        with naming_the_phase(f"update {step + 1}", lambda: self.optimizer.half_stepped, self.advise):
             report = rsaft_step(
                 self.backbone,
                 self.reward,

@@ -1,0 +1,175 @@
+"""Pipelines and rewards on the meta device, from their config files: every shape, no weight."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from huggingface_hub import try_to_load_from_cache
+
+from rsaft_fast.backbones import ADAPTERS, PipelineBackbone, adapter_for
+from rsaft_fast.errors import UserError
+from rsaft_fast.memory.published import KNOWN, Parts, published_pipeline, published_reward
+from rsaft_fast.rewards import RewardSettings
+from rsaft_fast.rewards.base import RewardSpec
+from rsaft_fast.rewards.clip import ClipReward, image_processor_config, preprocess_from_config
+from rsaft_fast.rewards.files import read_json
+from rsaft_fast.rewards.registry import resolve_path
+
+CLIP_FAMILIES = ("clip", "pickscore", "clipscore", "hpsv2", "hpsv2.1")
+"""Rewards that are a `CLIPModel`."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class LengthTokenizer:
+    """Stands in for a tokenizer where only the number of tokens counts."""
+
+    def __init__(self, length: int):
+        self.model_max_length = length
+        self.added_tokens_encoder: dict[str, int] = {}
+
+    def tokenize(self, text: str) -> list[str]:
+        return []
+
+    def __call__(
+        self, texts: str | list[str], padding: str | bool = False, max_length: int | None = None, **options
+    ) -> transformers.BatchEncoding:
+        rows = 1 if isinstance(texts, str) else len(texts)
+        length = max_length or self.model_max_length if padding == "max_length" else 1
+        ids = torch.ones(rows, length, dtype=torch.int64)
+        return transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def skeleton_backbone(
+    path: str, *, height: int | None, width: int | None, dtype: torch.dtype
+) -> tuple[PipelineBackbone, list[str]]:
+    """The backbone at a folder or hub id on the meta device, and what there is to say about where it came from.
+
+    Raises:
+        UserError: no pipeline there, and none published of that name that is known here.
+    """
+    name, parts, notes = _pipeline_parts(path)
+    adapter = ADAPTERS[name]
+    options = adapter.loading_options()
+    components = {part: None for part in _arguments(adapter.pipeline_class)} | options
+    with quiet(), torch.device("meta"):
+        for part, (library, kind, config) in parts.items():
+            if part not in options and part in components:
+                components[part] = _component(part, library, kind, config, dtype)
+        pipeline = adapter.pipeline_class(**components)
+    return adapter(pipeline, height=height, width=width, dtype=dtype, device="meta"), notes
+
+
+def _arguments(pipeline_class: type) -> list[str]:
+    """Arguments of a pipeline's constructor that have no default."""
+    parameters = list(inspect.signature(pipeline_class.__init__).parameters.values())[1:]
+    return [p.name for p in parameters if p.default is inspect.Parameter.empty]
+
+
+def _component(part: str, library: str, kind: str, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    if part.startswith("tokenizer"):
+        return LengthTokenizer(min(int(config.get("model_max_length") or 77), 4096))
+    if library == "diffusers":
+        made = getattr(diffusers, kind)
+        if part.startswith("scheduler"):
+            with torch.device("cpu"):  # its tables are numbers that the schedule is made of
+                return made.from_config(config)
+        return made.from_config(config).to(dtype).eval()
+    made = getattr(transformers, kind)
+    return made(made.config_class.from_dict(dict(config))).to(dtype).eval()
+
+
+def _pipeline_parts(path: str) -> tuple[str, Parts, list[str]]:
+    if path == "playground":
+        from rsaft_fast.playground import pipeline_path
+
+        path = str(pipeline_path())
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        cached = try_to_load_from_cache(path, "model_index.json")
+        if isinstance(cached, str):
+            folder = Path(cached).parent
+    if folder.exists():
+        return adapter_for(folder).pipeline_class.__name__, _parts_of_folder(folder), []
+    found = published_pipeline(path)
+    if found is None:
+        raise UserError(
+            f"backbone.path {path!r} is neither a folder nor in the hub's cache here, and no published architecture is "
+            f"known by that name (known: {', '.join(KNOWN)}); give a folder, or download the pipeline first"
+        )
+    name, parts = found
+    return name, parts, [f"{path} is not on this machine: shapes are those of the published {name} of that name"]
+
+
+def _parts_of_folder(folder: Path) -> Parts:
+    parts = {}
+    for name, entry in read_json(folder / "model_index.json").items():
+        if not isinstance(entry, list) or not all(isinstance(text, str) for text in entry) or len(entry) != 2:
+            continue
+        config = next(
+            (
+                folder / name / file
+                for file in ("config.json", "scheduler_config.json", "tokenizer_config.json")
+                if (folder / name / file).is_file()
+            ),
+            None,
+        )
+        if config is not None:
+            parts[name] = (*entry, json.loads(config.read_text(encoding="utf-8")))
+    return parts
+
+
+def skeleton_reward(settings: RewardSettings) -> tuple[ClipReward, list[str]]:
+    """The reward on the meta device, and what there is to say about where it came from.
+
+    Raises:
+        UserError: no checkpoint there, and no published one of that name is known here.
+    """
+    if settings.name not in CLIP_FAMILIES:
+        raise UserError(f"the memory of reward.name {settings.name} is not estimated; {', '.join(CLIP_FAMILIES)} are")
+    path, notes, prepare = resolve_path(settings.path), [], {}
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        cached = try_to_load_from_cache(path, "config.json")
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    if (folder / "config.json").is_file():
+        config, prepare = read_json(folder / "config.json"), image_processor_config(folder)
+    else:
+        config = published_reward(f"{settings.name} {path}")
+        if config is None:
+            raise UserError(
+                f"reward.path {settings.path!r} is neither a folder with a config.json nor in the hub's cache here, "
+                "and no published architecture is known by that name; give a folder, or download the reward first"
+            )
+        notes = [f"{path} has no config.json on this machine: shapes are those of the published CLIPModel of that name"]
+    with quiet(), torch.device("meta"):
+        model = transformers.CLIPModel(transformers.CLIPConfig.from_dict(config))
+    size = model.config.vision_config.image_size
+    reward = ClipReward(
+        model,
+        LengthTokenizer(model.config.text_config.max_position_embeddings),
+        preprocess_from_config(prepare, size, settings.clamp),
+        RewardSpec(name=settings.name, source=settings.path),
+        scale="cosine",  # the other reads the weight logit_scale; bytes are the same
+        dtype=getattr(torch, settings.dtype),
+        checkpoint=settings.checkpoint,
+    )
+    return reward, notes
+
+
+@contextmanager
+def quiet():
+    """Without the remarks that libraries make on modules that are built by hand."""
+    with ExitStack() as stack:
+        for library in (diffusers, transformers):
+            before = library.utils.logging.get_verbosity()
+            library.utils.logging.set_verbosity_error()
+            stack.callback(library.utils.logging.set_verbosity, before)
+        yield

@@ -1,0 +1,107 @@
+"""Which keys of a recipe lower a phase's memory, and by how much: each is tried by estimating again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rsaft_fast.errors import UserError
+from rsaft_fast.memory.estimate import Estimate, estimate
+from rsaft_fast.train.config import Config
+
+WORTH = 0.01
+"""Of the phase's total; what saves less is not mentioned."""
+
+SMALL_SIDE = 512
+"""Pixels; pictures below are not suggested."""
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A change of the recipe.
+
+    Attributes:
+        keys: dotted key -> value. saves: bytes of the phase asked about. peak: of the whole run with the change.
+    """
+
+    keys: dict[str, Any]
+    saves: int
+    peak: int
+
+    def __str__(self) -> str:
+        return " ".join(f"{key}={_text(value)}" for key, value in self.keys.items())
+
+
+def suggest(config: Config, found: Estimate, phase: str) -> list[Suggestion]:
+    """What lowers the total of that phase, the most helpful first."""
+    before = found.phase(phase)
+    if before is None:
+        return []
+    suggestions = []
+    for keys in candidates(config):
+        try:
+            after = estimate(changed(config, keys))
+        except UserError:
+            continue  # it does not go with the rest of the recipe
+        # What a change makes go away altogether saves all of it.
+        saves = before.total - getattr(after.phase(phase), "total", 0)
+        if saves >= WORTH * before.total:
+            suggestions.append(Suggestion(keys, saves, after.peak))
+    return sorted(suggestions, key=lambda suggestion: -suggestion.saves)
+
+
+def candidates(config: Config) -> Iterator[dict[str, Any]]:
+    """Changes that this recipe has not made yet, the same method with the same effective batch."""
+    backbone, data, optimizer = config.backbone, config.data, config.optimizer
+    networks = ("denoiser", "decoder")
+    for network in networks:
+        if network not in backbone.checkpoint:
+            yield {"backbone.checkpoint": [name for name in networks if name in {*backbone.checkpoint, network}]}
+    if not config.reward.checkpoint:
+        yield {"reward.checkpoint": True}
+    if data.batch_size > 1:
+        smaller = data.batch_size // 2 if data.batch_size % 2 == 0 else 1
+        yield {"data.batch_size": smaller, "data.accumulate": data.accumulate * data.batch_size // smaller}
+    if backbone.dtype == "fp32":
+        yield {"backbone.dtype": "bf16"}
+    if config.parameters.train == "full":
+        yield from _of_full_training(config)
+    elif optimizer.state_bits == 32 and config.parameters.lora.rank >= 64:
+        yield {"optimizer.state_bits": 8}
+    if config.ema is not None and config.parameters.train == "full":
+        yield {"ema": None}
+    if backbone.height and backbone.width and min(backbone.height, backbone.width) >= 2 * SMALL_SIDE:
+        yield {"backbone.height": backbone.height // 2, "backbone.width": backbone.width // 2}
+
+
+def _of_full_training(config: Config) -> Iterator[dict[str, Any]]:
+    optimizer = config.optimizer
+    if optimizer.state_bits == 32:
+        yield {"optimizer.state_bits": 8}
+    if config.backbone.dtype == "bf16" and not optimizer.stochastic_rounding:
+        yield {"optimizer.stochastic_rounding": True}
+    if not optimizer.release_gradients:
+        yield {"optimizer.release_gradients": True}
+        if optimizer.backup == "own":
+            yield {"optimizer.backup": "gradient"}
+    yield {"parameters.train": "lora"}
+
+
+def changed(config: Config, keys: dict[str, Any]) -> Config:
+    """The recipe with these keys."""
+    raw = config.model_dump(mode="json")
+    for key, value in keys.items():
+        *sections, name = key.split(".")
+        section = raw
+        for part in sections:
+            section = section[part]
+        section[name] = value
+    return Config.model_validate(raw)
+
+
+def _text(value: Any) -> str:
+    """As a command line takes it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
