@@ -1,16 +1,24 @@
 """Reward models: one protocol, one module a family, one registry."""
 
+from rsaft_fast.rewards.aesthetic import AestheticReward, load_aesthetic
 from rsaft_fast.rewards.base import Reward, RewardSpec
 from rsaft_fast.rewards.clip import ClipReward
+from rsaft_fast.rewards.hps import load_hps
+from rsaft_fast.rewards.image_reward import ImageReward, load_image_reward
 from rsaft_fast.rewards.preprocess import Preprocess, resize, saturated_fraction
 from rsaft_fast.rewards.registry import RewardSettings, load_reward
 
 __all__ = [
+    "AestheticReward",
     "ClipReward",
+    "ImageReward",
     "Preprocess",
     "Reward",
     "RewardSettings",
     "RewardSpec",
+    "load_aesthetic",
+    "load_hps",
+    "load_image_reward",
     "load_reward",
     "resize",
     "saturated_fraction",

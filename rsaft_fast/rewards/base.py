@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.rewards.preprocess import Preprocess
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,54 @@ class Reward(nn.Module):
         """`score`."""
         return self.score(images, prompts)
 
+    def keep_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode all prompts that will ever be scored, and free whatever is needed for others only.
+
+        Other prompts may be refused from then on. Rewards whose text meets the image free nothing.
+        """
+
     def train(self, mode: bool = True) -> Reward:
         """Stays in `eval()`: dropout in a reward would make its gradient noise."""
         return super().train(False)
+
+
+class TowerReward(Reward):
+    """A reward whose image tower is `model`, behind one preprocessing step.
+
+    Attributes:
+        model: frozen; computes in its own dtype, features and scores are fp32 at least.
+        prepare: images to the image tower's input.
+    """
+
+    model: nn.Module
+    prepare: Preprocess
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the towers compute in."""
+        return next(self.model.parameters()).dtype
+
+    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) of any size, nominally 0 to 1, to (B, 3, size, size) in fp32 (float64 where either the
+        images or the model are float64)."""
+        if self.dtype == torch.float64 and images.is_floating_point():
+            images = images.double()
+        return self.prepare(images)
+
+    def no_scores(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The scores (0,) of no inputs, still a function of them; a tower's reshapes need at least one."""
+        return inputs.to(score_dtype(self.dtype)).sum((1, 2, 3))
+
+
+def score_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What features and scores of a model in `dtype` are computed in: a cosine near 0.25 moves in steps of 0.002 in
+    bf16, which is what rewards differ by."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def unit(features: torch.Tensor) -> torch.Tensor:
+    """Rows of unit length, in `score_dtype`."""
+    return nn.functional.normalize(features.to(score_dtype(features.dtype)), dim=-1)
 
 
 def check_prompts(prompts: Sequence[str], images: int) -> None:

@@ -1,4 +1,4 @@
-"""Rewards that are a `transformers.CLIPModel`: PickScore, CLIP score, the playground's proxies."""
+"""Rewards that are a cosine in CLIP's space: PickScore, CLIPScore, HPSv2 (see `hps`), the playground's proxies."""
 
 from __future__ import annotations
 
@@ -9,31 +9,35 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+from transformers import CLIPModel, PreTrainedTokenizerBase
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory.checkpointing import checkpoint_clip_vision
-from rsaft_fast.rewards.base import Reward, RewardSpec, check_prompts
+from rsaft_fast.rewards.base import RewardSpec, TowerReward, check_prompts, score_dtype, unit
 from rsaft_fast.rewards.files import checkpoint_folder, first_line, read_json, sha256_of, weight_files
 from rsaft_fast.rewards.preprocess import CLIP_MEAN, CLIP_STD, Clamp, Preprocess, without_autocast
+from rsaft_fast.rewards.text import clip_tokenizer, require_vocabulary
 
-Scale = Literal["logit", "cosine"]
+Scale = Literal["logit", "cosine", "percent", "clipscore"]
+# What the cosine is multiplied by; "logit" takes the checkpoint's own exp(logit_scale).
+FACTORS: dict[str, float] = {"cosine": 1.0, "percent": 100.0, "clipscore": 2.5}
+# Hessel et al. 2021 (arXiv 2104.08718) score a caption after these words.
+CLIPSCORE_PREFIX = "A photo depicts "
 # PIL's numbers, which preprocessor_config.json stores.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
 _CACHED_PROMPTS = 8192
 
 
-class ClipReward(Reward):
+class ClipReward(TowerReward):
     """Similarity of an image's and a prompt's CLIP embeddings.
 
     Text carries no gradient here: each prompt is encoded once, alone, so that its embedding never depends on which
     prompts came with it, and kept (the `_CACHED_PROMPTS` most recent).
 
     Attributes:
-        model: the frozen CLIPModel.
-        prepare: images to the image tower's input.
-        scale: "logit" multiplies the cosine by exp(logit_scale) (PickScore, about 21); "cosine" does not.
+        scale: "logit" multiplies the cosine by exp(logit_scale) (PickScore, about 21), "percent" by 100 (how HPSv2 is
+            reported), "clipscore" by 2.5 with negative cosines counted as 0; "cosine" leaves it.
+        edit_prompt: what happens to a prompt before its tokens.
     """
 
     def __init__(
@@ -46,17 +50,20 @@ class ClipReward(Reward):
         scale: Scale = "logit",
         dtype: torch.dtype = torch.float32,
         checkpoint: bool = True,
+        edit_prompt: Callable[[str], str] = str,
     ):
         super().__init__()
-        if scale not in ("logit", "cosine"):
-            raise UserError(f"reward scale {scale!r} is unknown; choose logit or cosine")
+        if scale != "logit" and scale not in FACTORS:
+            raise UserError(f"reward scale {scale!r} is unknown; choose logit, {', '.join(FACTORS)}")
         # Read before the cast: in bf16 PickScore's factor of 100 would become 98.9.
-        self.score_factor = math.exp(float(model.logit_scale.detach())) if scale == "logit" else 1.0
+        self.score_factor = math.exp(float(model.logit_scale.detach())) if scale == "logit" else FACTORS[scale]
         self.model = model.to(dtype).requires_grad_(False)
         self.tokenizer = tokenizer
         self.prepare = prepare
         self.spec = spec
         self.scale = scale
+        self.edit_prompt = edit_prompt
+        self.has_text_tower = True
         self._text_cache: OrderedDict[str, torch.Tensor] = OrderedDict()
         if checkpoint:
             checkpoint_clip_vision(self.model)
@@ -73,6 +80,8 @@ class ClipReward(Reward):
         checkpoint: bool = True,
         device: torch.device | str = "cpu",
         name: str = "clip",
+        activation: str | None = None,
+        edit_prompt: Callable[[str], str] = str,
     ) -> ClipReward:
         """Load a folder saved by `CLIPModel.save_pretrained` with its tokenizer, or a hub id of that layout.
 
@@ -84,44 +93,26 @@ class ClipReward(Reward):
             checkpoint: recompute the image tower's layers in the backward pass instead of keeping their activations.
             device: where it lives.
             name: the family name in the spec.
+            activation: what the published model was trained with; another one in the config is refused.
+            edit_prompt: see the class.
 
         Raises:
             UserError: a missing folder, file or weight, another model's checkpoint, or preprocessing that this
                 module does not do.
         """
         folder = checkpoint_folder(path)
-        config = read_json(folder / "config.json")
-        if config.get("model_type") != "clip" or "CLIPModel" not in (config.get("architectures") or ["CLIPModel"]):
-            raise UserError(
-                f"{str(path)!r} is not a CLIPModel (model_type {config.get('model_type')!r}, architectures "
-                f"{config.get('architectures')}); this reward needs both CLIP towers and their projections"
-            )
-        files = weight_files(folder)
-        model = _load_model(folder)
+        model = load_clip_model(folder, str(path), activation)
         prepare = preprocess_from_config(image_processor_config(folder), model.config.vision_config.image_size, clamp)
         spec = RewardSpec(
-            name=name, source=str(path), sha256=sha256_of(files), preprocessing=prepare.describe() | {"scale": scale}
+            name=name,
+            source=str(path),
+            sha256=sha256_of(weight_files(folder)),
+            preprocessing=prepare.describe() | {"scale": scale},
         )
-        tokenizer = _load_tokenizer(folder)
-        vocabulary = model.config.text_config.vocab_size
-        if len(tokenizer) > vocabulary:
-            raise UserError(
-                f"{str(path)!r}: the tokenizer has {len(tokenizer)} tokens and the text tower {vocabulary}; "
-                "save the tokenizer that belongs to the model"
-            )
-        return cls(model, tokenizer, prepare, spec, scale=scale, dtype=dtype, checkpoint=checkpoint).to(device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the towers compute in."""
-        return self.model.dtype
-
-    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) of any size, nominally 0 to 1, to (B, 3, size, size) in fp32 (float64 where either the
-        images or the model are float64)."""
-        if self.dtype == torch.float64 and images.is_floating_point():
-            images = images.double()
-        return self.prepare(images)
+        tokenizer = clip_tokenizer(folder)
+        require_vocabulary(tokenizer, model.config.text_config.vocab_size, repr(str(path)))
+        options = {"scale": scale, "dtype": dtype, "checkpoint": checkpoint, "edit_prompt": edit_prompt}
+        return cls(model, tokenizer, prepare, spec, **options).to(device)
 
     def score_inputs(self, inputs: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Scores (B,) in fp32 (float64 for a float64 model) of preprocessed images.
@@ -130,12 +121,20 @@ class ClipReward(Reward):
             UserError: prompts that are not one string an image.
         """
         check_prompts(prompts, len(inputs))
+        if len(inputs) == 0:
+            return self.no_scores(inputs)
         with without_autocast(inputs.device):
             text = self.encode_text(prompts)
-            if len(inputs) == 0:
-                return text.sum(1) + inputs.to(text.dtype).sum((1, 2, 3))
-            image = _unit(self.model.get_image_features(pixel_values=inputs.to(self.dtype)).pooler_output)
-            return (image * text).sum(1) * self.score_factor
+            image = unit(self.model.get_image_features(pixel_values=inputs.to(self.dtype)).pooler_output)
+            cosine = (image * text).sum(1)
+            return (cosine.clamp(min=0) if self.scale == "clipscore" else cosine) * self.score_factor
+
+    def keep_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode the prompts, keep them all, and drop the text tower; other prompts are refused from then on."""
+        kept = {prompt: self._encode_one(prompt) for prompt in dict.fromkeys(prompts)}
+        self._text_cache = OrderedDict(kept)
+        del self.model.text_model, self.model.text_projection
+        self.has_text_tower = False
 
     def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
         """Unit text embeddings (B, D) in fp32 (float64 for a float64 model), without gradient; cut at the context
@@ -143,7 +142,7 @@ class ClipReward(Reward):
         # A prompt pushed out of the cache by a later one of the same batch is still needed here.
         embeddings = {prompt: self._encode_one(prompt) for prompt in dict.fromkeys(prompts)}
         if not prompts:
-            return self.model.logit_scale.new_zeros(0, self.model.config.projection_dim, dtype=_score_dtype(self.dtype))
+            return self.model.logit_scale.new_zeros(0, self.model.config.projection_dim, dtype=score_dtype(self.dtype))
         return torch.stack([embeddings[prompt] for prompt in prompts])
 
     @torch.no_grad()
@@ -151,32 +150,56 @@ class ClipReward(Reward):
         if prompt in self._text_cache:
             self._text_cache.move_to_end(prompt)
             return self._text_cache[prompt]
+        if not self.has_text_tower:
+            raise UserError(
+                f"prompt {prompt!r} is not among the {len(self._text_cache)} that were encoded before the text tower "
+                "was dropped; name it in keep_prompts, or keep the tower"
+            )
         tokens = self.tokenizer(
-            [prompt],
+            [self.edit_prompt(prompt)],
             padding="max_length",
             truncation=True,
             max_length=self.model.config.text_config.max_position_embeddings,
             return_tensors="pt",
         ).to(self.model.device)
         features = self.model.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"])
-        self._text_cache[prompt] = _unit(features.pooler_output)[0]
+        self._text_cache[prompt] = unit(features.pooler_output)[0]
         if len(self._text_cache) > _CACHED_PROMPTS:
             self._text_cache.popitem(last=False)
         return self._text_cache[prompt]
 
     def _apply(self, fn: Callable, *args, **kwargs) -> ClipReward:
-        # Embeddings of the old device or dtype are stale.
-        self._text_cache.clear()
-        return super()._apply(fn, *args, **kwargs)
+        applied = super()._apply(fn, *args, **kwargs)
+        if self.has_text_tower:
+            # Embeddings of the old device or dtype are stale.
+            self._text_cache.clear()
+        else:
+            device, dtype = self.model.logit_scale.device, score_dtype(self.dtype)
+            self._text_cache = OrderedDict((k, v.to(device, dtype)) for k, v in self._text_cache.items())
+        return applied
 
 
-def _score_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def load_clip_model(folder: Path, source: str, activation: str | None = None) -> CLIPModel:
+    """The CLIPModel saved in a folder.
 
-
-def _unit(features: torch.Tensor) -> torch.Tensor:
-    """Rows of unit length, in fp32 at least: a cosine near 0.25 moves in steps of 0.002 in bf16."""
-    return nn.functional.normalize(features.to(_score_dtype(features.dtype)), dim=-1)
+    Raises:
+        UserError: another model's folder, a missing file or weight, or towers with another activation function.
+    """
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "clip" or "CLIPModel" not in (config.get("architectures") or ["CLIPModel"]):
+        raise UserError(
+            f"{source!r} is not a CLIPModel (model_type {config.get('model_type')!r}, architectures "
+            f"{config.get('architectures')}); this reward needs both CLIP towers and their projections"
+        )
+    weight_files(folder)
+    model = _load_model(folder)
+    for tower in (model.config.vision_config, model.config.text_config):
+        if activation is not None and tower.hidden_act != activation:
+            raise UserError(
+                f"{source!r} computes with {tower.hidden_act}, the published reward with {activation}: its scores "
+                "would be shifted; mend hidden_act in config.json, or give the published checkpoint"
+            )
+    return model
 
 
 def _load_model(folder: Path) -> CLIPModel:
@@ -196,22 +219,6 @@ def _load_model(folder: Path) -> CLIPModel:
             "it would score at random: save or download the checkpoint anew"
         )
     return model
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    # Without them transformers makes up a tokenizer of three tokens, to which every prompt is the same.
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise UserError(
-            f"{str(folder)!r} has no tokenizer (tokenizer.json, or vocab.json and merges.txt); "
-            "save it beside the model with tokenizer.save_pretrained"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise UserError(
-            f"{str(folder)!r} has no usable tokenizer ({type(error).__name__}: {first_line(error)}); "
-            "save it beside the model with tokenizer.save_pretrained"
-        ) from error
 
 
 def image_processor_config(folder: Path) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rsaft_fast.errors import UserError
@@ -31,21 +32,60 @@ def checkpoint_folder(path: str | Path) -> Path:
     return _download(str(path))
 
 
+def checkpoint_file(path: str | Path, name: str) -> Path:
+    """The file that `path` means: itself, the file `name` in that folder, or in the hub repository of that id.
+
+    Raises:
+        UserError: nothing there, a folder without the file, or a hub that cannot be reached.
+    """
+    place = Path(path).expanduser()
+    if str(path) and place.is_file():
+        return place
+    if str(path) and place.is_dir():
+        if (place / name).is_file():
+            return place / name
+        raise UserError(f"{str(path)!r} holds no {name}; give the folder that holds it, or the file itself")
+    if not _HUB_ID.fullmatch(str(path)):
+        raise UserError(f"there is no reward file {str(path)!r}; give the file {name}, its folder, or a hub id")
+    return _reach(str(path), lambda hub: Path(hub.hf_hub_download(str(path), name)))
+
+
+def tokenizer_folder(path: str | Path) -> Path:
+    """A tokenizer's own file or folder, or the hub repository of that id without its weights.
+
+    Raises:
+        UserError: nothing there, or a hub that cannot be reached.
+    """
+    place = Path(path).expanduser()
+    if str(path) and place.exists():
+        return place
+    if not _HUB_ID.fullmatch(str(path)):
+        raise UserError(f"there is no tokenizer {str(path)!r}; give an existing file or folder, or a hub id")
+    return _reach(str(path), lambda hub: Path(hub.snapshot_download(str(path), allow_patterns=[*_SIDE_FILES])))
+
+
 def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
+    def fetch(hub: ModuleType) -> Path:
+        # The pickle twin of the safetensors weights, where both are published, is not worth downloading.
+        folder = Path(hub.snapshot_download(hub_id, allow_patterns=[*_SIDE_FILES, "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(hub.snapshot_download(hub_id, allow_patterns=[*_SIDE_FILES, "pytorch_model*.bin"]))
+        return folder
+
+    return _reach(hub_id, fetch)
+
+
+def _reach(hub_id: str, fetch: Callable[[ModuleType], Path]) -> Path:
+    import huggingface_hub
 
     try:
-        # The pickle twin of the safetensors weights, where both are published, is not worth downloading.
-        folder = Path(snapshot_download(hub_id, allow_patterns=[*_SIDE_FILES, "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(hub_id, allow_patterns=[*_SIDE_FILES, "pytorch_model*.bin"]))
+        return fetch(huggingface_hub)
     except Exception as error:
         # The hub's client raises from four libraries; whichever it is, the reader's mend is the same.
         raise UserError(
             f"reward {hub_id!r} is neither a folder here nor a hub repository that can be reached "
             f"({type(error).__name__}: {first_line(error)}); check the name and the connection, or give a local folder"
         ) from error
-    return folder
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -58,12 +98,18 @@ def weight_files(folder: Path) -> list[Path]:
 
 def sha256_of(files: Sequence[Path]) -> str:
     """SHA-256 of the files' bytes, one after the other."""
-    digest = hashlib.sha256()
+    return digests_of(files, "sha256")["sha256"]
+
+
+def digests_of(files: Sequence[Path], *algorithms: str) -> dict[str, str]:
+    """Hashes of the files' bytes, one after the other, read once."""
+    digests = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
     for file in files:
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
+                for digest in digests.values():
+                    digest.update(block)
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from builders.pipelines import byte_tokenizer
 CONTEXT = 16
 
 
-def tiny_clip(image_size: int = 16, seed: int = 0, **vision) -> CLIPModel:
+def tiny_clip(image_size: int = 16, seed: int = 0, text_act: str = "gelu", **vision) -> CLIPModel:
     """Two layers a tower, weights large enough that different prompts and images score differently."""
     text = dict(
         vocab_size=514,
@@ -25,7 +25,7 @@ def tiny_clip(image_size: int = 16, seed: int = 0, **vision) -> CLIPModel:
         bos_token_id=512,
         eos_token_id=513,
         pad_token_id=513,
-        hidden_act="gelu",
+        hidden_act=text_act,
     )
     image = dict(
         hidden_size=16,

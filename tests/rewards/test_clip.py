@@ -122,6 +122,57 @@ def test_the_text_cache_is_bounded_and_follows_a_cast(folder, monkeypatch):
     assert reward.double().encode_text(["prompt 4"]).dtype == torch.float64
 
 
+def test_the_text_tower_goes_once_all_prompts_are_kept(folder, images):
+    reward = ClipReward.from_pretrained(folder)
+    expected, before = reward.score(images, PROMPTS), sum(p.numel() for p in reward.parameters())
+    text = sum(p.numel() for p in reward.model.text_model.parameters()) + reward.model.text_projection.weight.numel()
+    reward.keep_prompts([*PROMPTS, PROMPTS[0]])
+    assert sum(p.numel() for p in reward.parameters()) == before - text > 0
+    assert torch.equal(reward.score(images, PROMPTS), expected)
+    with pytest.raises(UserError, match="'another' is not among the 3"):
+        reward.score(images[:1], ["another"])
+    # What was kept outlives a move, at the precision of scores.
+    reward.bfloat16()
+    assert reward.encode_text(PROMPTS).dtype == torch.float32
+    assert reward.double().encode_text(PROMPTS).dtype == torch.float64
+    assert reward.encode_text([]).shape == (0, 12)
+
+
+def test_more_prompts_than_the_cache_holds_can_be_kept(folder, images, monkeypatch):
+    monkeypatch.setattr("rsaft_fast.rewards.clip._CACHED_PROMPTS", 1)
+    reward = ClipReward.from_pretrained(folder)
+    expected = reward.score(images, PROMPTS)
+    reward.keep_prompts(PROMPTS)
+    assert torch.equal(reward.score(images, PROMPTS), expected)
+
+
+def test_clipscore_is_that_of_its_paper(folder, images):
+    """2.5 max(cosine, 0) of "A photo depicts " and the prompt (arXiv 2104.08718)."""
+    reward = load_reward(RewardSettings(name="clipscore", path=str(folder), dtype="float64"))
+    logits = reference_scores(folder, reward.preprocess(images), [f"A photo depicts {p}" for p in PROMPTS])
+    expected = 2.5 * logits.clamp(min=0) / CLIPModel.from_pretrained(folder).logit_scale.detach().double().exp()
+    torch.testing.assert_close(reward.score(images, PROMPTS), expected, rtol=1e-12, atol=1e-12)
+    assert reward.spec.name == "clipscore" and reward.spec.preprocessing["scale"] == "clipscore"
+    signed = load_reward(RewardSettings(name="clipscore", path=str(folder), scale="cosine"))
+    generator = torch.Generator().manual_seed(5)
+    many, prompts = torch.rand(40, 3, 16, 16, generator=generator), [PROMPTS[i % 3] for i in range(40)]
+    many = many * torch.rand(40, 3, 1, 1, generator=generator)
+    cosine, clamped = signed.score(many, prompts), reward.score(many, prompts)
+    assert (clamped >= 0).all() and (cosine < 0).any()
+
+
+def test_pickscore_is_a_clip_with_its_own_activation_and_uncleaned_text(folder, images, tmp_path):
+    settings = RewardSettings(name="pickscore", path=str(folder))
+    expected = ClipReward.from_pretrained(folder).score(images, PROMPTS)
+    reward = load_reward(settings)
+    assert torch.equal(reward.score(images, PROMPTS), expected) and reward.spec.name == "pickscore"
+    # HPSv2 would read both as the same prompt.
+    assert not torch.equal(*reward.encode_text(["a &amp; b", "a & b"]))
+    other = write_clip(tmp_path, hidden_act="quick_gelu")
+    with pytest.raises(UserError, match="computes with quick_gelu, the published reward with gelu"):
+        load_reward(settings.model_copy(update={"path": str(other)}))
+
+
 def test_long_prompts_are_cut_at_the_context_length(folder, images):
     reward = ClipReward.from_pretrained(folder)
     # The tiny tokenizer has one token a letter; 14 letters fill the context beside the start and end tokens.
@@ -336,6 +387,14 @@ def test_rewards_that_ship_are_found_by_name(folder, monkeypatch):
 def test_settings_refuse_what_they_do_not_know():
     with pytest.raises(ValueError, match="did you mean 'clip'"):
         RewardSettings(name="clop", path="x")
+    with pytest.raises(ValueError, match="resize is a key of hpsv2, hpsv2.1, not of clip"):
+        RewardSettings(path="x", resize="legacy_noaa")
+    with pytest.raises(ValueError, match="scale is a key of clip"):
+        RewardSettings(name="imagereward", path="x", scale="cosine")
+    # A run's own config.yaml holds every key.
+    for name in ("clip", "hpsv2.1", "imagereward", "aesthetic"):
+        written = RewardSettings(name=name, path="x").model_dump()
+        assert RewardSettings(**written).model_dump() == written
     with pytest.raises(ValueError, match="chekpoint"):
         RewardSettings(path="x", chekpoint=False)
     with pytest.raises(ValueError, match="float32"):

@@ -1,0 +1,106 @@
+"""Weights from a file of any public layout into a module, all of them or an error that names the first that is wrong.
+
+Pickles are read with `weights_only=True`: one that holds code is refused before anything in it runs.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from rsaft_fast.errors import UserError
+from rsaft_fast.rewards.files import first_line
+
+State = dict[str, torch.Tensor]
+
+# Wrappers of training code (DistributedDataParallel, a Lightning module) around every key.
+_PREFIXES = ("module.", "model.")
+_ZIP, _PICKLE, _LFS_POINTER = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
+
+
+def read_state(file: Path) -> State:
+    """The tensors of a checkpoint by name: safetensors, or a pickle that is a state dict or holds one under
+    `state_dict`; the format is read off the first bytes, not the ending. Wrappers' prefixes are taken off.
+
+    Raises:
+        UserError: another format, a file cut short, a pickle with more than data in it, or no tensors.
+    """
+    content = _read(file)
+    if isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    state = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    if not state:
+        raise UserError(f"{str(file)!r} holds no weights (its keys: {_few(content)}); give the reward's checkpoint")
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    with file.open("rb") as stream:
+        start = stream.read(32)
+    if start.startswith(_LFS_POINTER):
+        raise UserError(f"{str(file)!r} is a Git LFS pointer, not the weights; fetch them with git lfs pull")
+    try:
+        if start[8:9] == b"{":
+            return load_file(file)
+        if start.startswith((_ZIP, _PICKLE)):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            raise UserError(f"{str(file)!r} is neither safetensors nor a PyTorch checkpoint; download it anew")
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{str(file)!r} holds more than tensors (code, or objects that need code) or is damaged: refused, "
+            "nothing in it was run; convert it to safetensors where you trust it, or download it anew"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{str(file)!r} cannot be read ({type(error).__name__}: {first_line(error)}); it is cut short or damaged: "
+            "download it anew"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{str(file)!r} holds a {type(content).__name__}, not a state dict; give the weights alone")
+    return content
+
+
+def fill(module: nn.Module, state: State, source: str) -> None:
+    """Give a module that was built on the meta device its weights; each one is used, none is missing.
+
+    Raises:
+        UserError: a weight is missing, unknown, or of another shape.
+    """
+    wanted = {name: value.shape for name, value in module.state_dict().items()}
+    if missing := sorted(wanted.keys() - state.keys()):
+        raise UserError(
+            f"{source} lacks {len(missing)} weights, first {missing[0]!r}; it would score at random: download it anew"
+        )
+    if unknown := sorted(state.keys() - wanted.keys()):
+        raise UserError(
+            f"{source} has {len(unknown)} weights too many, first {unknown[0]!r}; it is another model's checkpoint"
+        )
+    for name, shape in wanted.items():
+        if state[name].shape != shape:
+            raise UserError(
+                f"{source}: {name} has shape {tuple(state[name].shape)}, expected {tuple(shape)}; it is another "
+                "model's checkpoint"
+            )
+    module.load_state_dict(state, assign=True)
+    # Not saved with the weights, so still on the meta device: plain counts in every model here.
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            if leaf != "position_ids":
+                raise AssertionError(f"buffer {name} has no value")
+            setattr(module.get_submodule(owner), leaf, torch.arange(buffer.shape[-1]).expand(buffer.shape))
+
+
+def _few(names: Mapping[Any, Any]) -> str:
+    return ", ".join(repr(name) for name in list(names)[:4]) or "none"
