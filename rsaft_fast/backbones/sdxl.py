@@ -47,18 +47,19 @@ class SDXL(UNetBackbone):
         if not self.pipeline.config.force_zeros_for_empty_prompt:
             return branch
         # The base model was trained with zeros, not with the empty text, where there is no prompt.
-        given = torch.tensor([prompt is not None for prompt in prompts], device=self.device)
-        for name in self.embedding_shapes:
-            tensor = branch[name]
-            branch[name] = tensor * given.view(-1, *(1,) * (tensor.ndim - 1)).to(tensor.dtype)
-        return branch
+        absent = torch.tensor([prompt is None for prompt in prompts], device=self.device)
+        zeroed = {
+            name: branch[name].masked_fill(absent.view(-1, *[1] * len(shape)), 0)
+            for name, shape in self.embedding_shapes.items()
+        }
+        return {**branch, **zeroed}
 
     def encode_text(self, prompts: list[str]) -> Branch:
         text, _, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": text, "text_embeds": pooled}
 
     def added_conditions(self, batch: int, guidance_scale: float) -> Branch:
-        # In fp32: bf16 would round sizes that are no multiple of 8 above 1024.
+        # In fp32 whatever the networks compute in: above 2048, bf16 would round sizes.
         size = [self.height, self.width]
         return {"time_ids": torch.tensor([size + [0, 0] + size] * batch, dtype=torch.float32, device=self.device)}
 

@@ -7,7 +7,7 @@ import pytest
 from builders.backbones import BUILDERS, PROMPTS, SIZE
 from safetensors.torch import load_file, save_file
 
-from rsaft_fast.backbones import adapter_for, load_backbone
+from rsaft_fast.backbones import ADAPTERS, adapter_for, load_backbone
 from rsaft_fast.errors import UserError
 from rsaft_fast.train.data import unload_text_encoders
 
@@ -32,6 +32,16 @@ def refusal(folder) -> str:
     line = str(caught.value)
     assert "\n" not in line and len(line) < 400
     return line
+
+
+def test_what_is_no_pipeline_or_an_unknown_one(copy, tmp_path):
+    assert "no diffusers pipeline" in refusal(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    assert "model_index.json" in refusal(tmp_path / "empty")
+    folder = copy("sdxl")
+    change(folder / "model_index.json", _class_name="KandinskyPipeline")
+    line = refusal(folder)
+    assert "is a KandinskyPipeline" in line and all(adapter in line for adapter in ADAPTERS)
 
 
 @pytest.mark.parametrize(
