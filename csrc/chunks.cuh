@@ -1,4 +1,5 @@
-// The walk over a table: a block a chunk, whole packs first where every list is 16-byte aligned, then single elements.
+// The walk over a table: a block a chunk, packs by whole warps first where every list is 16-byte aligned, then single
+// elements.
 //
 // An operation is a struct with
 //     span(table, chunk)         what this chunk needs, read once a block; returns false to leave the chunk alone
@@ -18,7 +19,7 @@
 
 namespace rsaft {
 
-constexpr int THREADS = 512;
+constexpr int THREADS = 512, WARP = 32;
 
 struct Span {
     int chunk, tensor;
@@ -54,7 +55,8 @@ template <int N> struct Sums {
 template <class Op>
 RSAFT_HD void walk(const Op &op, const typename Op::Here &here, int count, bool aligned, int thread,
                    Sums<Op::SUMS> &sums) {
-    const int whole = aligned ? count / VECTOR * VECTOR : 0;
+    // Packs by whole warps: store_pack wants them.
+    const int whole = aligned ? count / (WARP * VECTOR) * (WARP * VECTOR) : 0;
     for (int i = thread * VECTOR; i < whole; i += THREADS * VECTOR) op.template at<VECTOR>(here, i, sums);
     // The rest is short or rare: unrolling it would only cost registers.
 #pragma unroll 1

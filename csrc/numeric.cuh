@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>
@@ -91,7 +92,40 @@ template <class T> RSAFT_HD Pack<T> load_pack(const T *p) {
     return *reinterpret_cast<const Pack<T> *>(p);
 }
 
+#if defined(__CUDA_ARCH__)
+template <bool ONCE, class T> __device__ __forceinline__ void store_16(T *p, const uint4 &x) {
+    assume_global(p);
+    if constexpr (ONCE) __stcs(reinterpret_cast<uint4 *>(p), x);
+    else *reinterpret_cast<uint4 *>(p) = x;
+}
+
+__device__ __forceinline__ uint4 of_neighbour(const uint4 &x) {
+    return {__shfl_xor_sync(~0u, x.x, 1), __shfl_xor_sync(~0u, x.y, 1), __shfl_xor_sync(~0u, x.z, 1),
+            __shfl_xor_sync(~0u, x.w, 1)};
+}
+
+// A pack of floats is two 16-byte stores, and a lane's own two halves lie side by side: each store of the warp would write
+// half of every 32-byte sector, and the L2 take twice the writes. So two lanes exchange halves, and together write whole
+// ones. The warp must be complete, and its lanes' packs consecutive. It waits until all of its lanes have read: what is
+// written may be, elsewhere, what a neighbour reads (a backup in the gradient's memory).
+template <bool ONCE> __device__ __forceinline__ void store_paired(float *p, const Pack<float> &x) {
+    const bool odd = threadIdx.x & 1;
+    const uint4 *halves = reinterpret_cast<const uint4 *>(&x);
+    const uint4 low = halves[0], high = halves[1], other = of_neighbour(odd ? low : high);
+    __syncwarp();
+    store_16<ONCE>(odd ? p - 4 : p, odd ? other : low);
+    store_16<ONCE>(odd ? p + 4 : p + 8, odd ? high : other);
+}
+#endif
+
+// By whole warps, lane after lane: what walk() and Place see to.
 template <class T> RSAFT_HD void store_pack(T *p, const Pack<T> &x) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (std::is_same_v<T, float>) {
+        store_paired<false>(p, x);
+        return;
+    }
+#endif
     assume_global(p);
     *reinterpret_cast<Pack<T> *>(p) = x;
 }
@@ -111,9 +145,8 @@ template <class T> RSAFT_HD Pack<T> load_pack_once(const T *p) {
 
 template <class T> RSAFT_HD void store_pack_once(T *p, const Pack<T> &x) {
 #if defined(__CUDA_ARCH__)
-#pragma unroll
-    for (unsigned i = 0; i < sizeof x / sizeof(uint4); ++i)
-        __stcs(reinterpret_cast<uint4 *>(p) + i, reinterpret_cast<const uint4 *>(&x)[i]);
+    if constexpr (std::is_same_v<T, float>) store_paired<true>(p, x);
+    else store_16<true>(p, *reinterpret_cast<const uint4 *>(&x));
 #else
     store_pack(p, x);
 #endif

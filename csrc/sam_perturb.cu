@@ -11,7 +11,8 @@ namespace rsaft {
 
 template <class W, class G, bool MASTER, bool STOCHASTIC> struct Perturb {
     static constexpr int SUMS = 3;
-    static constexpr int BLOCKS = 3;
+    // Three where the registers do: exchanging halves of float32 weights takes more than a third allows.
+    static constexpr int BLOCKS = sizeof(W) == 2 ? 3 : 2;
     using S = std::conditional_t<MASTER, float, W>;
     const double *scales;
     const float *found_inf;
