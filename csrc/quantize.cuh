@@ -69,6 +69,16 @@ template <bool SIGNED> RSAFT_HD Binade binade(int exponent) {
     return {ends, power_of(level), power_of(level < 8 ? level + 1 : 8), static_cast<float>(1 / 0.9) * steps};
 }
 
+RSAFT_HD float add_towards_zero(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    return __fadd_rz(a, b);
+#else
+    const double sum = static_cast<double>(a) + b;
+    const float nearest = static_cast<float>(sum);
+    return std::fabs(static_cast<double>(nearest)) > std::fabs(sum) ? std::nextafterf(nearest, 0.0f) : nearest;
+#endif
+}
+
 // The code nearest to a fraction x of the absmax, |x| <= 1, in its low byte.
 template <bool SIGNED> RSAFT_HD uint32_t encode(float x, const Binade *binades) {
     // Only +1 has a code of its own: -1 goes the way of what is just short of it, to the same code as ever.
@@ -82,17 +92,10 @@ template <bool SIGNED> RSAFT_HD uint32_t encode(float x, const Binade *binades) 
     // q = 2^n + f cut to an integer, short of 2^(n + 1): 2^n is the scale without its mantissa, the other with a
     // full one.
     const float steps = bits_float(float_bits(scale) & 0xff800000u), most = bits_float(float_bits(scale) | 0x7fffffu);
-#if defined(__CUDA_ARCH__)
     // Cut by additions that round towards zero: conversions run at a fraction of their rate.
-    float q = fminf(__fadd_rz(f, steps), most);
-    if (!SIGNED) return float_bits(__fadd_rz(fmaxf(q, 1.0f), 8388607.0f));
-    const uint32_t whole = float_bits(__fadd_rz(q, 8388608.0f));
-#else
-    double q = static_cast<double>(f) + steps;
-    q = q < most ? q : most;
-    if (!SIGNED) return static_cast<uint32_t>(q > 1.0 ? q : 1.0) - 1;
-    const uint32_t whole = static_cast<uint32_t>(q);
-#endif
+    const float sum = add_towards_zero(f, steps), q = sum < most ? sum : most;
+    if (!SIGNED) return float_bits(add_towards_zero(q > 1.0f ? q : 1.0f, 8388607.0f));
+    const uint32_t whole = float_bits(add_towards_zero(q, 8388608.0f));
     return x < 0.0f ? 127 - whole : 127 + whole;
 }
 
