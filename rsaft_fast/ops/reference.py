@@ -82,6 +82,8 @@ def sam_perturb_(table: TensorTable, norm: GradientNorm) -> None:
     scale = norm.scale[table.group.long()].to(dtype)
     table.perturbation_sums.zero_()
     for row in _rows(table):
+        if row.master is None and row.backup is None:
+            continue  # nothing could bring it back
         if row.grad is None:
             if row.backup is not None:
                 row.backup.copy_(torch.where(finite, row.weight, row.backup))

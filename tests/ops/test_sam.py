@@ -197,3 +197,15 @@ def test_the_backup_may_live_in_the_gradients_memory(backend, layout, finite):
     assert same_bits(bits(shared["backup"]), [old[i] for i in kept] if finite else gradients)
     ops.sam_restore_(shared, norms[1])
     assert same_bits(bits(shared["weight"]), old)
+
+
+def test_a_weight_that_nothing_could_bring_back_is_left_alone(backend):
+    table, _ = random_table(backend, torch.float32, torch.Generator().manual_seed(52))
+    table.bind(backup=[None if i == 5 else w for i, w in enumerate(table["backup"])])
+    old = bits(table["weight"])
+    norm = ops.global_norm(table, rho=1.0)
+    ops.sam_perturb_(table, norm)
+    moved = [not same_bits([a], [b]) for a, b in zip(old, bits(table["weight"]))]
+    assert moved == [i not in (0, 5) for i in range(len(SIZES))]
+    ops.sam_restore_(table, norm)
+    assert same_bits(old, bits(table["weight"]))
