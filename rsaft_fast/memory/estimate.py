@@ -118,6 +118,7 @@ class _Walk:
     def estimate(self, notes: tuple[str, ...]) -> Estimate:
         schedule = self.backbone.schedule(self.config.sampler.steps, self.config.sampler.eta)
         self._attach()
+        self._score_once()
         with shapes_alone(self.cuda), self.live:
             encoded = self._encode()
             self._update(encoded, schedule)
@@ -180,7 +181,6 @@ class _Walk:
         before = live.alive
         batch, dropped = self._micro_batch(encoded, schedule)
         self.batch_bytes = live.alive - before
-        self._score_once(batch)
         self.begun_at = live.alive
         seen_before = {name: replace(peak) for name, peak in live.peaks.items()}
         rsaft_step(
@@ -220,14 +220,15 @@ class _Walk:
         batch = MicroBatch(prompts, encoded(prompts), self.backbone.initial_latents(noise), noise, short)
         return batch, len(plan.graded) - len(short.graded)
 
-    def _score_once(self, batch: MicroBatch) -> None:
-        """What the reward builds at its first picture stays: resize matrices, the prompts' embeddings."""
+    def _score_once(self) -> None:
+        """What the reward builds at its first picture stays; it is shown to the count, for an earlier estimate may have
+        built it."""
         size = (self.backbone.height, self.backbone.width)
         image = torch.empty(1, 3, *size, device="meta", dtype=self.backbone.latent_dtype)
-        with torch.no_grad():
-            self.reward.score(image, batch.prompts[:1])
-        # An earlier estimate may have built them.
-        self.live.see(self.reward.prepare.axis_matrices(size, self.reward.preprocess(image).dtype, image.device))
+        with torch.no_grad(), shapes_alone(self.cuda):
+            self.reward.score(image, [_PROMPT])
+            dtype = self.reward.preprocess(image).dtype
+        self.live.see(self.reward.prepare.axis_matrices(size, dtype, image.device))
 
     def _average(self) -> None:
         if self.ema is not None:

@@ -1,0 +1,184 @@
+"""`rsaft-fast estimate`, and what a run makes of the estimate."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from builders.recipes import config, recipe, write_recipe
+
+from rsaft_fast.cli import main
+from rsaft_fast.errors import UserError
+from rsaft_fast.memory import phases
+from rsaft_fast.memory.estimate import estimate
+from rsaft_fast.memory.suggestions import candidates, changed, suggest
+from rsaft_fast.train import forecast as forecasts
+from rsaft_fast.train.check import check_config
+from rsaft_fast.train.forecast import announce, forecast
+from rsaft_fast.train.loop import train
+from rsaft_fast.train.memory_errors import phase_of
+from rsaft_fast.train.trainer import Trainer
+
+
+@pytest.fixture
+def path(tiny, out, tmp_path):
+    return write_recipe(tmp_path / "recipe.yaml", recipe(tiny, out))
+
+
+def output(arguments, capsys) -> str:
+    assert main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_table_adds_up_and_marks_the_largest(path, out, capsys):
+    text = output(["estimate", path, "--quick"], capsys)
+    assert not out.exists()
+    rows = re.findall(r"^  (.+?)\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)(  <- largest)?$", text, re.MULTILINE)
+    assert {row[0] for row in rows} >= {phases.SAMPLING, phases.SCORING, phases.DECODER, phases.DENOISER}
+    assert sum(bool(row[4]) for row in rows) == 1
+    assert "standing throughout" in text and "adapters" in text and "not counted" in text
+    assert "estimated peak" in text and "on this machine" not in text
+
+
+def test_json_holds_the_same_in_bytes(path, tiny, out, capsys):
+    found = json.loads(output(["estimate", path, "data.batch_size=4", "--json"], capsys))
+    truth = estimate(config(tiny, out, data__batch_size=4))
+    assert found["peak"] == truth.peak == max(phase["total"] for phase in found["phases"])
+    assert found["standing"] == truth.standing
+    for phase in found["phases"]:
+        assert phase["own"] + phase["beside"] == phase["total"]
+    best = found["suggestions"][0]
+    again = estimate(changed(config(tiny, out, data__batch_size=4), best["set"]))
+    assert best["peak"] == again.peak
+    assert best["saves"] == truth.largest.total - again.phase(truth.largest.name).total > 0
+
+
+def test_advice_is_what_estimating_again_says(path, capsys):
+    text = output(["estimate", path], capsys)
+    lines = re.findall(r"^  (\S+=.*?)\s+saves\s+([\d.]+) GiB \(peak ([\d.]+)\)$", text, re.MULTILINE)
+    assert lines, text
+    assert any("data.batch_size=1" in keys for keys, _, _ in lines) or "checkpoint" in lines[0][0]
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux"])
+def test_every_family_is_walked_from_its_own_folder(tiny, out, family):
+    found = estimate(config(tiny, out, family))
+    assert not found.notes
+    assert found.phase(phases.ENCODING).total > 0
+    assert found.phase(phases.DENOISER).own > 0
+
+
+def test_every_suggestion_makes_a_valid_recipe(tiny, out):
+    full = config(tiny, out, parameters={"train": "full"}, backbone__dtype="bf16", ema={"decay": 0.9})
+    tried = [changed(full, keys) for keys in candidates(full)]
+    assert len(tried) >= 7
+    assert {new.parameters.train for new in tried} == {"full", "lora"}
+    best = suggest(full, estimate(full), phases.DENOISER)
+    assert best == sorted(best, key=lambda suggestion: -suggestion.saves)
+    assert all(suggestion.saves > 0 for suggestion in best)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("method.k=3", ["method.k is 3", "the sampler has 2 steps"]),
+        ("method.kk=3", ["unknown key method.kk"]),
+        ("backbone.height=33", ["height is 33", "multiples of"]),
+        ("backbone.device=abacus", ["'abacus'"]),
+        ("backbone.path=/nowhere/at/all", ["/nowhere/at/all"]),
+        ("backbone.path=somebody/a-cat", ["somebody/a-cat", "cache", "download"]),
+        ("reward.path=somebody/a-dog", ["somebody/a-dog", "cache", "download"]),
+        ("parameters.lora.targets=[nothing]", ["nothing", "parameters.lora.targets"]),
+        ("optimizer.release_gradients=true", ["release_gradients", "accumulate"]),
+        ("optimizer.stochastic_rounding=true", ["stochastic_rounding", "bf16"]),
+    ],
+)
+def test_bad_input_is_one_line(path, capsys, override, words):
+    overrides = [override, "data.accumulate=2"] if "release" in override else [override]
+    assert main(["estimate", str(path), *overrides]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.strip().splitlines()
+    assert line.startswith("rsaft-fast: error: ")
+    for word in words:
+        assert word in line
+
+
+def test_what_training_refuses_is_refused_in_the_same_words(tiny, out, path, capsys):
+    with pytest.raises(UserError) as refused:
+        check_config(config(tiny, out, optimizer__release_gradients=True, data__accumulate=2))
+    assert main(["estimate", str(path), "optimizer.release_gradients=true", "data.accumulate=2"]) == 2
+    assert str(refused.value) in capsys.readouterr().err
+
+
+def test_an_unknown_recipe_is_named(capsys):
+    assert main(["estimate", "no-such.yaml"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "no-such.yaml" in line and "sd15-lora-24gb.yaml" in line
+
+
+def test_a_missing_prompt_file_does_not_matter_yet(path, capsys):
+    assert "estimated peak" in output(["estimate", path, "data.prompts=missing.txt", "--quick"], capsys)
+
+
+def test_a_run_on_the_cpu_is_not_slowed_down(tiny, out, monkeypatch):
+    monkeypatch.setattr(forecasts, "estimate", lambda config: pytest.fail("estimated"))
+    lines = []
+    assert announce(config(tiny, out), lines.append) is None
+    assert lines == []
+
+
+def test_a_card_is_compared_and_warned_of(tiny, out):
+    settings = config(tiny, out)
+    lines = []
+    seen = forecast(settings, lines.append, card=2**40)
+    assert len(lines) == 1 and lines[0].startswith("estimated peak ") and seen.found == estimate(settings)
+    lines.clear()
+    forecast(settings, lines.append, card=2**10)
+    assert len(lines) == 2 and lines[1].startswith("warning: ")
+
+
+def test_an_estimate_that_fails_stops_nothing(tiny, out, monkeypatch):
+    monkeypatch.setattr(forecasts, "estimate", lambda config: 1 // 0)
+    lines = []
+    assert forecast(config(tiny, out), lines.append, card=2**40) is None
+    assert lines == [
+        "the memory that this run needs could not be estimated (ZeroDivisionError: integer division or modulo by zero)"
+    ]
+
+
+def test_out_of_memory_advises_what_the_estimate_says(tiny, out, monkeypatch):
+    settings = config(tiny, out, data__batch_size=2, backbone__checkpoint=["denoiser", "decoder"])
+    monkeypatch.setattr("rsaft_fast.train.loop.announce", lambda c, say: forecast(c, lambda line: None, card=2**40))
+
+    grad = torch.autograd.grad
+
+    def exhausted(outputs, *arguments, **options):
+        if outputs.is_meta:  # the estimate needs no memory
+            return grad(outputs, *arguments, **options)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 11 GiB")
+
+    monkeypatch.setattr("rsaft_fast.objective.torch.autograd.grad", exhausted)
+    best = suggest(settings, estimate(settings), phases.SCORING)[0]
+    with pytest.raises(UserError, match=rf"\({phases.SCORING}\).*Lower the need: set ") as raised:
+        train(settings)
+    assert str(best) in str(raised.value)
+
+
+def test_the_outermost_function_names_the_phase(tiny, out, monkeypatch):
+    settings = config(tiny, out)
+    trainer = Trainer(settings, check_config(settings))
+    vae = trainer.backbone.pipeline.vae
+    decode = vae.decode
+
+    def decoded(*arguments, **options):
+        if torch.is_grad_enabled():
+            raise MemoryError
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(vae, "decode", decoded)
+    with pytest.raises(UserError) as raised:
+        trainer.update()
+    assert phase_of(raised.value.__cause__) == phases.DECODER
