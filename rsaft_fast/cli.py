@@ -15,6 +15,7 @@ Fine-tunes diffusion models by reward gradient, smoothed against reward hacking 
   rsaft-fast demo                          watch it work in three minutes, on any machine
   rsaft-fast train recipe.yaml             fine-tune your own model
   rsaft-fast sample PIPELINE --run RUN     look at what came out
+  rsaft-fast score PICTURES --reward R=P   what reward models say of pictures
   rsaft-fast estimate recipe.yaml          will it fit, and what would make it fit
   rsaft-fast bench                         how fast the SAM step is here, beside what others use
   rsaft-fast doctor                        what runs on this machine, and why
@@ -46,6 +47,20 @@ examples:
   rsaft-fast sample path/to/sd3 --lora runs/a/lora --prompts-file prompts.txt --steps 28 --guidance 4.5
 
 A picture depends on its prompt and seed alone. Writes one PNG a picture, grid.png and pictures.json into --output.
+"""
+
+SCORE = """\
+Score pictures with reward models, each from its own published file: a table, a CSV with a row a picture, and beside it
+a JSON file with what produced the scores (file hash, preprocessing, scale).
+
+examples:
+  rsaft-fast score samples --reward hpsv2.1=xswu/HPSv2 --reward pickscore=yuvalkirstain/PickScore_v1
+  rsaft-fast score a.png b.jpg --prompts prompts.txt --reward imagereward=weights/ImageReward.pt
+  rsaft-fast score before after --reward hpsv2=HPS_v2_compressed.pt,scale=percent,resize=legacy_noaa
+  rsaft-fast score pictures --prompts one.txt --reward aesthetic=head.pth,image_tower=path/to/clip-l
+
+Prompts come from --prompts, one a picture in the order of the names (or a single one for all), else from the
+pictures.json that `rsaft-fast sample` leaves. Keys behind a reward's path are those of a recipe's reward section.
 """
 
 DEMO = """\
@@ -143,6 +158,16 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     sample.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="pictures at a time (default: 8)")
     sample.add_argument("--output", metavar="FOLDER", help="default: samples, or the next free one")
+
+    score = add("score", "score pictures with reward models", SCORE)
+    score.add_argument("pictures", nargs="+", metavar="PICTURES", help="folders of pictures, or single files")
+    score.add_argument("--prompts", metavar="FILE", help=".txt, .csv, .tsv, .json or .jsonl")
+    score.add_argument(
+        "--reward", action="append", required=True, metavar="NAME=PATH[,key=value]", help="once for each reward"
+    )
+    score.add_argument("--output", default="scores.csv", metavar="FILE", help="new CSV (default: scores.csv)")
+    score.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    score.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="pictures at a time (default: 8)")
 
     bench = add("bench", "time the SAM step on this machine, beside what others use", BENCH)
     bench.add_argument("--cases", metavar="A,B", help="parameter lists, images, host (default: all that fit)")
