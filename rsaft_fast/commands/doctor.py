@@ -17,7 +17,7 @@ REQUIRED = ("rsaft_fast", "torch", "triton", "diffusers", "transformers", "peft"
 OPTIONAL = {
     "bitsandbytes": "8-bit optimizer state and NF4 base weights: pip install 'rsaft_fast[low-bit]'",
     "xformers": "another attention backend; its PyPI wheel needs CUDA 12's runtime",
-    "ftfy": "cleans the prompts of HPSv2 and HPSv2.1, which refuse to run without it: pip install ftfy",
+    "ftfy": "cleans the prompts of HPSv2 and HPSv2.1, which refuse to run without it: pip install 'rsaft_fast[hps]'",
     "torchvision": "not needed",
 }
 
