@@ -114,9 +114,7 @@ def _check_true_cfg(config: Config, adapter: type[PipelineBackbone] | None = Non
         )
 
 
-def _check_memory_options(
-    config: Config, plan: GradientPlan, adapter: type[PipelineBackbone] | None = None
-) -> None:
+def _check_memory_options(config: Config, plan: GradientPlan, adapter: type[PipelineBackbone] | None = None) -> None:
     """The optimizer's options against what is trained, and how."""
     settings = config.optimizer
     full_bf16 = config.parameters.train == "full" and config.backbone.dtype == "bf16"

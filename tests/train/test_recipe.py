@@ -52,7 +52,7 @@ def path(tiny, out, tmp_path) -> Path:
         ("optimizer.betas=[0.9]", "optimizer.betas[1] is missing on the command line; the list is too short"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas[1] is 1.0 on the command line; it must be less than 1"),
         ("optimizer.lr=.nan", "optimizer.lr is nan on the command line; it must be a finite number"),
-        ("reward={}", "missing key reward.path on the command line: folder or hub id of the weights"),
+        ("reward={}", "missing key reward.path on the command line: folder, file or hub id of the weights"),
         ("samples.prompts=3", "samples.prompts is 3 on the command line; it must be a string (quote it)"),
         ("keep_checkpoints=0", "keep_checkpoints is 0 on the command line; it must be at least 1"),
         ("zzz.qqq=1", "unknown key zzz on the command line; valid here: seed, output_dir"),
