@@ -104,8 +104,11 @@ def advance(pointer, start, VECTOR: tl.constexpr):
     return pointer
 
 
+NO_POLICY = tl.constexpr("")  # Triton 3.6 wants a default wrapped
+
+
 @triton.jit
-def load(pointer, offsets, count, VECTOR: tl.constexpr, KEEP: tl.constexpr = ""):
+def load(pointer, offsets, count, VECTOR: tl.constexpr, KEEP: tl.constexpr = NO_POLICY):
     """``KEEP``: an eviction policy, what the cache should do with these values."""
     if VECTOR:
         return tl.load(pointer + offsets, eviction_policy=KEEP)
@@ -113,7 +116,7 @@ def load(pointer, offsets, count, VECTOR: tl.constexpr, KEEP: tl.constexpr = "")
 
 
 @triton.jit
-def store(pointer, offsets, count, values, VECTOR: tl.constexpr, KEEP: tl.constexpr = ""):
+def store(pointer, offsets, count, values, VECTOR: tl.constexpr, KEEP: tl.constexpr = NO_POLICY):
     if VECTOR:
         tl.store(pointer + offsets, values, eviction_policy=KEEP)
     else:

@@ -136,8 +136,8 @@ def sam_adamw_kernel(
     i_chunk = first_chunk + tl.num_programs(0) - 1 - tl.program_id(0)
     i_tensor, start, count = chunk_span(i_chunk, numel, chunk_tensor, chunk_index, CHUNK)
     a_weight = address_of(addresses, ROW_WEIGHT, tensors, i_tensor)
-    a_grad = grad
-    if grad == 0:
+    a_grad = grad.to(tl.int64)  # the interpreter takes a low address for 32 bits, whatever the annotation says
+    if a_grad == 0:
         a_grad = address_of(addresses, ROW_GRAD, tensors, i_tensor)
     a_backup = address_of(addresses, ROW_SOURCE, tensors, i_tensor)
     a_source = tl.where(a_backup == 0, a_weight, a_backup)  # no backup: the weight was not perturbed
