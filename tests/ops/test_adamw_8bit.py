@@ -1,5 +1,9 @@
 """The fused step over 8-bit moments: the update in float64 from the decoded ones, and bitsandbytes' own step."""
 
+import mmap
+import platform
+import sys
+
 import pytest
 import torch
 
@@ -140,6 +144,29 @@ def test_one_tensor_alone_from_a_gradient_of_its_own(backend):
     kept = [0, 1, 2, 3, 5, 6]
     for name in ("weight", *STATE):
         assert same_bits(bits([together[name][i] for i in kept]), bits([alone[name][i] for i in kept]))
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or sys.platform != "linux", reason="asks Linux on x86-64 for the place"
+)
+def test_a_gradient_may_lie_below_two_gigabytes(backend):
+    """An address that fits 32 bits is still one of 64: it is passed by itself here, not in the table."""
+    if backend.type != "cpu":
+        pytest.skip("addresses of GPU memory are high")
+    map_32bit = 0x40
+    room = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | map_32bit)
+    low = torch.frombuffer(room, dtype=torch.bfloat16, count=300).copy_(torch.randn(300))
+    assert low.data_ptr() < 2**31
+    results = []
+    for grad in (low, low.clone()):
+        table, _ = random_table(backend, torch.bfloat16, torch.Generator().manual_seed(37), [(300,)], state_bits=8)
+        first = ops.global_norm(table, rho=1.0)
+        ops.sam_perturb_(table, first)
+        scalars = scalars_for(backend)
+        ops.adamw_coefficients_(table, first, StepInputs(scalars, first, released=True))
+        ops.sam_adamw_step_tensor_(table, 0, grad, scalars, first=first)
+        results.append(bits([table[name][0] for name in ("weight", *STATE)]))
+    assert same_bits(*results)
 
 
 def test_an_absmax_of_another_shape_is_refused(backend):
