@@ -13,8 +13,7 @@
 
 namespace rsaft {
 
-constexpr int LANES = 32;
-static_assert(LANES * VECTOR == BLOCK, "a warp's lanes hold a block of elements, a pack each");
+static_assert(WARP * VECTOR == BLOCK, "a warp's lanes hold a block of elements, a pack each");
 
 // The value of every code and the encoding of every binade, made once a thread block, in shared memory: looked up, they
 // cost a third of what they do computed for each element, which would make this kernel wait for arithmetic, not memory.
@@ -118,9 +117,9 @@ template <class Op> __global__ void __launch_bounds__(THREADS, 2) over_blocks(co
     }
     book.fill(threadIdx.x);
     __syncthreads();
-    const int lane = threadIdx.x % LANES, blocks = (here.count + BLOCK - 1) / BLOCK;
+    const int lane = threadIdx.x % WARP, blocks = (here.count + BLOCK - 1) / BLOCK;
 #pragma unroll 1
-    for (int block = threadIdx.x / LANES; block < blocks; block += THREADS / LANES) {
+    for (int block = threadIdx.x / WARP; block < blocks; block += THREADS / WARP) {
         const Place at(block, lane, here.count, here.aligned);
         typename Op::Lane values;
         Largest most = op.update(here, book, block, at.i, at.n, at.whole, values);
@@ -139,14 +138,14 @@ template <class Op> int launch_blocks(const rsaft_table &t, const Op &op, void *
 #else
 
 template <class Op> void block_on_host(const Op &op, const typename Op::Here &here, const Codebook &book, int block) {
-    typename Op::Lane values[LANES];
+    typename Op::Lane values[WARP];
     Largest most;
-    for (int lane = 0; lane < LANES; ++lane) {
+    for (int lane = 0; lane < WARP; ++lane) {
         const Place at(block, lane, here.count, here.aligned);
         const Largest lanes = op.update(here, book, block, at.i, at.n, at.whole, values[lane]);
         most.take(lanes.m, lanes.v);
     }
-    for (int lane = 0; lane < LANES; ++lane) {
+    for (int lane = 0; lane < WARP; ++lane) {
         const Place at(block, lane, here.count, here.aligned);
         op.store(here, book, block, at.i, at.n, at.whole, most, values[lane]);
     }

@@ -114,6 +114,14 @@ def inspect(compiled, folder, what) -> str:
     return subprocess.run([CUOBJDUMP, what, path], capture_output=True, text=True, check=True).stdout
 
 
+OLD_STACK = 24
+
+
+def is_old() -> bool:
+    """The assemblers of Triton 3.6 and 3.7 park a few values on sm_100; 3.8's parks none."""
+    return tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+
+
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("name", STREAMS)
 def test_streaming_kernels(tmp_path, name, architecture):
@@ -122,8 +130,7 @@ def test_streaming_kernels(tmp_path, name, architecture):
     if not CUOBJDUMP.exists():
         pytest.skip("this triton wheel has no cuobjdump to look into the machine code")
     used, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", inspect(compiled, tmp_path, "-res-usage")).groups())
-    # The assemblers of Triton 3.6 and 3.7 park a few values on sm_100; 3.8's parks none.
-    assert used <= registers and stack <= (24 if architecture == 100 else 0)
+    assert used <= registers and stack <= (OLD_STACK if architecture == 100 and is_old() else 0)
     code = inspect(compiled, tmp_path, "-sass")
     assert stack or not re.search(r"\b(LDL|STL)\b", code), "registers spill to local memory"
     for instruction, widths in (("LDG", loads), ("STG", stores)):

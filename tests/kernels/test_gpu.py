@@ -126,13 +126,8 @@ def test_restore_is_exact(dtype):
     assert torch.equal(bits(params), before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_replays_of_a_graph_equal_eager_steps(dtype):
-    def prepare():
-        params = parameters(dtype)
-        give(params, gradients(params, 0))
-        lr = torch.tensor(1e-3, device="cuda")
-        return params, SAMAdamW(params, lr=lr, rho=0.1, max_grad_norm=1.0)
+def replayed_and_eager(prepare):
+    """Parameters and optimizer after 3 eager steps and 100 replays of a captured one, and after 103 eager steps."""
 
     def step(params, opt):
         # Both passes' gradients are made from the weights, on the device, in the same memory.
@@ -158,6 +153,18 @@ def test_replays_of_a_graph_equal_eager_steps(dtype):
         graph.replay()
     for _ in range(103):
         step(eager_params, eager)
+    return params, opt, eager_params, eager
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_replays_of_a_graph_equal_eager_steps(dtype):
+    def prepare():
+        params = parameters(dtype)
+        give(params, gradients(params, 0))
+        lr = torch.tensor(1e-3, device="cuda")
+        return params, SAMAdamW(params, lr=lr, rho=0.1, max_grad_norm=1.0)
+
+    params, opt, eager_params, _ = replayed_and_eager(prepare)
     assert torch.equal(bits(params), bits(eager_params))
     assert opt.state[params[0]]["step"].item() == 103
 

@@ -10,7 +10,7 @@ from rsaft_fast.optim import SAMAdamW
 
 from ..ops.tables import bits as bits_of
 from ..ops.tables import random_table, same_bits
-from .test_gpu import bits, forced, give, gradients, no_synchronisation, parameters, sharp_step  # noqa: F401
+from .test_gpu import bits, forced, give, gradients, no_synchronisation, parameters, replayed_and_eager, sharp_step  # noqa: F401
 
 pytestmark = pytest.mark.gpu
 
@@ -53,29 +53,7 @@ def test_replays_of_a_graph_equal_eager_steps(name):
         give(params, gradients(params, 0))
         return params, SAMAdamW(params, lr=1e-3, rho=0.1, max_grad_norm=1.0, **OPTIONS[name])
 
-    def step(params, opt):
-        for p in params:
-            p.grad.copy_(p.detach() * 0.5)
-        opt.perturb()
-        for p in params:
-            p.grad.copy_(p.detach() * 0.5 + 0.1)
-        opt.step()
-
-    eager_params, eager = prepare()
-    params, opt = prepare()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step(params, opt)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step(params, opt)
-    for _ in range(100):
-        graph.replay()
-    for _ in range(103):
-        step(eager_params, eager)
+    params, opt, eager_params, eager = replayed_and_eager(prepare)
     assert torch.equal(bits(params), bits(eager_params))
     assert same_bits(state_of(opt, params), state_of(eager, eager_params))
 

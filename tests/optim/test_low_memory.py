@@ -48,7 +48,7 @@ def test_small_parameters_keep_float32_moments():
 
 
 def test_eight_bits_train_as_well_as_32():
-    """Not the same path, the same loss: within a fifth after 200 steps, over three beginnings."""
+    """Not the same path, the same loss: within a tenth after 200 steps, over three beginnings."""
     final, sets = {8: 0.0, 32: 0.0}, data(4, torch.float32)
     for seed in range(3):
         for state_bits in final:
@@ -56,7 +56,7 @@ def test_eight_bits_train_as_well_as_32():
             opt = SAMAdamW(model.parameters(), lr=5e-3, rho=0.02, state_bits=state_bits, min_8bit_size=64)
             train(model, opt, sets * 50)
             final[state_bits] += sum(float(loss_of(model, batch).detach()) for batch in sets)
-    assert final[8] < 1.2 * final[32] < 0.2
+    assert final[8] < 1.1 * final[32] < 0.2
 
 
 @pytest.mark.parametrize("first_bits", [8, 32])
