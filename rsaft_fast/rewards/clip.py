@@ -179,6 +179,11 @@ class ClipReward(TowerReward):
         return applied
 
 
+def with_clipscore_prefix(prompt: str) -> str:
+    """The caption as CLIPScore reads it."""
+    return CLIPSCORE_PREFIX + prompt
+
+
 def load_clip_model(folder: Path, source: str, activation: str | None = None) -> CLIPModel:
     """The CLIPModel saved in a folder.
 

@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.rewards.aesthetic import IMAGE_TOWER, load_aesthetic
+from rsaft_fast.rewards.aesthetic import load_aesthetic
 from rsaft_fast.rewards.base import Reward
-from rsaft_fast.rewards.clip import CLIPSCORE_PREFIX, ClipReward, Scale
+from rsaft_fast.rewards.clip import ClipReward, Scale, with_clipscore_prefix
 from rsaft_fast.rewards.hps import Resize, load_hps
 from rsaft_fast.rewards.image_reward import load_image_reward
 from rsaft_fast.rewards.preprocess import Clamp
 from rsaft_fast.settings import Settings
 
 _PLAYGROUND = "playground/"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One line of `REWARDS`.
+
+    Attributes:
+        load: called as load(path, device=..., **{key: value}); of the settings it gets those in `keys` that are not
+            null, so that null leaves the choice to the function's own default. `dtype` arrives as a torch.dtype.
+        keys: of `RewardSettings` beside name and path; any other key is refused for this family.
+        differentiable: whether its scores carry a gradient to the images.
+        needs_path: False where the weights come with a package; then load's path may be "".
+    """
+
+    load: Callable[..., Reward]
+    keys: tuple[str, ...] = ()
+    differentiable: bool = True
+    needs_path: bool = True
 
 
 class RewardSettings(Settings):
@@ -47,7 +67,7 @@ class RewardSettings(Settings):
     """
 
     name: str = "clip"
-    path: str = Field(min_length=1)
+    path: str = ""
     scale: Scale | None = None
     resize: Resize = "aa"
     clamp: Clamp = "hard"
@@ -65,12 +85,28 @@ class RewardSettings(Settings):
             raise ValueError(f"reward {name!r} is unknown; {hint}")
         return name
 
+    @field_validator("path")
+    @classmethod
+    def _given(cls, path: str, info: ValidationInfo) -> str:
+        family = REWARDS.get(info.data.get("name"))
+        if family is not None and family.needs_path and not path:
+            raise PydanticCustomError("missing", "Field required")
+        return path
+
     @model_validator(mode="after")
     def _applies(self) -> RewardSettings:
-        for key, families in _KEYS_OF.items():
-            if getattr(self, key) != type(self).model_fields[key].default and self.name not in families:
-                raise ValueError(f"{key} is a key of {', '.join(families)}, not of {self.name}; leave it out")
+        family = REWARDS[self.name]
+        for key, field in type(self).model_fields.items():
+            if key in ("name", "path", *family.keys) or getattr(self, key) == field.default:
+                continue
+            owners = [name for name, other in REWARDS.items() if key in other.keys]
+            raise ValueError(f"{key} is a key of {', '.join(owners)}, not of {self.name}; leave it out")
         return self
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether the reward's scores will carry a gradient to the images; known before anything is loaded."""
+        return REWARDS[self.name].differentiable
 
 
 def load_reward(settings: RewardSettings, device: torch.device | str = "cpu") -> Reward:
@@ -79,7 +115,15 @@ def load_reward(settings: RewardSettings, device: torch.device | str = "cpu") ->
     Raises:
         UserError: the weights cannot be found or are not what the family needs.
     """
-    return REWARDS[settings.name](settings, device)
+    family = REWARDS[settings.name]
+    options: dict[str, Any] = {key: getattr(settings, key) for key in family.keys}
+    if "dtype" in options:
+        options["dtype"] = getattr(torch, settings.dtype)
+    options = {key: value for key, value in options.items() if value is not None}
+    reward = family.load(resolve_path(settings.path), device=device, **options)
+    # The name that the user gave, not where this installation keeps it.
+    reward.spec = replace(reward.spec, source=settings.path)
+    return reward
 
 
 def resolve_path(path: str) -> str:
@@ -94,69 +138,18 @@ def resolve_path(path: str) -> str:
         raise UserError(f"reward {path!r}: {error}") from error
 
 
-def _common(settings: RewardSettings, device: torch.device | str) -> dict[str, Any]:
-    return {
-        "clamp": settings.clamp,
-        "dtype": getattr(torch, settings.dtype),
-        "checkpoint": settings.checkpoint,
-        "device": device,
-    }
+_TOWER = ("clamp", "dtype", "checkpoint")
+_clip = ClipReward.from_pretrained
 
-
-def _with_prefix(prompt: str) -> str:
-    return CLIPSCORE_PREFIX + prompt
-
-
-def _load_clip(settings: RewardSettings, device: torch.device | str) -> Reward:
-    family = _CLIP_FAMILIES[settings.name]
-    scale = settings.scale or family["scale"]
-    reward = ClipReward.from_pretrained(
-        resolve_path(settings.path),
-        name=settings.name,
-        **family | {"scale": scale},
-        **_common(settings, device),
-    )
-    # The name that the user gave, not where this installation keeps it.
-    reward.spec = replace(reward.spec, source=settings.path)
-    return reward
-
-
-def _load_hps(settings: RewardSettings, device: torch.device | str) -> Reward:
-    return load_hps(
-        settings.path,
-        settings.name,
-        scale=settings.scale or "cosine",
-        resize=settings.resize,
-        tokenizer=settings.tokenizer,
-        **_common(settings, device),
-    )
-
-
-def _load_image_reward(settings: RewardSettings, device: torch.device | str) -> Reward:
-    return load_image_reward(settings.path, tokenizer=settings.tokenizer, **_common(settings, device))
-
-
-def _load_aesthetic(settings: RewardSettings, device: torch.device | str) -> Reward:
-    tower = settings.image_tower or IMAGE_TOWER
-    return load_aesthetic(settings.path, image_tower=tower, **_common(settings, device))
-
-
-# Scale, activation function (None: whatever the checkpoint says) and what is done to a prompt.
-_CLIP_FAMILIES: dict[str, dict[str, Any]] = {
-    "clip": {"scale": "logit"},
-    "pickscore": {"scale": "logit", "activation": "gelu"},
-    "clipscore": {"scale": "clipscore", "edit_prompt": _with_prefix},
-}
-_HPS = ("hpsv2", "hpsv2.1")
-_KEYS_OF = {
-    "scale": (*_CLIP_FAMILIES, *_HPS),
-    "resize": _HPS,
-    "tokenizer": (*_HPS, "imagereward"),
-    "image_tower": ("aesthetic",),
-}
-REWARDS: dict[str, Callable[[RewardSettings, torch.device | str], Reward]] = {
-    **dict.fromkeys(_CLIP_FAMILIES, _load_clip),
-    **dict.fromkeys(_HPS, _load_hps),
-    "imagereward": _load_image_reward,
-    "aesthetic": _load_aesthetic,
+# A new family is one line: its loader and the keys that the loader takes.
+REWARDS: dict[str, Family] = {
+    "clip": Family(partial(_clip, name="clip"), ("scale", *_TOWER)),
+    "pickscore": Family(partial(_clip, name="pickscore", activation="gelu"), ("scale", *_TOWER)),
+    "clipscore": Family(
+        partial(_clip, name="clipscore", scale="clipscore", edit_prompt=with_clipscore_prefix), ("scale", *_TOWER)
+    ),
+    "hpsv2": Family(partial(load_hps, version="hpsv2"), ("scale", "resize", "tokenizer", *_TOWER)),
+    "hpsv2.1": Family(partial(load_hps, version="hpsv2.1"), ("scale", "resize", "tokenizer", *_TOWER)),
+    "imagereward": Family(load_image_reward, ("tokenizer", *_TOWER)),
+    "aesthetic": Family(load_aesthetic, ("image_tower", *_TOWER)),
 }
