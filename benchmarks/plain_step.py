@@ -1,0 +1,196 @@
+"""The same RSA-FT step as one writes it without this package: what `gpu_memory.py` holds ours against.
+
+diffusers' pipeline parts and scheduler, peft's LoRA, diffusers' own gradient checkpointing on denoiser and VAE, guidance
+as a batch of two, torch's AdamW, and the usual SAM loop by hand: gradients, clone the weights, climb, gradients again,
+copy back, update. The picture's perturbation comes from the first backward pass. Nothing of rsaft_fast is used; the
+reward is a function, the same one that ours maximises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from peft import LoraConfig
+
+Embeddings = Mapping[str, torch.Tensor]
+"""What the pipeline's encode_prompt gives (and SDXL's time ids, FLUX's guidance), under the denoiser's own names."""
+
+
+@dataclass(frozen=True)
+class PlainSettings:
+    """Everything the step can be told; defaults are those of the recipes.
+
+    Attributes:
+        steps: sampler steps. k: the last k of them are in the graph (DRaFT-K).
+        checkpointing: diffusers' own, on denoiser and VAE.
+        image_rho: L2 radius of the picture's perturbation, a sample. weight_rho: of the weights'.
+    """
+
+    steps: int
+    k: int = 1
+    checkpointing: bool = True
+    image_rho: float = 1e-2
+    weight_rho: float = 1e-2
+    lr: float = 2e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class PlainStep:
+    """Sample, score, climb, sample again, descend.
+
+    Attributes:
+        pipeline: a diffusers pipeline without text encoders; its denoiser's trainable parameters are what is trained.
+        score: images (B, 3, H, W), nominally 0 to 1, to rewards (B,).
+        positive, negative: embeddings of the prompts; without a negative there is no guidance.
+        noise: x_T, as the sampler takes it (FLUX: packed tokens).
+    """
+
+    pipeline: DiffusionPipeline
+    score: Callable[[torch.Tensor], torch.Tensor]
+    positive: Embeddings
+    negative: Embeddings | None
+    guidance_scale: float
+    noise: torch.Tensor
+    height: int
+    width: int
+    settings: PlainSettings
+    optimizer: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.denoiser = getattr(self.pipeline, "unet", None) or self.pipeline.transformer
+        self.vae = self.pipeline.vae
+        for network in (self.denoiser, self.vae):
+            if self.settings.checkpointing:
+                network.enable_gradient_checkpointing()
+            else:
+                network.disable_gradient_checkpointing()
+        self.parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
+        s = self.settings
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay
+        )
+        self.scheduler = self._scheduler()
+
+    def __call__(self) -> float:
+        """One update; the mean reward at the unperturbed weights and picture."""
+        self.optimizer.zero_grad()
+        reward, delta = self.first_pass()
+        old = self.climb()
+        self.second_pass(delta)
+        self.descend(old)
+        return reward.item()
+
+    def first_pass(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of -reward in the weights, and the picture's perturbation from the same backward pass."""
+        images = self.sample()
+        images.retain_grad()
+        reward = self.score(images).mean()
+        (-reward).backward()
+        slope = images.grad.float() if images.dtype != torch.float64 else images.grad
+        norm = torch.linalg.vector_norm(slope, dim=(1, 2, 3), keepdim=True)
+        return reward.detach(), self.settings.image_rho * slope / (norm + 1e-12)
+
+    @torch.no_grad()
+    def climb(self) -> list[torch.Tensor]:
+        """To the perturbed weights; the clones to come back from."""
+        graded = [p for p in self.parameters if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in graded]))
+        scale = self.settings.weight_rho / (norm + 1e-12)
+        old = [p.clone() for p in self.parameters]
+        for p in graded:
+            p.add_(p.grad * scale.to(p.grad.dtype))
+        self.optimizer.zero_grad()
+        return old
+
+    def second_pass(self, delta: torch.Tensor) -> None:
+        """Gradients of -reward at the perturbed weights and the perturbed picture."""
+        (-self.score(self.sample() + delta).mean()).backward()
+
+    @torch.no_grad()
+    def descend(self, old: Sequence[torch.Tensor]) -> None:
+        for p, before in zip(self.parameters, old):
+            p.copy_(before)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        self.optimizer.step()
+
+    def sample(self) -> torch.Tensor:
+        """Pictures (B, 3, H, W); the last k network calls and the decoder are in the graph."""
+        x = self.noise.to(self.denoiser.dtype)
+        timesteps = list(self._timesteps())
+        for index, t in enumerate(timesteps):
+            graded = index >= len(timesteps) - self.settings.k
+            with nullcontext() if graded else torch.no_grad():
+                prediction = self.predict(x, t)
+                x = self.scheduler.step(prediction, t, x, return_dict=False)[0]
+        if isinstance(self.pipeline, FluxPipeline):
+            x = FluxPipeline._unpack_latents(x, self.height, self.width, self.pipeline.vae_scale_factor)
+        config = self.vae.config
+        latents = x / config.scaling_factor + (config.shift_factor or 0.0)
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0] / 2 + 0.5
+
+    def predict(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The guided prediction, both branches as one batch, as diffusers' pipelines do it."""
+        if self.negative is None:
+            return self._call(x, t, self.positive)
+        both = {name: torch.cat([self.negative[name], self.positive[name]]) for name in self.positive}
+        without, with_prompt = self._call(torch.cat([x, x]), t, both).chunk(2)
+        return without + self.guidance_scale * (with_prompt - without)
+
+    def _call(self, x: torch.Tensor, t: torch.Tensor, embeddings: Embeddings) -> torch.Tensor:
+        inputs: dict[str, Any] = dict(embeddings)
+        timestep = t.expand(len(x))
+        if isinstance(self.pipeline, FluxPipeline):
+            timestep = timestep / 1000
+            inputs |= self._positions(embeddings)
+        elif "time_ids" in inputs:
+            inputs["added_cond_kwargs"] = {name: inputs.pop(name) for name in ("text_embeds", "time_ids")}
+        if hasattr(self.pipeline, "transformer"):
+            return self.denoiser(hidden_states=x, timestep=timestep, **inputs, return_dict=False)[0]
+        return self.denoiser(x, timestep, **inputs, return_dict=False)[0]
+
+    def _positions(self, embeddings: Embeddings) -> Embeddings:
+        scale = self.pipeline.vae_scale_factor * 2
+        rows, columns = self.height // scale, self.width // scale
+        device, dtype = self.noise.device, torch.float32
+        image = FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, dtype)
+        return {"img_ids": image, "txt_ids": image.new_zeros(embeddings["encoder_hidden_states"].shape[1], 3)}
+
+    def _scheduler(self) -> Any:
+        scheduler = self.pipeline.scheduler
+        if isinstance(self.pipeline, FluxPipeline | StableDiffusion3Pipeline):
+            return scheduler
+        return DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+
+    def _timesteps(self) -> Iterator[torch.Tensor]:
+        """Set anew for every picture: the flow's scheduler counts the steps it has taken."""
+        device, options = self.noise.device, {"num_inference_steps": self.settings.steps}
+        if isinstance(self.pipeline, FluxPipeline):
+            config = self.scheduler.config
+            shift = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+            mu = calculate_shift(self.noise.shape[1], *(config[name] for name in shift))
+            sigmas = np.linspace(1.0, 1 / self.settings.steps, self.settings.steps)
+            options = {"sigmas": sigmas.tolist(), "mu": mu if config.use_dynamic_shifting else None}
+        self.scheduler.set_timesteps(device=device, **options)
+        return iter(self.scheduler.timesteps)
+
+
+def add_plain_lora(denoiser: torch.nn.Module, rank: int, targets: Sequence[str], dtype: torch.dtype) -> None:
+    """peft's adapters as diffusers' training scripts attach them: the base frozen, the adapters in fp32."""
+    denoiser.requires_grad_(False)
+    denoiser.add_adapter(
+        LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets))
+    )
+    for parameter in denoiser.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
