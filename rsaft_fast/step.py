@@ -59,6 +59,7 @@ class StepReport:
             smoothing of one radius.
         images: the first pass's pictures of the chain's own endpoints, (B, 3, H, W), detached.
         optimizer: the optimizer's own figures (norms of gradient and perturbation, projection, skipped).
+        parts: mean at theta, unperturbed, of each reward that a combination is made of, on that reward's own scale.
     """
 
     reward: float
@@ -68,6 +69,7 @@ class StepReport:
     realised_drop: float | None = None
     images: torch.Tensor | None = None
     optimizer: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 def rsaft_step(
@@ -95,7 +97,7 @@ def rsaft_step(
         NonFiniteRewardError: a reward is not finite. Weights are what they were before the call.
     """
     if getattr(optimizer, "release_gradients", False):
-        _check_one_backward(batches, smoothing, compare_gradients)
+        _check_one_backward(backbone, batches, smoothing, compare_gradients)
     run = _Run(backbone, reward, schedule, smoothing, loss, total=sum(len(b.prompts) for b in batches))
     optimizer.zero_grad()
     if smoothing.parameters is None:
@@ -119,12 +121,16 @@ def rsaft_step(
     return run.report(first, second, optimizer, turned)
 
 
-def _check_one_backward(batches: Sequence[MicroBatch], smoothing: Smoothing, compare_gradients: bool) -> None:
-    calls = sum(batch.plan.backward_calls(guided=batch.conditioning.negative is not None) for batch in batches)
+def _check_one_backward(
+    backbone: Backbone, batches: Sequence[MicroBatch], smoothing: Smoothing, compare_gradients: bool
+) -> None:
+    batched = backbone.cfg_batching == "batched"
+    calls = sum(batch.plan.backward_calls(batch.conditioning.negative is not None, batched) for batch in batches)
     if smoothing.parameters is not None and (calls != 1 or compare_gradients):
         raise UserError(
             f"release_gradients with {calls} backward passes and compare_gradients={compare_gradients}: gradients are "
-            "applied as they arrive. One micro-batch, one graded call, guidance off or uncond detached, no comparison"
+            "applied as they arrive. One micro-batch, one graded call, guidance off, batched or with uncond detached, no "
+            "comparison"
         )
 
 
@@ -162,6 +168,7 @@ class _Seen:
     s1: float | None
     # Mean reward at theta under the same delta as the second pass: what realised_drop is measured from.
     smoothed: float
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -304,4 +311,5 @@ class _Run:
             realised_drop=realised,
             images=torch.cat([seen.images for seen in first]),
             optimizer=stats,
+            parts={name: sum(seen.parts[name] for seen in first) for name in first[0].parts},
         )

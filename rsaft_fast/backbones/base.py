@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -14,6 +15,7 @@ from rsaft_fast.sampling.linear import LinearStep, Schedule
 from rsaft_fast.sampling.noise import NoiseSource
 
 Branch = Mapping[str, torch.Tensor]
+CFGBatching = Literal["separate", "rollout", "batched"]
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,13 @@ class Backbone(ABC):
     Attributes:
         pipeline: the diffusers pipeline it adapts.
         height, width: image size in pixels.
+        cfg_batching: where the two branches of classifier-free guidance share one network call of 2B rows: nowhere, in
+            the rollout's calls, or in graded calls too, whose activations double.
     """
 
     height: int
     width: int
+    cfg_batching: CFGBatching = "separate"
     latent_shape: tuple[int, ...]
     latent_dtype: torch.dtype
     device: torch.device
@@ -116,6 +121,18 @@ class Backbone(ABC):
     @abstractmethod
     def predict(self, x: torch.Tensor, step: LinearStep, branch: Branch) -> torch.Tensor:
         """The network's prediction f(input_scale * x, t, branch), same shape and dtype as x, differentiable."""
+
+    def predict_together(
+        self, x: torch.Tensor, step: LinearStep, branches: Sequence[Branch]
+    ) -> tuple[torch.Tensor, ...]:
+        """`predict` at one x for several branches of equal shapes: one network call of len(branches) * B rows."""
+        if len(branches) == 1:
+            return (self.predict(x, step, branches[0]),)
+        shapes = [{name: (tuple(t.shape), t.dtype) for name, t in branch.items()} for branch in branches]
+        if any(other != shapes[0] for other in shapes[1:]):
+            raise UserError(f"branches of different shapes cannot share a network call ({shapes}): speed.cfg=separate")
+        stacked = {name: torch.cat([branch[name] for branch in branches]) for name in branches[0]}
+        return self.predict(torch.cat([x] * len(branches)), step, stacked).chunk(len(branches))
 
     @abstractmethod
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

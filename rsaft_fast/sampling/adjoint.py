@@ -2,7 +2,8 @@
 
 With x' = a x + b f(x), the adjoint g = dJ/dx' becomes a g + b (df/dx)^T g on calls whose input carries gradient, and
 a g on all others; parameters receive b (df/dtheta)^T g on graded calls. Every call is re-run from its stored input, so
-peak activation memory is that of one branch of one call, whatever the number of graded calls.
+peak activation memory is that of one branch of one call (of both, where the backbone batches them), whatever the number
+of graded calls.
 """
 
 from __future__ import annotations
@@ -52,26 +53,32 @@ def _finish_scalars(step: LinearStep, how: str) -> tuple[float, float]:
 
 
 class _CallBackward:
-    """The vector-Jacobian product of one guided call, one branch after the other."""
+    """The vector-Jacobian product of one guided call.
+
+    Graded branches are walked one after the other, or together where the backbone batches them. A detached one is not
+    walked at all, so there is nothing to batch it with.
+    """
 
     def __init__(self, backbone: Backbone, conditioning: Conditioning, uncond: Uncond):
         self.backbone = backbone
         guided = conditioning.negative is not None and uncond != "none"
         w = conditioning.guidance_scale if guided else 1.0
-        self.branches: list[tuple[Branch, float]] = [(conditioning.positive, w)]
+        branches: list[tuple[Branch, float]] = [(conditioning.positive, w)]
         if guided and uncond == "graded":
-            self.branches.append((conditioning.negative, 1.0 - w))
+            branches.append((conditioning.negative, 1.0 - w))
+        # What shares a network call.
+        self.groups = [branches] if backbone.cfg_batching == "batched" else [[branch] for branch in branches]
 
     def __call__(
         self, x: torch.Tensor, step: LinearStep, g: torch.Tensor, b: float, input_gradient: bool
     ) -> torch.Tensor | None:
         """Accumulate b (df/dtheta)^T g into the parameters; return b (df/dx)^T g when asked for."""
         total = None
-        for branch, weight in self.branches:
+        for group in self.groups:
             leaf = x.detach().requires_grad_(input_gradient)
             with torch.enable_grad():
-                prediction = self.backbone.predict(leaf, step, branch)
-            torch.autograd.backward(prediction, (b * weight) * g)
+                predictions = self.backbone.predict_together(leaf, step, [branch for branch, _ in group])
+            torch.autograd.backward(predictions, [(b * weight) * g for _, weight in group])
             if input_gradient:
                 total = leaf.grad if total is None else total + leaf.grad
         return total

@@ -56,7 +56,12 @@ class GradientPlan:
         """Index of the earliest call that carries gradient in the chain (`last` + 1 when only re-noised calls do)."""
         return min(self.graded, default=self.last + 1)
 
-    def backward_calls(self, guided: bool) -> int:
-        """How often a walk back through the plan calls backward; `guided`: at a guidance scale other than 1."""
-        branches = 2 if guided and self.uncond == "graded" else 1
+    def backward_calls(self, guided: bool, batched: bool = False) -> int:
+        """How often a walk back through the plan calls backward.
+
+        Args:
+            guided: at a guidance scale other than 1.
+            batched: both branches of a guided call go through the network together.
+        """
+        branches = 2 if guided and self.uncond == "graded" and not batched else 1
         return branches * (len(self.graded) + len(self.renoise))

@@ -79,10 +79,13 @@ def guided_prediction(
     backbone: Backbone, x: torch.Tensor, step: LinearStep, conditioning: Conditioning, uncond: Uncond
 ) -> torch.Tensor:
     """Classifier-free guidance f_u + w (f_c - f_u), or f_c alone without a negative branch (Ho and Salimans 2022)."""
-    positive = backbone.predict(x, step, conditioning.positive)
     if conditioning.negative is None or uncond == "none":
-        return positive
-    negative = backbone.predict(x, step, conditioning.negative)
+        return backbone.predict(x, step, conditioning.positive)
+    if backbone.cfg_batching == "separate":
+        positive = backbone.predict(x, step, conditioning.positive)
+        negative = backbone.predict(x, step, conditioning.negative)
+    else:
+        positive, negative = backbone.predict_together(x, step, (conditioning.positive, conditioning.negative))
     return negative + conditioning.guidance_scale * (positive - negative)
 
 

@@ -1,5 +1,7 @@
 """The hand-walked adjoint is autograd through the whole unrolled chain."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -14,8 +16,9 @@ from builders.backbones import (
     relative_error,
 )
 
-from rsaft_fast.backbones import SD3, SD15
+from rsaft_fast.backbones import SD3, SD15, Conditioning
 from rsaft_fast.backbones.flow import FlowBackbone
+from rsaft_fast.errors import UserError
 from rsaft_fast.memory.accounting import saved_tensor_bytes
 from rsaft_fast.methods import AlignProp, DRaFT, DRaFTLV, DRTune, ReFL
 from rsaft_fast.sampling import GradientPlan, backpropagate, rollout
@@ -105,6 +108,70 @@ def test_backpropagate_equals_autograd(backbone64, name, guidance, uncond):
         check_against_autograd(backbone, schedule, plan, conditioning, seed)
 
 
+@pytest.mark.parametrize("uncond", ["graded", "detached", "none"])
+@pytest.mark.parametrize("name", ["draft_lv", "drtune"])
+def test_backpropagate_equals_autograd_with_the_branches_in_one_call(backbone64, name, uncond, monkeypatch):
+    backbone, seed = backbone64, int(np.random.default_rng().integers(1000))
+    monkeypatch.setattr(backbone, "cfg_batching", "batched")
+    plan = METHODS[name].model_copy(update={"uncond": uncond}).draw(T, np.random.default_rng(seed))
+    schedule = backbone.schedule(T, eta=0.0 if isinstance(backbone, FlowBackbone) else 0.5)
+    conditioning = backbone.encode(PROMPTS[:2], "blurry", **cfg(backbone, 4.0))
+    check_against_autograd(backbone, schedule, plan, conditioning, seed)
+
+
+def counted_calls(backbone, monkeypatch) -> list[tuple[int, bool]]:
+    """Rows of every network call from now on, and whether it built a graph."""
+    calls, forward = [], backbone.denoiser.forward
+
+    def counting(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        calls.append((len(out[0]), out[0].requires_grad))
+        return out
+
+    monkeypatch.setattr(backbone.denoiser, "forward", counting)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("batching", "uncond", "expected"),
+    [
+        ("separate", "graded", {(2, False): 2 * T, (2, True): 2 * 3}),
+        ("rollout", "graded", {(4, False): T, (2, True): 2 * 3}),
+        ("batched", "graded", {(4, False): T, (4, True): 3}),
+        ("batched", "detached", {(4, False): T, (2, True): 3}),
+        ("batched", "none", {(2, False): T, (2, True): 3}),
+    ],
+)
+def test_network_calls_of_guided_sampling(tmp_path, monkeypatch, batching, uncond, expected):
+    """In a detached branch's graded call there is no unconditional half: neither in the graph nor computed."""
+    backbone = make_backbone("sd15", tmp_path)
+    backbone.cfg_batching = batching
+    plan = DRaFT(k=3, uncond=uncond).draw(T, np.random.default_rng(0))
+    conditioning = backbone.encode(PROMPTS[:2], "blurry", guidance_scale=4.0)
+    noise = noise_source(2)
+    calls = counted_calls(backbone, monkeypatch)
+    trajectory = rollout(backbone, backbone.schedule(T), plan, backbone.initial_latents(noise), conditioning, noise)
+    backpropagate(backbone, trajectory, [torch.ones_like(trajectory.endpoints[0])])
+    assert Counter(calls) == expected
+
+
+def test_branches_that_cannot_share_a_call_are_refused(backbone64, monkeypatch):
+    monkeypatch.setattr(backbone64, "cfg_batching", "rollout")
+    both = backbone64.encode(PROMPTS[:2], "blurry", **cfg(backbone64, 4.0))
+    shorter = {n: t[:, :-1] if n == "encoder_hidden_states" else t for n, t in both.negative.items()}
+    plan = DRaFT().draw(2, np.random.default_rng(0))
+    noise = noise_source(2)
+    with pytest.raises(UserError, match="different shapes cannot share a network call.*speed.cfg=separate"):
+        rollout(
+            backbone64,
+            backbone64.schedule(2),
+            plan,
+            backbone64.initial_latents(noise),
+            Conditioning(both.positive, shorter, both.guidance_scale),
+            noise,
+        )
+
+
 @pytest.mark.parametrize("family", BUILDERS)
 def test_backpropagate_equals_autograd_for_all_parameters(family, tmp_path):
     backbone = make_backbone(family, tmp_path, dtype=torch.float64, train="full")
@@ -190,8 +257,6 @@ def test_noise_depends_on_the_sample_alone():
 
 
 def test_plans_that_make_no_sense_are_refused():
-    from rsaft_fast.errors import UserError
-
     good = dict(num_steps=4, last=3, finish="sampler", graded=(3,))
     GradientPlan(**good)
     for bad in (
