@@ -8,7 +8,7 @@ as constants. This module owns delta; the optimizer owns eps; `step.py` puts the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -95,6 +95,7 @@ class Observation:
         rewards: (B,).
         image_gradient: d r_i / d image_i, (B, 3, H, W).
         input_gradient: d r_i / d reward input_i; None unless asked for.
+        parts: (B,) of each reward that a combination is made of, by name.
     """
 
     latents: torch.Tensor
@@ -102,6 +103,7 @@ class Observation:
     rewards: torch.Tensor
     image_gradient: torch.Tensor
     input_gradient: torch.Tensor | None
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def observe(
@@ -129,17 +131,18 @@ def observe(
         images = backbone.decode(latents)
     leaf = images + delta if delta is not None and space in ("pixel01", "pixel11") else images.clone()
     leaf.requires_grad_(True)
+    parts: dict[str, torch.Tensor] = {}
     with torch.enable_grad():
         if space == "reward_input":
             inputs = reward.preprocess(leaf)
             rewards = reward.score_inputs(inputs if delta is None else inputs + delta, prompts)
             image_gradient, input_gradient = torch.autograd.grad(rewards.sum(), [leaf, inputs])
         else:
-            rewards, input_gradient = reward.score(leaf, prompts), None
+            (rewards, parts), input_gradient = reward.score_parts(leaf, prompts), None
             (image_gradient,) = torch.autograd.grad(rewards.sum(), leaf)
     rewards = rewards.detach()
     require_finite(rewards, prompts)
-    return Observation(latents, images, rewards, image_gradient, input_gradient)
+    return Observation(latents, images, rewards, image_gradient, input_gradient, parts)
 
 
 @torch.no_grad()

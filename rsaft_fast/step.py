@@ -227,7 +227,10 @@ class _Run:
                     ],
                 )
             )
-        return _Seen(trajectory, observations, deltas, observations[0].images, reward, s1, smoothed)
+        parts = {
+            name: self._mean(batch, [seen.parts[name] for seen in observations]) for name in observations[0].parts
+        }
+        return _Seen(trajectory, observations, deltas, observations[0].images, reward, s1, smoothed, parts)
 
     def ascend(self, batch: MicroBatch, seen: _Seen) -> _Seen:
         """The gradient that eps follows, at theta and the unperturbed picture."""

@@ -58,6 +58,10 @@ class Reward(nn.Module):
         """Scores (B,) of images (B, 3, H, W), nominally 0 to 1."""
         return self.score_inputs(self.preprocess(images), prompts)
 
+    def score_parts(self, images: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """`score`, and the scores (B,) of what it is made of by name, without gradient; of one piece, nothing."""
+        return self.score(images, prompts), {}
+
     def forward(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """`score`."""
         return self.score(images, prompts)

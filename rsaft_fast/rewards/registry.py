@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.rewards.aesthetic import load_aesthetic
 from rsaft_fast.rewards.base import Reward
+from rsaft_fast.rewards.calibration import Scaling, find, read_calibration
 from rsaft_fast.rewards.clip import ClipReward, Scale, with_clipscore_prefix
+from rsaft_fast.rewards.combine import Combination, How, Part
+from rsaft_fast.rewards.files import sha256_of
 from rsaft_fast.rewards.hps import Resize, load_hps
 from rsaft_fast.rewards.image_reward import load_image_reward
 from rsaft_fast.rewards.preprocess import Clamp
@@ -42,15 +46,17 @@ class Family:
     needs_path: bool = True
 
 
-class RewardSettings(Settings):
-    """Which reward, and how it is computed.
+class SingleReward(Settings):
+    """One reward model, and how it is computed.
 
     Attributes:
         name: the family. clip is any transformers CLIPModel with its tokenizer; pickscore and clipscore are such
             folders too. hpsv2 and hpsv2.1 read the published HPS_v2*_compressed.pt, imagereward ImageReward.pt with
-            med_config.json beside it, aesthetic sac+logos+ava1-l14-linearMSE.pth.
+            med_config.json beside it, aesthetic sac+logos+ava1-l14-linearMSE.pth. combination makes one reward of
+            several.
         path: folder, file or hub id of the weights, such as yuvalkirstain/PickScore_v1, xswu/HPSv2,
-            THUDM/ImageReward. playground/fair and playground/brittle ship with the package.
+            THUDM/ImageReward. playground/fair and playground/brittle ship with the package. Required, but for
+            combination and families whose weights come with a package.
         scale: what the cosine is multiplied by. logit is exp(logit_scale), PickScore's scale (about 21); percent is
             100, as HPSv2 is reported; cosine leaves it; clipscore is 2.5, negative cosines counted as 0. null is the
             family's own (clip and pickscore logit, hpsv2 and hpsv2.1 cosine, clipscore its own).
@@ -94,10 +100,10 @@ class RewardSettings(Settings):
         return path
 
     @model_validator(mode="after")
-    def _applies(self) -> RewardSettings:
+    def _applies(self):
         family = REWARDS[self.name]
         for key, field in type(self).model_fields.items():
-            if key in ("name", "path", *family.keys) or getattr(self, key) == field.default:
+            if key in (*_OF_ALL, *family.keys) or getattr(self, key) == field.default:
                 continue
             owners = [name for name, other in REWARDS.items() if key in other.keys]
             raise ValueError(f"{key} is a key of {', '.join(owners)}, not of {self.name}; leave it out")
@@ -109,7 +115,92 @@ class RewardSettings(Settings):
         return REWARDS[self.name].differentiable
 
 
-def load_reward(settings: RewardSettings, device: torch.device | str = "cpu") -> Reward:
+class RewardPart(SingleReward):
+    """One reward of a combination: its keys are those of a reward, and these.
+
+    Attributes:
+        weight: of how weighted and rank. A weight below 0 makes a penalty of the part.
+        label: its name in metrics.jsonl and tables; null is the family's. Two parts of one family need one.
+    """
+
+    weight: float = 1.0
+    label: str | None = Field(default=None, min_length=1)
+
+    @field_validator("name")
+    @classmethod
+    def _is_single(cls, name: str) -> str:
+        if name == "combination":
+            raise ValueError("a combination cannot be part of another; name its parts here")
+        return name
+
+    @property
+    def shown(self) -> str:
+        """What the part is called in logs and tables."""
+        return self.label or self.name
+
+
+class RewardSettings(SingleReward):
+    """Which reward, and how it is computed; name combination makes one of several.
+
+    Attributes:
+        how: of combination: weighted adds weight * score; worst takes the lowest of the parts' scores, so that no
+            reward can be raised at another's cost; mean-std takes mean - penalty * standard deviation over the parts,
+            which distrusts what they disagree on; rank takes the mean win rate among pictures of the same prompt, has
+            no gradient, and needs no calibration. Costs one forward and backward pass of each part, one after the
+            other: the memory of the largest.
+        penalty: of mean-std: the factor on the standard deviation.
+        parts: of combination: its rewards, each with its own preprocessing and dtype.
+        calibration: of combination: file that rsaft-fast score --calibration wrote. Each part's score then enters as
+            (score - centre) / width, both measured on those pictures. worst and mean-std of different rewards need it.
+        calibrate: what centre and width are: std takes mean and standard deviation, iqr the median and the
+            interquartile range over 1.349, which outliers do not move.
+    """
+
+    how: How = "weighted"
+    penalty: float = Field(default=1.0, ge=0)
+    parts: tuple[RewardPart, ...] = ()
+    calibration: str | None = None
+    calibrate: Scaling = "std"
+
+    @model_validator(mode="after")
+    def _combines(self) -> RewardSettings:
+        if self.name != "combination":
+            return self
+        if not self.parts:
+            raise ValueError("a combination needs parts: a list of rewards, each with name and path")
+        labels = [part.shown for part in self.parts]
+        if repeated := next((label for label in labels if labels.count(label) > 1), None):
+            raise ValueError(f"two parts are called {repeated!r}; give one of them a label")
+        if self.how in ("worst", "mean-std"):
+            self._require_one_scale()
+        elif self.how == "rank" and self.calibration is not None:
+            raise ValueError("calibration does nothing with how rank: ranks have no scale; leave it out")
+        elif self.how == "rank" and min(part.weight for part in self.parts) <= 0:
+            raise ValueError("how rank takes the mean of win rates; every weight must be above 0")
+        if self.how != "mean-std" and self.penalty != type(self).model_fields["penalty"].default:
+            raise ValueError(f"penalty is of how mean-std, not of {self.how}; leave it out")
+        return self
+
+    def _require_one_scale(self) -> None:
+        if any(part.weight != 1 for part in self.parts):
+            raise ValueError(f"weight is of how weighted and rank, not of {self.how}; leave it out")
+        kinds = {(part.name, part.scale) for part in self.parts}
+        if len(kinds) > 1 and self.calibration is None:
+            raise ValueError(
+                f"how {self.how} compares scores of {', '.join(part.shown for part in self.parts)}, which have "
+                "different scales: the lowest scale would decide alone; give calibration (rsaft-fast score PICTURES "
+                "--reward ... --calibration FILE writes one), or take how weighted or rank"
+            )
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether the reward's scores will carry a gradient to the images; known before anything is loaded."""
+        if self.name != "combination":
+            return super().differentiable
+        return self.how != "rank" and all(part.differentiable for part in self.parts)
+
+
+def load_reward(settings: SingleReward, device: torch.device | str = "cpu") -> Reward:
     """The frozen reward that `settings` names, on `device`.
 
     Raises:
@@ -138,6 +229,32 @@ def resolve_path(path: str) -> str:
         raise UserError(f"reward {path!r}: {error}") from error
 
 
+def _load_combination(
+    path: str,
+    *,
+    device: torch.device | str,
+    how: How,
+    penalty: float,
+    parts: Sequence[RewardPart],
+    calibrate: Scaling,
+    calibration: str | None = None,
+) -> Combination:
+    # Read first: a file that is not there shall not be found missing after gigabytes were loaded.
+    entries = read_calibration(calibration) if calibration is not None else []
+    facts = {}
+    if calibration is not None:
+        digest = sha256_of([Path(calibration).expanduser()])
+        facts = {"calibration": calibration, "calibration_sha256": digest, "calibrate": calibrate}
+    loaded = []
+    for part in parts:
+        reward = load_reward(part, device)
+        centre, width = find(entries, reward.spec, calibration).affine(calibrate) if entries else (0.0, 1.0)
+        loaded.append(Part(part.shown, reward, part.weight, centre, width))
+    return Combination(loaded, how, penalty, facts)
+
+
+# Keys of every family.
+_OF_ALL = ("name", "path", "weight", "label")
 _TOWER = ("clamp", "dtype", "checkpoint")
 _clip = ClipReward.from_pretrained
 
@@ -152,4 +269,5 @@ REWARDS: dict[str, Family] = {
     "hpsv2.1": Family(partial(load_hps, version="hpsv2.1"), ("scale", "resize", "tokenizer", *_TOWER)),
     "imagereward": Family(load_image_reward, ("tokenizer", *_TOWER)),
     "aesthetic": Family(load_aesthetic, ("image_tower", *_TOWER)),
+    "combination": Family(_load_combination, ("how", "penalty", "parts", "calibration", "calibrate"), needs_path=False),
 }

@@ -189,12 +189,19 @@ def help_text(root: type[BaseModel], width: int = 110) -> str:
     return "\n".join(_help_lines(root, 0, width))
 
 
-def _help_lines(model: type[BaseModel], indent: int, width: int) -> Iterator[str]:
+def _help_lines(
+    model: type[BaseModel], indent: int, width: int, around: type[BaseModel] | None = None
+) -> Iterator[str]:
     pad = "  " * indent
+    # Keys that the section around this one has from the same class were described there.
+    known = [name for name in model.model_fields if around and _owner(model, name) is _owner(around, name)]
+    if known:
+        text = f"the keys above that fit: {', '.join(known)}."
+        yield from textwrap.wrap(text, width, initial_indent=f"{pad}# ", subsequent_indent=f"{pad}# ")
     for tag in _tags([model]):
         yield f"{pad}name: {tag}"
     for name, field in model.model_fields.items():
-        if name == "name" and _tags([model]):
+        if (name == "name" and _tags([model])) or name in known:
             continue
         sections = list(_sections(field.annotation))
         yield from textwrap.wrap(describe(model, name), width, initial_indent=f"{pad}# ", subsequent_indent=f"{pad}# ")
@@ -202,7 +209,12 @@ def _help_lines(model: type[BaseModel], indent: int, width: int) -> Iterator[str
         for number, section in enumerate(sections):
             if number:
                 yield f"{pad}  # or"
-            yield from _help_lines(section, indent + 1, width)
+            yield from _help_lines(section, indent + 1, width, model)
+
+
+def _owner(model: type[BaseModel], name: str) -> type | None:
+    """The class that declares a field; None where the model has no such field."""
+    return next((base for base in model.__mro__ if name in inspect.get_annotations(base)), None)
 
 
 def _default(field: FieldInfo, is_section: bool) -> str:

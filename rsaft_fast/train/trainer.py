@@ -116,6 +116,7 @@ class Trainer:
         perturbs = self.config.smoothing.parameters is not None
         figures = {
             "reward": report.reward,
+            **{f"reward/{name}": value for name, value in report.parts.items()},
             "loss": report.loss,
             "s1": report.s1,
             "eps_norm": stats.pop("eps_norm") if perturbs else 0.0,
