@@ -12,6 +12,8 @@ import torch
 from rsaft_fast.backbones import PipelineBackbone, adapter_for
 from rsaft_fast.errors import UserError
 from rsaft_fast.ops import backends
+from rsaft_fast.rewards import RewardSettings
+from rsaft_fast.rewards.calibration import read_calibration
 from rsaft_fast.sampling import GradientPlan, derive_rng
 from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train.config import PLAYGROUND, Config
@@ -57,6 +59,8 @@ def check_config(config: Config) -> Inputs:
     _check_true_cfg(config)
     _check_memory_options(config, plan)
     checkpoint, notes = _find_checkpoint(config)
+    if config.reward.calibration is not None:
+        read_calibration(config.reward.calibration)
     prompts = load_prompts(config.data.prompts, config.data.column)
     return Inputs(
         prompts=prompts,
@@ -83,6 +87,7 @@ def check_settings(config: Config, adapter: type[PipelineBackbone]) -> None:
 
 def _check_agreement(config: Config) -> None:
     """Keys that contradict each other."""
+    _check_reward(config)
     if config.sharpness is not None and config.sharpness.space not in ("pixel01", "pixel11"):
         raise UserError(f"sharpness.space is {config.sharpness.space!r}; S1 is measured in pixel01 or pixel11")
     sampler = config.sampler
@@ -103,6 +108,28 @@ def _check_agreement(config: Config) -> None:
             raise UserError(
                 f"smoothing.parameters.groups: {group.match!r} is not a regular expression ({error})"
             ) from error
+
+
+def _check_reward(config: Config) -> None:
+    """A reward whose gradient can be followed where the recipe follows it."""
+    reward, image = config.reward, config.smoothing.image
+    if not reward.differentiable:
+        raise UserError(
+            f"{_without_gradient(reward)} has no gradient, and method.name {config.method.name} follows the reward's; "
+            "score with it (rsaft-fast score), or train with a differentiable one"
+        )
+    if image is not None and image.space == "reward_input" and reward.name == "combination":
+        raise UserError(
+            "smoothing.image.space is reward_input; the parts of reward.name combination have an input of their own "
+            "each: take pixel01, pixel11 or latent"
+        )
+
+
+def _without_gradient(reward: RewardSettings) -> str:
+    for index, part in enumerate(reward.parts):
+        if not part.differentiable:
+            return f"reward.parts[{index}].name {part.name}"
+    return f"reward.how {reward.how}" if reward.name == "combination" else f"reward.name {reward.name}"
 
 
 def _check_true_cfg(config: Config, adapter: type[PipelineBackbone] | None = None) -> None:
