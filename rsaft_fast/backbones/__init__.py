@@ -26,8 +26,12 @@ def load_backbone(
     width: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    offload_blocks: int = 0,
 ) -> PipelineBackbone:
     """Load the pipeline at a folder or hub id with the adapter for its class; "playground" is the one shipped.
+
+    Args:
+        offload_blocks: blocks of the denoiser whose weights stay on the host (`memory.offload`).
 
     Raises:
         UserError: nothing there, a pipeline class without an adapter, a damaged file, or a size it cannot make.
@@ -35,7 +39,9 @@ def load_backbone(
     path = _local(path)
     adapter = adapter_for(path)
     try:
-        return adapter.from_pretrained(path, height=height, width=width, dtype=dtype, device=device)
+        return adapter.from_pretrained(
+            path, height=height, width=width, dtype=dtype, device=device, offload_blocks=offload_blocks
+        )
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

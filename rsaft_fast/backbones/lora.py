@@ -55,7 +55,7 @@ def add_lora(backbone: PipelineBackbone, settings: LoRASettings, seed: int = 0) 
                 f"no layer of {type(denoiser).__name__} is named like {', '.join(targets)}; see parameters.lora.targets"
             ) from None
     for parameter in backbone.trainable_parameters.values():
-        parameter.data = parameter.data.to(backbone.latent_dtype)
+        parameter.data = parameter.data.to(backbone.device, backbone.latent_dtype)
     backbone.refuse_dropout()
 
 

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from rsaft_fast.backbones.base import Backbone, Branch, Conditioning
 from rsaft_fast.errors import UserError
+from rsaft_fast.memory.offload import OffloadedBlocks
 
 
 class PipelineBackbone(Backbone):
@@ -29,6 +30,7 @@ class PipelineBackbone(Backbone):
         text_encoders: names of the components without which no prompt can be encoded.
         embeds_guidance: whether `guidance_scale` goes into an embedding, not into classifier-free guidance.
         lora_targets: names of the linear layers that adapters go to by default.
+        offloaded: the denoiser's blocks that are streamed from the host (`offload_blocks` of them), or None.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
@@ -46,6 +48,7 @@ class PipelineBackbone(Backbone):
         width: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        offload_blocks: int = 0,
     ):
         if not isinstance(pipeline, self.pipeline_class):
             raise UserError(
@@ -53,11 +56,17 @@ class PipelineBackbone(Backbone):
             )
         self.pipeline = pipeline
         self.device = torch.device(device)
+        self.offloaded: OffloadedBlocks | None = None
         self.compute_dtype = dtype
         self.latent_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         for module in self.modules():
             wanted = self.vae_dtype(dtype) if module is pipeline.vae else dtype
             module.requires_grad_(False).eval()
+            if module is self.denoiser and offload_blocks:
+                if module.dtype != wanted:
+                    module.to(wanted)
+                self.offloaded = OffloadedBlocks(module, offload_blocks, self.device)
+                continue
             module.to(self.device)
             if module.dtype != wanted:
                 module.to(wanted)
@@ -81,11 +90,12 @@ class PipelineBackbone(Backbone):
         width: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        offload_blocks: int = 0,
     ) -> PipelineBackbone:
         denoiser = {cls.denoiser_name: cls._load_denoiser(path, dtype)}
         dtypes = {"default": dtype, "vae": cls.vae_dtype(dtype)}
         pipeline = cls.pipeline_class.from_pretrained(path, dtype=dtypes, **denoiser, **cls.loading_options())
-        return cls(pipeline, height=height, width=width, dtype=dtype, device=device)
+        return cls(pipeline, height=height, width=width, dtype=dtype, device=device, offload_blocks=offload_blocks)
 
     @staticmethod
     def vae_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -151,6 +161,11 @@ class PipelineBackbone(Backbone):
 
     def train_all_parameters(self) -> None:
         """Train every parameter of the denoiser."""
+        if self.offloaded is not None:
+            raise UserError(
+                f"offload_blocks with all parameters trained: {len(self.offloaded.host)} blocks are streamed from the "
+                "host and never written; train LoRA, or keep the optimizer's state there (optimizer.offload=state)"
+            )
         self.denoiser.requires_grad_(True)
         self.refuse_dropout()
 

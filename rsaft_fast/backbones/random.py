@@ -28,6 +28,7 @@ def random_backbone(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    offload_blocks: int = 0,
 ) -> PipelineBackbone:
     """A backbone of that architecture: its denoiser, VAE and scheduler, and `random_conditioning` in place of prompts.
 
@@ -35,6 +36,7 @@ def random_backbone(
         spec: one of `specs.NAMES`, or a `Spec` of your own.
         device: "meta" gives shapes alone.
         seed: of the weights: the same on the same kind of device.
+        offload_blocks: blocks of the denoiser that are streamed from the host (`memory.offload`).
 
     Raises:
         UserError: no such spec, one that its classes do not take, or a size it cannot make.
@@ -49,7 +51,8 @@ def random_backbone(
         "vae": random_network(AutoencoderKL, spec.vae, adapter.vae_dtype(dtype), device, seed + 1),
         "scheduler": getattr(diffusers, spec.scheduler["_class_name"]).from_config(spec.scheduler),
     }
-    return adapter(adapter.pipeline_class(**components), height=height, width=width, dtype=dtype, device=device)
+    pipeline = adapter.pipeline_class(**components)
+    return adapter(pipeline, height=height, width=width, dtype=dtype, device=device, offload_blocks=offload_blocks)
 
 
 def _required_components(adapter: type[PipelineBackbone]) -> list[str]:

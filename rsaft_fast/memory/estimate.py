@@ -98,7 +98,11 @@ def estimate(config: Config, cuda: bool = True) -> Estimate:
     settings = config.backbone
     check_path("backbone.path", settings.path)
     backbone, notes = skeleton_backbone(
-        settings.path, height=settings.height, width=settings.width, dtype=DTYPES[settings.dtype]
+        settings.path,
+        height=settings.height,
+        width=settings.width,
+        dtype=DTYPES[settings.dtype],
+        offload_blocks=settings.offload_blocks,
     )
     check_settings(config, type(backbone))
     reward, more = skeleton_reward(config.reward)
@@ -135,10 +139,11 @@ class _Walk:
     def _attach(self) -> None:
         """Trained parameters and checkpointing, as the trainer does it."""
         config, backbone = self.config, self.backbone
-        if "denoiser" in config.backbone.checkpoint:
-            checkpoint_denoiser(backbone.denoiser)
-        if "decoder" in config.backbone.checkpoint:
-            checkpoint_vae_decoder(backbone.pipeline.vae)
+        if backbone.offloaded is not None:
+            self.live.exclude(backbone.offloaded.host)
+        checkpoint_networks(
+            backbone.denoiser, backbone.pipeline.vae, config.backbone.checkpoint, config.backbone.keep_blocks
+        )
         with torch.device("meta"):
             if config.parameters.train == "lora":
                 add_lora(backbone, config.parameters.lora, config.seed)

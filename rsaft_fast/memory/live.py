@@ -52,6 +52,8 @@ class LiveBytes(TorchDispatchMode):
         self.alive = 0
         self.peaks: dict[str, Peak] = {}
         self._storages: dict[int, weakref.ref] = {}
+        self._elsewhere: list[torch.Tensor] = []
+        self._excluded: set[int] = set()
         self._phase, self._begun_at = REST, 0
 
     @property
@@ -64,6 +66,11 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tensors:
             self._count(tensor)
         return self.alive - before
+
+    def exclude(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Never count the storages of these, which stand for memory elsewhere; they are kept alive."""
+        self._elsewhere.extend(tensors)
+        self._excluded = {tensor.untyped_storage()._cdata for tensor in self._elsewhere}
 
     def size(self, tensor: torch.Tensor) -> int:
         """Bytes of its storage as they are counted."""
@@ -88,7 +95,7 @@ class LiveBytes(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._storages:
+        if key in self._storages or key in self._excluded:
             return
         size = self.size(tensor)
         self.alive += size

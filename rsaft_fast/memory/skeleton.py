@@ -48,7 +48,7 @@ class LengthTokenizer:
 
 
 def skeleton_backbone(
-    path: str, *, height: int | None, width: int | None, dtype: torch.dtype
+    path: str, *, height: int | None, width: int | None, dtype: torch.dtype, offload_blocks: int = 0
 ) -> tuple[PipelineBackbone, list[str]]:
     """The backbone at a folder or hub id on the meta device, and what there is to say about where it came from.
 
@@ -64,7 +64,8 @@ def skeleton_backbone(
             if part not in options and part in components:
                 components[part] = _component(part, library, kind, config, dtype)
         pipeline = adapter.pipeline_class(**components)
-    return adapter(pipeline, height=height, width=width, dtype=dtype, device="meta"), notes
+    backbone = adapter(pipeline, height=height, width=width, dtype=dtype, device="meta", offload_blocks=offload_blocks)
+    return backbone, notes
 
 
 def _arguments(pipeline_class: type) -> list[str]:

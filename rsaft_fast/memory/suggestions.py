@@ -13,6 +13,9 @@ from rsaft_fast.train.config import Config
 WORTH = 0.01
 """Of the phase's total; what saves less is not mentioned."""
 
+OFFLOADED = 20
+"""Blocks; every one of the supported architectures that are worth it has more."""
+
 SMALL_SIDE = 512
 """Pixels; pictures below are not suggested."""
 
@@ -71,6 +74,8 @@ def candidates(config: Config) -> Iterator[dict[str, Any]]:
         yield {"optimizer.state_bits": 8}
     if config.ema is not None and config.parameters.train == "full":
         yield {"ema": None}
+    if config.parameters.train == "lora" and "denoiser" in backbone.checkpoint and not backbone.offload_blocks:
+        yield {"backbone.offload_blocks": OFFLOADED}
     if backbone.height and backbone.width and min(backbone.height, backbone.width) >= 2 * SMALL_SIDE:
         yield {"backbone.height": backbone.height // 2, "backbone.width": backbone.width // 2}
 

@@ -53,6 +53,7 @@ def check_config(config: Config) -> Inputs:
     # The method itself knows whether its K fits into the sampler's steps.
     plan = config.method.draw(config.sampler.steps, derive_rng(config.seed, 0, "plan"))
     _check_agreement(config)
+    _check_offload(config)
     check_device(config.backbone.device)
     _check_backend(config.backbone.device)
     check_path("backbone.path", config.backbone.path)
@@ -79,6 +80,7 @@ def check_settings(config: Config, adapter: type[PipelineBackbone]) -> None:
     """
     plan = config.method.draw(config.sampler.steps, derive_rng(config.seed, 0, "plan"))
     _check_agreement(config)
+    _check_offload(config)
     if config.backbone.device.partition(":")[0] != "cuda":  # a recipe for a GPU may be looked at without one
         check_device(config.backbone.device)
     _check_true_cfg(config, adapter)
@@ -108,6 +110,23 @@ def _check_agreement(config: Config) -> None:
             raise UserError(
                 f"smoothing.parameters.groups: {group.match!r} is not a regular expression ({error})"
             ) from error
+
+
+def _check_offload(config: Config) -> None:
+    """What streamed blocks need: weights that are never written, and graphs that do not keep them."""
+    count = config.backbone.offload_blocks
+    if not count:
+        return
+    if config.parameters.train == "full":
+        raise UserError(
+            f"backbone.offload_blocks {count} with parameters.train full: offloaded weights are never written; train "
+            "lora, or keep the optimizer's state on the host (optimizer.offload=state)"
+        )
+    if "denoiser" not in config.backbone.checkpoint:
+        raise UserError(
+            f"backbone.offload_blocks {count} without denoiser in backbone.checkpoint: the backward pass would keep "
+            "every block's weights on the device; set backbone.checkpoint=[denoiser,decoder]"
+        )
 
 
 def _check_reward(config: Config) -> None:

@@ -116,7 +116,6 @@ class Trainer:
         perturbs = self.config.smoothing.parameters is not None
         figures = {
             "reward": report.reward,
-            **{f"reward/{name}": value for name, value in report.parts.items()},
             "loss": report.loss,
             "s1": report.s1,
             "eps_norm": stats.pop("eps_norm") if perturbs else 0.0,
@@ -210,7 +209,12 @@ class Trainer:
 def prepare_backbone(settings: BackboneSettings, device: torch.device) -> PipelineBackbone:
     """Load the pipeline that a recipe names, with the checkpointing it asks for."""
     backbone = load_backbone(
-        settings.path, height=settings.height, width=settings.width, dtype=DTYPES[settings.dtype], device=device
+        settings.path,
+        height=settings.height,
+        width=settings.width,
+        dtype=DTYPES[settings.dtype],
+        device=device,
+        offload_blocks=settings.offload_blocks,
     )
     if "denoiser" in settings.checkpoint:
         checkpoint_denoiser(backbone.denoiser)

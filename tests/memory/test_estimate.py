@@ -36,6 +36,7 @@ def really_alive(config: Config) -> LiveBytes:
     trainer.update()
     trainer.optimizer.zero_grad()
     live = LiveBytes("cpu")
+    live.exclude(trainer.backbone.offloaded.host if trainer.backbone.offloaded else ())
     optimizer = trainer.optimizer
     for module in (*trainer.backbone.modules(), trainer.reward):
         live.see([*module.parameters(), *module.buffers()])
@@ -76,6 +77,8 @@ CASES = {
     ("sd15", "full"): FULL,
     ("sd15", "full, 8 bits, in gradients"): FULL_8BIT | {"optimizer__backup": "gradient"},
     ("sdxl", "checkpointed"): CHECKPOINTED,
+    ("sdxl", "blocks on the host"): CHECKPOINTED | {"backbone__offload_blocks": 8},
+    ("flux", "a block on the host"): CHECKPOINTED | {"backbone__offload_blocks": 1},
     ("sd3", "lora"): {},
     ("sd3", "two calls, checkpointed"): CHECKPOINTED | {"method": {"name": "draft", "k": 2}},
     ("sd3", "no smoothing"): {"smoothing": {"image": None, "parameters": None}},
