@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -52,8 +53,8 @@ class SingleReward(Settings):
     Attributes:
         name: the family. clip is any transformers CLIPModel with its tokenizer; pickscore and clipscore are such
             folders too. hpsv2 and hpsv2.1 read the published HPS_v2*_compressed.pt, imagereward ImageReward.pt with
-            med_config.json beside it, aesthetic sac+logos+ava1-l14-linearMSE.pth. combination makes one reward of
-            several.
+            med_config.json beside it, aesthetic sac+logos+ava1-l14-linearMSE.pth, hpsv3 HPSv3.safetensors (16.6 GB
+            in bfloat16). combination makes one reward of several.
         path: folder, file or hub id of the weights, such as yuvalkirstain/PickScore_v1, xswu/HPSv2,
             THUDM/ImageReward. playground/fair and playground/brittle ship with the package. Required, but for
             combination and families whose weights come with a package.
@@ -67,9 +68,12 @@ class SingleReward(Settings):
         dtype: what the towers compute in; features and scores are in float32 at least. Below float32 the effect of a
             small image perturbation is rounded away.
         checkpoint: recompute the layers in the backward pass instead of keeping their activations.
-        tokenizer: of hpsv2, hpsv2.1 (CLIP's: folder, hub id or bpe_simple_vocab_16e6.txt.gz) and imagereward
-            (bert-base-uncased's: folder, hub id or vocab.txt). null is the one beside the weights, else the hub's.
+        tokenizer: of hpsv2, hpsv2.1 (CLIP's: folder, hub id or bpe_simple_vocab_16e6.txt.gz), imagereward
+            (bert-base-uncased's: folder, hub id or vocab.txt) and hpsv3 (Qwen2-VL-7B-Instruct's). null is the one
+            beside the weights, else the hub's.
         image_tower: of aesthetic: folder or hub id of OpenAI's CLIP ViT-L/14. null is the hub's.
+        instruction: of hpsv3: the text of its authors that goes with every prompt, as the hpsv3 package's wheel or
+            source file, or a .txt. null is that of an installed hpsv3.
     """
 
     name: str = "clip"
@@ -81,6 +85,7 @@ class SingleReward(Settings):
     checkpoint: bool = True
     tokenizer: str | None = None
     image_tower: str | None = None
+    instruction: str | None = None
 
     @field_validator("name")
     @classmethod
@@ -255,6 +260,18 @@ def _load_combination(
 
 # Keys of every family.
 _OF_ALL = ("name", "path", "weight", "label")
+
+
+def _later(module: str, function: str) -> Callable[..., Reward]:
+    """A loader whose module is imported at the first call: its part of transformers costs a second that most runs
+    need not wait."""
+
+    def load(path: str, **options: Any) -> Reward:
+        return getattr(importlib.import_module(f"rsaft_fast.rewards.{module}"), function)(path, **options)
+
+    return load
+
+
 _TOWER = ("clamp", "dtype", "checkpoint")
 _clip = ClipReward.from_pretrained
 
@@ -269,5 +286,6 @@ REWARDS: dict[str, Family] = {
     "hpsv2.1": Family(partial(load_hps, version="hpsv2.1"), ("scale", "resize", "tokenizer", *_TOWER)),
     "imagereward": Family(load_image_reward, ("tokenizer", *_TOWER)),
     "aesthetic": Family(load_aesthetic, ("image_tower", *_TOWER)),
+    "hpsv3": Family(_later("hpsv3", "load_hpsv3"), ("instruction", "tokenizer", *_TOWER)),
     "combination": Family(_load_combination, ("how", "penalty", "parts", "calibration", "calibrate"), needs_path=False),
 }
