@@ -141,9 +141,10 @@ class _Walk:
         config, backbone = self.config, self.backbone
         if backbone.offloaded is not None:
             self.live.exclude(backbone.offloaded.host)
-        checkpoint_networks(
-            backbone.denoiser, backbone.pipeline.vae, config.backbone.checkpoint, config.backbone.keep_blocks
-        )
+        if "denoiser" in config.backbone.checkpoint:
+            checkpoint_denoiser(backbone.denoiser)
+        if "decoder" in config.backbone.checkpoint:
+            checkpoint_vae_decoder(backbone.pipeline.vae)
         with torch.device("meta"):
             if config.parameters.train == "lora":
                 add_lora(backbone, config.parameters.lora, config.seed)
