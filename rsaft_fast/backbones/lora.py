@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from pydantic import Field
 
+from rsaft_fast.backbones.lora_linear import keep_inputs
 from rsaft_fast.backbones.pipeline import PipelineBackbone
 from rsaft_fast.errors import UserError
 from rsaft_fast.settings import Settings
@@ -56,6 +57,7 @@ def add_lora(backbone: PipelineBackbone, settings: LoRASettings, seed: int = 0) 
             ) from None
     for parameter in backbone.trainable_parameters.values():
         parameter.data = parameter.data.to(backbone.device, backbone.latent_dtype)
+    keep_inputs(denoiser)
     backbone.refuse_dropout()
 
 

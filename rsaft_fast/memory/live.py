@@ -124,10 +124,13 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, mask, cuda):
         ctx.cuda = cuda
-        # (B, H, L, D) views of (B, L, H, D) memory, as the kernels write them: what follows need not copy.
-        batch, heads, length, _ = query.shape
-        out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
-        logsumexp = query.new_empty(batch, heads, length, dtype=torch.float32)
+        # Laid out as the query is: mostly a (B, H, L, D) view of (B, L, H, D) memory, which what follows need not copy.
+        out = (
+            torch.empty_like(query)
+            if query.shape[-1] == value.shape[-1]
+            else query.new_empty(*query.shape[:-1], value.shape[-1])
+        )
+        logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, logsumexp, *([] if mask is None else [mask]))
         return out
 
