@@ -129,7 +129,7 @@ def _check_one_backward(
     if smoothing.parameters is not None and (calls != 1 or compare_gradients):
         raise UserError(
             f"release_gradients with {calls} backward passes and compare_gradients={compare_gradients}: gradients are "
-            "applied as they arrive. One micro-batch, one graded call, guidance off, batched or with uncond detached, no "
+            "applied as they arrive. One micro-batch, one graded call, guidance off, batched or uncond detached, no "
             "comparison"
         )
 
@@ -164,11 +164,12 @@ class _Seen:
     observations: list[Observation]
     deltas: list[torch.Tensor | None]
     images: torch.Tensor
-    reward: float
-    s1: float | None
+    # Shares of means, on the device until the report: reading one waits for everything before it.
+    reward: torch.Tensor
+    s1: torch.Tensor | None
     # Mean reward at theta under the same delta as the second pass: what realised_drop is measured from.
-    smoothed: float
-    parts: dict[str, float] = field(default_factory=dict)
+    smoothed: torch.Tensor
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -227,9 +228,7 @@ class _Run:
                     ],
                 )
             )
-        parts = {
-            name: self._mean(batch, [seen.parts[name] for seen in observations]) for name in observations[0].parts
-        }
+        parts = {name: self._mean(batch, [seen.parts[name] for seen in observations]) for name in observations[0].parts}
         return _Seen(trajectory, observations, deltas, observations[0].images, reward, s1, smoothed, parts)
 
     def ascend(self, batch: MicroBatch, seen: _Seen) -> _Seen:
@@ -248,7 +247,7 @@ class _Run:
         trajectory: Trajectory,
         seen: _Seen,
         check: Callable[..., None] = lambda *adjoints: None,
-    ) -> tuple[float, float]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The update's gradient, at the perturbed picture; mean smoothed reward and loss.
 
         `check` sees the gradients at the endpoints before the denoiser's backward pass.
@@ -289,30 +288,40 @@ class _Run:
         check(*adjoints)
         backpropagate(self.backbone, trajectory, adjoints)
 
-    def _mean(self, batch: MicroBatch, values: list[torch.Tensor]) -> float:
-        """This micro-batch's share of the mean over all samples of the update."""
-        return float(sum(w * v.double().sum() for w, v in zip(batch.plan.weights, values)) / self.total)
+    def _mean(self, batch: MicroBatch, values: list[torch.Tensor]) -> torch.Tensor:
+        """This micro-batch's share of the mean over all samples of the update, float64."""
+        return sum(w * v.double().sum() for w, v in zip(batch.plan.weights, values)) / self.total
 
     def report(
         self,
         first: list[_Seen],
-        second: list[tuple[float, float]],
+        second: list[tuple[torch.Tensor, torch.Tensor]],
         optimizer: SAM | SAMAdamW,
         turned: dict[str, float] | None = None,
     ) -> StepReport:
         stats = optimizer.stats() | (turned or {})
-        smoothed = sum(reward for reward, _ in second)
+        sums = {
+            "reward": sum(seen.reward for seen in first),
+            "at_theta": sum(seen.smoothed for seen in first),
+            "smoothed_reward": sum(rewards for rewards, _ in second),
+            "loss": sum(losses for _, losses in second),
+        }
+        if first[0].s1 is not None:
+            sums["s1"] = sum(seen.s1 for seen in first)
+        sums |= {("part", name): sum(seen.parts[name] for seen in first) for name in first[0].parts}
+        # All at once: each reading of its own would wait for the device.
+        figures = dict(zip(sums, torch.stack(list(sums.values())).tolist()))
         realised, ball = None, self.smoothing.parameters
         # One radius for all: the linearised drop is rho ||g||.
         if ball is not None and not ball.adaptive and not ball.groups and stats["grad_norm"] > 0:
-            realised = (sum(seen.smoothed for seen in first) - smoothed) / (ball.rho * stats["grad_norm"])
+            realised = (figures["at_theta"] - figures["smoothed_reward"]) / (ball.rho * stats["grad_norm"])
         return StepReport(
-            reward=sum(seen.reward for seen in first),
-            smoothed_reward=smoothed,
-            loss=sum(value for _, value in second),
-            s1=None if first[0].s1 is None else sum(seen.s1 for seen in first),
+            reward=figures["reward"],
+            smoothed_reward=figures["smoothed_reward"],
+            loss=figures["loss"],
+            s1=figures.get("s1"),
             realised_drop=realised,
             images=torch.cat([seen.images for seen in first]),
             optimizer=stats,
-            parts={name: sum(seen.parts[name] for seen in first) for name in first[0].parts},
+            parts={name: figures["part", name] for name in first[0].parts},
         )
