@@ -5,9 +5,10 @@ from rsaft_fast.memory.checkpointing import (
     Checkpointing,
     checkpoint_calls,
     checkpoint_clip_vision,
-    checkpoint_denoiser,
     checkpoint_vae_decoder,
 )
+from rsaft_fast.memory.decoder import decode_in_strips
+from rsaft_fast.memory.networks import checkpoint_denoiser, checkpoint_networks, denoiser_blocks
 
 __all__ = [
     "Checkpointing",
@@ -15,6 +16,9 @@ __all__ = [
     "checkpoint_calls",
     "checkpoint_clip_vision",
     "checkpoint_denoiser",
+    "checkpoint_networks",
     "checkpoint_vae_decoder",
+    "decode_in_strips",
+    "denoiser_blocks",
     "saved_tensor_bytes",
 ]

@@ -8,7 +8,7 @@ pass. Gradients keep their bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -17,17 +17,22 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-class _RecomputedForward:
-    """A module's `forward` that keeps its inputs alone. It holds the module itself, so a deep copy follows its copy."""
+class ReplacedForward:
+    """Stands in for a module's `forward`. It holds the module itself, so a deep copy follows its copy."""
 
     def __init__(self, module: nn.Module):
         self.module = module
         self.inner = module.__dict__.get("forward")
 
     def run(self, *args, **kwargs):
+        """What the module does without it."""
         if self.inner is not None:
             return self.inner(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
+
+
+class _RecomputedForward(ReplacedForward):
+    """A `forward` that keeps its inputs alone."""
 
     def __call__(self, *args, **kwargs):
         if not torch.is_grad_enabled():
@@ -39,10 +44,12 @@ class _RecomputedForward:
 class Checkpointing:
     """Modules under checkpointing, until `remove()` or the end of the `with` block."""
 
-    def __init__(self, modules: Iterable[nn.Module]):
-        self.modules = [m for m in modules if not isinstance(m.__dict__.get("forward"), _RecomputedForward)]
+    def __init__(
+        self, modules: Iterable[nn.Module], forward: Callable[[nn.Module], ReplacedForward] = _RecomputedForward
+    ):
+        self.modules = [m for m in modules if not isinstance(m.__dict__.get("forward"), ReplacedForward)]
         for module in self.modules:
-            module.forward = _RecomputedForward(module)
+            module.forward = forward(module)
 
     def remove(self) -> None:
         """Give every module its own forward back."""
@@ -84,11 +91,3 @@ def checkpoint_clip_vision(model: nn.Module) -> Checkpointing:
     """Checkpoint each encoder layer of the image tower of a transformers `CLIPModel` (CLIP-H, batch 32, bf16: 6.3 GiB
     of activations become 0.7)."""
     return checkpoint_calls(model.vision_model.encoder.layers)
-
-
-def checkpoint_denoiser(denoiser: nn.Module, enabled: bool = True) -> None:
-    """Turn a diffusers denoiser's own per-block checkpointing on or off; it acts under `eval()` too."""
-    if enabled:
-        denoiser.enable_gradient_checkpointing()
-    else:
-        denoiser.disable_gradient_checkpointing()

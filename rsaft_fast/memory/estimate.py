@@ -16,8 +16,8 @@ import torch
 
 from rsaft_fast.backbones import PipelineBackbone, add_lora
 from rsaft_fast.backbones.base import Conditioning
-from rsaft_fast.memory.checkpointing import checkpoint_denoiser, checkpoint_vae_decoder
 from rsaft_fast.memory.live import CUDA_BLOCK, LiveBytes, shapes_alone
+from rsaft_fast.memory.networks import checkpoint_networks
 from rsaft_fast.memory.skeleton import DTYPES, skeleton_backbone, skeleton_reward
 from rsaft_fast.memory.states import AccountedOptimizer
 from rsaft_fast.rewards.base import Reward
@@ -141,10 +141,9 @@ class _Walk:
         config, backbone = self.config, self.backbone
         if backbone.offloaded is not None:
             self.live.exclude(backbone.offloaded.host)
-        if "denoiser" in config.backbone.checkpoint:
-            checkpoint_denoiser(backbone.denoiser)
-        if "decoder" in config.backbone.checkpoint:
-            checkpoint_vae_decoder(backbone.pipeline.vae)
+        checkpoint_networks(
+            backbone.denoiser, backbone.pipeline.vae, config.backbone.checkpoint, config.backbone.keep_blocks
+        )
         with torch.device("meta"):
             if config.parameters.train == "lora":
                 add_lora(backbone, config.parameters.lora, config.seed)

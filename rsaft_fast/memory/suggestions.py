@@ -57,10 +57,17 @@ def suggest(config: Config, found: Estimate, phase: str) -> list[Suggestion]:
 def candidates(config: Config) -> Iterator[dict[str, Any]]:
     """Changes that this recipe has not made yet, the same method with the same effective batch."""
     backbone, data, optimizer = config.backbone, config.data, config.optimizer
-    networks = ("denoiser", "decoder")
-    for network in networks:
-        if network not in backbone.checkpoint:
-            yield {"backbone.checkpoint": [name for name in networks if name in {*backbone.checkpoint, network}]}
+    chosen = set(backbone.checkpoint)
+    if "decoder-strips" not in chosen:
+        yield _checkpoint(chosen - {"decoder"} | {"decoder-strips"})
+        if "decoder" not in chosen:
+            yield _checkpoint(chosen | {"decoder"})
+    if "denoiser" not in chosen:
+        yield _checkpoint(chosen | {"denoiser"})
+    elif backbone.keep_blocks:
+        yield {"backbone.keep_blocks": backbone.keep_blocks // 2}
+        if backbone.keep_blocks > 1:
+            yield {"backbone.keep_blocks": 0}
     if not config.reward.checkpoint:
         yield {"reward.checkpoint": True}
     if data.batch_size > 1:
@@ -78,6 +85,10 @@ def candidates(config: Config) -> Iterator[dict[str, Any]]:
         yield {"backbone.offload_blocks": OFFLOADED}
     if backbone.height and backbone.width and min(backbone.height, backbone.width) >= 2 * SMALL_SIDE:
         yield {"backbone.height": backbone.height // 2, "backbone.width": backbone.width // 2}
+
+
+def _checkpoint(networks: set[str]) -> dict[str, Any]:
+    return {"backbone.checkpoint": [name for name in ("denoiser", "decoder", "decoder-strips") if name in networks]}
 
 
 def _of_full_training(config: Config) -> Iterator[dict[str, Any]]:

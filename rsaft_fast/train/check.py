@@ -90,6 +90,17 @@ def check_settings(config: Config, adapter: type[PipelineBackbone]) -> None:
 def _check_agreement(config: Config) -> None:
     """Keys that contradict each other."""
     _check_reward(config)
+    backbone = config.backbone
+    if {"decoder", "decoder-strips"} <= set(backbone.checkpoint):
+        raise UserError(
+            "backbone.checkpoint has both decoder and decoder-strips, two ways of recomputing the same network; leave "
+            "one of them out"
+        )
+    if backbone.keep_blocks and "denoiser" not in backbone.checkpoint:
+        raise UserError(
+            f"backbone.keep_blocks is {backbone.keep_blocks}, but backbone.checkpoint has no denoiser, so that all of "
+            "its blocks keep their activations; add denoiser to checkpoint, or leave keep_blocks out"
+        )
     if config.sharpness is not None and config.sharpness.space not in ("pixel01", "pixel11"):
         raise UserError(f"sharpness.space is {config.sharpness.space!r}; S1 is measured in pixel01 or pixel11")
     sampler = config.sampler

@@ -16,7 +16,7 @@ import torch
 
 from rsaft_fast.backbones import PipelineBackbone, add_lora, load_backbone, save_lora
 from rsaft_fast.errors import UserError
-from rsaft_fast.memory import checkpoint_denoiser, checkpoint_vae_decoder
+from rsaft_fast.memory import checkpoint_networks
 from rsaft_fast.rewards import load_reward
 from rsaft_fast.step import StepReport, rsaft_step
 from rsaft_fast.train.check import Inputs, pick_device
@@ -216,10 +216,7 @@ def prepare_backbone(settings: BackboneSettings, device: torch.device) -> Pipeli
         device=device,
         offload_blocks=settings.offload_blocks,
     )
-    if "denoiser" in settings.checkpoint:
-        checkpoint_denoiser(backbone.denoiser)
-    if "decoder" in settings.checkpoint:
-        checkpoint_vae_decoder(backbone.pipeline.vae)
+    checkpoint_networks(backbone.denoiser, backbone.pipeline.vae, settings.checkpoint, settings.keep_blocks)
     return backbone
 
 

@@ -1,0 +1,302 @@
+"""A VAE decoder's layers row strip by row strip: exact, forward and backward, and never a second full-size tensor.
+
+A 3x3 convolution sees one row beyond its strip (the halo); GroupNorm's statistics are those of the whole picture, taken
+before any strip is normalised. Nothing is approximated: results differ from the plain layers' by rounding alone, and
+what the plain norm rounds to the compute dtype stays in fp32 here.
+
+Every layer takes one picture, (1, C, H, W), channels-last: there a strip is one contiguous piece of memory, which
+convolutions read without a copy. Weights are constants; only gradients of inputs exist. No graph is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+STRIP_ELEMENTS = 2**22
+"""Of a strip, on its side of more channels. Its temporaries then take at most 64 MiB (three in fp32 of 16 MiB each, two
+in bf16), and most of them stay in an H100's 50 MB of L2; a convolution of 128 channels at width 1024 still has 32 rows,
+256 tiles of 128 x 128 for 132 SMs, and every kernel outlasts its own launch."""
+
+Rows = tuple[int, int]
+"""First row, and the one after the last."""
+
+OfRows = Callable[[Rows], torch.Tensor]
+
+
+def row_strips(height: int, row_elements: int, strip_elements: int) -> Iterator[Rows]:
+    """Strips of equal height, the last one smaller; at least a row each."""
+    rows = max(1, strip_elements // row_elements)
+    return ((top, min(top + rows, height)) for top in range(0, height, rows))
+
+
+def empty_picture(like: torch.Tensor, channels: int, height: int, width: int) -> torch.Tensor:
+    """Uninitialised (1, channels, height, width), channels-last."""
+    size = (1, channels, height, width)
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _take(x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    return x[:, :, rows[0] : rows[1]]
+
+
+def _with_halo(rows: Rows, height: int) -> tuple[Rows, tuple[int, int]]:
+    """The rows that a 3x3 kernel sees, and how many of them lie above and below the picture, where it sees zeros."""
+    top, bottom = rows
+    above, below = int(top == 0), int(bottom == height)
+    return (top - 1 + above, bottom + 1 - below), (above, below)
+
+
+def _pad_rows(x: torch.Tensor, missing: tuple[int, int]) -> torch.Tensor:
+    return functional.pad(x, (0, 0, *missing)) if any(missing) else x
+
+
+def _channels_last(weight: torch.Tensor) -> torch.Tensor:
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """3x3 convolution of rows that have their halo, zeros at the sides: two rows fewer."""
+    return functional.conv2d(x, weight, bias, padding=(0, 1))
+
+
+def convolution_gradient(weight: torch.Tensor, gradient: torch.Tensor) -> OfRows:
+    """Rows of the gradient at a 3x3 convolution's input, given that at its output."""
+
+    def of(rows: Rows) -> torch.Tensor:
+        seen, missing = _with_halo(rows, gradient.shape[2])
+        return functional.conv_transpose2d(_pad_rows(_take(gradient, seen), missing), weight, padding=(2, 1))
+
+    return of
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """GroupNorm of one picture as x -> scale * x + shift. All are (1, C, 1, 1), at least fp32.
+
+    Attributes:
+        mean, rstd: of each channel's group.
+    """
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+    mean: torch.Tensor
+    rstd: torch.Tensor
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(self.shift, x, self.scale)
+
+
+def _channel_means(per_channel: torch.Tensor, groups: int) -> torch.Tensor:
+    """(C,) -> (C,): the mean over each channel's group."""
+    return per_channel.view(groups, -1).mean(1).repeat_interleave(per_channel.numel() // groups)
+
+
+def _as_picture(per_channel: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return per_channel.to(_wide(x.dtype)).view(1, -1, 1, 1)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+class NormSiluConv:
+    """GroupNorm, SiLU and a 3x3 convolution: what a decoder's resnets and its tail are made of."""
+
+    def __init__(self, norm: nn.GroupNorm, conv: nn.Conv2d, strip_elements: int):
+        self.norm, self.conv, self.strip_elements = norm, conv, strip_elements
+
+    def _strips(self, x: torch.Tensor) -> Iterator[Rows]:
+        wider = max(self.conv.in_channels, self.conv.out_channels)
+        return row_strips(x.shape[2], wider * x.shape[3], self.strip_elements)
+
+    def normalization(self, x: torch.Tensor) -> Normalization:
+        """Strips' means and variances, in one pass, merged as Chan, Golub and LeVeque (1979) do: E[x^2] - E[x]^2 would
+        cancel."""
+        moments = [
+            torch.var_mean(_take(x, rows).to(_wide(x.dtype)), dim=(0, 2, 3), correction=0) for rows in self._strips(x)
+        ]
+        variances, means = (torch.stack(column).double() for column in zip(*moments))
+        heights = [bottom - top for top, bottom in self._strips(x)]
+        # Filled on the device: a copy of a list would synchronise it.
+        share = means.new_full((len(heights), 1), heights[0] / x.shape[2])
+        share[-1] = heights[-1] / x.shape[2]
+        groups = self.norm.num_groups
+        mean = _channel_means((share * means).sum(0), groups)
+        variance = _channel_means((share * (variances + (means - mean).square())).sum(0), groups)
+        rstd = (variance + self.norm.eps).rsqrt()
+        scale = self.norm.weight.double() * rstd
+        shift = self.norm.bias.double() - scale * mean
+        return Normalization(*(_as_picture(t, x) for t in (scale, shift, mean, rstd)))
+
+    def forward(self, x: torch.Tensor, normalization: Normalization, add: OfRows | None = None) -> torch.Tensor:
+        """conv(SiLU(norm(x))), plus `add`."""
+        weight, bias = _channels_last(self.conv.weight), self.conv.bias
+        out = empty_picture(x, self.conv.out_channels, *x.shape[2:])
+        for rows in self._strips(x):
+            seen, missing = _with_halo(rows, x.shape[2])
+            activated = functional.silu(normalization(_take(x, seen)), inplace=True).to(x.dtype)
+            strip = convolve(_pad_rows(activated, missing), weight, bias)
+            if add is not None:
+                strip += add(rows)
+            _take(out, rows).copy_(strip)
+        return out
+
+    def backward_(
+        self,
+        x: torch.Tensor,
+        gradient: torch.Tensor,
+        normalization: Normalization,
+        *,
+        keep: bool,
+        add: OfRows | None = None,
+    ) -> torch.Tensor:
+        """The gradient at x, given that at the output, plus `add`; written over x, and returned.
+
+        GroupNorm's gradient needs two sums over each group before any of its elements is known (Wu and He 2018):
+        dx = rstd (gamma dn - mean(gamma dn) - xhat mean(gamma dn xhat)), with dn the gradient at the norm's output.
+
+        Args:
+            keep: hold dn in a tensor of x's size between the sums and their use; else the convolution's gradient is
+                computed twice.
+        """
+        before = convolution_gradient(_channels_last(self.conv.weight), gradient)
+
+        def at_norm(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+            normalized = normalization(_take(x, rows))
+            return torch.ops.aten.silu_backward(before(rows).to(normalized.dtype), normalized), normalized
+
+        kept = torch.empty_like(x) if keep else None
+        sums = []
+        for rows in self._strips(x):
+            dn, normalized = at_norm(rows)
+            if kept is not None:
+                _take(kept, rows).copy_(dn)
+            sums.append(torch.stack([dn.sum((0, 2, 3)), normalized.mul_(dn).sum((0, 2, 3))]))
+            del dn, normalized
+        weight, shrink, offset = self._coefficients(torch.stack(sums).double().sum(0), x, normalization)
+        for rows in self._strips(x):
+            dn = at_norm(rows)[0] if kept is None else _take(kept, rows)
+            strip = torch.addcmul(offset, _take(x, rows), shrink).addcmul_(dn, weight)
+            if add is not None:
+                strip += add(rows)
+            _take(x, rows).copy_(strip)
+        return x
+
+    def _coefficients(
+        self, sums: torch.Tensor, x: torch.Tensor, normalization: Normalization
+    ) -> tuple[torch.Tensor, ...]:
+        """a, b, c of dx = a dn + b x + c, from the sums (2, C) of dn and of dn times the norm's output, in float64."""
+        gamma, beta = self.norm.weight.double(), self.norm.bias.double()
+        mean, rstd = (t.double().flatten() for t in (normalization.mean, normalization.rstd))
+        plain, by_output = sums / x[0, 0].numel()
+        first = _channel_means(gamma * plain, self.norm.num_groups)
+        # The norm's output is gamma xhat + beta.
+        second = _channel_means(by_output - beta * plain, self.norm.num_groups)
+        shrink = -rstd.square() * second
+        return tuple(_as_picture(t, x) for t in (gamma * rstd, shrink, -rstd * first - shrink * mean))
+
+
+class Resnet:
+    """diffusers' `ResnetBlock2D` without time embedding: x + conv2(SiLU(norm2(conv1(SiLU(norm1(x))))))."""
+
+    def __init__(self, first: NormSiluConv, second: NormSiluConv, shortcut: nn.Conv2d | None):
+        self.first, self.second, self.shortcut = first, second, shortcut
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(1, C, H, W) -> (1, C', H, W); three tensors are alive, x, conv1's output and this one's."""
+        hidden = self.first.forward(x, self.first.normalization(x))
+        return self.second.forward(hidden, self.second.normalization(hidden), lambda rows: self._skip(_take(x, rows)))
+
+    def backward(self, x: torch.Tensor, gradient: torch.Tensor, room: int) -> torch.Tensor:
+        """The gradient at x, written over it.
+
+        Args:
+            room: elements that may be alive; with enough for one tensor beside x, the gradient and conv1's output,
+                convolutions' gradients are computed once, not twice.
+        """
+        keep = x.numel() + 2 * gradient.numel() + max(x.numel(), gradient.numel()) <= room
+        normalization = self.first.normalization(x)
+        hidden = self.first.forward(x, normalization)
+        self.second.backward_(hidden, gradient, self.second.normalization(hidden), keep=keep)
+        through_skip = lambda rows: self._skip_gradient(_take(gradient, rows))  # noqa: E731
+        return self.first.backward_(x, hidden, normalization, keep=keep, add=through_skip)
+
+    def _skip(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.shortcut is None else self.shortcut(x)
+
+    def _skip_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        if self.shortcut is None:
+            return gradient
+        return functional.conv_transpose2d(gradient, self.shortcut.weight)
+
+
+class Tail:
+    """Norm, SiLU and the convolution to pixels."""
+
+    def __init__(self, layer: NormSiluConv):
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(1, C, H, W) -> (1, 3, H, W)."""
+        return self.layer.forward(x, self.layer.normalization(x))
+
+    def backward(self, x: torch.Tensor, gradient: torch.Tensor, room: int) -> torch.Tensor:
+        """As `Resnet.backward`."""
+        keep = 2 * x.numel() + gradient.numel() <= room
+        return self.layer.backward_(x, gradient, self.layer.normalization(x), keep=keep)
+
+
+class Upsample:
+    """diffusers' `Upsample2D`: every pixel four times (nearest), then a 3x3 convolution."""
+
+    def __init__(self, conv: nn.Conv2d, strip_elements: int):
+        self.conv, self.strip_elements = conv, strip_elements
+
+    def _strips(self, x: torch.Tensor) -> Iterator[Rows]:
+        """Of the low resolution."""
+        wider = max(self.conv.in_channels, self.conv.out_channels)
+        return row_strips(x.shape[2], 4 * wider * x.shape[3], self.strip_elements)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(1, C, H, W) -> (1, C', 2H, 2W)."""
+        weight, bias = _channels_last(self.conv.weight), self.conv.bias
+        height, width = x.shape[2:]
+        out = empty_picture(x, self.conv.out_channels, 2 * height, 2 * width)
+        for rows in self._strips(x):
+            (top, bottom), (above, below) = _with_halo(rows, height)
+            doubled = functional.interpolate(_take(x, (top, bottom)), scale_factor=2.0, mode="nearest")
+            # Of a halo row's two copies the kernel sees one.
+            seen = doubled[:, :, 1 - above : doubled.shape[2] - 1 + below]
+            strip = convolve(_pad_rows(seen, (above, below)), weight, bias)
+            out[:, :, 2 * rows[0] : 2 * rows[1]] = strip
+        return out
+
+    def backward(self, x: torch.Tensor, gradient: torch.Tensor, room: int) -> torch.Tensor:
+        """The gradient at x, in a tensor of its own; neither x's values nor the room matter."""
+        before = convolution_gradient(_channels_last(self.conv.weight), gradient)
+        out = torch.empty_like(x)
+        for top, bottom in self._strips(x):
+            doubled = before((2 * top, 2 * bottom))
+            out[:, :, top:bottom] = functional.avg_pool2d(doubled, 2, divisor_override=1)
+        return out
+
+
+class Recomputed:
+    """Any other module of one input: run as it is, and again with a graph in the backward pass."""
+
+    def __init__(self, call: Callable[[torch.Tensor], torch.Tensor]):
+        self.call = call
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.call(x)
+
+    def backward(self, x: torch.Tensor, gradient: torch.Tensor, room: int) -> torch.Tensor:
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            out = self.call(leaf)
+        return torch.autograd.grad(out, leaf, gradient)[0]
