@@ -18,6 +18,7 @@ from rsaft_fast.backbones import PipelineBackbone, add_lora, load_backbone, save
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory import checkpoint_networks
 from rsaft_fast.rewards import load_reward
+from rsaft_fast.speed import apply_speed
 from rsaft_fast.step import StepReport, rsaft_step
 from rsaft_fast.train.check import Inputs, pick_device
 from rsaft_fast.train.checkpoint import Checkpoint
@@ -52,6 +53,7 @@ class Trainer:
             add_lora(self.backbone, config.parameters.lora, config.seed)
         else:
             self.backbone.train_all_parameters()
+        apply_speed(self.backbone, config.speed)
         self.parameters = self.backbone.trainable_parameters
         self.reward = load_reward(config.reward, self.device)
         self.optimizer = build_optimizer(self.parameters, config.optimizer, config.smoothing.parameters, config.seed)

@@ -16,9 +16,14 @@ PROMPTS = ("a red circle", "two blue squares", "a green triangle above a red squ
 
 
 def make_backbone(
-    family: str, folder: Path, dtype: torch.dtype = torch.float32, train: str = "lora", size: int = SIZE
+    family: str,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    train: str = "lora",
+    size: int = SIZE,
+    device: str = "cpu",
 ) -> PipelineBackbone:
-    backbone = load_backbone(BUILDERS[family](folder), dtype=dtype, height=size, width=size)
+    backbone = load_backbone(BUILDERS[family](folder), dtype=dtype, height=size, width=size, device=device)
     if train == "full":
         backbone.train_all_parameters()
         return backbone

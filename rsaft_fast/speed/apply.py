@@ -1,0 +1,59 @@
+"""A recipe's section `speed`, applied to a backbone."""
+
+from __future__ import annotations
+
+import torch
+
+from rsaft_fast.backbones import PipelineBackbone
+from rsaft_fast.backbones.unet import UNetBackbone
+from rsaft_fast.errors import UserError
+from rsaft_fast.speed.attention import set_attention
+from rsaft_fast.speed.graphs import graph_calls
+from rsaft_fast.speed.regional import compile_blocks, repeated_blocks
+from rsaft_fast.speed.settings import SpeedSettings
+
+
+def apply_speed(backbone: PipelineBackbone, settings: SpeedSettings) -> None:
+    """Set a loaded backbone up as the recipe says, after adapters and checkpointing are attached and before the
+    optimizer is built. On the meta device, where shapes alone count, nothing is compiled or captured.
+
+    Raises:
+        UserError: a setting that this model or device cannot have.
+    """
+    backbone.cfg_batching = settings.cfg
+    denoiser, real = backbone.denoiser, backbone.device.type != "meta"
+    if settings.channels_last:
+        use_channels_last(backbone)
+    if settings.attention != "auto":
+        set_attention(denoiser, settings.attention)
+    if settings.compile != "none" and real:
+        compile_blocks(repeated_blocks(denoiser), with_gradient=settings.compile == "all")
+    if settings.cuda_graph and real:
+        require_cuda(backbone.device)
+        graph_calls(denoiser)
+
+
+def use_channels_last(backbone: PipelineBackbone) -> None:
+    """Hold the UNet and the VAE's decoder in channels-last layout; their outputs follow their weights.
+
+    Raises:
+        UserError: the denoiser is a transformer.
+    """
+    require_unet(type(backbone))
+    backbone.denoiser.to(memory_format=torch.channels_last)
+    backbone.pipeline.vae.decoder.to(memory_format=torch.channels_last)
+
+
+def require_unet(adapter: type[PipelineBackbone]) -> None:
+    """Raise `UserError` for a model without a UNet."""
+    if not issubclass(adapter, UNetBackbone):
+        raise UserError(
+            f"speed.channels_last with {adapter.__name__}, whose denoiser is a transformer without convolutions: it is "
+            "for UNets (SD1.5, SDXL); leave it out"
+        )
+
+
+def require_cuda(device: torch.device) -> None:
+    """Raise `UserError` for a device without CUDA graphs."""
+    if device.type != "cuda":
+        raise UserError(f"speed.cuda_graph on {device}: CUDA graphs are for CUDA devices only; leave it out")
