@@ -1,8 +1,10 @@
 """Shared by all tests: GPU tests need a GPU; the ``backend`` fixture runs a test on each way to compute."""
 
+import atexit
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,12 @@ INTERPRETER = "triton-interpreter"
 # Tiny tensors: a second thread costs more than it brings, many times so on a busy machine.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+
+# What tests encode is not kept in the user's cache; models that he has there are still found.
+_CACHE = tempfile.mkdtemp(prefix="rsaft-fast-tests-")
+os.environ.setdefault("HF_HOME", str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "huggingface"))
+os.environ["XDG_CACHE_HOME"] = _CACHE
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from rsaft_fast.backbones.base import Backbone, Branch, Conditioning
 from rsaft_fast.backbones.flux import FLUX
 from rsaft_fast.backbones.lora import LoRASettings, add_lora, save_lora
-from rsaft_fast.backbones.pipeline import PipelineBackbone
+from rsaft_fast.backbones.pipeline import PipelineBackbone, is_text_encoder
 from rsaft_fast.backbones.random import random_backbone
 from rsaft_fast.backbones.registry import ADAPTERS
 from rsaft_fast.backbones.sd3 import SD3
@@ -27,20 +27,30 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     offload_blocks: int = 0,
+    text: bool = True,
+    networks: bool = True,
 ) -> PipelineBackbone:
     """Load the pipeline at a folder or hub id with the adapter for its class; "playground" is the one shipped.
 
     Args:
         offload_blocks: blocks of the denoiser whose weights stay on the host (`memory.offload`).
+        text, networks: which parts get their weights, see `PipelineBackbone.from_pretrained`.
 
     Raises:
         UserError: nothing there, a pipeline class without an adapter, a damaged file, or a size it cannot make.
     """
-    path = _local(path)
-    adapter = adapter_for(path)
+    path = local_path(path)
+    adapter = adapter_for(path, text)
     try:
         return adapter.from_pretrained(
-            path, height=height, width=width, dtype=dtype, device=device, offload_blocks=offload_blocks
+            path,
+            height=height,
+            width=width,
+            dtype=dtype,
+            device=device,
+            offload_blocks=offload_blocks,
+            text=text,
+            networks=networks,
         )
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -48,13 +58,16 @@ def load_backbone(
         raise UserError(f"the pipeline at {path} could not be loaded: {_first_line(error)}") from error
 
 
-def adapter_for(path: str | Path) -> type[PipelineBackbone]:
+def adapter_for(path: str | Path, text: bool = True) -> type[PipelineBackbone]:
     """The adapter for the pipeline at a folder or hub id; reads model_index.json alone.
+
+    Args:
+        text: whether the text encoders must be there.
 
     Raises:
         UserError: nothing there, a pipeline class without an adapter, or a component without which nothing runs.
     """
-    folder = Path(path := _local(path))
+    folder = Path(path := local_path(path))
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise UserError(f"{path} has no model_index.json; give the folder of a diffusers pipeline, or its hub id")
     try:
@@ -66,17 +79,18 @@ def adapter_for(path: str | Path) -> type[PipelineBackbone]:
         supported = ", ".join(sorted(ADAPTERS))
         raise UserError(f"{path} is a {index['_class_name']}; supported pipeline classes: {supported}")
     # diffusers finds these out one at a time, after it has read the parts before.
-    for name in adapter.text_encoders:
+    for name in adapter.text_encoders if text else ():
         if not any(index.get(name) or ()):
             raise UserError(f"{path} names no {name} in its model_index.json; prompts cannot be encoded without")
     if folder.is_dir():
         for name, entry in index.items():
-            if isinstance(entry, list) and any(entry) and not (folder / name).is_dir():
+            wanted = isinstance(entry, list) and any(entry) and (text or not is_text_encoder(name))
+            if wanted and not (folder / name).is_dir():
                 raise UserError(f"{path} is incomplete: its model_index.json names {name}, and there is no such folder")
     return adapter
 
 
-def _local(path: str | Path) -> str | Path:
+def local_path(path: str | Path) -> str | Path:
     """The path, or that of the pipeline that ships with the package."""
     if str(path) == "playground":
         from rsaft_fast.playground import pipeline_path
@@ -103,7 +117,9 @@ __all__ = [
     "PipelineBackbone",
     "adapter_for",
     "add_lora",
+    "is_text_encoder",
     "load_backbone",
+    "local_path",
     "random_backbone",
     "save_lora",
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
@@ -59,6 +61,8 @@ class PipelineBackbone(Backbone):
         self.offloaded: OffloadedBlocks | None = None
         self.compute_dtype = dtype
         self.latent_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        # Beside networks that are shapes alone there are text encoders only, and those visit the device in turns.
+        stays = self.denoiser.device.type == "meta" != self.device.type
         for module in self.modules():
             wanted = self.vae_dtype(dtype) if module is pipeline.vae else dtype
             module.requires_grad_(False).eval()
@@ -67,7 +71,8 @@ class PipelineBackbone(Backbone):
                     module.to(wanted)
                 self.offloaded = OffloadedBlocks(module, offload_blocks, self.device)
                 continue
-            module.to(self.device)
+            if not stays:
+                module.to(self.device)
             if module.dtype != wanted:
                 module.to(wanted)
         self._check_channels()
@@ -91,11 +96,39 @@ class PipelineBackbone(Backbone):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         offload_blocks: int = 0,
+        text: bool = True,
+        networks: bool = True,
     ) -> PipelineBackbone:
-        denoiser = {cls.denoiser_name: cls._load_denoiser(path, dtype)}
+        """Load a pipeline in diffusers' format from a folder or hub id, or parts of it.
+
+        Args:
+            text: False leaves out the text encoders: no prompt can be embedded.
+            networks: False makes the denoiser and the VAE from their configs alone, without weights; the text encoders
+                then stay on the host, for `encode_in_turns`.
+        """
+        parts = {cls.denoiser_name: cls._load_denoiser(path, dtype)} if networks else cls._shapes_alone(path, dtype)
+        if not text:
+            parts |= dict.fromkeys(cls.text_encoder_names())
         dtypes = {"default": dtype, "vae": cls.vae_dtype(dtype)}
-        pipeline = cls.pipeline_class.from_pretrained(path, dtype=dtypes, **denoiser, **cls.loading_options())
+        pipeline = cls.pipeline_class.from_pretrained(path, dtype=dtypes, **parts, **cls.loading_options())
         return cls(pipeline, height=height, width=width, dtype=dtype, device=device, offload_blocks=offload_blocks)
+
+    @classmethod
+    def text_encoder_names(cls) -> list[str]:
+        """Names of all text encoders that the pipeline class can have, in the order in which it calls them."""
+        return [name for name in inspect.signature(cls.pipeline_class.__init__).parameters if is_text_encoder(name)]
+
+    @classmethod
+    def _shapes_alone(cls, path: str | Path, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+        """The denoiser and the VAE on the meta device."""
+        vae_class = getattr(diffusers, cls.pipeline_class.load_config(path)["vae"][1])
+        made = {}
+        for name, network_class in ((cls.denoiser_name, cls.denoiser_class), ("vae", vae_class)):
+            with torch.device("meta"):
+                network = network_class.from_config(network_class.load_config(path, subfolder=name))
+            # diffusers' own `to` speaks of layers to keep in fp32.
+            made[name] = torch.nn.Module.to(network, cls.vae_dtype(dtype) if name == "vae" else dtype)
+        return made
 
     @staticmethod
     def vae_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -183,11 +216,17 @@ class PipelineBackbone(Backbone):
             )
         return guidance_scale
 
-    @torch.no_grad()
     def embed(self, prompts: Sequence[str | None], guidance_scale: float = 1.0) -> Branch:
-        missing = [name for name in self.text_encoders if getattr(self.pipeline, name) is None]
-        if missing:
-            raise UserError(f"prompts cannot be encoded: the pipeline has no {' and no '.join(missing)}")
+        return self.branch(self.embed_text(prompts), len(prompts), guidance_scale)
+
+    @torch.no_grad()
+    def embed_text(self, prompts: Sequence[str | None]) -> Branch:
+        """What a branch holds of the prompts: the part of `embed` that needs the text encoders.
+
+        Raises:
+            UserError: a text encoder is missing, or is not of the denoiser's width.
+        """
+        self.require_text_encoders()
         text = self.encode_text([prompt or "" for prompt in prompts])
         for name, shape in self.embedding_shapes.items():
             if text[name].shape[-1] != shape[-1]:
@@ -195,7 +234,13 @@ class PipelineBackbone(Backbone):
                     f"the pipeline's parts do not fit: its text encoders give {name} of width {text[name].shape[-1]}, "
                     f"and its denoiser's config wants {shape[-1]}"
                 )
-        return self._branch(text, len(prompts), guidance_scale)
+        return {name: tensor.to(device=self.device, dtype=self.compute_dtype) for name, tensor in text.items()}
+
+    def require_text_encoders(self) -> None:
+        """Raise `UserError` if prompts cannot be embedded."""
+        missing = [name for name in self.text_encoders if getattr(self.pipeline, name) is None]
+        if missing:
+            raise UserError(f"prompts cannot be encoded: the pipeline has no {' and no '.join(missing)}")
 
     @abstractmethod
     def encode_text(self, prompts: list[str]) -> Branch:
@@ -220,13 +265,12 @@ class PipelineBackbone(Backbone):
             {n: torch.randn(batch, *shape, generator=generator) for n, shape in self.embedding_shapes.items()}
             for _ in range(1 if w == 1.0 else 2)
         ]
-        positive, negative = (*(self._branch(text, batch, guidance_scale) for text in drawn), None)[:2]
+        positive, negative = (*(self.branch(text, batch, guidance_scale) for text in drawn), None)[:2]
         return Conditioning(positive, negative, w)
 
-    def _branch(self, text: Branch, batch: int, guidance_scale: float) -> Branch:
-        embedded = {
-            name: tensor.detach().to(device=self.device, dtype=self.compute_dtype) for name, tensor in text.items()
-        }
+    def branch(self, text: Branch, batch: int, guidance_scale: float = 1.0) -> Branch:
+        """A branch of the rows of `embed_text`."""
+        embedded = {name: tensor.to(device=self.device, dtype=self.compute_dtype) for name, tensor in text.items()}
         return embedded | self.added_conditions(batch, guidance_scale)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -253,3 +297,8 @@ class PipelineBackbone(Backbone):
                 f"the pipeline's parts do not fit: its VAE has {found} latent channels, and its denoiser takes "
                 f"{self.latent_channels}"
             )
+
+
+def is_text_encoder(name: str) -> bool:
+    """Whether a pipeline's component of that name is one."""
+    return name.startswith("text_encoder")

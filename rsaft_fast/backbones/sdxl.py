@@ -42,17 +42,16 @@ class SDXL(UNetBackbone):
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         return {"encoder_hidden_states": (self.text_tokens, config.cross_attention_dim), "text_embeds": (pooled,)}
 
-    def embed(self, prompts: Sequence[str | None], guidance_scale: float = 1.0) -> Branch:
-        branch = super().embed(prompts, guidance_scale)
+    def embed_text(self, prompts: Sequence[str | None]) -> Branch:
+        text = super().embed_text(prompts)
         if not self.pipeline.config.force_zeros_for_empty_prompt:
-            return branch
+            return text
         # The base model was trained with zeros, not with the empty text, where there is no prompt.
         absent = torch.tensor([prompt is None for prompt in prompts], device=self.device)
-        zeroed = {
-            name: branch[name].masked_fill(absent.view(-1, *[1] * len(shape)), 0)
+        return {
+            name: text[name].masked_fill(absent.view(-1, *[1] * len(shape)), 0)
             for name, shape in self.embedding_shapes.items()
         }
-        return {**branch, **zeroed}
 
     def encode_text(self, prompts: list[str]) -> Branch:
         text, _, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=False)

@@ -45,6 +45,7 @@ class Measured:
     def evaluate(self, trainer: Trainer, images: torch.Tensor, step: int) -> None:
         """Score a sample grid's pictures."""
         prompts, ball = trainer.sample_prompts, trainer.config.sharpness
+        shown, images = images, images.to(trainer.device)
         with torch.no_grad():
             proxy = trainer.reward.score(images, prompts)
         values = (
@@ -55,7 +56,7 @@ class Measured:
         for name, value in zip(QUANTITIES, values):
             self.scores[name].append(value.detach().double().cpu())
         self.steps.append(step)
-        self.images = [*self.images[:1], images]
+        self.images = [*self.images[:1], shown]
 
     def curve(self, name: str) -> list[float]:
         """The mean over pictures at each evaluation."""

@@ -38,13 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.lora:
         load_lora(backbone, arguments.lora)
     with naming_the_phase("sampling"):
-        encoded = EncodedPrompts(
-            backbone, prompts, sampler.negative_prompt, sampler.guidance_scale, sampler.true_cfg_scale
-        )
+        encoded = EncodedPrompts.encode(backbone, prompts, sampler)
         columns = {
             f"seed {seed}": sample_images(
                 backbone, schedule, encoded(prompts), seed, arguments.batch_size, same_noise=True
-            ).cpu()
+            )
             for seed in dict.fromkeys(arguments.seeds)
         }
     _write(output, prompts, columns)

@@ -16,16 +16,18 @@ import torch
 
 from rsaft_fast.backbones import PipelineBackbone, add_lora
 from rsaft_fast.backbones.base import Conditioning
+from rsaft_fast.backbones.turns import encode_in_turns
 from rsaft_fast.memory.live import CUDA_BLOCK, LiveBytes, shapes_alone
 from rsaft_fast.memory.networks import checkpoint_networks
 from rsaft_fast.memory.skeleton import DTYPES, skeleton_backbone, skeleton_reward
 from rsaft_fast.memory.states import AccountedOptimizer
 from rsaft_fast.rewards.base import Reward
+from rsaft_fast.rewards.precision import low_precision, s1_error
 from rsaft_fast.sampling import GradientPlan, NoiseSource, Schedule, derive_rng
 from rsaft_fast.step import MicroBatch, rsaft_step
 from rsaft_fast.train.check import check_path, check_settings
 from rsaft_fast.train.config import Config
-from rsaft_fast.train.data import EncodedPrompts, unload_text_encoders
+from rsaft_fast.train.data import EncodedPrompts, negative_texts
 from rsaft_fast.train.ema import EMA
 from rsaft_fast.train.optimizer import build_optimizer
 
@@ -121,10 +123,14 @@ class _Walk:
 
     def estimate(self, notes: tuple[str, ...]) -> Estimate:
         schedule = self.backbone.schedule(self.config.sampler.steps, self.config.sampler.eta)
+        # In the trainer's order: what leaves has left before the next comes.
+        with shapes_alone(self.cuda), self.live:
+            encoded = self._encode()
+            self._keep_prompts()
         self._attach()
         self._score_once()
         with shapes_alone(self.cuda), self.live:
-            encoded = self._encode()
+            self._check_reward()
             self._update(encoded, schedule)
             self._average()
             self._draw_grid()
@@ -156,20 +162,32 @@ class _Walk:
         self._keep(trained, backbone.trainable_parameters.values())
         self._keep("denoiser", _tensors(backbone.denoiser))
         self._keep("VAE", _tensors(backbone.pipeline.vae))
-        self._keep("reward", _tensors(self.reward))
         self.ema = EMA(backbone.trainable_parameters, config.ema.decay) if config.ema else None
         if self.ema:
             self._keep("running mean (fp32)", self.ema.means.values())
 
     def _encode(self) -> EncodedPrompts:
-        sampler = self.config.sampler
-        for module in self.backbone.modules():
-            self.live.see(_tensors(module))
-        encoded = EncodedPrompts(
-            self.backbone, [_PROMPT], sampler.negative_prompt, sampler.guidance_scale, sampler.true_cfg_scale
-        )
-        unload_text_encoders(self.backbone)
-        return encoded
+        """The text encoders lie on the host, and visit the device in there."""
+        names = self.backbone.text_encoder_names()
+        encoders = [encoder for name in names if (encoder := getattr(self.backbone.pipeline, name)) is not None]
+        self.live.exclude(tensor for encoder in encoders for tensor in _tensors(encoder))
+        texts = [_PROMPT, *negative_texts(self.backbone, self.config.sampler)]
+        rows = encode_in_turns(self.backbone, [text or None for text in texts])
+        return EncodedPrompts(self.backbone, dict(zip(texts, rows)), self.config.sampler)
+
+    def _keep_prompts(self) -> None:
+        before = self.live.alive
+        self.live.see(_tensors(self.reward))
+        self.reward.keep_prompts([_PROMPT])
+        self.standing["reward"] = self.live.alive - before
+
+    def _check_reward(self) -> None:
+        """The comparison with float32 at the start, one picture at a time."""
+        balls = [ball for ball in (self.config.sharpness, self.config.smoothing.image) if ball is not None]
+        spaces = [ball.space for ball in balls if ball.space != "latent"]
+        image = torch.empty(1, 3, self.backbone.height, self.backbone.width, device="meta")
+        for tower in low_precision(self.reward) if spaces else ():
+            s1_error(tower, image, [_PROMPT], space=spaces[0])
 
     def _update(self, encoded: EncodedPrompts, schedule: Schedule) -> None:
         config, live = self.config, self.live
@@ -179,10 +197,6 @@ class _Walk:
             if tensors:
                 self.standing[name] = sum(live.size(t) for t in tensors)
         self.accounted = accounted
-        if config.samples.every:
-            shape = (config.samples.count, 3, self.backbone.height, self.backbone.width)
-            self.baseline = torch.empty(shape, dtype=self.backbone.latent_dtype, device="meta")
-            self.standing["pictures of the first sample grid"] = self.baseline.untyped_storage().nbytes()
         before = live.alive
         batch, dropped = self._micro_batch(encoded, schedule)
         self.batch_bytes = live.alive - before
@@ -240,7 +254,7 @@ class _Walk:
             ema_update(self.ema)
 
     def _draw_grid(self) -> None:
-        """Decoding one batch of it, beside the pictures of the others: sampling needs no more than in an update."""
+        """Decoding one batch of it: sampling needs no more than in an update, and pictures go to the host."""
         config = self.config
         if config.samples.every == 0:
             return
@@ -248,10 +262,8 @@ class _Walk:
         with torch.no_grad():
             if self.ema is not None:
                 own = [p.detach().clone() for p in self.backbone.trainable_parameters.values()]  # noqa: F841
-            finished = torch.empty_like(self.baseline)[count:]
             latents = torch.empty(count, *self.backbone.latent_shape, dtype=self.backbone.latent_dtype, device="meta")
             self.backbone.decode(latents)
-            del finished
 
 
 def denoising_update(backbone: PipelineBackbone, schedule: Schedule, conditioning: Conditioning) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import FrameType
 
 ENCODING = "encoding prompts"
+KEEPING = "encoding prompts for the reward"
+CHECKING = "checking the reward's precision"
 SAMPLING = "sampling"
 GRID = "drawing the sample grid"
 SCORING = "decoding and scoring"
@@ -19,6 +21,10 @@ REST = "working"
 
 FUNCTIONS = {
     "embed": ENCODING,
+    "encode_in_turns": ENCODING,
+    "keep_prompts": KEEPING,
+    "_keep_prompts": KEEPING,
+    "s1_error": CHECKING,
     "sample_images": GRID,
     "_draw_grid": GRID,
     "rollout": SAMPLING,

@@ -131,7 +131,7 @@ class ClipReward(TowerReward):
 
     def keep_prompts(self, prompts: Sequence[str]) -> None:
         """Encode the prompts, keep them all, and drop the text tower; other prompts are refused from then on."""
-        kept = {prompt: self._encode_one(prompt) for prompt in dict.fromkeys(prompts)}
+        kept = {prompt: self._encode_one(prompt) for prompt in prompts}
         self._text_cache = OrderedDict(kept)
         del self.model.text_model, self.model.text_projection
         self.has_text_tower = False

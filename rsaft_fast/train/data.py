@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
 
 from rsaft_fast import playground
-from rsaft_fast.backbones import Backbone, Conditioning, PipelineBackbone
+from rsaft_fast.backbones import Backbone, Branch, Conditioning, PipelineBackbone
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation import prompts as prompt_files
 from rsaft_fast.methods import Method
 from rsaft_fast.sampling import NoiseSource, derive_rng
 from rsaft_fast.step import MicroBatch
-from rsaft_fast.train.config import PLAYGROUND, DataSettings
+from rsaft_fast.train.config import PLAYGROUND, DataSettings, SamplerSettings
 
 
 def load_prompts(source: str, column: str | None = None, held_out: bool = False) -> list[str]:
@@ -39,50 +39,52 @@ def _permutation(seed: int, epoch: int, size: int, stream: int) -> list[int]:
     return derive_rng(seed, epoch, "prompts", stream).permutation(size).tolist()
 
 
+def negative_texts(backbone: PipelineBackbone, sampler: SamplerSettings) -> list[str]:
+    """What guidance steers away from: one text, "" for the model's own unconditional prompt, or none.
+
+    Raises:
+        UserError: a negative prompt that nothing would use, or a guidance scale that the model does not have.
+    """
+    scale = backbone.cfg_scale(sampler.guidance_scale, sampler.true_cfg_scale)
+    if scale != 1.0:
+        return [sampler.negative_prompt]
+    if sampler.negative_prompt and backbone.embeds_guidance:
+        raise UserError(
+            "sampler.negative_prompt does nothing at sampler.true_cfg_scale 1: this model's guidance_scale is an "
+            "embedding; raise true_cfg_scale, or leave the negative prompt out"
+        )
+    return []
+
+
 class EncodedPrompts:
-    """Encodings of prompts, kept on the CPU, so that the text encoders can leave the device.
+    """The conditioning of any batch of prompts, from encodings that lie on the host.
 
     Each prompt is encoded alone: its encoding does not depend on which others came with it. An empty text is the
     model's unconditional prompt.
     """
 
-    def __init__(
-        self,
-        backbone: PipelineBackbone,
-        texts: Iterable[str],
-        negative_prompt: str = "",
-        guidance_scale: float = 1.0,
-        true_cfg_scale: float = 1.0,
-    ):
-        self.device = backbone.device
-        self.guidance_scale = backbone.cfg_scale(guidance_scale, true_cfg_scale)
-        if negative_prompt and backbone.embeds_guidance and self.guidance_scale == 1.0:
-            raise UserError(
-                "sampler.negative_prompt does nothing at sampler.true_cfg_scale 1: this model's guidance_scale is an "
-                "embedding; raise true_cfg_scale, or leave the negative prompt out"
-            )
-        embed = lambda text: _on_cpu(backbone.embed([text or None], guidance_scale))  # noqa: E731
-        self._rows = {text: embed(text) for text in dict.fromkeys(texts)}
-        self._negative = None if self.guidance_scale == 1.0 else embed(negative_prompt)
+    def __init__(self, backbone: PipelineBackbone, rows: Mapping[str, Branch], sampler: SamplerSettings):
+        """`rows`: `embed_text` of each prompt that will be asked for and of `negative_texts`, (1, ...) a tensor."""
+        self.backbone, self.rows, self.sampler = backbone, rows, sampler
+        self.guidance_scale = backbone.cfg_scale(sampler.guidance_scale, sampler.true_cfg_scale)
+        self._negative = next((rows[text] for text in negative_texts(backbone, sampler)), None)
+
+    @classmethod
+    def encode(cls, backbone: PipelineBackbone, texts: Iterable[str], sampler: SamplerSettings) -> EncodedPrompts:
+        """Encode now, by a backbone that has its text encoders."""
+        wanted = dict.fromkeys([*texts, *negative_texts(backbone, sampler)])
+        embed = lambda text: {n: t.cpu() for n, t in backbone.embed_text([text or None]).items()}  # noqa: E731
+        return cls(backbone, {text: embed(text) for text in wanted}, sampler)
 
     def __call__(self, texts: Sequence[str]) -> Conditioning:
         """The conditioning of a batch of these texts, on the backbone's device."""
-        rows = [self._rows[text] for text in texts]
-        positive = {name: torch.cat([row[name] for row in rows]).to(self.device) for name in rows[0]}
+        rows = [self.rows[text] for text in texts]
+        positive = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         negative = self._negative and {
-            name: row.expand(len(texts), *row.shape[1:]).to(self.device) for name, row in self._negative.items()
+            name: row.expand(len(texts), *row.shape[1:]) for name, row in self._negative.items()
         }
-        return Conditioning(positive, negative, self.guidance_scale)
-
-
-def _on_cpu(branch) -> dict[str, torch.Tensor]:
-    return {name: tensor.cpu() for name, tensor in branch.items()}
-
-
-def unload_text_encoders(backbone: PipelineBackbone) -> None:
-    """Free the text encoders: T5-XXL alone is 8.9 GiB in bf16."""
-    names = [name for name in backbone.pipeline.components if name.startswith("text_encoder")]
-    backbone.pipeline.register_modules(**dict.fromkeys(names))
+        branch = lambda text: self.backbone.branch(text, len(texts), self.sampler.guidance_scale)  # noqa: E731
+        return Conditioning(branch(positive), negative and branch(negative), self.guidance_scale)
 
 
 class PromptBatches:

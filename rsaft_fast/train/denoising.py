@@ -77,6 +77,11 @@ def _from_text_files(folder: Path):
         yield CaptionedImage(path, caption.read_text(encoding="utf-8").strip())
 
 
+def captions(items: list[CaptionedImage]) -> list[str]:
+    """Every caption that can be drawn, the dropped one included."""
+    return ["", *(item.caption for item in items)]
+
+
 def read_image(path: Path, height: int, width: int) -> torch.Tensor:
     """(3, height, width) in [0, 1]: resized so that it covers the size, then cropped at the centre."""
     with Image.open(path) as opened:
@@ -107,10 +112,6 @@ class DenoisingLoss:
         self.backbone, self.settings, self.items, self.seed = backbone, settings, items, seed
         # The sampler's own spacing (SD3's shift included): the levels that sampling will visit.
         self.levels = backbone.schedule(settings.levels)
-
-    def texts(self) -> list[str]:
-        """Every caption that can be drawn, the dropped one included."""
-        return ["", *(item.caption for item in self.items)]
 
     def backward(self, encoded: EncodedPrompts, step: int) -> float:
         """Accumulate the loss's gradient for update `step`, one picture after the other; return the loss.

@@ -41,6 +41,20 @@ def write_atomically(path: Path, text: str) -> None:
     fsync_folder(path.parent)
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace a file's content as a whole; several processes may do so at once, and the last one wins."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def replace_folder(temporary: Path, final: Path) -> None:
     """Put a finished folder in another's place; both have the same parent."""
     fsync_tree(temporary)

@@ -25,6 +25,7 @@ from rsaft_fast.train.trainer import Trainer, describe_software
 
 # Keys that may differ after a resume without a word.
 _FREE_KEYS = {"resume", "output_dir", "max_steps", "checkpoint_every", "keep_checkpoints", "samples", "logging"}
+_FREE_KEYS |= {"data.encoding_cache"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def train(
     for note in inputs.notes:
         say(note)
     forecast = announce(config, say)
-    trainer = Trainer(config, inputs)
+    trainer = Trainer(config, inputs, say)
     if forecast is not None:
         trainer.advise = forecast.advise
     saved = checkpoints.read(inputs.checkpoint, verify=False) if inputs.checkpoint else None
@@ -87,6 +88,8 @@ def train(
     with StopSignals() as stop, run:
         # Drawn before a checkpoint is loaded: every grid shows what the model drew before any training.
         run.baseline = run.sample(stop)
+        if not stop:
+            trainer.check_reward(run.baseline)
         if run.baseline is not None:
             on_samples(trainer, run.baseline, 0)
         if saved is not None:
@@ -246,7 +249,7 @@ def what_changed(config: Config, checkpoint: Path) -> list[str]:
     lines = [
         f"{key} was {_flat(before).get(key)!r} and is {value!r} now"
         for key, value in _flat(now).items()
-        if _flat(before).get(key) != value and key.partition(".")[0] not in _FREE_KEYS
+        if _flat(before).get(key) != value and not _FREE_KEYS & {key, key.partition(".")[0]}
     ]
     info = checkpoints.read_info(checkpoint)
     lines += [

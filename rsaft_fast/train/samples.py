@@ -24,7 +24,7 @@ def sample_images(
     stop: Callable[[], bool] = lambda: False,
     same_noise: bool = False,
 ) -> torch.Tensor | None:
-    """Images (B, 3, H, W), nominally 0 to 1, one for each row of `conditioning`; None when `stop` says so.
+    """Images (B, 3, H, W) on the host, nominally 0 to 1, one for each row of `conditioning`; None when `stop` says so.
 
     Picture i depends on (seed, i) and its prompt alone, whatever the batch size; with `same_noise` on (seed, prompt).
     """
@@ -38,7 +38,7 @@ def sample_images(
         latents = backbone.initial_latents(noise)
         part = conditioning.select(slice(rows.start, rows.stop))
         trajectory = rollout(backbone, schedule, plan, latents, part, noise)
-        pictures.append(backbone.decode(trajectory.endpoints[0]))
+        pictures.append(backbone.decode(trajectory.endpoints[0]).cpu())
     return torch.cat(pictures)
 
 

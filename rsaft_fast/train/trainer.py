@@ -17,15 +17,16 @@ import torch
 from rsaft_fast.backbones import PipelineBackbone, add_lora, load_backbone, save_lora
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory import checkpoint_networks
-from rsaft_fast.rewards import load_reward
-from rsaft_fast.speed import apply_speed
+from rsaft_fast.rewards import Reward, load_reward
+from rsaft_fast.rewards.precision import check_precision
 from rsaft_fast.step import StepReport, rsaft_step
 from rsaft_fast.train.check import Inputs, pick_device
 from rsaft_fast.train.checkpoint import Checkpoint
 from rsaft_fast.train.config import BackboneSettings, Config
-from rsaft_fast.train.data import EncodedPrompts, PromptBatches, unload_text_encoders
-from rsaft_fast.train.denoising import DenoisingLoss
+from rsaft_fast.train.data import EncodedPrompts, PromptBatches, negative_texts
+from rsaft_fast.train.denoising import DenoisingLoss, captions
 from rsaft_fast.train.ema import EMA
+from rsaft_fast.train.encodings import Encodings, Watched, free_memory, load_shapes, open_cache
 from rsaft_fast.train.files import replace_folder
 from rsaft_fast.train.memory_errors import naming_the_phase
 from rsaft_fast.train.optimizer import build_optimizer, learning_rate
@@ -38,47 +39,80 @@ PACKAGES = ("rsaft_fast", "torch", "diffusers", "transformers", "peft", "safeten
 class Trainer:
     """Everything that a run needs in memory.
 
+    It comes to the device in turns, so that no part stands beside one that will leave: each text encoder (none, where
+    all prompts are in the cache), then the reward, whose text tower leaves when it has seen the prompts, then the
+    denoiser and the VAE.
+
     Attributes:
         backbone, reward, optimizer, ema: as the recipe asks for.
         step: updates done.
         advise: what lowers the memory that a phase needs, for the message when there is too little; None if unknown.
     """
 
-    def __init__(self, config: Config, inputs: Inputs):
+    def __init__(self, config: Config, inputs: Inputs, say: Callable[[str], None] = lambda line: None):
         self.config = config
         self.device = pick_device(config.backbone.device)
-        self.backbone = prepare_backbone(config.backbone, self.device)
-        self.schedule = self.backbone.schedule(config.sampler.steps, config.sampler.eta)
+        self.batches = PromptBatches(config.data, inputs.prompts, config.method, config.sampler.steps, config.seed)
+        self.sample_prompts = inputs.sample_prompts
+        encodings = self._find_encodings(inputs, say)
+        self.schedule = encodings.shapes.schedule(config.sampler.steps, config.sampler.eta)
+        # On the host, before what takes long: one that cannot be loaded is known at once, and takes no memory yet.
+        reward = load_reward(config.reward)
+        with naming_the_phase("preparing the run"):
+            encodings.complete()
+            self.reward = self._keep_prompts(reward)
+            self.backbone = prepare_backbone(config.backbone, self.device, text=False)
+        self.encoded = EncodedPrompts(self.backbone, encodings, config.sampler)
         if config.parameters.train == "lora":
             add_lora(self.backbone, config.parameters.lora, config.seed)
         else:
             self.backbone.train_all_parameters()
-        apply_speed(self.backbone, config.speed)
         self.parameters = self.backbone.trainable_parameters
-        self.reward = load_reward(config.reward, self.device)
         self.optimizer = build_optimizer(self.parameters, config.optimizer, config.smoothing.parameters, config.seed)
         self.ema = EMA(self.parameters, config.ema.decay) if config.ema else None
         self.step = 0
-        self.batches = PromptBatches(config.data, inputs.prompts, config.method, config.sampler.steps, config.seed)
-        self.sample_prompts = inputs.sample_prompts
         self.denoising = None
         if config.denoising is not None:
             self.denoising = DenoisingLoss(self.backbone, config.denoising, inputs.images, config.seed)
         self.advise: Callable[[str], str | None] = lambda phase: None
-        self.encoded = self._encode()
 
-    def _encode(self) -> EncodedPrompts:
-        """Every text that the run will see, once; then the text encoders are freed."""
-        texts = self.batches.visited(range(self.config.max_steps)) + self.sample_prompts
-        if self.denoising is not None:
-            texts += self.denoising.texts()
-        sampler = self.config.sampler
-        with naming_the_phase("preparing the run"):
-            encoded = EncodedPrompts(
-                self.backbone, texts, sampler.negative_prompt, sampler.guidance_scale, sampler.true_cfg_scale
+    @property
+    def scored_prompts(self) -> list[str]:
+        """Every prompt whose pictures the run will score."""
+        return list(dict.fromkeys(self.batches.visited(range(self.config.max_steps)) + self.sample_prompts))
+
+    def _find_encodings(self, inputs: Inputs, say: Callable[[str], None]) -> Encodings:
+        """Of every text that the run will see: which are there, and which are to be made."""
+        config = self.config
+        cache = open_cache(config.data.encoding_cache, say)
+        shapes = load_shapes(config.backbone, DTYPES[config.backbone.dtype], self.device)
+        texts = self.scored_prompts + negative_texts(shapes, config.sampler)
+        if config.denoising is not None:
+            texts += captions(inputs.images)
+        return Encodings(shapes, config.backbone, texts, cache, say)
+
+    def _keep_prompts(self, reward: Reward) -> Reward:
+        """The reward on the device, without what it needs for other prompts than the run's."""
+        reward = reward.to(self.device)
+        reward.keep_prompts(Watched(self.scored_prompts, "prompts for the reward"))
+        free_memory(self.device)
+        return reward
+
+    def check_reward(self, images: torch.Tensor | None) -> None:
+        """Refuse a reward in low precision whose S1 is mostly rounding, at the radii that the recipe works with.
+
+        Args:
+            images: the first sample grid, (N, 3, H, W); None draws a few pictures where there is need.
+
+        Raises:
+            UserError: its S1 differs from that in float32 by more than a tenth.
+        """
+        balls = [ball for ball in (self.config.sharpness, self.config.smoothing.image) if ball is not None]
+        prompts = self.sample_prompts if images is not None else self.scored_prompts
+        with naming_the_phase("checking the reward"):
+            check_precision(
+                self.reward, balls, prompts, lambda some: self._draw(some) if images is None else images[: len(some)]
             )
-        unload_text_encoders(self.backbone)
-        return encoded
 
     def update(self) -> dict[str, Any]:
         """The next update; its record for metrics.jsonl.
@@ -118,6 +152,7 @@ class Trainer:
         perturbs = self.config.smoothing.parameters is not None
         figures = {
             "reward": report.reward,
+            **{f"reward/{name}": value for name, value in report.parts.items()},
             "loss": report.loss,
             "s1": report.s1,
             "eps_norm": stats.pop("eps_norm") if perturbs else 0.0,
@@ -134,17 +169,15 @@ class Trainer:
         return figures | {"first_grad_norm": stats.pop("grad_norm"), **stats}
 
     def sample(self, stop: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
-        """Pictures of the fixed prompts at the fixed noise, (N, 3, H, W), by the mean weights where there are any."""
-        seed = self.config.seed if self.config.samples.seed is None else self.config.samples.seed
+        """Pictures of the fixed prompts at the fixed noise, (N, 3, H, W) on the host, by the mean weights where there
+        are any."""
         with self.final_weights(), naming_the_phase("the sample grid"):
-            return sample_images(
-                self.backbone,
-                self.schedule,
-                self.encoded(self.sample_prompts),
-                seed,
-                self.config.data.batch_size,
-                stop,
-            )
+            return self._draw(self.sample_prompts, stop)
+
+    def _draw(self, prompts: list[str], stop: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
+        seed = self.config.seed if self.config.samples.seed is None else self.config.samples.seed
+        batch_size = self.config.data.batch_size
+        return sample_images(self.backbone, self.schedule, self.encoded(prompts), seed, batch_size, stop)
 
     def final_weights(self):
         """A context in which the model has the weights that a user would take away."""
@@ -208,8 +241,8 @@ class Trainer:
             self.backbone.denoiser.save_pretrained(folder)
 
 
-def prepare_backbone(settings: BackboneSettings, device: torch.device) -> PipelineBackbone:
-    """Load the pipeline that a recipe names, with the checkpointing it asks for."""
+def prepare_backbone(settings: BackboneSettings, device: torch.device, text: bool = True) -> PipelineBackbone:
+    """Load the pipeline that a recipe names, with the checkpointing it asks for; `text`: with its text encoders."""
     backbone = load_backbone(
         settings.path,
         height=settings.height,
@@ -217,6 +250,7 @@ def prepare_backbone(settings: BackboneSettings, device: torch.device) -> Pipeli
         dtype=DTYPES[settings.dtype],
         device=device,
         offload_blocks=settings.offload_blocks,
+        text=text,
     )
     checkpoint_networks(backbone.denoiser, backbone.pipeline.vae, settings.checkpoint, settings.keep_blocks)
     return backbone

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from rsaft_fast import playground
 from rsaft_fast.backbones import load_backbone
 from rsaft_fast.methods import AlignProp, DRaFTLV
-from rsaft_fast.train.config import DataSettings
-from rsaft_fast.train.data import EncodedPrompts, PromptBatches, epoch_order, load_prompts, unload_text_encoders
+from rsaft_fast.train.config import DataSettings, SamplerSettings
+from rsaft_fast.train.data import EncodedPrompts, PromptBatches, epoch_order, load_prompts
 
 
 @settings(max_examples=50, deadline=None)
@@ -51,15 +51,17 @@ def backbone(tiny):
 
 
 def test_a_prompts_encoding_does_not_depend_on_its_company(backbone):
-    alone = EncodedPrompts(backbone, ["one"], "", 1.0)(["one"])
-    among = EncodedPrompts(backbone, PROMPTS, "", 1.0)([*PROMPTS, "one"])
+    alone = EncodedPrompts.encode(backbone, ["one"], SamplerSettings())(["one"])
+    among = EncodedPrompts.encode(backbone, PROMPTS, SamplerSettings())([*PROMPTS, "one"])
     for name, row in alone.positive.items():
         assert torch.equal(row[0], among.positive[name][-1])
     assert alone.negative is None and len(among) == len(PROMPTS) + 1
 
 
 def test_encodings_are_the_backbones_own(backbone):
-    encoded = EncodedPrompts(backbone, PROMPTS, "blurred", 3.0)(PROMPTS)
+    encoded = EncodedPrompts.encode(backbone, PROMPTS, SamplerSettings(negative_prompt="blurred", guidance_scale=3.0))(
+        PROMPTS
+    )
     direct = backbone.encode(list(PROMPTS), "blurred", 3.0)
     for ours, theirs in ((encoded.positive, direct.positive), (encoded.negative, direct.negative)):
         assert ours.keys() == theirs.keys()
@@ -74,7 +76,7 @@ def batches(**overrides) -> PromptBatches:
 
 
 def test_micro_batches_split_the_samples_and_nothing_else(backbone):
-    encoded = EncodedPrompts(backbone, PROMPTS, "", 1.0)
+    encoded = EncodedPrompts.encode(backbone, PROMPTS, SamplerSettings())
     (whole,) = batches(batch_size=6)(backbone, encoded, 3)
     parts = batches(batch_size=2, accumulate=3)(backbone, encoded, 3)
     assert [prompt for part in parts for prompt in part.prompts] == list(whole.prompts)
@@ -84,7 +86,7 @@ def test_micro_batches_split_the_samples_and_nothing_else(backbone):
 
 
 def test_a_plan_for_each_micro_batch_when_asked_for(backbone):
-    encoded = EncodedPrompts(backbone, PROMPTS, "", 1.0)
+    encoded = EncodedPrompts.encode(backbone, PROMPTS, SamplerSettings())
     source = batches(batch_size=1, accumulate=8, plan_scope="micro-batch")
     plans = [batch.plan for batch in source(backbone, encoded, 0)]
     assert len(set(plans)) > 1
@@ -92,7 +94,7 @@ def test_a_plan_for_each_micro_batch_when_asked_for(backbone):
 
 
 def test_steps_have_noise_of_their_own(backbone):
-    encoded = EncodedPrompts(backbone, PROMPTS, "", 1.0)
+    encoded = EncodedPrompts.encode(backbone, PROMPTS, SamplerSettings())
     source = PromptBatches(DataSettings(prompts="x", batch_size=2), PROMPTS, DRaFTLV(), 4, seed=0)
     one, two = (source(backbone, encoded, step)[0] for step in (0, 1))
     assert not torch.equal(one.latents, two.latents)
@@ -104,13 +106,6 @@ def test_visited_prompts_are_those_that_the_updates_draw():
     assert source.visited(range(0)) == []
     drawn = [text for step in range(2, 5) for text in source.texts(step)]
     assert source.visited(range(2, 5)) == list(dict.fromkeys(drawn))
-
-
-def test_text_encoders_are_let_go(tiny):
-    backbone = load_backbone(tiny.sd3)
-    unload_text_encoders(backbone)
-    assert backbone.pipeline.text_encoder is None and backbone.pipeline.text_encoder_3 is None
-    assert backbone.pipeline.tokenizer is not None
 
 
 def test_the_playgrounds_held_out_prompts_are_not_its_training_prompts():

@@ -14,9 +14,9 @@ from PIL import Image
 from rsaft_fast.backbones.flow import FlowBackbone
 from rsaft_fast.errors import UserError
 from rsaft_fast.sampling import NoiseSource
-from rsaft_fast.train.config import DenoisingSettings
+from rsaft_fast.train.config import DenoisingSettings, SamplerSettings
 from rsaft_fast.train.data import EncodedPrompts
-from rsaft_fast.train.denoising import DenoisingLoss, load_folder, read_image, regression_target
+from rsaft_fast.train.denoising import DenoisingLoss, captions, load_folder, read_image, regression_target
 
 
 @pytest.fixture(scope="module", params=list(BUILDERS))
@@ -49,7 +49,7 @@ def test_loss_and_gradient_are_those_of_the_definition(backbone, folder):
     items = load_folder(folder)
     settings = DenoisingSettings(images=str(folder), batch_size=2, weight=3.0, drop_caption=0.0, levels=20)
     loss = DenoisingLoss(backbone, settings, items, seed=9)
-    encoded = EncodedPrompts(backbone, loss.texts(), "", 1.0)
+    encoded = EncodedPrompts.encode(backbone, captions(loss.items), SamplerSettings())
     seen = []
     predict = backbone.predict
     backbone.predict = lambda x, step, branch: seen.append((x.clone(), step)) or predict(x, step, branch)
@@ -90,7 +90,7 @@ def test_all_captions_dropped_is_the_empty_prompt(backbone, folder):
     settings = DenoisingSettings(images=str(folder), batch_size=2, drop_caption=1.0, levels=10)
     loss = DenoisingLoss(backbone, settings, load_folder(folder), seed=0)
     asked = []
-    encoded = EncodedPrompts(backbone, [""], "", 1.0)
+    encoded = EncodedPrompts.encode(backbone, [""], SamplerSettings())
     loss.backward(lambda texts: asked.extend(texts) or encoded(texts), step=0)
     assert asked == ["", ""]
 
