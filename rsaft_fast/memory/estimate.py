@@ -24,6 +24,7 @@ from rsaft_fast.memory.states import AccountedOptimizer
 from rsaft_fast.rewards.base import Reward
 from rsaft_fast.rewards.precision import low_precision, s1_error
 from rsaft_fast.sampling import GradientPlan, NoiseSource, Schedule, derive_rng
+from rsaft_fast.speed import apply_speed
 from rsaft_fast.step import MicroBatch, rsaft_step
 from rsaft_fast.train.check import check_path, check_settings
 from rsaft_fast.train.config import Config
@@ -155,6 +156,7 @@ class _Walk:
                 add_lora(backbone, config.parameters.lora, config.seed)
             else:
                 backbone.train_all_parameters()
+        apply_speed(backbone, config.speed)
         self.optimizer = build_optimizer(
             backbone.trainable_parameters, config.optimizer, config.smoothing.parameters, config.seed
         )

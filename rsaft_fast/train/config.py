@@ -13,6 +13,7 @@ from rsaft_fast.methods import AnyMethod
 from rsaft_fast.objective import ImageSmoothing, Smoothing
 from rsaft_fast.rewards import RewardSettings
 from rsaft_fast.settings import Settings
+from rsaft_fast.speed.settings import SpeedSettings
 
 PLAYGROUND = "playground"
 AUTO = "auto"
@@ -222,6 +223,7 @@ class Config(Settings):
         checkpoint_every: updates between two checkpoints; one is always written at the end and on SIGTERM or Ctrl-C.
         keep_checkpoints: how many of the newest stay; null keeps all.
         backbone: the diffusion model.
+        speed: what makes an update faster.
         parameters: what is trained.
         sampler: how pictures are sampled.
         method: which calls of the sampler carry the reward's gradient.
@@ -244,6 +246,7 @@ class Config(Settings):
     checkpoint_every: int = Field(default=50, ge=1)
     keep_checkpoints: int | None = Field(default=2, ge=1)
     backbone: BackboneSettings
+    speed: SpeedSettings = SpeedSettings()
     parameters: ParameterSettings = ParameterSettings()
     sampler: SamplerSettings = SamplerSettings()
     method: AnyMethod

@@ -19,6 +19,7 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.memory import checkpoint_networks
 from rsaft_fast.rewards import Reward, load_reward
 from rsaft_fast.rewards.precision import check_precision
+from rsaft_fast.speed import apply_speed
 from rsaft_fast.step import StepReport, rsaft_step
 from rsaft_fast.train.check import Inputs, pick_device
 from rsaft_fast.train.checkpoint import Checkpoint
@@ -67,6 +68,7 @@ class Trainer:
             add_lora(self.backbone, config.parameters.lora, config.seed)
         else:
             self.backbone.train_all_parameters()
+        apply_speed(self.backbone, config.speed)
         self.parameters = self.backbone.trainable_parameters
         self.optimizer = build_optimizer(self.parameters, config.optimizer, config.smoothing.parameters, config.seed)
         self.ema = EMA(self.parameters, config.ema.decay) if config.ema else None
