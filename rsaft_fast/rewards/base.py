@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.rewards.preprocess import Preprocess
+from rsaft_fast.rewards.preprocess import Preprocess, check_images
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ class Reward(nn.Module):
     differentiable: bool = True
     spec: RewardSpec
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are; one without any computes on the CPU."""
+        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W), nominally 0 to 1 and possibly outside, to the reward network's input; differentiable."""
         raise NotImplementedError(f"{type(self).__name__} has no separate input space")
@@ -75,6 +80,35 @@ class Reward(nn.Module):
     def train(self, mode: bool = True) -> Reward:
         """Stays in `eval()`: dropout in a reward would make its gradient noise."""
         return super().train(False)
+
+
+class PictureReward(Reward):
+    """A reward that looks at one picture at a time, as a file of 8 bits holds it: no gradient, any size."""
+
+    differentiable = False
+
+    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W), nominally 0 to 1, clipped to that, without gradient."""
+        check_images(images)
+        return images.detach().float().clamp(0, 1)
+
+    @torch.no_grad()
+    def score_inputs(self, inputs: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Scores (B,) in fp32; NaN for a picture with a value that is not finite.
+
+        Raises:
+            UserError: prompts that are not one string an image, or one that says nothing that this reward can judge.
+        """
+        check_prompts(prompts, len(inputs))
+        scores = [
+            self.score_picture(pixels, prompt) if torch.isfinite(pixels).all() else float("nan")
+            for pixels, prompt in zip(inputs, prompts)
+        ]
+        return torch.tensor(scores, dtype=torch.float32, device=inputs.device)
+
+    def score_picture(self, pixels: torch.Tensor, prompt: str) -> float:
+        """Score of one picture (3, H, W), 0 to 1, finite."""
+        raise NotImplementedError
 
 
 class TowerReward(Reward):

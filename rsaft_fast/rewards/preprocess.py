@@ -76,11 +76,7 @@ class Preprocess:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Preprocess in fp32, or float64 for float64 images; any autocast is switched off."""
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise UserError(
-                f"a reward takes float images of shape (B, 3, H, W), 0 to 1; got {tuple(images.shape)}, {images.dtype}"
-                + _MENDS.get(images.shape[1] if images.ndim == 4 else None, "")
-            )
+        check_images(images)
         with without_autocast(images.device):
             images = images.to(torch.promote_types(images.dtype, torch.float32))
             resized = apply_axis_matrices(
@@ -99,6 +95,15 @@ class Preprocess:
     def describe(self) -> dict[str, Any]:
         """Every choice, for the reward's spec."""
         return asdict(self) | {"resize_to": self.shortest_side}
+
+
+def check_images(images: torch.Tensor) -> None:
+    """Refuse anything but float images (B, 3, H, W)."""
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise UserError(
+            f"a reward takes float images of shape (B, 3, H, W), 0 to 1; got {tuple(images.shape)}, {images.dtype}"
+            + _MENDS.get(images.shape[1] if images.ndim == 4 else None, "")
+        )
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:

@@ -54,7 +54,8 @@ class SingleReward(Settings):
         name: the family. clip is any transformers CLIPModel with its tokenizer; pickscore and clipscore are such
             folders too. hpsv2 and hpsv2.1 read the published HPS_v2*_compressed.pt, imagereward ImageReward.pt with
             med_config.json beside it, aesthetic sac+logos+ava1-l14-linearMSE.pth, hpsv3 HPSv3.safetensors (16.6 GB
-            in bfloat16). combination makes one reward of several.
+            in bfloat16). Without gradient: ocr reads the text that the prompt quotes (path empty: the models of
+            rapidocr's wheel). combination makes one reward of several.
         path: folder, file or hub id of the weights, such as yuvalkirstain/PickScore_v1, xswu/HPSv2,
             THUDM/ImageReward. playground/fair and playground/brittle ship with the package. Required, but for
             combination and families whose weights come with a package.
@@ -74,6 +75,8 @@ class SingleReward(Settings):
         image_tower: of aesthetic: folder or hub id of OpenAI's CLIP ViT-L/14. null is the hub's.
         instruction: of hpsv3: the text of its authors that goes with every prompt, as the hpsv3 package's wheel or
             source file, or a .txt. null is that of an installed hpsv3.
+        substring: of ocr: a quoted text that stands whole within other text counts as exact, as published.
+        repeat_penalty: of ocr: taken off for each time beyond the first that the quoted text is read.
     """
 
     name: str = "clip"
@@ -86,6 +89,8 @@ class SingleReward(Settings):
     tokenizer: str | None = None
     image_tower: str | None = None
     instruction: str | None = None
+    substring: bool = True
+    repeat_penalty: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
     @field_validator("name")
     @classmethod
@@ -287,5 +292,6 @@ REWARDS: dict[str, Family] = {
     "imagereward": Family(load_image_reward, ("tokenizer", *_TOWER)),
     "aesthetic": Family(load_aesthetic, ("image_tower", *_TOWER)),
     "hpsv3": Family(_later("hpsv3", "load_hpsv3"), ("instruction", "tokenizer", *_TOWER)),
+    "ocr": Family(_later("ocr", "load_ocr"), ("substring", "repeat_penalty"), differentiable=False, needs_path=False),
     "combination": Family(_load_combination, ("how", "penalty", "parts", "calibration", "calibrate"), needs_path=False),
 }

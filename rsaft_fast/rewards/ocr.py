@@ -1,0 +1,149 @@
+"""Is the text that a prompt quotes written in the picture? The OCR reward of Flow-GRPO (arXiv 2505.05470), read by
+RapidOCR's models, which are PaddleOCR's; no gradient."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from rsaft_fast.errors import UserError
+from rsaft_fast.rewards.base import PictureReward, RewardSpec
+from rsaft_fast.rewards.files import first_line, sha256_of
+
+if TYPE_CHECKING:
+    from rapidocr import RapidOCR
+
+# Double quotes first; then the single ones of DrawBench, which an apostrophe inside a word is not.
+_QUOTED = (re.compile(r'"([^"]*)"'), re.compile("“([^”]*)”"), re.compile(r"(?<!\w)'(.+?)'(?!\w)"))
+_MEND = "pip install rapidocr onnxruntime rapidfuzz"
+
+
+def target_text(prompt: str) -> str:
+    """What the prompt wants written: its first quoted text.
+
+    Raises:
+        UserError: nothing is quoted.
+    """
+    for pattern in _QUOTED:
+        match = pattern.search(prompt)
+        if match and plain(match[1]):
+            return match[1]
+    raise UserError(f'prompt {prompt[:60]!r} quotes no text; the OCR reward needs one, as in: a sign that says "open"')
+
+
+def plain(text: str) -> str:
+    """Text as it is compared: lower case, without blanks."""
+    return "".join(text.lower().split())
+
+
+def text_score(read: str, target: str, *, substring: bool = True, repeat_penalty: float = 0.0) -> float:
+    """1 - d / n of plain texts, with the edit distance d, at most n, and the target's length n.
+
+    Args:
+        read: everything that was read in the picture.
+        target: not empty.
+        substring: whether a target that stands whole within other text has d = 0, as published; text without end then
+            costs nothing.
+        repeat_penalty: taken off for each time beyond the first that the target was read; the sum is 0 at least.
+    """
+    from rapidfuzz.distance import Levenshtein
+
+    if substring and target in read:
+        distance = 0
+    else:
+        distance = min(Levenshtein.distance(read, target), len(target))
+    repeats = max(read.count(target) - 1, 0)
+    return max(1 - distance / len(target) - repeat_penalty * repeats, 0.0)
+
+
+class OcrReward(PictureReward):
+    """0 to 1: how nearly the picture's text is the one that the prompt quotes.
+
+    Attributes:
+        engine: RapidOCR's detector and recogniser, on the CPU.
+    """
+
+    def __init__(self, engine: RapidOCR, spec: RewardSpec, *, substring: bool = True, repeat_penalty: float = 0.0):
+        super().__init__()
+        self.engine = engine
+        self.spec = spec
+        self.substring = substring
+        self.repeat_penalty = repeat_penalty
+        self.eval()
+
+    def read(self, pixels: torch.Tensor) -> str:
+        """All text in one picture (3, H, W), 0 to 1, lines joined without a blank."""
+        picture = (pixels * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        # The engine takes the channels in OpenCV's order.
+        lines = self.engine(picture[:, :, ::-1].copy()).txts
+        return "".join(lines or ())
+
+    def score_picture(self, pixels: torch.Tensor, prompt: str) -> float:
+        """See `text_score`."""
+        target = plain(target_text(prompt))
+        options = {"substring": self.substring, "repeat_penalty": self.repeat_penalty}
+        return text_score(plain(self.read(pixels)), target, **options)
+
+
+def load_ocr(
+    path: str | Path = "",
+    *,
+    substring: bool = True,
+    repeat_penalty: float = 0.0,
+    device: torch.device | str = "cpu",
+) -> OcrReward:
+    """The OCR reward with the models in rapidocr's own wheel, or others.
+
+    Args:
+        path: "" for those of the wheel (nothing is downloaded), or a folder with one *_det_*.onnx and one *_rec_*.onnx.
+        substring, repeat_penalty: see `text_score`.
+        device: not used, the engine runs on the CPU.
+
+    Raises:
+        UserError: a missing package or model, or a penalty below 0.
+    """
+    if not 0 <= repeat_penalty < float("inf"):
+        raise UserError(f"the OCR reward's repeat_penalty is {repeat_penalty}; it must be 0 or more")
+    try:
+        import onnxruntime
+        import rapidfuzz  # noqa: F401
+        import rapidocr
+    except ImportError as error:
+        raise UserError(f"the OCR reward needs {error.name or first_line(error)}, which is missing; {_MEND}") from error
+    folder = Path(path).expanduser() if path else Path(rapidocr.__file__).parent / "models"
+    models = {part: _model(folder, part) for part in ("det", "rec")}
+    parameters = {
+        "Global.log_level": "error",
+        # Flow-GRPO reads without turning lines upright.
+        "Global.use_cls": False,
+        "Det.model_path": str(models["det"]),
+        "Rec.model_path": str(models["rec"]),
+    }
+    try:
+        # The engine opens its models at the first picture: too late to say that one is damaged.
+        for model in models.values():
+            onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+        engine = rapidocr.RapidOCR(params=parameters)
+    except Exception as error:
+        # onnxruntime and rapidocr raise their own kinds.
+        raise UserError(
+            f"the OCR models in {str(folder)!r} do not load ({type(error).__name__}: {first_line(error)}); {_MEND}"
+        ) from error
+    facts = {part: model.name for part, model in models.items()}
+    facts |= {"rapidocr": version("rapidocr"), "substring": substring, "repeat_penalty": repeat_penalty}
+    spec = RewardSpec("ocr", str(path), sha256_of(list(models.values())), facts, "Apache-2.0")
+    return OcrReward(engine, spec, substring=substring, repeat_penalty=repeat_penalty)
+
+
+def _model(folder: Path, part: str) -> Path:
+    found = sorted(folder.glob(f"*_{part}_*.onnx"))
+    if len(found) != 1:
+        raise UserError(
+            f"{str(folder)!r} holds {len(found)} files *_{part}_*.onnx; the OCR reward needs one: name a folder that "
+            f"holds it, or install a rapidocr whose wheel does ({_MEND})"
+        )
+    return found[0]
