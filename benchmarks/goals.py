@@ -16,6 +16,7 @@ SDXL, FLUX = "sdxl-full", "flux1-full"
 LORA = ("sd15-lora32", "sdxl-lora32", "sd35-medium-lora32", "flux1-lora32")
 LAUNCH_BOUND_MS = 0.040  # below this a few launches and their tails are the time, whatever the bytes
 BIG_BATCH, SMALL_BATCH = case_name(32, 1024), case_name(4, 512)
+_HEADER = ("goal", "wanted", "measured", "met")
 STATE_BYTES = {"bf16": 12}  # what AdamW holds a parameter without SAM: fp32 moments and master
 
 
@@ -43,22 +44,34 @@ def goals(results: Row) -> list[Goal]:
 
 def text(results: Row) -> str:
     """The goals as a table for the terminal."""
-    found = goals(results)
-    rows = [("goal", "wanted", "measured", "met"), *((g.what, g.wanted, g.measured, _word(g.met)) for g in found)]
-    return "\n".join([*align(rows, words=4), "", _summary(found, results)])
+    return lines(goals(results), _note(results))
 
 
 def as_markdown(results: Row) -> str:
     """The goals as a Markdown table."""
-    found = goals(results)
+    return markdown_lines(goals(results), _note(results))
+
+
+def lines(found: list[Goal], note: str = "") -> str:
+    """Goals as a table for the terminal, and how many are met; `note` says why they may not count."""
+    rows = [_HEADER, *((g.what, g.wanted, g.measured, _word(g.met)) for g in found)]
+    return "\n".join([*align(rows, words=4), "", _summary(found, note)])
+
+
+def markdown_lines(found: list[Goal], note: str = "") -> str:
+    """The same in Markdown."""
     rows = [(g.what, g.wanted, g.measured, _word(g.met)) for g in found]
-    return markdown(("goal", "wanted", "measured", "met"), rows) + f"\n\n{_summary(found, results)}"
+    return markdown(_HEADER, rows) + f"\n\n{_summary(found, note)}"
 
 
-def _summary(found: list[Goal], results: Row) -> str:
+def _note(results: Row) -> str:
+    return "" if is_gpu(results) else str(results.get("note", ""))
+
+
+def _summary(found: list[Goal], note: str) -> str:
     met, measured = sum(g.met is True for g in found), sum(g.met is not None for g in found)
     said = f"{met} of {measured} measured goals met; {len(found) - measured} not measured"
-    return said if is_gpu(results) else f"{said}. {results.get('note', '')}".rstrip()
+    return f"{said}. {note}" if note else said
 
 
 def _word(met: bool | None) -> str:

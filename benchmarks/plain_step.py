@@ -1,9 +1,9 @@
 """The same RSA-FT step as one writes it without this package: what `gpu_memory.py` holds ours against.
 
-diffusers' pipeline parts and scheduler, peft's LoRA, diffusers' own gradient checkpointing on denoiser and VAE, guidance
-as a batch of two, torch's AdamW, and the usual SAM loop by hand: gradients, clone the weights, climb, gradients again,
-copy back, update. The picture's perturbation comes from the first backward pass. Nothing of rsaft_fast is used; the
-reward is a function, the same one that ours maximises.
+diffusers' pipeline parts and scheduler, peft's LoRA, diffusers' own gradient checkpointing on denoiser and VAE,
+guidance as a batch of two, torch's AdamW, and the usual SAM loop by hand: gradients, clone the weights, climb,
+gradients again, copy back, update. The picture's perturbation comes from the first backward pass. Nothing of rsaft_fast
+is used; the reward is a function, the same one that ours maximises.
 """
 
 from __future__ import annotations

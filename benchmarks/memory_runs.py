@@ -1,0 +1,162 @@
+"""What `gpu_memory.py` runs: models, recipes as dotted keys, and what is measured of each, the most important first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rsaft_fast.train.config import Config
+
+GRADED_STEPS = 8  # K of the second peak, which must not be higher than the first
+STEPS = 4  # peaks do not depend on the number of sampler steps; times are extrapolated from it
+
+
+@dataclass(frozen=True)
+class Model:
+    """A published pipeline and how recipes sample it.
+
+    Attributes:
+        spec: its name in `backbones.specs`. path: its hub id. size: pixels a side.
+        steps: of a whole picture. guidance: `sampler.guidance_scale`.
+    """
+
+    spec: str
+    path: str
+    size: int
+    steps: int
+    guidance: float
+
+
+MODELS = {
+    "sd15": Model("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5", 512, 50, 7.5),
+    "sdxl": Model("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", 1024, 50, 5.0),
+    "sd35m": Model("sd35-medium", "stabilityai/stable-diffusion-3.5-medium", 1024, 28, 4.5),
+    "flux": Model("flux1", "black-forest-labs/FLUX.1-dev", 1024, 28, 3.5),
+}
+REWARD = "yuvalkirstain/PickScore_v1"  # CLIP-H
+
+BASE: Mapping[str, Any] = {
+    "output_dir": "unused",
+    "max_steps": 1000,
+    "backbone.dtype": "bf16",
+    "backbone.checkpoint": ["denoiser", "decoder-strips"],
+    "parameters.lora.rank": 32,
+    "sampler.steps": STEPS,
+    "method.name": "draft",
+    "reward.name": "pickscore",
+    "reward.path": REWARD,
+    "data.prompts": "unused",
+    "data.batch_size": 1,
+    "data.accumulate": 1,
+    "samples.every": 0,
+    "logging.tensorboard": False,
+    "logging.diagnostics": False,
+}
+"""DRaFT-1 with both smoothings, one picture an update. The reward is in fp32, as small image radii need it."""
+
+# bf16 weights, 8-bit moments, each gradient applied as it arrives: one backward call, so the branch without a prompt
+# stays out of it (FLUX.1 has none).
+FULL = {
+    "parameters.train": "full",
+    "method.uncond": "detached",
+    "optimizer.state_bits": 8,
+    "optimizer.stochastic_rounding": True,
+    "optimizer.release_gradients": True,
+}
+NF4 = {"backbone.quantize": "nf4"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model in one process.
+
+    Attributes:
+        limit: GiB that the peak must not exceed.
+        keys: over `BASE` and the model's.
+        compare: whether its times are measured too, beside the step in plain PyTorch.
+        seconds: a guess on an H100; what is still running after three times as long is given up.
+    """
+
+    name: str
+    model: str
+    limit: float
+    seconds: float
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    compare: bool = False
+
+    @property
+    def lora(self) -> bool:
+        return self.keys.get("parameters.train", "lora") == "lora"
+
+    def parts(self) -> tuple[str, ...]:
+        """What is measured of it, in order."""
+        parts = (PEAK,) + ((PEAK_K,) if self.lora else ())
+        return parts + ((TIME, KERNELS, WHOLE, PLAIN, PLAIN_UNCHECKED) if self.compare else ())
+
+
+CARD = "card"
+PEAK, PEAK_K = "peak", f"peak, K = {GRADED_STEPS}"
+TIME, KERNELS, WHOLE = "times", "kernels", "a whole run"
+PLAIN, PLAIN_UNCHECKED = "plain, checkpointed", "plain, without checkpointing"
+ESTIMATE, ESTIMATE_K, FLOPS = "estimate", f"estimate, K = {GRADED_STEPS}", "FLOPs"
+RUNS = (
+    Run("sdxl-lora", "sdxl", 10, 55, compare=True),
+    Run("flux-lora", "flux", 28, 95, compare=True),
+    Run("flux-full", "flux", 74, 40, FULL),
+    Run("sdxl-full", "sdxl", 20, 30, FULL),
+    Run("sd35m-lora", "sd35m", 9.5, 55, compare=True),
+    Run("flux-lora-nf4", "flux", 12, 45, NF4),
+    Run("sdxl-lora-nf4", "sdxl", 7, 30, NF4),
+    Run("sd15-lora", "sd15", 5, 45, compare=True),
+)
+
+
+def run_named(name: str) -> Run:
+    return next(run for run in RUNS if run.name == name)
+
+
+def counted_parts(run: Run) -> tuple[str, ...]:
+    """What is worked out of it without a device."""
+    return (ESTIMATE,) + ((ESTIMATE_K,) if run.lora else ()) + ((FLOPS,) if run.compare else ())
+
+
+def recipe_keys(run: Run, device: str, overrides: Mapping[str, Any], part: str = PEAK) -> dict[str, Any]:
+    """The recipe as dotted keys, at few sampler steps; `overrides` are those of the tiny models."""
+    model = MODELS[run.model]
+    keys = dict(BASE) | {
+        "backbone.path": model.path,
+        "backbone.height": model.size,
+        "backbone.width": model.size,
+        "backbone.device": device,
+        "sampler.guidance_scale": model.guidance,
+    }
+    keys |= dict(run.keys) | dict(overrides)
+    if part in (PEAK_K, ESTIMATE_K):
+        keys |= {"method.k": GRADED_STEPS, "sampler.steps": GRADED_STEPS}
+    return keys
+
+
+def config_of(keys: Mapping[str, Any]) -> Config:
+    """The recipe that dotted keys spell.
+
+    Raises:
+        UserError: a key or a value that this version does not have.
+    """
+    from rsaft_fast.train.recipe import (
+        validate,  # imports diffusers and transformers: seconds that --help need not wait
+    )
+
+    return validate(_nested(keys), where="benchmarks/memory_runs.py")
+
+
+def _nested(keys: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in keys.items():
+        *sections, name = key.split(".")
+        branch = tree
+        for section in sections:
+            branch = branch.setdefault(section, {})
+        branch[name] = value
+    return tree
