@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from rsaft_fast.evaluation import save_png
+from rsaft_fast.train.background import BackgroundWriter
 from rsaft_fast.train.files import write_atomically
 
 METRICS = "metrics.jsonl"
@@ -19,13 +21,18 @@ CONFIG = "config.yaml"
 
 
 class RunLog:
-    """Writes into a run folder that it makes when told to, not before: a run that fails at once leaves nothing."""
+    """Writes into a run folder that it makes when told to, not before: a run that fails at once leaves nothing.
+
+    Lines of metrics.jsonl are written at once, in microseconds. Drawing and encoding grids and feeding TensorBoard
+    takes up to seconds, and happens in a thread beside the next updates; an error there is raised by the next call.
+    """
 
     def __init__(self, folder: Path, tensorboard: bool):
         self.folder = folder
         self._wants_tensorboard = tensorboard
         self._metrics = None
         self._board = None
+        self._writer = BackgroundWriter()
 
     @property
     def is_open(self) -> bool:
@@ -47,28 +54,49 @@ class RunLog:
         self._metrics.write(_line(record))
         self._metrics.flush()
         if self._board is not None:
-            for name, value in record.items():
-                if name != "step" and isinstance(value, int | float) and math.isfinite(value):
-                    self._board.add_scalar(name, value, record["step"])
+            self._writer.submit(lambda: self._plot(record))
 
-    def samples(self, image: Image.Image, step: int) -> Path:
-        """A sample grid as PNG, then to TensorBoard."""
-        path = save_png(image, self.folder / "samples" / f"step_{step}.png")
+    def samples(self, draw: Callable[[], Image.Image], step: int) -> None:
+        """A sample grid, drawn and written as PNG, then to TensorBoard, in the background."""
+        self._writer.submit(lambda: self._write_grid(draw(), step))
+
+    def flush(self) -> None:
+        """Return when everything logged so far would survive a power cut."""
+        self._writer.flush()
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
         if self._board is not None:
-            self._board.add_image("samples", np.asarray(image), step, dataformats="HWC")
-        return path
+            self._board.flush()
 
     def close(self) -> None:
-        if self._metrics is not None:
-            self._metrics.close()
+        """Write what is left, and end. A second call does nothing."""
+        try:
+            self._writer.close()
+        finally:
+            for stream in (self._metrics, self._board):
+                if stream is not None:
+                    stream.close()
+
+    def _plot(self, record: Mapping[str, Any]) -> None:
+        for name, value in record.items():
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+                self._board.add_scalar(name, value, record["step"])
+
+    def _write_grid(self, image: Image.Image, step: int) -> None:
+        save_png(image, self.folder / "samples" / f"step_{step}.png")
         if self._board is not None:
-            self._board.close()
+            self._board.add_image("samples", np.asarray(image), step, dataformats="HWC")
 
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *exc) -> None:
-        self.close()
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self.close()
+        except Exception:
+            # What ends the run comes first.
+            if error is None:
+                raise
 
 
 def read_metrics(folder: Path, until: int | None = None) -> list[dict[str, Any]]:

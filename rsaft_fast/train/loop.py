@@ -136,9 +136,11 @@ class _Run:
         return self
 
     def __exit__(self, *exc) -> None:
-        self.log.close()
-        if self.bar is not None:
-            self.bar.close()
+        try:
+            self.log.__exit__(*exc)
+        finally:
+            if self.bar is not None:
+                self.bar.close()
 
     def begin(self) -> None:
         """Everything is loaded, the first update is next."""
@@ -153,7 +155,7 @@ class _Run:
             earlier = read_metrics(self.resumed.parents[1], until=self.start) if self.resumed else []
             self.log.open(to_yaml(self.config), self.start, earlier)
             if self.baseline is not None:
-                self.log.samples(compose_grid(self.trainer.sample_prompts, {"before": self.baseline}), 0)
+                self._log_grid({"before": self.baseline}, 0)
         self.log.metrics(record)
         self.bar = self.bar or self._new_bar()
         names = {"reward": "reward", "s1": "S1", "eps_norm": "|eps|", "projection": "proj", "seconds": "s/step"}
@@ -173,17 +175,25 @@ class _Run:
 
     def log_samples(self, images: torch.Tensor) -> None:
         columns = {"before": self.baseline, f"after {self.trainer.step} updates": images}
-        self.log.samples(compose_grid(self.trainer.sample_prompts, columns), self.trainer.step)
+        self._log_grid(columns, self.trainer.step)
+
+    def _log_grid(self, columns: dict[str, torch.Tensor], step: int) -> None:
+        self.log.samples(lambda: compose_grid(self.trainer.sample_prompts, columns), step)
 
     def save(self) -> None:
         self.checkpoint = checkpoints.write(
             self.folder / "checkpoints",
             self.trainer.checkpoint(),
             to_yaml(self.config),
-            self.trainer.export_lora,
+            self._finish_checkpoint,
             self.config.keep_checkpoints,
         )
         self.saved = self.trainer.step
+
+    def _finish_checkpoint(self, folder: Path) -> None:
+        """The last thing before it is marked complete: what was logged up to it is on the disk."""
+        self.trainer.export_lora(folder)
+        self.log.flush()
 
     def roll_back(self) -> None:
         """An update broke off inside its backward pass: leave the model as the last checkpoint has it."""
