@@ -8,6 +8,7 @@ micro-batches of an update the last one is run, with what the others leave behin
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,9 +20,10 @@ from rsaft_fast.backbones.base import Conditioning
 from rsaft_fast.backbones.turns import encode_in_turns
 from rsaft_fast.memory.live import CUDA_BLOCK, LiveBytes, shapes_alone
 from rsaft_fast.memory.networks import checkpoint_networks
-from rsaft_fast.memory.skeleton import DTYPES, skeleton_backbone, skeleton_reward
+from rsaft_fast.memory.reward_skeleton import skeleton_reward
+from rsaft_fast.memory.skeleton import DTYPES, skeleton_backbone
 from rsaft_fast.memory.states import AccountedOptimizer
-from rsaft_fast.rewards.base import Reward
+from rsaft_fast.rewards.base import Reward, TowerReward
 from rsaft_fast.rewards.precision import low_precision, s1_error
 from rsaft_fast.sampling import GradientPlan, NoiseSource, Schedule, derive_rng
 from rsaft_fast.speed import apply_speed
@@ -190,6 +192,7 @@ class _Walk:
         image = torch.empty(1, 3, self.backbone.height, self.backbone.width, device="meta")
         for tower in low_precision(self.reward) if spaces else ():
             s1_error(tower, image, [_PROMPT], space=spaces[0])
+            gc.collect()  # the float32 copy refers to itself
 
     def _update(self, encoded: EncodedPrompts, schedule: Schedule) -> None:
         config, live = self.config, self.live
@@ -248,8 +251,10 @@ class _Walk:
         image = torch.empty(1, 3, *size, device="meta", dtype=self.backbone.latent_dtype)
         with torch.no_grad(), shapes_alone(self.cuda):
             self.reward.score(image, [_PROMPT])
-            dtype = self.reward.preprocess(image).dtype
-        self.live.see(self.reward.prepare.axis_matrices(size, dtype, image.device))
+            towers = [module for module in self.reward.modules() if isinstance(module, TowerReward)]
+            for tower in towers:
+                dtype = tower.preprocess(image).dtype
+                self.live.see(tower.prepare.axis_matrices(size, dtype, image.device))
 
     def _average(self) -> None:
         if self.ema is not None:

@@ -128,6 +128,28 @@ _CLIP_VIT_L = {
         "hidden_act": "quick_gelu",
     },
 }
+IMAGE_REWARD_VISION = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "gelu",
+}
+IMAGE_REWARD_TEXT = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "vocab_size": 30524,
+    "max_position_embeddings": 512,
+    "layer_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+    "pad_token_id": 0,
+}
+"""Keys of med_config.json."""
+
 _REWARDS = {"pickscore": _CLIP_H, "hps": _CLIP_H, "vit-h-14": _CLIP_H, "clip-vit-large-patch14": _CLIP_VIT_L}
 
 

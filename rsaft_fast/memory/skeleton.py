@@ -1,4 +1,4 @@
-"""Pipelines and rewards on the meta device, from their config files: every shape, no weight."""
+"""Pipelines on the meta device, from their config files: every shape, no weight."""
 
 from __future__ import annotations
 
@@ -16,15 +16,9 @@ from huggingface_hub import try_to_load_from_cache
 
 from rsaft_fast.backbones import ADAPTERS, PipelineBackbone, adapter_for
 from rsaft_fast.errors import UserError
-from rsaft_fast.memory.published import KNOWN, Parts, published_pipeline, published_reward
-from rsaft_fast.rewards import RewardSettings
-from rsaft_fast.rewards.base import RewardSpec
-from rsaft_fast.rewards.clip import ClipReward, image_processor_config, preprocess_from_config
+from rsaft_fast.memory.published import KNOWN, Parts, published_pipeline
 from rsaft_fast.rewards.files import read_json
-from rsaft_fast.rewards.registry import resolve_path
 
-CLIP_FAMILIES = ("clip", "pickscore", "clipscore", "hpsv2", "hpsv2.1")
-"""Rewards that are a `CLIPModel`."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -125,44 +119,6 @@ def _parts_of_folder(folder: Path) -> Parts:
         if config is not None:
             parts[name] = (*entry, json.loads(config.read_text(encoding="utf-8")))
     return parts
-
-
-def skeleton_reward(settings: RewardSettings) -> tuple[ClipReward, list[str]]:
-    """The reward on the meta device, and what there is to say about where it came from.
-
-    Raises:
-        UserError: no checkpoint there, and no published one of that name is known here.
-    """
-    if settings.name not in CLIP_FAMILIES:
-        raise UserError(f"the memory of reward.name {settings.name} is not estimated; {', '.join(CLIP_FAMILIES)} are")
-    path, notes, prepare = resolve_path(settings.path), [], {}
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        cached = try_to_load_from_cache(path, "config.json")
-        folder = Path(cached).parent if isinstance(cached, str) else folder
-    if (folder / "config.json").is_file():
-        config, prepare = read_json(folder / "config.json"), image_processor_config(folder)
-    else:
-        config = published_reward(f"{settings.name} {path}")
-        if config is None:
-            raise UserError(
-                f"reward.path {settings.path!r} is neither a folder with a config.json nor in the hub's cache here, "
-                "and no published architecture is known by that name; give a folder, or download the reward first"
-            )
-        notes = [f"{path} has no config.json on this machine: shapes are those of the published CLIPModel of that name"]
-    with quiet(), torch.device("meta"):
-        model = transformers.CLIPModel(transformers.CLIPConfig.from_dict(config))
-    size = model.config.vision_config.image_size
-    reward = ClipReward(
-        model,
-        LengthTokenizer(model.config.text_config.max_position_embeddings),
-        preprocess_from_config(prepare, size, settings.clamp),
-        RewardSpec(name=settings.name, source=settings.path),
-        scale="cosine",  # the other reads the weight logit_scale; bytes are the same
-        dtype=getattr(torch, settings.dtype),
-        checkpoint=settings.checkpoint,
-    )
-    return reward, notes
 
 
 @contextmanager

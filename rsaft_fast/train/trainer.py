@@ -115,6 +115,7 @@ class Trainer:
             check_precision(
                 self.reward, balls, prompts, lambda some: self._draw(some) if images is None else images[: len(some)]
             )
+        free_memory(self.device)  # the float32 copy refers to itself
 
     def update(self) -> dict[str, Any]:
         """The next update; its record for metrics.jsonl.

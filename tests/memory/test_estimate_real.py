@@ -13,7 +13,8 @@ from rsaft_fast.memory import checkpoint_denoiser, phases
 from rsaft_fast.memory.estimate import GIB, estimate
 from rsaft_fast.memory.live import LiveBytes, shapes_alone
 from rsaft_fast.memory.published import published_pipeline
-from rsaft_fast.memory.skeleton import skeleton_backbone, skeleton_reward
+from rsaft_fast.memory.reward_skeleton import skeleton_reward
+from rsaft_fast.memory.skeleton import skeleton_backbone
 from rsaft_fast.rewards import RewardSettings
 from rsaft_fast.train.recipe import load_config
 
