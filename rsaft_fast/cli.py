@@ -16,6 +16,7 @@ Fine-tunes diffusion models by reward gradient, smoothed against reward hacking 
   rsaft-fast train recipe.yaml             fine-tune your own model
   rsaft-fast sample PIPELINE --run RUN     look at what came out
   rsaft-fast score PICTURES --reward R=P   what reward models say of pictures
+  rsaft-fast serve --reward R=P            reward models for other processes, over HTTP
   rsaft-fast estimate recipe.yaml          will it fit, and what would make it fit
   rsaft-fast bench                         how fast the SAM step is here, beside what others use
   rsaft-fast doctor                        what runs on this machine, and why
@@ -58,9 +59,30 @@ examples:
   rsaft-fast score a.png b.jpg --prompts prompts.txt --reward imagereward=weights/ImageReward.pt
   rsaft-fast score before after --reward hpsv2=HPS_v2_compressed.pt,scale=percent,resize=legacy_noaa
   rsaft-fast score pictures --prompts one.txt --reward aesthetic=head.pth,image_tower=path/to/clip-l
+  rsaft-fast score samples --reward remote=http://127.0.0.1:8765/hpsv3          a server's (rsaft-fast serve)
+  rsaft-fast score samples --reward recipe.yaml                                 the reward section of a recipe
+  rsaft-fast score reference --reward hpsv2.1=xswu/HPSv2 --reward pickscore=yuvalkirstain/PickScore_v1 \
+    --calibration calibration.json                what a combination needs to add up rewards of different scales
 
 Prompts come from --prompts, one a picture in the order of the names (or a single one for all), else from the
 pictures.json that `rsaft-fast sample` leaves. Keys behind a reward's path are those of a recipe's reward section.
+"""
+
+SERVE = """\
+Serve reward models over HTTP, so that a process or environment that cannot hold them can score with them: `reward.name:
+remote` in a recipe, `--reward remote=URL` for score. Pictures travel as safetensors, bit for bit, or as PNG in JSON;
+never as pickles. Scores are those of a local reward. A gradient does not travel: remote rewards score, and train by
+policy gradient.
+
+examples:
+  rsaft-fast serve --reward pickscore=yuvalkirstain/PickScore_v1
+  rsaft-fast serve --reward hpsv2.1=xswu/HPSv2 --reward imagereward=THUDM/ImageReward --port 9000 --device cuda:1
+  export RSAFT_SERVER_TOKEN=...                                    what the server printed, where the client runs
+  rsaft-fast score samples --reward remote=http://127.0.0.1:8765/pickscore
+
+The server listens on this machine alone unless --host says otherwise, and then warns: HTTP is not encrypted. Every
+request needs the token, which RSAFT_SERVER_TOKEN gives to the server or the server prints. Requests that wait
+together are scored together. Ctrl-C and SIGTERM end it after the requests that are being scored.
 """
 
 DEMO = """\
@@ -163,11 +185,35 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("pictures", nargs="+", metavar="PICTURES", help="folders of pictures, or single files")
     score.add_argument("--prompts", metavar="FILE", help=".txt, .csv, .tsv, .json or .jsonl")
     score.add_argument(
-        "--reward", action="append", required=True, metavar="NAME=PATH[,key=value]", help="once for each reward"
+        "--reward",
+        action="append",
+        required=True,
+        metavar="NAME=PATH[,key=value]",
+        help="once for each reward; or a recipe's file",
     )
+    score.add_argument("--calibration", metavar="FILE", help="also write each reward's centre and width to this file")
     score.add_argument("--output", default="scores.csv", metavar="FILE", help="new CSV (default: scores.csv)")
     score.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     score.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="pictures at a time (default: 8)")
+
+    serve = add("serve", "serve reward models to other processes, over HTTP", SERVE)
+    serve.add_argument(
+        "--reward",
+        action="append",
+        required=True,
+        metavar="NAME=PATH[,key=value]",
+        help="once for each reward; or a recipe's file",
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    serve.add_argument("--port", type=_natural, default=8765, metavar="N", help="0 takes a free one (default: 8765)")
+    serve.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    serve.add_argument(
+        "--max-pictures", type=_positive, default=64, metavar="N", help="of a request and of a call (default: 64)"
+    )
+    serve.add_argument(
+        "--max-bytes", type=_positive, default=256 * 2**20, metavar="N", help="of a request (default: 268435456)"
+    )
+    serve.add_argument("--timeout", type=_positive, default=300, metavar="S", help="of a request (default: 300)")
 
     bench = add("bench", "time the SAM step on this machine, beside what others use", BENCH)
     bench.add_argument("--cases", metavar="A,B", help="parameter lists, images, host (default: all that fit)")

@@ -8,22 +8,23 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import numpy as np
 import torch
-import yaml
-from PIL import Image, UnidentifiedImageError
-from pydantic import ValidationError
 
+from rsaft_fast.commands.reward_options import parse_rewards
 from rsaft_fast.errors import UserError
-from rsaft_fast.rewards import Reward, RewardSettings, load_reward
+from rsaft_fast.evaluation.pictures import ENDINGS, read_picture
+from rsaft_fast.rewards import Combination, Reward, load_reward
+from rsaft_fast.rewards.base import TowerReward
+from rsaft_fast.rewards.calibration import Calibration, calibration_text, measure
 from rsaft_fast.train.check import check_device, check_writable, pick_device
 from rsaft_fast.train.data import load_prompts
+from rsaft_fast.train.files import write_atomically
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # What `rsaft-fast sample` leaves beside its pictures: their files and prompts.
 LISTING = "pictures.json"
 
@@ -44,39 +45,35 @@ def run(arguments: argparse.Namespace) -> int:
     for path in (output, output.with_suffix(".json")):
         if path.exists():
             raise UserError(f"--output {path} exists; give a new file")
-    settings = {label: reward for label, reward in map(_reward_settings, arguments.reward)}
-    if len(settings) < len(arguments.reward):
-        raise UserError("--reward names the same reward twice; give each once")
+    calibration = Path(arguments.calibration) if arguments.calibration else None
+    if calibration is not None:
+        check_writable(calibration.parent, "--calibration")
+        if calibration.exists():
+            raise UserError(f"--calibration {calibration} exists; give a new file")
+    settings = parse_rewards(arguments.reward)
     pictures = [picture for group in arguments.pictures for picture in find_pictures(group)]
     prompts = _prompts(pictures, arguments.prompts)
     for picture in pictures:
         read_picture(picture.file)  # one that cannot be read shall not end an hour of scoring
-    scores, specs = {}, {}
+    device, files = pick_device(arguments.device), [picture.file for picture in pictures]
+    scores, specs, calibrations = {}, {}, []
     for label, chosen in settings.items():
-        reward = load_reward(chosen, pick_device(arguments.device))
-        scores[label] = score_pictures(reward, [p.file for p in pictures], prompts, arguments.batch_size)
+        reward = load_reward(chosen, device)
+        columns = score_pictures(reward, files, prompts, device, arguments.batch_size)
+        scores |= {f"{label}/{part}" if part else label: column for part, column in columns.items()}
         specs[label] = asdict(reward.spec)
+        if calibration is not None:
+            calibrations += _calibrations(reward, columns)
         # One at a time in memory.
         del reward
     _write(output, pictures, prompts, scores, specs)
+    if calibration is not None:
+        calibration.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(calibration, calibration_text(calibrations))
+        print(f"rsaft-fast: centre and width of {len(calibrations)} rewards in {calibration}")
     print(score_table([p.group for p in pictures], scores))
     print(f"rsaft-fast: {len(pictures)} pictures in {output}; what scored them in {output.with_suffix('.json')}")
     return 0
-
-
-def _reward_settings(text: str) -> tuple[str, RewardSettings]:
-    """NAME=PATH, and more of the recipe's reward keys as ,key=value."""
-    name, _, rest = text.partition("=")
-    path, *pairs = rest.split(",")
-    if not name or not path or not all("=" in pair for pair in pairs):
-        raise UserError(f"--reward {text!r} is not NAME=PATH or NAME=PATH,key=value; an example: hpsv2.1=xswu/HPSv2")
-    keys = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in pairs)}
-    try:
-        return ",".join([name, *pairs]), RewardSettings(name=name, path=path, **keys)
-    except (ValidationError, TypeError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"--reward {text}: {f'{where}: ' if where else ''}{first['msg']}") from error
 
 
 def find_pictures(path: str) -> list[Picture]:
@@ -130,44 +127,57 @@ def _prompts(pictures: Sequence[Picture], source: str | None) -> list[str]:
     return prompts
 
 
-def read_picture(file: Path) -> torch.Tensor:
-    """A picture as (1, 3, H, W) in fp32, 0 to 1; greyscale is repeated, transparency lies on white.
-
-    Raises:
-        UserError: no picture, or a damaged one.
-    """
-    try:
-        with Image.open(file) as picture:
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-            pixels = np.array(picture.convert("RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"picture {str(file)!r} cannot be read ({error}); save it anew or leave it out") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
-
-
-@torch.no_grad()
-def score_pictures(reward: Reward, files: Sequence[Path], prompts: Sequence[str], batch_size: int = 8) -> list[float]:
-    """Scores of picture files of any sizes.
+def score_pictures(
+    reward: Reward, files: Sequence[Path], prompts: Sequence[str], device: torch.device, batch_size: int = 8
+) -> dict[str, list[float]]:
+    """Scores of picture files of any sizes, under "" the reward's, and those of a combination's parts by name.
 
     Raises:
         UserError: a picture cannot be read, or its score is not finite.
     """
-    device = next(reward.parameters()).device
+    if not isinstance(reward, Combination):
+        return {"": _column(reward, files, prompts, device, batch_size)}
+    # A rule may compare all pictures, so it comes last and once.
+    parts = {p.name: _column(p.reward, files, prompts, device, batch_size) for p in reward.parts}
+    combined = reward.combine([torch.tensor(column, dtype=torch.float64) for column in parts.values()], prompts)
+    return {"": combined.tolist()} | parts
+
+
+@torch.no_grad()
+def _column(
+    reward: Reward, files: Sequence[Path], prompts: Sequence[str], device: torch.device, batch_size: int
+) -> list[float]:
     scores: list[float] = []
     for first in range(0, len(files), batch_size):
         part = slice(first, first + batch_size)
-        # Prepared one by one, because sizes may differ; the network sees one size.
-        inputs = torch.cat([reward.preprocess(read_picture(file).to(device)) for file in files[part]])
-        scores += reward.score_inputs(inputs, prompts[part]).tolist()
+        pictures = [read_picture(file).to(device) for file in files[part]]
+        scores += _scores(reward, pictures, prompts[part])
     for file, score in zip(files, scores):
         if not math.isfinite(score):
             raise UserError(
                 f"reward {reward.spec.name!r} scores {str(file)!r} {score}; check its weights, or take dtype=float32"
             )
     return scores
+
+
+def _scores(reward: Reward, pictures: Sequence[torch.Tensor], prompts: Sequence[str]) -> list[float]:
+    score = reward.score
+    if isinstance(reward, TowerReward):
+        # Prepared one by one, because sizes may differ; most networks see one size, HPSv3's keeps the picture's ratio.
+        pictures, score = [reward.preprocess(p) for p in pictures], reward.score_inputs
+    scores: list[float] = []
+    for _, run in groupby(zip(pictures, prompts), key=lambda pair: pair[0].shape):
+        same_size, texts = zip(*run)
+        scores += score(torch.cat(same_size), texts).tolist()
+    return scores
+
+
+def _calibrations(reward: Reward, columns: dict[str, list[float]]) -> list[Calibration]:
+    """Of the reward, or of what it is made of: a combination's own scale is nobody's business."""
+    parts = {"": reward}
+    if isinstance(reward, Combination):
+        parts = {part.name: part.reward for part in reward.parts}
+    return [measure(part.spec, columns[name]) for name, part in parts.items()]
 
 
 def score_table(groups: Sequence[str], scores: dict[str, list[float]]) -> str:

@@ -24,6 +24,8 @@ from rsaft_fast.rewards.files import sha256_of
 from rsaft_fast.rewards.hps import Resize, load_hps
 from rsaft_fast.rewards.image_reward import load_image_reward
 from rsaft_fast.rewards.preprocess import Clamp
+from rsaft_fast.rewards.remote import load_remote
+from rsaft_fast.rewards.wire import TOKEN_VARIABLE
 from rsaft_fast.settings import Settings
 
 _PLAYGROUND = "playground/"
@@ -55,10 +57,11 @@ class SingleReward(Settings):
             folders too. hpsv2 and hpsv2.1 read the published HPS_v2*_compressed.pt, imagereward ImageReward.pt with
             med_config.json beside it, aesthetic sac+logos+ava1-l14-linearMSE.pth, hpsv3 HPSv3.safetensors (16.6 GB
             in bfloat16). Without gradient: ocr reads the text that the prompt quotes (path empty: the models of
-            rapidocr's wheel). combination makes one reward of several.
+            rapidocr's wheel). combination makes one reward of several;
+            remote asks a server (rsaft-fast serve) and has no gradient.
         path: folder, file or hub id of the weights, such as yuvalkirstain/PickScore_v1, xswu/HPSv2,
             THUDM/ImageReward. playground/fair and playground/brittle ship with the package. Required, but for
-            combination and families whose weights come with a package.
+            combination and families whose weights come with a package. Of remote: http://HOST:PORT/NAME.
         scale: what the cosine is multiplied by. logit is exp(logit_scale), PickScore's scale (about 21); percent is
             100, as HPSv2 is reported; cosine leaves it; clipscore is 2.5, negative cosines counted as 0. null is the
             family's own (clip and pickscore logit, hpsv2 and hpsv2.1 cosine, clipscore its own).
@@ -73,6 +76,8 @@ class SingleReward(Settings):
             (bert-base-uncased's: folder, hub id or vocab.txt) and hpsv3 (Qwen2-VL-7B-Instruct's). null is the one
             beside the weights, else the hub's.
         image_tower: of aesthetic: folder or hub id of OpenAI's CLIP ViT-L/14. null is the hub's.
+        token_variable: of remote: the environment variable that holds the server's token.
+        timeout: of remote: seconds to wait for one answer; four tries are made.
         instruction: of hpsv3: the text of its authors that goes with every prompt, as the hpsv3 package's wheel or
             source file, or a .txt. null is that of an installed hpsv3.
         substring: of ocr: a quoted text that stands whole within other text counts as exact, as published.
@@ -88,6 +93,8 @@ class SingleReward(Settings):
     checkpoint: bool = True
     tokenizer: str | None = None
     image_tower: str | None = None
+    token_variable: str = Field(default=TOKEN_VARIABLE, min_length=1)
+    timeout: float = Field(default=60.0, gt=0)
     instruction: str | None = None
     substring: bool = True
     repeat_penalty: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -293,5 +300,6 @@ REWARDS: dict[str, Family] = {
     "aesthetic": Family(load_aesthetic, ("image_tower", *_TOWER)),
     "hpsv3": Family(_later("hpsv3", "load_hpsv3"), ("instruction", "tokenizer", *_TOWER)),
     "ocr": Family(_later("ocr", "load_ocr"), ("substring", "repeat_penalty"), differentiable=False, needs_path=False),
+    "remote": Family(load_remote, ("token_variable", "timeout"), differentiable=False),
     "combination": Family(_load_combination, ("how", "penalty", "parts", "calibration", "calibrate"), needs_path=False),
 }
