@@ -57,7 +57,8 @@ class SingleReward(Settings):
             folders too. hpsv2 and hpsv2.1 read the published HPS_v2*_compressed.pt, imagereward ImageReward.pt with
             med_config.json beside it, aesthetic sac+logos+ava1-l14-linearMSE.pth, hpsv3 HPSv3.safetensors (16.6 GB
             in bfloat16). Without gradient: ocr reads the text that the prompt quotes (path empty: the models of
-            rapidocr's wheel). combination makes one reward of several;
+            rapidocr's wheel), geneval-hf
+            is GenEval's logic over a Mask2Former, counting compares numbers (path playground, or a Mask2Former). combination makes one reward of several;
             remote asks a server (rsaft-fast serve) and has no gradient.
         path: folder, file or hub id of the weights, such as yuvalkirstain/PickScore_v1, xswu/HPSv2,
             THUDM/ImageReward. playground/fair and playground/brittle ship with the package. Required, but for
@@ -75,13 +76,16 @@ class SingleReward(Settings):
         tokenizer: of hpsv2, hpsv2.1 (CLIP's: folder, hub id or bpe_simple_vocab_16e6.txt.gz), imagereward
             (bert-base-uncased's: folder, hub id or vocab.txt) and hpsv3 (Qwen2-VL-7B-Instruct's). null is the one
             beside the weights, else the hub's.
-        image_tower: of aesthetic: folder or hub id of OpenAI's CLIP ViT-L/14. null is the hub's.
+        image_tower: of aesthetic and geneval-hf: folder or hub id of OpenAI's CLIP ViT-L/14. null is the hub's.
         token_variable: of remote: the environment variable that holds the server's token.
         timeout: of remote: seconds to wait for one answer; four tries are made.
         instruction: of hpsv3: the text of its authors that goes with every prompt, as the hpsv3 package's wheel or
             source file, or a .txt. null is that of an installed hpsv3.
         substring: of ocr: a quoted text that stands whole within other text counts as exact, as published.
         repeat_penalty: of ocr: taken off for each time beyond the first that the quoted text is read.
+        metadata: of geneval-hf and counting: what each prompt demands, a .jsonl as GenEval's evaluation_metadata.jsonl.
+        credit: of geneval-hf: partial is Flow-GRPO's mean of terms, strict 1 where everything is exact, else 0,
+            benchmark GenEval's own 0 or 1.
     """
 
     name: str = "clip"
@@ -98,6 +102,8 @@ class SingleReward(Settings):
     instruction: str | None = None
     substring: bool = True
     repeat_penalty: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    metadata: str | None = None
+    credit: Literal["partial", "strict", "benchmark"] = "partial"
 
     @field_validator("name")
     @classmethod
@@ -300,6 +306,10 @@ REWARDS: dict[str, Family] = {
     "aesthetic": Family(load_aesthetic, ("image_tower", *_TOWER)),
     "hpsv3": Family(_later("hpsv3", "load_hpsv3"), ("instruction", "tokenizer", *_TOWER)),
     "ocr": Family(_later("ocr", "load_ocr"), ("substring", "repeat_penalty"), differentiable=False, needs_path=False),
+    "geneval-hf": Family(
+        _later("geneval", "load_geneval"), ("metadata", "credit", "image_tower"), differentiable=False
+    ),
+    "counting": Family(_later("counting", "load_counting"), ("metadata",), differentiable=False),
     "remote": Family(load_remote, ("token_variable", "timeout"), differentiable=False),
     "combination": Family(_load_combination, ("how", "penalty", "parts", "calibration", "calibrate"), needs_path=False),
 }

@@ -1,0 +1,143 @@
+"""GenEval as a reward, "geneval-hf": its logic over transformers' Mask2Former and CLIP ViT-L/14; no gradient.
+
+The benchmark's detector is another training run of the same architecture, so scores are near its own, not equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from rsaft_fast.errors import UserError
+from rsaft_fast.rewards.aesthetic import IMAGE_TOWER
+from rsaft_fast.rewards.base import PictureReward, RewardSpec, unit
+from rsaft_fast.rewards.clip import ClipReward
+from rsaft_fast.rewards.detection import Detection, Detector, load_mask2former
+from rsaft_fast.rewards.geneval_tasks import COLOURS, Task, benchmark_correct, kept, load_tasks, partial_credit
+from rsaft_fast.rewards.preprocess import without_autocast
+
+Credit = Literal["partial", "strict", "benchmark"]
+# What an object's crop is compared with, for each colour and class; the mean embedding is the class's.
+_TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
+# What stands around an object in its crop: #999.
+_GREY = 0x99 / 255
+
+
+class ColourJudge(nn.Module):
+    """Which of GenEval's ten colours an object has, by CLIP.
+
+    Attributes:
+        clip: its towers and preprocessing.
+    """
+
+    def __init__(self, clip: ClipReward):
+        super().__init__()
+        self.clip = clip
+
+    @torch.no_grad()
+    def colours(self, pixels: torch.Tensor, objects: Sequence[Detection], name: str) -> list[str]:
+        """A colour for each object of a class in a picture (3, H, W)."""
+        crops = [self.clip.preprocess(crop(pixels, detection)[None]) for detection in objects]
+        if not crops:
+            return []
+        texts = [t.format(colour=colour, name=name) for colour in COLOURS for t in _TEMPLATES]
+        with without_autocast(pixels.device):
+            words = unit(self.clip.encode_text(texts).unflatten(0, (len(COLOURS), len(_TEMPLATES))).mean(1))
+            inputs = torch.cat(crops).to(self.clip.device, self.clip.dtype)
+            images = unit(self.clip.model.get_image_features(pixel_values=inputs).pooler_output)
+        return [COLOURS[i] for i in (images @ words.T).argmax(1).tolist()]
+
+
+def crop(pixels: torch.Tensor, detection: Detection) -> torch.Tensor:
+    """The object's box out of a picture (3, H, W), grey outside its mask; at least one pixel."""
+    if detection.mask is not None:
+        pixels = pixels.where(detection.mask.to(pixels.device), pixels.new_tensor(_GREY))
+    left, top, right, bottom = (round(edge) for edge in detection.box)
+    left, top = min(max(left, 0), pixels.shape[2] - 1), min(max(top, 0), pixels.shape[1] - 1)
+    return pixels[:, top : max(bottom, top + 1), left : max(right, left + 1)]
+
+
+class GenevalReward(PictureReward):
+    """How much of what GenEval's prompt demands is in the picture.
+
+    Attributes:
+        detector: finds objects.
+        judge: says their colours.
+        tasks: by prompt; others cannot be scored.
+        credit: partial is Flow-GRPO's mean of terms (1 at most, below 0 where there is far too much), strict 1 where
+            everything is exact, else 0, benchmark GenEval's own 0 or 1.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        judge: ColourJudge,
+        tasks: Mapping[str, Task],
+        spec: RewardSpec,
+        credit: Credit = "partial",
+    ):
+        super().__init__()
+        self.detector, self.judge, self.tasks, self.spec, self.credit = detector, judge, dict(tasks), spec, credit
+        self.eval()
+
+    def score_picture(self, pixels: torch.Tensor, prompt: str) -> float:
+        """See `credit`.
+
+        Raises:
+            UserError: a prompt that is not among the tasks.
+        """
+        task = self.tasks.get(prompt)
+        if task is None:
+            raise UserError(
+                f"prompt {prompt[:60]!r} is not among the {len(self.tasks)} of the GenEval metadata; score its own "
+                "prompts, or name the file that holds this one (reward.metadata)"
+            )
+        found = kept(self.detector.detect(pixels), task.tag)
+        colours_of = partial(self.judge.colours, pixels)
+        if self.credit == "benchmark":
+            return float(benchmark_correct(found, task, colours_of))
+        credit, exact = partial_credit(found, task, colours_of)
+        return credit if self.credit == "partial" else float(exact)
+
+
+def load_geneval(
+    path: str | Path,
+    *,
+    metadata: str | Path = "",
+    credit: Credit = "partial",
+    image_tower: str | Path = IMAGE_TOWER,
+    device: torch.device | str = "cpu",
+) -> GenevalReward:
+    """GenEval from a Mask2Former's folder or hub id (facebook/mask2former-swin-small-coco-instance).
+
+    Args:
+        path: of the detector.
+        metadata: GenEval's evaluation_metadata.jsonl, or one like it.
+        credit: see `GenevalReward`.
+        image_tower: OpenAI's CLIP ViT-L/14 in transformers' format, for colours.
+        device: where both models live, in fp32.
+
+    Raises:
+        UserError: a missing file or weight, another model's checkpoint, or metadata that is not GenEval's.
+    """
+    if not str(metadata):
+        raise UserError("GenEval's prompts need what they demand; name its evaluation_metadata.jsonl: reward.metadata")
+    detector, sha256 = load_mask2former(path, device)
+    tasks = load_tasks(metadata, detector.names)
+    clip = ClipReward.from_pretrained(
+        image_tower, scale="cosine", activation="quick_gelu", checkpoint=False, device=device
+    )
+    facts = {
+        "detector": {"size": detector.sizes, **detector.options},
+        "colours": asdict(clip.spec),
+        "credit": credit,
+        "tasks": len(tasks),
+    }
+    spec = RewardSpec("geneval-hf", str(path), sha256, facts, "see the detector's card")
+    return GenevalReward(detector, ColourJudge(clip), tasks, spec, credit)
