@@ -11,6 +11,7 @@ from rsaft_fast.backbones.base import Backbone, Branch, Conditioning
 from rsaft_fast.backbones.flux import FLUX
 from rsaft_fast.backbones.lora import LoRASettings, add_lora, save_lora
 from rsaft_fast.backbones.pipeline import PipelineBackbone, is_text_encoder
+from rsaft_fast.backbones.quantized import Quantization
 from rsaft_fast.backbones.random import random_backbone
 from rsaft_fast.backbones.registry import ADAPTERS
 from rsaft_fast.backbones.sd3 import SD3
@@ -27,6 +28,7 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     offload_blocks: int = 0,
+    quantize: Quantization | None = None,
     text: bool = True,
     networks: bool = True,
 ) -> PipelineBackbone:
@@ -34,6 +36,7 @@ def load_backbone(
 
     Args:
         offload_blocks: blocks of the denoiser whose weights stay on the host (`memory.offload`).
+        quantize: keep the denoiser's blocks in few bits (`backbones.quantized`), encoded a layer at a time.
         text, networks: which parts get their weights, see `PipelineBackbone.from_pretrained`.
 
     Raises:
@@ -49,6 +52,7 @@ def load_backbone(
             dtype=dtype,
             device=device,
             offload_blocks=offload_blocks,
+            quantize=quantize,
             text=text,
             networks=networks,
         )
@@ -115,6 +119,7 @@ __all__ = [
     "Conditioning",
     "LoRASettings",
     "PipelineBackbone",
+    "Quantization",
     "adapter_for",
     "add_lora",
     "is_text_encoder",

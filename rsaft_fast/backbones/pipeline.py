@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
 from rsaft_fast.backbones.base import Backbone, Branch, Conditioning
+from rsaft_fast.backbones.quantized import Quantization, quantize_denoiser
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory.offload import OffloadedBlocks
 
@@ -51,6 +52,7 @@ class PipelineBackbone(Backbone):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         offload_blocks: int = 0,
+        quantize: Quantization | None = None,
     ):
         if not isinstance(pipeline, self.pipeline_class):
             raise UserError(
@@ -59,6 +61,7 @@ class PipelineBackbone(Backbone):
         self.pipeline = pipeline
         self.device = torch.device(device)
         self.offloaded: OffloadedBlocks | None = None
+        self.quantize = quantize
         self.compute_dtype = dtype
         self.latent_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         # Beside networks that are shapes alone there are text encoders only, and those visit the device in turns.
@@ -66,6 +69,10 @@ class PipelineBackbone(Backbone):
         for module in self.modules():
             wanted = self.vae_dtype(dtype) if module is pipeline.vae else dtype
             module.requires_grad_(False).eval()
+            if module is self.denoiser and quantize:
+                if module.dtype != wanted:
+                    module.to(wanted)
+                quantize_denoiser(module, quantize, self.device)
             if module is self.denoiser and offload_blocks:
                 if module.dtype != wanted:
                     module.to(wanted)
@@ -96,6 +103,7 @@ class PipelineBackbone(Backbone):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         offload_blocks: int = 0,
+        quantize: Quantization | None = None,
         text: bool = True,
         networks: bool = True,
     ) -> PipelineBackbone:
@@ -111,7 +119,15 @@ class PipelineBackbone(Backbone):
             parts |= dict.fromkeys(cls.text_encoder_names())
         dtypes = {"default": dtype, "vae": cls.vae_dtype(dtype)}
         pipeline = cls.pipeline_class.from_pretrained(path, dtype=dtypes, **parts, **cls.loading_options())
-        return cls(pipeline, height=height, width=width, dtype=dtype, device=device, offload_blocks=offload_blocks)
+        return cls(
+            pipeline,
+            height=height,
+            width=width,
+            dtype=dtype,
+            device=device,
+            offload_blocks=offload_blocks,
+            quantize=quantize if networks else None,
+        )
 
     @classmethod
     def text_encoder_names(cls) -> list[str]:
@@ -194,6 +210,11 @@ class PipelineBackbone(Backbone):
 
     def train_all_parameters(self) -> None:
         """Train every parameter of the denoiser."""
+        if self.quantize is not None:
+            raise UserError(
+                f"quantize {self.quantize} with all parameters trained: quantised weights cannot take small changes; "
+                "train LoRA, or leave quantize out"
+            )
         if self.offloaded is not None:
             raise UserError(
                 f"offload_blocks with all parameters trained: {len(self.offloaded.host)} blocks are streamed from the "

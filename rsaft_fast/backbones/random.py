@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin
 
 from rsaft_fast.backbones.pipeline import PipelineBackbone
+from rsaft_fast.backbones.quantized import Quantization
 from rsaft_fast.backbones.registry import ADAPTERS
 from rsaft_fast.backbones.specs import Spec, load_spec
 from rsaft_fast.errors import UserError
@@ -29,6 +30,7 @@ def random_backbone(
     device: torch.device | str = "cpu",
     seed: int = 0,
     offload_blocks: int = 0,
+    quantize: Quantization | None = None,
 ) -> PipelineBackbone:
     """A backbone of that architecture: its denoiser, VAE and scheduler, and `random_conditioning` in place of prompts.
 
@@ -37,6 +39,8 @@ def random_backbone(
         device: "meta" gives shapes alone.
         seed: of the weights: the same on the same kind of device.
         offload_blocks: blocks of the denoiser that are streamed from the host (`memory.offload`).
+        quantize: keep its blocks in few bits (`backbones.quantized`), once they are drawn: for that long the whole
+            denoiser lies on the device.
 
     Raises:
         UserError: no such spec, one that its classes do not take, or a size it cannot make.
@@ -52,7 +56,15 @@ def random_backbone(
         "scheduler": getattr(diffusers, spec.scheduler["_class_name"]).from_config(spec.scheduler),
     }
     pipeline = adapter.pipeline_class(**components)
-    return adapter(pipeline, height=height, width=width, dtype=dtype, device=device, offload_blocks=offload_blocks)
+    return adapter(
+        pipeline,
+        height=height,
+        width=width,
+        dtype=dtype,
+        device=device,
+        offload_blocks=offload_blocks,
+        quantize=quantize,
+    )
 
 
 def _required_components(adapter: type[PipelineBackbone]) -> list[str]:

@@ -108,6 +108,7 @@ def estimate(config: Config, cuda: bool = True) -> Estimate:
         width=settings.width,
         dtype=DTYPES[settings.dtype],
         offload_blocks=settings.offload_blocks,
+        quantize=settings.quantize,
     )
     check_settings(config, type(backbone))
     reward, more = skeleton_reward(config.reward)

@@ -14,7 +14,7 @@ import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 
-from rsaft_fast.backbones import ADAPTERS, PipelineBackbone, adapter_for
+from rsaft_fast.backbones import ADAPTERS, PipelineBackbone, Quantization, adapter_for
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory.published import KNOWN, Parts, published_pipeline
 from rsaft_fast.rewards.files import read_json
@@ -42,7 +42,13 @@ class LengthTokenizer:
 
 
 def skeleton_backbone(
-    path: str, *, height: int | None, width: int | None, dtype: torch.dtype, offload_blocks: int = 0
+    path: str,
+    *,
+    height: int | None,
+    width: int | None,
+    dtype: torch.dtype,
+    offload_blocks: int = 0,
+    quantize: Quantization | None = None,
 ) -> tuple[PipelineBackbone, list[str]]:
     """The backbone at a folder or hub id on the meta device, and what there is to say about where it came from.
 
@@ -58,7 +64,15 @@ def skeleton_backbone(
             if part not in options and part in components:
                 components[part] = _component(part, library, kind, config, dtype)
         pipeline = adapter.pipeline_class(**components)
-    backbone = adapter(pipeline, height=height, width=width, dtype=dtype, device="meta", offload_blocks=offload_blocks)
+    backbone = adapter(
+        pipeline,
+        height=height,
+        width=width,
+        dtype=dtype,
+        device="meta",
+        offload_blocks=offload_blocks,
+        quantize=quantize,
+    )
     return backbone, notes
 
 

@@ -83,6 +83,8 @@ def candidates(config: Config) -> Iterator[dict[str, Any]]:
         yield {"ema": None}
     if config.parameters.train == "lora" and "denoiser" in backbone.checkpoint and not backbone.offload_blocks:
         yield {"backbone.offload_blocks": OFFLOADED}
+    if config.parameters.train == "lora" and backbone.quantize is None:
+        yield {"backbone.quantize": "nf4"}
     if backbone.height and backbone.width and min(backbone.height, backbone.width) >= 2 * SMALL_SIDE:
         yield {"backbone.height": backbone.height // 2, "backbone.width": backbone.width // 2}
 
@@ -101,6 +103,8 @@ def _of_full_training(config: Config) -> Iterator[dict[str, Any]]:
         yield {"optimizer.release_gradients": True}
         if optimizer.backup == "own":
             yield {"optimizer.backup": "gradient"}
+    if optimizer.offload == "none":
+        yield {"optimizer.offload": "state"}
     yield {"parameters.train": "lora"}
 
 

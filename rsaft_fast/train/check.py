@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from rsaft_fast.backbones import PipelineBackbone, adapter_for
+from rsaft_fast.backbones.quantized import why_not
 from rsaft_fast.errors import UserError
 from rsaft_fast.ops import backends
 from rsaft_fast.rewards import RewardSettings
@@ -90,6 +91,7 @@ def check_settings(config: Config, adapter: type[PipelineBackbone]) -> None:
 def _check_agreement(config: Config) -> None:
     """Keys that contradict each other."""
     _check_reward(config)
+    _check_quantize(config)
     backbone = config.backbone
     if {"decoder", "decoder-strips"} <= set(backbone.checkpoint):
         raise UserError(
@@ -121,6 +123,21 @@ def _check_agreement(config: Config) -> None:
             raise UserError(
                 f"smoothing.parameters.groups: {group.match!r} is not a regular expression ({error})"
             ) from error
+
+
+def _check_quantize(config: Config) -> None:
+    """What a base in few bits needs: adapters beside it, and the means to read it."""
+    quantize = config.backbone.quantize
+    if quantize is None:
+        return
+    if config.parameters.train == "full":
+        raise UserError(
+            f"backbone.quantize {quantize} with parameters.train full: quantised weights cannot take small changes; "
+            "train lora, or leave quantize out"
+        )
+    obstacle = why_not(quantize)
+    if obstacle is not None:
+        raise UserError(f"backbone.quantize is {quantize}, but {obstacle}")
 
 
 def _check_offload(config: Config) -> None:

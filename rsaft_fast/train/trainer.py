@@ -253,6 +253,7 @@ def prepare_backbone(settings: BackboneSettings, device: torch.device, text: boo
         dtype=DTYPES[settings.dtype],
         device=device,
         offload_blocks=settings.offload_blocks,
+        quantize=settings.quantize,
         text=text,
     )
     checkpoint_networks(backbone.denoiser, backbone.pipeline.vae, settings.checkpoint, settings.keep_blocks)
