@@ -32,8 +32,8 @@ class BackboneSettings(Settings):
         checkpoint: which networks recompute their activations in the backward pass: 36 to 78 % more time for the
             memory that decides whether a real model fits. The VAE decoder, not the reward, is the peak. decoder
             recomputes resnet by resnet, to the same bits: 4.9 GiB a picture of 1024x1024 in bf16. decoder-strips
-            works in strips of rows, one picture of the batch at a time, to the same gradient but for rounding: 1.3 GiB
-            whatever the batch, for about as much time as decoder at batch 1, and a third more at larger ones.
+            works in strips of rows, one picture of the batch at a time, to the same gradient but for rounding: 1.4 GiB
+            whatever the batch, for 1.4 times the arithmetic of decoder (1.8 times for all pictures of a batch but one).
         keep_blocks: how many of the denoiser's blocks, counted from the last one, keep their activations although
             checkpoint has denoiser: each saves the time of its own recomputation, and costs its activations. What
             there is to choose between checkpoint [denoiser] (0) and none.

@@ -11,9 +11,11 @@ from builders.recipes import config
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory import checkpoint_denoiser, checkpoint_networks, denoiser_blocks, saved_tensor_bytes
+from rsaft_fast.memory.decoder import StripForward
 from rsaft_fast.memory.estimate import estimate
 from rsaft_fast.memory.phases import DENOISER
 from rsaft_fast.train.check import check_config
+from rsaft_fast.train.trainer import prepare_backbone
 
 
 @pytest.fixture(scope="module", params=BUILDERS)
@@ -90,13 +92,21 @@ def test_more_blocks_than_there_are(backbone):
         checkpoint_networks(backbone.denoiser, backbone.pipeline.vae, ["denoiser"], keep_blocks=count + 1)
 
 
+def test_a_recipe_applies_both(tiny, out):
+    keys = {"backbone__checkpoint": ["denoiser", "decoder-strips"], "backbone__keep_blocks": 1}
+    backbone = prepare_backbone(config(tiny, out, "sd3", **keys).backbone, torch.device("cpu"))
+    assert type(backbone.pipeline.vae.decoder.forward) is StripForward
+    assert backbone.denoiser._gradient_checkpointing_func.kept == [backbone.denoiser.transformer_blocks[-1]]
+
+
 def test_the_estimate_sees_kept_blocks(tiny, out):
-    checkpoint = ["denoiser", "decoder-strips"]
-    own = [
-        estimate(config(tiny, out, "sd3", backbone__checkpoint=checkpoint, backbone__keep_blocks=keep)).phase(DENOISER)
-        for keep in range(3)
-    ]
-    assert own[0].own <= own[1].own < own[2].own
+    none, both = (
+        estimate(config(tiny, out, "sd3", backbone__checkpoint=["denoiser"], backbone__keep_blocks=keep)).phase(
+            DENOISER
+        )
+        for keep in (0, 2)
+    )
+    assert none.own < both.own
 
 
 @pytest.mark.parametrize(
