@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import queue
 import signal
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -33,8 +35,33 @@ Row = dict[str, Any]
 
 PACKAGES = ("rsaft_fast", "torch", "triton", "diffusers", "transformers", "peft", "bitsandbytes")
 ALLOCATOR = "expandable_segments:True"
+_NAMES = tuple(run.name for run in runs.RUNS)
 _PATIENCE = 3  # times the guess: then a run is given up
 _MARGIN = 5.0  # seconds of the budget that are left for ending
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an invocation is told.
+
+    Attributes:
+        results: folder that gets `<gpu>/memory.json`; None keeps the rows in memory.
+        budget: seconds within which it ends, the most important first.
+        device: cuda or cpu. tiny: models of the size of a test.
+        chosen: names of runs; none means all.
+        again: also what the results have.
+        predict: estimates and FLOPs alone, of a GPU that need not be there.
+        goals: print them, too.
+    """
+
+    results: str | None = None
+    budget: float | None = None
+    device: str = "cuda"
+    tiny: bool = False
+    chosen: Sequence[str] = ()
+    again: bool = False
+    predict: bool = False
+    goals: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,41 +69,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="gpu_memory.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_arguments(parser)
     parser.add_argument("--results", default="benchmarks/results", metavar="FOLDER", help="gets <gpu>/memory.json")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="end within this long, most important first")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny models: to see that everything runs")
+    parser.add_argument("--runs", default="", metavar="A,B", help=f"of {', '.join(_NAMES)} (default: all)")
+    parser.add_argument("--again", action="store_true", help="measure also what the results file has")
+    parser.add_argument("--predict", action="store_true", help="estimates and FLOPs alone: no device is needed")
+    parser.add_argument("--goals", action="store_true", help="also show the goals, and which are met")
+    arguments = vars(parser.parse_args(argv))
+    chosen = [name.strip() for name in arguments.pop("runs").split(",") if name.strip()]
     try:
-        return run(arguments)
+        return run(Options(chosen=chosen, **arguments))
     except UserError as error:
         print(f"gpu_memory: error: {error}", file=sys.stderr)
         return 2
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that `rsaft-fast bench --memory` shares."""
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
-    parser.add_argument("--tiny", action="store_true", help="tiny models: to see that everything runs")
-    parser.add_argument("--runs", metavar="A,B", help=f"of {', '.join(run.name for run in runs.RUNS)} (default: all)")
-    parser.add_argument("--again", action="store_true", help="measure also what the results file has")
-    parser.add_argument("--predict", action="store_true", help="estimates and FLOPs alone: no device is needed")
+def run(options: Options) -> int:
+    """Measure what is missing; print the tables.
 
-
-def run(arguments: argparse.Namespace) -> int:
-    """Measure what is missing; print the tables and the goals."""
-    names = [name.strip() for name in (arguments.runs or "").split(",") if name.strip()]
-    check_names(names, [run.name for run in runs.RUNS], "run")
-    chosen = [run for run in runs.RUNS if not names or run.name in names]
-    session = _Session(arguments)
+    Raises:
+        UserError: a run that there is not, a device that there is not, or results that cannot be written.
+    """
+    check_names(options.chosen, _NAMES, "run")
+    if options.device == "cpu" and not options.tiny and not options.predict:
+        raise UserError("device cpu takes models of the size of a test alone: add --tiny")
+    chosen = [run for run in runs.RUNS if not options.chosen or run.name in options.chosen]
+    session = _Session(options)
     try:
-        code = session.predict(chosen) if arguments.predict else session.measure(chosen)
+        code = session.predict(chosen) if options.predict else session.measure(chosen)
     except KeyboardInterrupt:
-        print("gpu_memory: interrupted; what was measured until then is in the results", file=sys.stderr)
+        print("gpu_memory: interrupted; what was measured until then is kept", file=sys.stderr)
         code = 130
     finally:
         session.end()
-    print(memory_tables.terminal(session.results.as_dict()))
-    print("\n" + memory_goals.text(session.results.as_dict()))
+    found = session.results.as_dict()
+    print(memory_tables.terminal(found))
+    if options.goals:
+        print("\n" + memory_goals.text(found))
     if session.results.path is not None:
         print(f"\n{session.results.path}")
     return code
@@ -85,28 +116,32 @@ def run(arguments: argparse.Namespace) -> int:
 class _Session:
     """One invocation: its clock, its workers, its results."""
 
-    def __init__(self, arguments: argparse.Namespace):
-        self.arguments = arguments
-        self.start, self.budget = time.monotonic(), arguments.budget
+    def __init__(self, options: Options):
+        self.options = options
+        self.start, self.budget = time.monotonic(), options.budget
         self.workers: list[_Worker] = []
         self.failed: list[str] = []
         self.left_out: list[str] = []
-        (machine,) = list(self._work("describe", []).rows(60.0)) or [None]
+        # A prediction is for a GPU, made where there may be none.
+        self.device = "cpu" if options.predict else options.device
+        (machine,) = list(self._work("describe", [], self.device).rows(60.0)) or [None]
         if machine is None:
-            raise UserError(f"the device {arguments.device} cannot be used; '--device cpu --tiny' needs no GPU")
-        self.machine = machine | {"versions": versions(), "tiny": arguments.tiny, "allocator": ALLOCATOR}
-        folder = None if arguments.predict else arguments.results
+            raise UserError(f"the device {options.device} cannot be used; '--device cpu --tiny' needs no GPU")
+        self.machine = machine | {"versions": versions(), "tiny": options.tiny, "allocator": ALLOCATOR}
+        folder = None if options.predict else options.results
         self.results = MemoryResults(self.machine, folder)
 
     def measure(self, chosen: Sequence[Run]) -> int:
         """Everything that is missing of these runs; 1 when something of ours failed."""
         counted = [(run, part) for run in chosen for part in self._missing(run, runs.counted_parts(run))]
-        counting = self._work("count", counted)
-        threading.Thread(target=self._collect, args=(counting, None), daemon=True).start()
-        for run in chosen:
-            parts = self._missing(run, run.parts())
-            if parts:
-                self._measure_run(run, parts)
+        counting = self._work("count", counted, self.device)
+        threading.Thread(target=self._collect, args=(counting,), daemon=True).start()
+        work = [(run, run.parts()) for run in chosen]
+        if self.device == "cuda":
+            work += [(run, run.late_parts()) for run in chosen]
+        for run, parts in work:
+            if missing := self._missing(run, parts):
+                self._measure_run(run, missing)
         counting.join(self._left())
         self.left_out += [f"{r.name}: {p}" for r, p in counted if not self.results.has(r.name, p)]
         self.results.note(left_out=self.left_out)
@@ -115,27 +150,27 @@ class _Session:
     def predict(self, chosen: Sequence[Run]) -> int:
         """Estimates and FLOPs, into memory alone."""
         counted = [(run, part) for run in chosen for part in runs.counted_parts(run)]
-        self._collect(self._work("count", counted), None)
+        self._collect(self._work("count", counted, "cuda"))
         return 1 if self.failed else 0
 
     def _measure_run(self, run: Run, parts: Sequence[str]) -> None:
-        guess = 0.0 if self.arguments.tiny else run.seconds * len(parts) / len(run.parts())
+        guess = 0.0 if self.options.tiny else run.guess(parts)
         left = self._left()
         if left is not None and guess + _MARGIN > left:
             self.left_out += [f"{run.name}: {part}" for part in parts]
             return
-        patience = None if self.arguments.tiny else _PATIENCE * run.seconds
-        limits = [limit for limit in (patience, left and left - _MARGIN) if limit is not None]
-        worker = self._work("measure", [(run, part) for part in parts])
-        self._collect(worker, min(limits, default=None))
+        patience = math.inf if self.options.tiny else _PATIENCE * guess
+        limit = min(patience, math.inf if left is None else left - _MARGIN)
+        worker = self._work("measure", [(run, part) for part in parts], self.device)
+        self._collect(worker, limit)
         absent = [part for part in parts if not self.results.measured_now(run.name, part)]
         self.left_out += [f"{run.name}: {part}" for part in absent]
-        if absent and worker.code is not None and worker.code != 0:
+        if absent and worker.given_up and limit == patience:
+            self.failed.append(f"{run.name}: {absent[0]} was given up: {limit:.0f} s were too short for it")
+        elif absent and not worker.given_up:
             self.failed.append(f"{run.name}: its process ended with {worker.code} before {absent[0]}")
-        if absent and worker.given_up:
-            self.say(f"{run.name}: given up after {min(limits):.0f} s, before {absent[0]}")
 
-    def _collect(self, worker: _Worker, limit: float | None) -> None:
+    def _collect(self, worker: _Worker, limit: float = math.inf) -> None:
         """Rows into the results, as they come."""
         for row in worker.rows(limit):
             run, part = runs.run_named(row["run"]), row["part"]
@@ -145,22 +180,22 @@ class _Session:
             self.say(memory_tables.line(row))
 
     def _missing(self, run: Run, parts: Sequence[str]) -> list[str]:
-        if self.arguments.again:
+        if self.options.again:
             return list(parts)
         return [part for part in parts if not self.results.done(run.name, part, self._key(run, part))]
 
     def _key(self, run: Run, part: str) -> str:
         """Of all that a row's figures depend on, the code aside."""
-        keys = runs.recipe_keys(run, self.arguments.device, {}, part)
+        keys = runs.recipe_keys(run, self.device, {}, part)
         try:
             keys = runs.config_of(keys).model_dump(mode="json")
         except UserError:  # a key that this version does not have
             pass
-        known = [self.machine["gpu"], self.machine["driver"], self.machine["versions"], self.arguments.tiny, keys, part]
+        known = [self.machine["gpu"], self.machine["driver"], self.machine["versions"], self.options.tiny, keys, part]
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
-    def _work(self, job: str, parts: Sequence[tuple[Run, str]]) -> _Worker:
-        options = ["--device", self.arguments.device] + (["--tiny"] if self.arguments.tiny else [])
+    def _work(self, job: str, parts: Sequence[tuple[Run, str]], device: str) -> _Worker:
+        options = ["--device", device] + (["--tiny"] if self.options.tiny else [])
         worker = _Worker([job, *options, "--parts", json.dumps([(run.name, part) for run, part in parts])])
         self.workers.append(worker)
         return worker
@@ -210,12 +245,13 @@ class _Worker:
                 self._lines.put(line)
         self._lines.put(None)
 
-    def rows(self, limit: float | None) -> Iterator[Row]:
+    def rows(self, limit: float = math.inf) -> Iterator[Row]:
         """Rows until it ends, or until `limit` seconds are over: then it is ended."""
-        end = None if limit is None else time.monotonic() + limit
+        end = time.monotonic() + limit
         while True:
             try:
-                line = self._lines.get(timeout=None if end is None else max(0.0, end - time.monotonic()))
+                left = max(0.0, end - time.monotonic())
+                line = self._lines.get(timeout=None if left == math.inf else left)
             except queue.Empty:
                 self.given_up = True
                 self.end()

@@ -36,6 +36,7 @@ MODES: Mapping[str, Mapping[str, Any]] = {
     "graded_only": {"smoothing.resample": "graded_only"},
     "plain method": {"smoothing": None},
 }
+EXACT_ONLY: Mapping[str, Mapping[str, Any]] = {"exact": {}}
 SAM_PHASES = (phases.PERTURBING, phases.UPDATING)
 
 
@@ -60,7 +61,9 @@ class Measurements:
             runs.CARD: self.card,
             runs.PEAK: self.peak,
             runs.PEAK_K: self.peak_k,
-            runs.TIME: self.times,
+            runs.TIME: lambda: self.times(MODES),
+            runs.GRAPHS: lambda: self.times(EXACT_ONLY, runs.SPEEDS[runs.GRAPHS]),
+            runs.COMPILED: lambda: self.times(EXACT_ONLY, runs.SPEEDS[runs.COMPILED]),
             runs.KERNELS: self.kernels,
             runs.WHOLE: self.whole,
             runs.PLAIN: lambda: self.plain(checkpointing=True),
@@ -109,7 +112,10 @@ class Measurements:
         return runs.config_of(keys | dict(more or {}))
 
     def trained_by(self, config: Config) -> Trainer:
-        """The trainer, built at first, told to follow `config` from now on: only what an update reads may differ."""
+        """The trainer, told to follow `config` from now on; built where there is none, or one of another speed. What
+        else is built into it is the same in all configurations of a run."""
+        if self.trainer is not None and self.trainer.config.speed != config.speed:
+            self._forget()
         if self.trainer is None:
             self.trainer = RandomTrainer(config, self.architecture)
         trainer = self.trainer
@@ -138,9 +144,9 @@ class Measurements:
         (found,) = self.updates(self.config(runs.PEAK_K), 1, memory=True)
         return _memory([found]) | {"ms": found.ms}
 
-    def times(self) -> Row:
+    def times(self, modes: Mapping[str, Mapping[str, Any]], speed: Mapping[str, Any] | None = None) -> Row:
         """A step of every kind at few sampler steps, and what each network call more adds to it."""
-        return {"kinds": {kind: self._time(keys) for kind, keys in MODES.items()}}
+        return {"kinds": {kind: self._time({**keys, **(speed or {})}) for kind, keys in modes.items()}}
 
     def _time(self, keys: Mapping[str, Any]) -> Row:
         config = self.config(more=keys)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -68,15 +68,30 @@ FULL = {
 NF4 = {"backbone.quantize": "nf4"}
 
 
+CARD = "card"
+PEAK, PEAK_K = "peak", f"peak, K = {GRADED_STEPS}"
+TIME, KERNELS, WHOLE = "times", "kernels", "a whole run"
+GRAPHS, COMPILED = "times, CUDA graphs", "times, compiled"
+PLAIN, PLAIN_UNCHECKED = "plain, checkpointed", "plain, without checkpointing"
+ESTIMATE, ESTIMATE_K, FLOPS = "estimate", f"estimate, K = {GRADED_STEPS}", "FLOPs"
+
+SPEEDS: Mapping[str, Mapping[str, Any]] = {
+    TIME: {},
+    GRAPHS: {"speed.cuda_graph": True, "speed.channels_last": True},
+    COMPILED: {"speed.compile": "rollout", "speed.channels_last": True},
+}
+"""Recipe keys under which a step is timed; the first are the defaults, which every other figure is of."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One model in one process.
 
     Attributes:
         limit: GiB that the peak must not exceed.
+        seconds: a guess on an H100, `late_parts` aside; what takes three times as long is given up.
         keys: over `BASE` and the model's.
         compare: whether its times are measured too, beside the step in plain PyTorch.
-        seconds: a guess on an H100; what is still running after three times as long is given up.
     """
 
     name: str
@@ -95,12 +110,21 @@ class Run:
         parts = (PEAK,) + ((PEAK_K,) if self.lora else ())
         return parts + ((TIME, KERNELS, WHOLE, PLAIN, PLAIN_UNCHECKED) if self.compare else ())
 
+    def late_parts(self) -> tuple[str, ...]:
+        """What is measured when all runs have been: it takes long to get ready."""
+        return (GRAPHS, COMPILED) if self.compare else ()
 
-CARD = "card"
-PEAK, PEAK_K = "peak", f"peak, K = {GRADED_STEPS}"
-TIME, KERNELS, WHOLE = "times", "kernels", "a whole run"
-PLAIN, PLAIN_UNCHECKED = "plain, checkpointed", "plain, without checkpointing"
-ESTIMATE, ESTIMATE_K, FLOPS = "estimate", f"estimate, K = {GRADED_STEPS}", "FLOPs"
+    def guess(self, parts: Sequence[str]) -> float:
+        """Seconds for some of its parts."""
+        late = sum(_LATE_SECONDS[part] for part in parts if part in _LATE_SECONDS)
+        prompt = sum(part not in _LATE_SECONDS for part in parts) / len(self.parts())
+        return _START_SECONDS + late + prompt * (self.seconds - _START_SECONDS)
+
+
+_START_SECONDS = 15.0  # a process, its imports, a model on the device
+_LATE_SECONDS = {GRAPHS: 15.0, COMPILED: 75.0}
+
+
 RUNS = (
     Run("sdxl-lora", "sdxl", 10, 55, compare=True),
     Run("flux-lora", "flux", 28, 95, compare=True),

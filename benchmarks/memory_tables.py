@@ -125,6 +125,7 @@ def _times(view: MemoryView) -> Table:
                     run.name,
                     f"{kind['call_ms']:.1f}",
                     number(_seconds(view.composed(run, EXACT, steps))) + f" (T={steps})",
+                    *(number(_seconds(view.composed_under(run, part, steps))) for part in (runs.GRAPHS, runs.COMPILED)),
                     number(view.whole_over_composed(run), 3),
                     number(view.over_plain_method(run, EXACT, steps)),
                     *(number(view.over_plain_method(run, GRADED_ONLY, t)) for t in (50, 28)),
@@ -132,8 +133,8 @@ def _times(view: MemoryView) -> Table:
                     number(view.copy_gbps(run), 0),
                 )
             )
-    header = ("run", "a guided call, ms", "a step, s", "whole run over composed", "exact over plain method")
-    more = ("graded_only, T=50", "graded_only, T=28", "SAM's share", "copy, GB/s")
+    header = ("run", "a guided call, ms", "a step, s", "CUDA graphs", "compiled", "whole run over composed")
+    more = ("exact over plain method", "graded_only, T=50", "graded_only, T=28", "SAM's share", "copy, GB/s")
     return Table("Time, composed from measured calls", (*header, *more), rows)
 
 

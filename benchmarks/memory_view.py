@@ -58,9 +58,18 @@ class MemoryView:
     def kind(self, run: Run, kind: str) -> Row | None:
         return _get(_get(self.row(run, runs.TIME), "kinds"), kind)
 
-    def composed(self, run: Run, kind: str, steps: int | None = None) -> float | None:
-        """Milliseconds of a step at so many sampler steps; None: the model's own."""
-        return _composed(self.kind(run, kind), steps or self.steps(run))
+    def composed(self, run: Run, kind: str, steps: int) -> float | None:
+        """Milliseconds of a step at so many sampler steps."""
+        return _composed(self.kind(run, kind), steps)
+
+    def composed_under(self, run: Run, speed: str, steps: int) -> float | None:
+        """An exact step's, under one of `SPEEDS`."""
+        return _composed(_get(_get(self.row(run, speed), "kinds"), EXACT), steps)
+
+    def fastest(self, run: Run, steps: int) -> float | None:
+        """An exact step's, under the best of `SPEEDS` that was measured."""
+        found = [self.composed_under(run, speed, steps) for speed in runs.SPEEDS]
+        return min((ms for ms in found if ms is not None), default=None)
 
     def over_plain_method(self, run: Run, kind: str, steps: int) -> float | None:
         """Time of RSA-FT over that of the same method without smoothing."""
@@ -94,9 +103,9 @@ class MemoryView:
         return _over(self.peak(run), plain), bound
 
     def time_over_plain(self, run: Run, part: str) -> float | None:
-        row = self.row(run, part)
+        """Ours at its fastest over the plain step's, an exact step of the model's own sampler steps each."""
         steps = self.steps(run)
-        return _over(self.composed(run, EXACT, steps), _composed(row, steps))
+        return _over(self.fastest(run, steps), _composed(self.row(run, part), steps))
 
     # Utilisation
 

@@ -57,9 +57,7 @@ class Both:
         optimizer = SAMAdamW(
             self.weights.values(), lr=s.lr, weight_decay=s.weight_decay, rho=s.weight_rho, max_grad_norm=s.max_grad_norm
         )
-        smoothing = Smoothing(
-            image=ImageSmoothing(radius=s.image_rho), parameters=ParameterSmoothing(rho=s.weight_rho)
-        )
+        smoothing = Smoothing(image=ImageSmoothing(radius=s.image_rho), parameters=ParameterSmoothing(rho=s.weight_rho))
         schedule = self.backbone.schedule(STEPS)
         report = rsaft_step(
             self.backbone, self.reward, schedule, [self.batch], optimizer, smoothing=smoothing, loss=Loss()
