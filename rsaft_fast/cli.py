@@ -17,6 +17,7 @@ Fine-tunes diffusion models by reward gradient, smoothed against reward hacking 
   rsaft-fast sample PIPELINE --run RUN     look at what came out
   rsaft-fast score PICTURES --reward R=P   what reward models say of pictures
   rsaft-fast serve --reward R=P            reward models for other processes, over HTTP
+  rsaft-fast convert FILE FOLDER           a reward's published pickle as safetensors, once
   rsaft-fast estimate recipe.yaml          will it fit, and what would make it fit
   rsaft-fast bench                         how fast the SAM step is here, beside what others use
   rsaft-fast doctor                        what runs on this machine, and why
@@ -83,6 +84,22 @@ examples:
 The server listens on this machine alone unless --host says otherwise, and then warns: HTTP is not encrypted. Every
 request needs the token, which RSAFT_SERVER_TOKEN gives to the server or the server prints. Requests that wait
 together are scored together. Ctrl-C and SIGTERM end it after the requests that are being scored.
+"""
+
+CONVERT = """\
+Write a reward's published pickle as safetensors, once: it then loads faster, and holds nothing that could run. The
+pickle is read for tensors alone (weights_only); one that holds more is refused, and nothing in it runs. Names, values
+and dtypes stay, so every score stays the same to the bit; what is written is read back and compared. The header
+records the pickle's SHA-256, which results and calibrations keep naming.
+
+examples:
+  rsaft-fast convert HPS_v2.1_compressed.pt rewards/hpsv2.1 --reward hpsv2.1
+  rsaft-fast convert THUDM/ImageReward rewards/imagereward --reward imagereward     med_config.json goes along
+  rsaft-fast convert sac+logos+ava1-l14-linearMSE.pth rewards/aesthetic --reward aesthetic
+  rsaft-fast convert path/to/clip rewards/clip --reward clip                        a folder with pytorch_model.bin
+  rsaft-fast score samples --reward hpsv2.1=rewards/hpsv2.1                         then
+
+The folder is made if need be. Files in it that would be replaced stop the command, unless --force is given.
 """
 
 DEMO = """\
@@ -214,6 +231,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-bytes", type=_positive, default=256 * 2**20, metavar="N", help="of a request (default: 268435456)"
     )
     serve.add_argument("--timeout", type=_positive, default=300, metavar="S", help="of a request (default: 300)")
+
+    convert = add("convert", "write a reward's pickle as safetensors", CONVERT)
+    convert.add_argument("source", metavar="SRC", help="what reward.path would be: file, folder or hub id")
+    convert.add_argument("folder", metavar="DST", help="folder to write into")
+    convert.add_argument("--reward", required=True, metavar="NAME", help="the family, such as hpsv2.1")
+    convert.add_argument("--force", action="store_true", help="replace files that are there")
 
     bench = add("bench", "time the SAM step on this machine, beside what others use", BENCH)
     bench.add_argument("--cases", metavar="A,B", help="parameter lists, images, host (default: all that fit)")

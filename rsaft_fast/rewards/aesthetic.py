@@ -12,7 +12,7 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.memory.checkpointing import checkpoint_clip_vision
 from rsaft_fast.rewards.base import RewardSpec, TowerReward, check_prompts, score_dtype, unit
 from rsaft_fast.rewards.clip import image_processor_config, load_clip_model, preprocess_from_config
-from rsaft_fast.rewards.files import checkpoint_file, checkpoint_folder, sha256_of, weight_files
+from rsaft_fast.rewards.files import checkpoint_file, checkpoint_folder, conversion_of, sha256_of, weight_files
 from rsaft_fast.rewards.heads import AffineHead
 from rsaft_fast.rewards.preprocess import Clamp, Preprocess, without_autocast
 from rsaft_fast.rewards.weights import fill, read_state
@@ -92,7 +92,8 @@ def load_aesthetic(
     size = model.config.vision_config.image_size
     prepare = preprocess_from_config(image_processor_config(folder), size, clamp)
     tower = {"image_tower": str(image_tower), "image_tower_sha256": sha256_of(weight_files(folder))}
-    spec = RewardSpec("aesthetic", str(path), sha256_of([file]), prepare.describe() | tower, "Apache-2.0")
+    origin = conversion_of(file).get("source_sha256", "")
+    spec = RewardSpec("aesthetic", str(path), sha256_of([file]), prepare.describe() | tower, "Apache-2.0", origin)
     return AestheticReward(model, head, prepare, spec, dtype=dtype, checkpoint=checkpoint).to(device)
 
 

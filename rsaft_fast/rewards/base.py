@@ -23,6 +23,7 @@ class RewardSpec:
         sha256: hash of the weights (of the shards' bytes in order, where there are several).
         preprocessing: every choice that changes a score (size, filter, crop, mean, std, clamp, scale).
         licence: of the weights, where known.
+        converted_from: hash of the pickle that `rsaft-fast convert` made these weights of; "" for others.
     """
 
     name: str
@@ -30,6 +31,12 @@ class RewardSpec:
     sha256: str = ""
     preprocessing: dict[str, Any] = field(default_factory=dict)
     licence: str = ""
+    converted_from: str = ""
+
+    @property
+    def weights(self) -> str:
+        """The hash by which the same weights are known in either format."""
+        return self.converted_from or self.sha256
 
 
 class Reward(nn.Module):

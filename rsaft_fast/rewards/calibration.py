@@ -34,7 +34,7 @@ class Calibration:
 
     Attributes:
         reward: `RewardSpec.name`.
-        sha256: of the reward's weights.
+        sha256: of the reward's weights (of the published pickle, where they were converted).
         preprocessing: of the reward; scores of another one are not comparable.
         pictures: how many were scored.
         mean, std: of their scores; std over pictures - 1.
@@ -76,7 +76,7 @@ def measure(spec: RewardSpec, scores: Sequence[float]) -> Calibration:
     if len(values) < _MIN_PICTURES or not np.isfinite(values).all():
         raise UserError(f"a calibration needs at least {_MIN_PICTURES} finite scores; {spec.name} has {len(values)}")
     quartiles = tuple(float(q) for q in np.quantile(values, (0.25, 0.5, 0.75)))
-    identity = {"reward": spec.name, "sha256": spec.sha256, "preprocessing": _comparable(spec.preprocessing)}
+    identity = {"reward": spec.name, "sha256": spec.weights, "preprocessing": _comparable(spec.preprocessing)}
     return Calibration(
         **identity, pictures=len(values), mean=float(values.mean()), std=float(values.std(ddof=1)), quartiles=quartiles
     )
@@ -127,13 +127,13 @@ def find(entries: Sequence[Calibration], spec: RewardSpec, source: str) -> Calib
     """
     same_family = [entry for entry in entries if entry.reward == spec.name]
     for entry in same_family:
-        if entry.sha256 == spec.sha256 and entry.preprocessing == _comparable(spec.preprocessing):
+        if entry.sha256 == spec.weights and entry.preprocessing == _comparable(spec.preprocessing):
             return entry
     if not same_family:
         known = ", ".join(entry.reward for entry in entries) or "nothing"
         why = f"holds {known}"
-    elif all(entry.sha256 != spec.sha256 for entry in same_family):
-        why = f"was measured with other weights (SHA-256 {same_family[0].sha256[:12]}, here {spec.sha256[:12]})"
+    elif all(entry.sha256 != spec.weights for entry in same_family):
+        why = f"was measured with other weights (SHA-256 {same_family[0].sha256[:12]}, here {spec.weights[:12]})"
     else:
         why = f"was measured with other preprocessing ({_difference(same_family[0], spec)})"
     raise UserError(

@@ -14,9 +14,17 @@ from transformers import CLIPModel, PreTrainedTokenizerBase
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory.checkpointing import checkpoint_clip_vision
 from rsaft_fast.rewards.base import RewardSpec, TowerReward, check_prompts, score_dtype, unit
-from rsaft_fast.rewards.files import checkpoint_folder, first_line, read_json, sha256_of, weight_files
+from rsaft_fast.rewards.files import (
+    checkpoint_folder,
+    conversion_of,
+    first_line,
+    read_json,
+    sha256_of,
+    weight_files,
+)
 from rsaft_fast.rewards.preprocess import CLIP_MEAN, CLIP_STD, Clamp, Preprocess, without_autocast
 from rsaft_fast.rewards.text import clip_tokenizer, require_vocabulary
+from rsaft_fast.rewards.weights import align
 
 Scale = Literal["logit", "cosine", "percent", "clipscore"]
 # What the cosine is multiplied by; "logit" takes the checkpoint's own exp(logit_scale).
@@ -108,6 +116,7 @@ class ClipReward(TowerReward):
             source=str(path),
             sha256=sha256_of(weight_files(folder)),
             preprocessing=prepare.describe() | {"scale": scale},
+            converted_from=conversion_of(weight_files(folder)[0]).get("source_sha256", ""),
         )
         tokenizer = clip_tokenizer(folder)
         require_vocabulary(tokenizer, model.config.text_config.vocab_size, repr(str(path)))
@@ -198,6 +207,7 @@ def load_clip_model(folder: Path, source: str, activation: str | None = None) ->
         )
     weight_files(folder)
     model = _load_model(folder)
+    align(model)
     for tower in (model.config.vision_config, model.config.text_config):
         if activation is not None and tower.hidden_act != activation:
             raise UserError(

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from rsaft_fast.errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
@@ -42,8 +44,10 @@ def checkpoint_file(path: str | Path, name: str) -> Path:
     if str(path) and place.is_file():
         return place
     if str(path) and place.is_dir():
-        if (place / name).is_file():
-            return place / name
+        # What `rsaft-fast convert` made of the published pickle comes before the pickle.
+        for candidate in (place / Path(name).with_suffix(".safetensors"), place / name):
+            if candidate.is_file():
+                return candidate
         raise UserError(f"{str(path)!r} holds no {name}; give the folder that holds it, or the file itself")
     if not _HUB_ID.fullmatch(str(path)):
         raise UserError(f"there is no reward file {str(path)!r}; give the file {name}, its folder, or a hub id")
@@ -99,6 +103,16 @@ def weight_files(folder: Path) -> list[Path]:
 def sha256_of(files: Sequence[Path]) -> str:
     """SHA-256 of the files' bytes, one after the other."""
     return digests_of(files, "sha256")["sha256"]
+
+
+def conversion_of(file: Path) -> dict[str, str]:
+    """What `rsaft-fast convert` wrote into a file's header about the pickle that it was; nothing for another file."""
+    try:
+        with safe_open(file, "pt") as opened:
+            header = opened.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
+    return header if "source_sha256" in header else {}
 
 
 def digests_of(files: Sequence[Path], *algorithms: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from transformers import CLIPModel
 from rsaft_fast.errors import UserError
 from rsaft_fast.rewards.base import RewardSpec
 from rsaft_fast.rewards.clip import ClipReward, Scale, load_clip_model
-from rsaft_fast.rewards.files import checkpoint_file, digests_of, weight_files
+from rsaft_fast.rewards.files import checkpoint_file, conversion_of, digests_of, sha256_of, weight_files
 from rsaft_fast.rewards.open_clip import VIT_H_14, clip_model
 from rsaft_fast.rewards.preprocess import Clamp, Preprocess
 from rsaft_fast.rewards.text import CLIP_FILES, clip_tokenizer, fixed_text, require_vocabulary
@@ -78,12 +78,12 @@ def load_hps(
     else:
         files = [checkpoint_file(path, VERSIONS[version].file)]
         model = clip_model(read_state(files[0]), architecture, repr(str(files[0])))
-    digests = digests_of(files, "sha256", "md5")
-    _require_version(version, digests["md5"], str(path))
+    require_version(version, files[0], str(path))
     size = model.config.vision_config.image_size
     prepare = Preprocess((size, size), "longest_pad", antialias=resize == "aa", clamp=clamp)
     facts = {"scale": scale, "resize": resize, "text": "ftfy, HTML entities resolved"}
-    spec = RewardSpec(version, str(path), digests["sha256"], prepare.describe() | facts, "Apache-2.0")
+    origin = conversion_of(files[0]).get("source_sha256", "")
+    spec = RewardSpec(version, str(path), sha256_of(files), prepare.describe() | facts, "Apache-2.0", origin)
     return ClipReward(
         model,
         _tokenizer(tokenizer, files[0].parent, model),
@@ -96,8 +96,10 @@ def load_hps(
     ).to(device)
 
 
-def _require_version(version: str, md5: str, source: str) -> None:
-    """The two versions' files differ in nothing but their weights."""
+def require_version(version: str, file: Path, source: str = "") -> None:
+    """Refuse the other published version's file: the two differ in nothing but their weights."""
+    source = source or str(file)
+    md5 = conversion_of(file).get("source_md5") or digests_of([file], "md5")["md5"]
     for name, published in VERSIONS.items():
         if md5 == published.md5 and name != version:
             raise UserError(f"{source!r} is the published {name}, not {version}; write reward.name={name}")

@@ -16,7 +16,7 @@ from transformers.models.blip.configuration_blip import BlipTextConfig, BlipVisi
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory.checkpointing import checkpoint_calls
 from rsaft_fast.rewards.base import RewardSpec, TowerReward, check_prompts, score_dtype
-from rsaft_fast.rewards.files import checkpoint_file, read_json, sha256_of
+from rsaft_fast.rewards.files import checkpoint_file, conversion_of, read_json, sha256_of
 from rsaft_fast.rewards.heads import AffineHead
 from rsaft_fast.rewards.preprocess import Clamp, Preprocess, without_autocast
 from rsaft_fast.rewards.text import bert_tokenizer, require_vocabulary
@@ -149,7 +149,8 @@ def load_image_reward(
     size = model.visual_encoder.config.image_size
     prepare = Preprocess((size, size), "shortest_crop", clamp=clamp)
     facts = {"mean_score": MEAN, "std_score": STD, "max_tokens": MAX_TOKENS}
-    spec = RewardSpec("imagereward", str(path), sha256_of([file]), prepare.describe() | facts, "Apache-2.0")
+    origin = conversion_of(file).get("source_sha256", "")
+    spec = RewardSpec("imagereward", str(path), sha256_of([file]), prepare.describe() | facts, "Apache-2.0", origin)
     return ImageReward(model, head, words, prepare, spec, dtype=dtype, checkpoint=checkpoint).to(device)
 
 
