@@ -57,9 +57,9 @@ class SingleReward(Settings):
             folders too. hpsv2 and hpsv2.1 read the published HPS_v2*_compressed.pt, imagereward ImageReward.pt with
             med_config.json beside it, aesthetic sac+logos+ava1-l14-linearMSE.pth, hpsv3 HPSv3.safetensors (16.6 GB
             in bfloat16). Without gradient: ocr reads the text that the prompt quotes (path empty: the models of
-            rapidocr's wheel), geneval-hf
-            is GenEval's logic over a Mask2Former, counting compares numbers (path playground, or a Mask2Former). combination makes one reward of several;
-            remote asks a server (rsaft-fast serve) and has no gradient.
+            rapidocr's wheel), geneval-hf is GenEval's logic over a Mask2Former, counting compares numbers (path
+            playground, or a Mask2Former), remote asks a server (rsaft-fast serve). combination makes one reward of
+            several.
         path: folder, file or hub id of the weights, such as yuvalkirstain/PickScore_v1, xswu/HPSv2,
             THUDM/ImageReward. playground/fair and playground/brittle ship with the package. Required, but for
             combination and families whose weights come with a package. Of remote: http://HOST:PORT/NAME.
