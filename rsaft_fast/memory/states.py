@@ -8,8 +8,11 @@ from contextlib import contextmanager
 import torch
 
 from rsaft_fast.ops.table import CHUNK, LISTS
+from rsaft_fast.ops.transfer import Packing
 from rsaft_fast.optim import SAMAdamW
+from rsaft_fast.optim.buckets import Storage
 from rsaft_fast.optim.moments import MOMENTS, empty_state, state_names
+from rsaft_fast.optim.offload import BUFFERS, PART, split
 
 _CHUNK_BYTES = 4 + 4 + 8 + 3 * 8
 _TENSOR_BYTES = 8 + 4 + 4 + 8 * len(LISTS) + 4 + 8 * 9
@@ -39,6 +42,10 @@ class AccountedOptimizer:
             {name: empty_state(p, name, storage.eight_bit) for name in own}
             for p, storage, own in zip(self.params, storages, names)
         ]
+        self._staging_bytes = _staging_bytes(self.params, storages, states)
+        self._staging: torch.Tensor | None = None
+        if optimizer.offload == "state":
+            states = []
         self.held: dict[str, list[torch.Tensor]] = {
             "masters (fp32)": [state["master"] for state in states if "master" in state],
             f"moments ({optimizer.state_bits} bits)": [
@@ -49,6 +56,7 @@ class AccountedOptimizer:
             ],
             "tables of the kernels": [self._table()],
         }
+        self._masters_on_host = bool(self._staging_bytes) and any(s.master for s in storages)
         self._in_gradients = [not s.master and s.backup == "gradient" for s in storages]
         self._taken: list[torch.Tensor | None] = []
         self._second = False
@@ -60,6 +68,10 @@ class AccountedOptimizer:
         chunks = sum(-(-p.numel() // CHUNK) for p in self.params)
         size = chunks * _CHUNK_BYTES + len(self.params) * _TENSOR_BYTES
         return torch.empty(size, dtype=torch.uint8, device=self.params[0].device)
+
+    def _stage(self) -> None:
+        if self._staging is None and self._staging_bytes:
+            self._staging = torch.empty(self._staging_bytes, dtype=torch.uint8, device=self.params[0].device)
 
     def gradient_bytes(self) -> int:
         """Of what `.grad` holds now."""
@@ -74,6 +86,8 @@ class AccountedOptimizer:
         self.between()
         self._taken = [p.grad if taken else None for p, taken in zip(self.params, self._in_gradients)]
         self._second = True
+        if self._masters_on_host:  # read to perturb, and kept for the way back
+            self._stage()
         if zero_grad:
             self.zero_grad()
 
@@ -87,14 +101,28 @@ class AccountedOptimizer:
 
     def _arrived(self, index: int, param: torch.Tensor) -> None:
         if self._second:
+            self._stage()
             param.grad = None
             self._taken[index] = None
 
     def step(self, plain: bool = False) -> None:
         if plain:
             self.between()
-        self._taken, self._second = [], False
+        self._stage()
+        self._taken, self._second, self._staging = [], False, None
 
     def stats(self) -> dict[str, float]:
         """A norm, for who divides by it."""
         return {"grad_norm": 1.0}
+
+
+def _staging_bytes(params: list[torch.Tensor], storages: list[Storage], states: list[dict[str, torch.Tensor]]) -> int:
+    """Of the device's buffers through which state on the host passes."""
+    kinds: dict[tuple, list[int]] = {}
+    for param, storage, state in zip(params, storages, states):
+        if storage.offload:
+            kinds.setdefault((param.dtype, storage), []).append(Packing(state.values()).nbytes)
+    parts = [[sum(sizes[i] for i in part) for part in split(sizes, PART)] for sizes in kinds.values()]
+    if not parts:
+        return 0
+    return max(map(max, parts)) * min(BUFFERS, max(map(len, parts)))

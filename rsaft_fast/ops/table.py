@@ -101,6 +101,7 @@ class TensorTable:
         if len(groups) != len(weights) or groups.min() < 0:
             raise ValueError(f"group={groups.tolist()} for {len(weights)} weights: one row number, from 0, for each")
         self.groups = int(groups.max()) + 1
+        self._group_rows = groups.tolist()
         self.parameters = list(range(len(weights)) if parameter is None else parameter)
 
         self.numel = to_device(sizes, self.device)
@@ -118,6 +119,21 @@ class TensorTable:
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+    def part(self, first: int, last: int) -> "TensorTable":
+        """A table of weights ``first`` to ``last - 1`` alone: its own lists, with the step counts, coefficients and
+        sums of this one."""
+        table = TensorTable(
+            self["weight"][first:last],
+            group=self._group_rows[first:last],
+            adaptive=self.adaptive,
+            parameter=self.parameters[first:last],
+            rounding_seed=self.rounding_seed,
+        )
+        table.steps, table.coefficients = self.steps[first:last], self.coefficients[first:last]
+        start = self.first_chunk[first]
+        table.perturbation_sums = self.perturbation_sums[start : start + table.chunks]
+        return table
 
     @property
     def float_dtypes(self) -> tuple[torch.dtype, ...]:

@@ -97,6 +97,11 @@ class CopyStream:
             target.copy_(source, non_blocking=True)
             return self._stream.record_event()
 
+    def synchronize(self) -> None:
+        """The host waits for all copies so far."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
 
 def reached(device: torch.device) -> torch.cuda.Event | None:
     """An event that comes when the computation has got to here."""

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from rsaft_fast import ops
 from rsaft_fast.ops import TensorTable
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -19,7 +20,7 @@ class Storage(NamedTuple):
         rounding_seed: of stochastic rounding; None rounds to nearest.
         backup: where its old bits wait while it is perturbed, if there is no master: in memory of their ``own``, or in
             that of the first pass's ``gradient``.
-        static: its gradient stays where it is.
+        static: its gradient stays where it is. offload: its state is on the host.
     """
 
     master: bool = False
@@ -27,6 +28,7 @@ class Storage(NamedTuple):
     rounding_seed: int | None = None
     backup: str = "own"
     static: bool = False
+    offload: bool = False
 
 
 class Bucket:
@@ -78,6 +80,28 @@ class Bucket:
                 self.drop_backup()
                 raise
 
+    def perturb(self, norm: ops.GradientNorm) -> None:
+        """To w + e."""
+        ops.sam_perturb_(self.table, norm)
+
+    def restore(self, norm: ops.GradientNorm, index: int | None = None) -> None:
+        """Back from it; one parameter, or all."""
+        ops.sam_restore_(self.table, norm, index)
+
+    def reserve(self) -> None:
+        """Take what memory a step needs, before anything is touched."""
+
+    def step(self, scalars: ops.StepScalars, first: ops.GradientNorm | None, restore: bool) -> None:
+        """Restore where asked, and AdamW's update."""
+        ops.sam_adamw_step_(self.table, scalars, first=first, restore=restore)
+
+    def step_tensor(self, index: int, grad: torch.Tensor, scalars: ops.StepScalars, first: ops.GradientNorm) -> None:
+        """Restore and update one parameter, from a gradient that nobody else will see."""
+        ops.sam_adamw_step_tensor_(self.table, index, grad, scalars, first=first)
+
+    def close(self, for_good: bool = True) -> None:
+        """A pass is over, or broke off: leave nothing on its way. ``for_good``: the weights are not perturbed."""
+
     def gradients_taken(self) -> bool:
         """Whether the gradients' memory now holds the old weights: then nobody may see it as ``p.grad``."""
         return not self.storage.master and self.storage.backup == "gradient"
@@ -126,11 +150,15 @@ class Bucket:
             self.versions = [p._version for p in self.params]
 
 
-def make_buckets(param_groups: list[dict], storage_of: Callable[[torch.Tensor], Storage]) -> list[Bucket]:
+def make_buckets(
+    param_groups: list[dict],
+    storage_of: Callable[[torch.Tensor], Storage],
+    kind_of: Callable[[Storage], type[Bucket]] = lambda storage: Bucket,
+) -> list[Bucket]:
     """One bucket a (dtype, adaptive, storage) over the parameters that require gradients.
 
     Args:
-        param_groups: as in ``torch.optim``. storage_of: how a parameter is kept.
+        param_groups: as in ``torch.optim``. storage_of: how a parameter is kept. kind_of: the class for it.
 
     Raises:
         ValueError: parameters on several devices, overlapping or expanded ones. TypeError: not floating point.
@@ -151,7 +179,7 @@ def make_buckets(param_groups: list[dict], storage_of: Callable[[torch.Tensor], 
         names = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"parameters on {names}: one optimizer works on one device; build one optimizer a device")
     return [
-        Bucket(params, groups, indices, adaptive, storage)
+        kind_of(storage)(params, groups, indices, adaptive, storage)
         for (_, adaptive, storage), (params, groups, indices) in members.items()
     ]
 

@@ -27,16 +27,21 @@ def state_names(master: bool, eight_bit: bool) -> tuple[str, ...]:
     return MOMENTS + (ABSMAX if eight_bit else ()) + (("master",) if master else ())
 
 
-def empty_state(param: torch.Tensor, name: str, eight_bit: bool) -> torch.Tensor:
-    """A tensor that holds ``name`` of a parameter before its first step: the master is the weight, all else zero."""
-    wide = torch.promote_types(param.dtype, torch.float32)
+def empty_state(
+    param: torch.Tensor, name: str, eight_bit: bool, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """A tensor that holds ``name`` of a parameter before its first step: the master is the weight, all else zero.
+
+    ``device``: where it lies; beside the parameter by default.
+    """
+    wide, device = torch.promote_types(param.dtype, torch.float32), device or param.device
     if name in ABSMAX:
-        return torch.zeros(quantize.blocks(param.numel()), device=param.device)
+        return torch.zeros(quantize.blocks(param.numel()), device=device)
     if name == "master":
-        return param.detach().to(wide, copy=True)
+        return param.detach().to(device, wide, copy=True)
     if eight_bit:
-        return torch.full_like(param, _ZERO[name], dtype=torch.uint8, requires_grad=False)
-    return torch.zeros_like(param, dtype=wide, requires_grad=False)
+        return torch.full_like(param, _ZERO[name], dtype=torch.uint8, device=device, requires_grad=False)
+    return torch.zeros_like(param, dtype=wide, device=device, requires_grad=False)
 
 
 def load_moments(state: dict[str, torch.Tensor], saved: Mapping, eight_bit: bool) -> None:

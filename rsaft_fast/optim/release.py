@@ -65,7 +65,7 @@ class GradientRelease:
                 "been applied: release_gradients=True needs exactly one backward there (no accumulation)"
             )
         self.arm()
-        ops.sam_adamw_step_tensor_(bucket.table, index, param.grad, self.scalars, first=self.norm)
+        bucket.step_tensor(index, param.grad, self.scalars, self.norm)
         stepped[index] = True
         param.grad = None
         bucket.drop_backup(index)
@@ -75,10 +75,10 @@ class GradientRelease:
         self.listening = False
         for bucket, stepped in zip(self.buckets, self.stepped):
             if not stepped.any():
-                ops.sam_restore_(bucket.table, self.norm)
+                bucket.restore(self.norm)
                 continue
             for index in (~stepped).nonzero().flatten().tolist():
-                ops.sam_restore_(bucket.table, self.norm, index)
+                bucket.restore(self.norm, index)
 
     def count(self) -> None:
         """The step of every parameter that took one, and the skip if it was one."""

@@ -9,6 +9,7 @@ from rsaft_fast.ops.quantize import MIN_SIZE
 
 from .buckets import LOW_PRECISION, Bucket, Storage
 from .moments import empty_state, load_moments, state_names
+from .offload import OffloadedBucket, Staging
 from .release import GradientRelease
 from .sharpness import IDLE, PERTURBED, RESTORED, SharpnessAware, upload
 from .workers import Replicas, refuse_several
@@ -59,6 +60,9 @@ class SAMAdamW(SharpnessAware):
         backup: where the old bits wait in pass 2 where there is no master: "own" memory, or the first pass's
             "gradient": ``perturb()`` then takes ``p.grad`` away.
         release_gradients: see above; implies backup="gradient".
+        offload: "state" keeps moments and masters in page-locked host memory and streams them through the device
+            during a step (``optim.offload``, which has its price): 8 bytes a parameter saved with float32 moments, 2
+            with 8-bit ones, 4 more with a master. The same bits, and the same checkpoints. Not in a CUDA graph.
         static_gradients: a promise that gradients stay where they are: ``zero_grad`` then fills with zeros, and a pass
             looks at one parameter instead of all.
         replicas: ranks that hold the same weights (DDP: ``torch.distributed.group.WORLD``); a non-finite first pass on
@@ -89,6 +93,7 @@ class SAMAdamW(SharpnessAware):
         backup: str = "own",
         release_gradients: bool = False,
         static_gradients: bool = False,
+        offload: str = "none",
     ):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm={max_grad_norm}: it must be positive; None turns clipping off")
@@ -96,6 +101,8 @@ class SAMAdamW(SharpnessAware):
             raise ValueError(f"state_bits={state_bits}: moments have 32 or 8 bits")
         if backup not in ("own", "gradient"):
             raise ValueError(f'backup={backup!r}: "own" or "gradient"')
+        if offload not in ("none", "state"):
+            raise ValueError(f'offload={offload!r}: "none" or "state"')
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed={seed}: from 0 to 2**64 - 1")
         if stochastic_rounding and master_weights:
@@ -110,6 +117,7 @@ class SAMAdamW(SharpnessAware):
         self.stochastic_rounding, self.seed = stochastic_rounding, seed
         self.backup = "gradient" if release_gradients else backup
         self.release_gradients, self.static_gradients = release_gradients, static_gradients
+        self.offload = offload
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rho=rho, adaptive=adaptive)
         super().__init__(params, defaults, process_group, replicas)
 
@@ -132,11 +140,14 @@ class SAMAdamW(SharpnessAware):
         self._upload_hyper()
         first = None if self._phase == IDLE else self._first
         inputs = ops.StepInputs(self._scalars, first, self._taken_grad_scale(), getattr(self, "found_inf", None))
+        for bucket in buckets:
+            bucket.reserve()
         tables = [bucket.table for bucket in buckets]
         ops.global_norm(
             tables, self._no_rho, plain=True, out=self._second, process_group=self.process_group, inputs=inputs
         )
-        ops.sam_adamw_step_(tables, self._scalars, first=first, restore=self._phase == PERTURBED)
+        for bucket in buckets:
+            bucket.step(self._scalars, first, restore=self._phase == PERTURBED)
 
     def _upload_hyper(self) -> None:
         clip = math.inf if self.max_grad_norm is None else self.max_grad_norm
@@ -196,6 +207,7 @@ class SAMAdamW(SharpnessAware):
         with torch.no_grad():
             self._release.restore_rest()
         for bucket in self._buckets:
+            bucket.close()
             bucket.drop_backup()
             bucket.remember_versions()
         self._phase = RESTORED
@@ -205,6 +217,8 @@ class SAMAdamW(SharpnessAware):
         if self._release is not None and self._release.begun:
             self._half_stepped, self._phase = True, IDLE
             self._release.forget()
+            for bucket in self._buckets:
+                bucket.close()
             note = "the released step was half done: load the model's and the optimizer's last checkpoint"
             if hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(note)
@@ -234,12 +248,22 @@ class SAMAdamW(SharpnessAware):
             rounding_seed=self.seed if self.stochastic_rounding and param.dtype is torch.bfloat16 else None,
             backup=self.backup,
             static=self.static_gradients,
+            offload=self.offload == "state",
         )
+
+    def _kind_of(self, storage: Storage) -> type[Bucket]:
+        return OffloadedBucket if storage.offload else Bucket
 
     def _reset(self) -> None:
         super()._reset()
         self._release: GradientRelease | None = None
         self._half_stepped = False
+        self._staging: Staging | None = None
+
+    def _wait_for_host_state(self) -> None:
+        """Before the host reads or writes what may still be on its way to it."""
+        if self._staging is not None:
+            self._staging.synchronize()
 
     def _build(self) -> None:
         super()._build()
@@ -265,12 +289,17 @@ class SAMAdamW(SharpnessAware):
             return
         for param, version in zip(bucket.params, bucket.versions):
             if param._version != version:
+                self._wait_for_host_state()
                 _agree(self.state[param]["master"], param)
         bucket.remember_versions()
 
     def _bind_state(self, bucket: Bucket) -> None:
         table, states = bucket.table, [self.state[param] for param in bucket.params]
         names = state_names(bucket.storage.master, bucket.storage.eight_bit)
+        if isinstance(bucket, OffloadedBucket):
+            self._wait_for_host_state()
+            self._staging = self._staging or Staging(table.device)
+            bucket.bind_state(names, states, self._staging)
         for param, state in zip(bucket.params, states):
             for name in names:
                 if name not in state:
@@ -282,7 +311,8 @@ class SAMAdamW(SharpnessAware):
             table.steps.copy_(torch.stack([state.get("step", zero) for state in states]))
         for state, step in zip(states, table.steps.unbind()):
             state["step"] = step
-        table.bind(**{name: [state[name] for state in states] for name in names})
+        if not isinstance(bucket, OffloadedBucket):
+            table.bind(**{name: [state[name] for state in states] for name in names})
 
     def state_dict(self) -> dict:
         """As ``torch.optim.AdamW``, with ``master`` beside the moments and the count of skipped steps.
@@ -290,6 +320,7 @@ class SAMAdamW(SharpnessAware):
         Raises:
             RuntimeError: the weights are perturbed.
         """
+        self._wait_for_host_state()
         saved = super().state_dict()
         # Step counts are views of one tensor here; formats that refuse shared memory (safetensors) want them apart.
         saved["state"] = {key: {**state, "step": state["step"].clone()} for key, state in saved["state"].items()}
@@ -302,6 +333,7 @@ class SAMAdamW(SharpnessAware):
         ``rho`` and ``adaptive``, and the master starts from the weights. Moments are converted where their bits differ.
         """
         self._refuse_while_perturbed("load_state_dict()")
+        self._wait_for_host_state()
         own = self.state
         # torch's own loader would cast moments and master to the weight's dtype: it gets the groups only.
         super().load_state_dict({**self._with_defaults(state_dict), "state": {}})
@@ -319,16 +351,17 @@ class SAMAdamW(SharpnessAware):
         state = self.state[param] if saved else self.state.get(param, {})
         if not saved and not state:
             return
-        master, eight_bit, *_ = self._storage_of(param)
-        for name in state_names(master, eight_bit):
+        storage = self._storage_of(param)
+        for name in state_names(storage.master, storage.eight_bit):
             if name not in state:
-                state[name] = empty_state(param, name, eight_bit)
-        load_moments(state, saved, eight_bit)
-        if master:
+                state[name] = empty_state(param, name, storage.eight_bit, "cpu" if storage.offload else None)
+        load_moments(state, saved, storage.eight_bit)
+        if storage.master:
             state["master"].copy_(saved.get("master", param.detach()))
         state.setdefault("step", torch.zeros((), device=param.device)).copy_(torch.as_tensor(saved.get("step", 0.0)))
 
     def __getstate__(self) -> dict:
+        self._wait_for_host_state()
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _OPTIONS}}
 
 
@@ -342,10 +375,12 @@ _OPTIONS = (
     "backup",
     "release_gradients",
     "static_gradients",
+    "offload",
 )
 """What a copied optimizer keeps besides its groups and state."""
 
 
 def _agree(master: torch.Tensor, weight: torch.Tensor) -> None:
     """The master keeps its extra bits where it still rounds to the weight, and takes the weight where it does not."""
-    master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight.to(master.dtype)))
+    here = master.to(weight.device)
+    master.copy_(torch.where(here.to(weight.dtype) == weight, here, weight.to(here.dtype)))

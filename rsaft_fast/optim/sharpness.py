@@ -68,7 +68,8 @@ class SharpnessAware(torch.optim.Optimizer):
         self._refuse_unless_perturbed("restore()")
         for bucket in self._buckets:
             bucket.table.bind(weight=bucket.params)
-            ops.sam_restore_(bucket.table, self._first)
+            bucket.restore(self._first)
+            bucket.close()
             bucket.drop_backup()
             bucket.remember_versions()
         self._phase = RESTORED
@@ -115,7 +116,11 @@ class SharpnessAware(torch.optim.Optimizer):
         loss = None if closure is None else self._run(closure)
         with torch.no_grad():
             buckets = self._ready_or_restored()
-            self._update(buckets)
+            try:
+                self._update(buckets)
+            finally:
+                for bucket in buckets:
+                    bucket.close()
             self._phase = IDLE
             self._finish(buckets, zero_grad=False)
         return loss
@@ -273,11 +278,13 @@ class SharpnessAware(torch.optim.Optimizer):
         done = []
         try:
             for bucket in buckets:
-                ops.sam_perturb_(bucket.table, self._first)
+                bucket.perturb(self._first)
                 done.append(bucket)
         except BaseException:
             for bucket in done:
-                ops.sam_restore_(bucket.table, self._first)
+                bucket.restore(self._first)
+            for bucket in buckets:
+                bucket.close()
             raise
         finally:
             for bucket in done:
@@ -296,7 +303,7 @@ class SharpnessAware(torch.optim.Optimizer):
         if any(bucket.table.captured for bucket in self._buckets):
             raise RuntimeError("parameters joined, and a captured CUDA graph owns the tables: build a new optimizer")
         params = [param for group in self.param_groups for param in group["params"]]
-        buckets = make_buckets(self.param_groups, self._storage_of)
+        buckets = make_buckets(self.param_groups, self._storage_of, self._kind_of)
         if not buckets:
             raise RuntimeError("no parameter requires a gradient: nothing to optimize")
         self._frozen = [param for param in params if not param.requires_grad]
@@ -347,6 +354,9 @@ class SharpnessAware(torch.optim.Optimizer):
     def _storage_of(self, param: torch.Tensor) -> Storage:
         """How a parameter is kept."""
         return Storage()
+
+    def _kind_of(self, storage: Storage) -> type[Bucket]:
+        return Bucket
 
     def _bind_state(self, bucket: Bucket) -> None:
         """Attach optimizer state to a new bucket."""

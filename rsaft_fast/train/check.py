@@ -155,6 +155,11 @@ def _check_offload(config: Config) -> None:
             f"backbone.offload_blocks {count} without denoiser in backbone.checkpoint: the backward pass would keep "
             "every block's weights on the device; set backbone.checkpoint=[denoiser,decoder]"
         )
+    if config.backbone.keep_blocks:
+        raise UserError(
+            f"backbone.offload_blocks {count} with keep_blocks {config.backbone.keep_blocks}: a block that is not "
+            "recomputed keeps its weights on the device until its backward pass; leave one of the two out"
+        )
 
 
 def _check_reward(config: Config) -> None:

@@ -138,6 +138,11 @@ class OptimizerSettings(Settings):
             the second pass's gradients, 2 bytes a bf16 parameter. Clipping then uses the first pass's norm, and the
             second's is not logged. One backward pass an update: accumulate 1, one graded call, guidance off or uncond
             detached.
+        offload: state keeps the moments, and fp32 masters where there are any, in pinned host memory and streams them
+            through the device at each update, to the same bits: saves 8 bytes a parameter (2 with state_bits 8, 4 more
+            with masters) but for staging buffers of 0.2 GiB, or three times the largest tensor's state. Costs those
+            bytes over PCIe in both directions: SDXL's in 8 bits 0.1 to 0.2 s an update at 50 GB/s, FLUX.1's 0.5 to
+            1 s. For full fine-tuning.
     """
 
     lr: float = Field(default=2e-5, gt=0)
@@ -151,6 +156,7 @@ class OptimizerSettings(Settings):
     stochastic_rounding: bool = False
     backup: Literal["own", "gradient"] = "own"
     release_gradients: bool = False
+    offload: Literal["none", "state"] = "none"
 
 
 class EMASettings(Settings):

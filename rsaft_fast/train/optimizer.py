@@ -53,6 +53,7 @@ def build_optimizer(
         seed=seed,
         backup=settings.backup,
         release_gradients=settings.release_gradients,
+        offload=settings.offload,
     )
 
 

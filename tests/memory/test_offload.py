@@ -260,6 +260,7 @@ def test_blocks_that_cannot_be_streamed_are_refused(folders):
     ("overrides", "line"),
     [
         ({}, "offload_blocks 2 without denoiser in backbone.checkpoint"),
+        ({"backbone__keep_blocks": 1, **OFFLOADED}, "offload_blocks 2 with keep_blocks 1"),
         ({"parameters": {"train": "full"}, **OFFLOADED}, "offload_blocks 2 with parameters.train full.*optimizer.off"),
     ],
 )

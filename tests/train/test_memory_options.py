@@ -105,3 +105,18 @@ def test_memory_running_out_inside_the_released_backward_goes_back_to_the_checkp
     else:
         assert "there is no checkpoint yet" in said[-1] and trainer.optimizer.half_stepped
         assert not list(out.glob("checkpoints/step_*"))
+
+
+@pytest.mark.parametrize("overrides", [{"parameters": {"train": "full"}, "backbone__dtype": "bf16"}, RELEASED])
+def test_state_on_the_host_trains_to_the_same_checkpoint_and_resumes_in_either_place(tiny, tmp_path, overrides):
+    """Byte for byte the same files, wherever the state was, and wherever the run goes on from."""
+    device, host, moved = (tmp_path / name for name in ("device", "host", "moved"))
+    settings = dict(max_steps=3, checkpoint_every=1, keep_checkpoints=None, **overrides)
+    train(config(tiny, device, "sd3", **settings))
+    train(config(tiny, host, "sd3", **settings, optimizer__offload="state"))
+    same_files(device / "checkpoints/step_3", host / "checkpoints/step_3")
+    shutil.copytree(device, moved)
+    for step in (2, 3):
+        shutil.rmtree(moved / f"checkpoints/step_{step}")
+    train(config(tiny, moved, "sd3", resume="auto", **settings, optimizer__offload="state"), say=lambda line: None)
+    same_files(device / "checkpoints/step_3", moved / "checkpoints/step_3")
