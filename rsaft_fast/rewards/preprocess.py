@@ -104,6 +104,8 @@ def check_images(images: torch.Tensor) -> None:
             f"a reward takes float images of shape (B, 3, H, W), 0 to 1; got {tuple(images.shape)}, {images.dtype}"
             + _MENDS.get(images.shape[1] if images.ndim == 4 else None, "")
         )
+    if min(images.shape[2:]) < 1:
+        raise UserError(f"a reward takes pictures of at least one pixel; got {tuple(images.shape)}")
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:

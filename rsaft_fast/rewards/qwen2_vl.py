@@ -25,7 +25,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 )
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.rewards.preprocess import Clamp, Preprocess
+from rsaft_fast.rewards.preprocess import Clamp, Preprocess, check_images
 from rsaft_fast.rewards.weights import State
 
 # The heads cannot be read off the weights' shapes. 8.29e9 parameters with its own vocabulary of 152,064.
@@ -85,9 +85,8 @@ class SmartResize:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Preprocess in fp32, or float64 for float64 images; any autocast is switched off."""
-        if images.ndim == 4 and min(images.shape[-2:]) > 0:
-            return Preprocess(self.size(*images.shape[-2:]), "stretch", clamp=self.clamp)(images)
-        return Preprocess((self.factor, self.factor), "stretch", clamp=self.clamp)(images)
+        check_images(images)
+        return Preprocess(self.size(*images.shape[-2:]), "stretch", clamp=self.clamp)(images)
 
     def describe(self) -> dict[str, Any]:
         """Every choice, for the reward's spec."""
