@@ -183,7 +183,12 @@ def build_parser() -> argparse.ArgumentParser:
     trained.add_argument("--lora", metavar="PATH", help="a LoRA in diffusers' format, file or folder")
     prompts = sample.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompts", nargs="+", metavar="TEXT", help="prompts, each in quotes")
-    prompts.add_argument("--prompts-file", metavar="FILE", help=".txt, .csv, .tsv, .json, .jsonl, or playground")
+    prompts.add_argument(
+        "--prompts-file",
+        metavar="FILE",
+        help=".txt, .csv, .tsv, .json, .jsonl, .parquet, playground, or a set: drawbench, hpdv2, hpdv2-photo, "
+        "partiprompts, geneval, ocr, pickapic, or NAME=PATH",
+    )
     sample.add_argument(
         "--seeds", nargs="+", type=_natural, default=[0], metavar="N", help="a picture each (default: 0)"
     )
@@ -200,7 +205,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     score = add("score", "score pictures with reward models", SCORE)
     score.add_argument("pictures", nargs="+", metavar="PICTURES", help="folders of pictures, or single files")
-    score.add_argument("--prompts", metavar="FILE", help=".txt, .csv, .tsv, .json or .jsonl")
+    score.add_argument("--prompts", metavar="FILE", help="a file or set, as sample's --prompts-file")
     score.add_argument(
         "--reward",
         action="append",

@@ -18,6 +18,7 @@ import torch
 from rsaft_fast.commands.reward_options import parse_rewards
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.pictures import ENDINGS, read_picture
+from rsaft_fast.evaluation.prompt_sets import prompt_notes
 from rsaft_fast.rewards import Combination, Reward, load_reward
 from rsaft_fast.rewards.base import TowerReward
 from rsaft_fast.rewards.calibration import Calibration, calibration_text, measure
@@ -117,6 +118,8 @@ def _prompts(pictures: Sequence[Picture], source: str | None) -> list[str]:
             )
         return [p.prompt for p in pictures]
     prompts = load_prompts(source)
+    for note in prompt_notes(source, prompts):
+        print(f"rsaft-fast: {note}")
     if len(prompts) == 1:
         return prompts * len(pictures)
     if len(prompts) != len(pictures):

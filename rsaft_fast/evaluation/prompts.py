@@ -1,8 +1,9 @@
-"""Prompt sets from files."""
+"""Prompt sets by name or from files."""
 
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.evaluation.prompt_sets import SETS, named_set, set_files
 
 PLAYGROUND = "playground"
 # Names of the prompt column in the public sets (PartiPrompts, GenEval, DrawBench, HPDv2), in order of preference.
@@ -22,28 +24,48 @@ Found = Iterator[tuple[str, Any]]
 
 
 def load_prompts(source: str | Path, column: str | None = None) -> list[str]:
-    """The prompts of a UTF-8 file in order, duplicates kept, or the training prompts of the "playground".
+    """The prompts of a published set or of a UTF-8 file in order, duplicates kept; or the playground's for training.
 
     Args:
-        source: .txt (one prompt a line, empty lines skipped), .csv or .tsv (with a header), .json (a list of strings
-            or objects, or an object whose `column` is such a list) or .jsonl (a string or an object a line).
+        source: a name of `prompt_sets.SETS` (from the hub's cache or the hub), NAME=PATH for a set that lies here, or
+            a file: .txt (one prompt a line, empty lines skipped), .csv or .tsv (with a header), .json (a list of
+            strings or objects, or an object whose `column` is such a list), .jsonl (a string or an object a line), or
+            .parquet (needs pyarrow); or "playground".
         column: header or key of the prompt; without it the first of `COLUMNS` that is there, in any case.
 
     Raises:
-        UserError: no such file, another format, text that is not UTF-8, no such column, a prompt that is empty, no
-            string or longer than `MAX_CHARACTERS`, or no prompt at all.
+        UserError: no such set or file, a hub that cannot be reached, another format, text that is not UTF-8, no such
+            column, a prompt that is empty, no string or longer than `MAX_CHARACTERS`, or no prompt at all.
     """
     if str(source) == PLAYGROUND:
         from rsaft_fast import playground
 
         return playground.train_prompts()
-    path = Path(source).expanduser()
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
+    if (named := named_set(str(source))) is not None:
+        return [prompt for file in set_files(*named) for prompt in _from_file(file, column, str(file))]
+    return _from_file(Path(source).expanduser(), column, str(source))
+
+
+def _nearest_set(source: str) -> str:
+    near = difflib.get_close_matches(source.partition("=")[0], (PLAYGROUND, *SETS), 1, cutoff=0.75)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _from_file(path: Path, column: str | None, source: str) -> list[str]:
+    ending = path.suffix.lower()
+    if not path.exists() and (hint := _nearest_set(source)):
+        raise UserError(f"there is no prompt file {source!r}{hint}")
+    if ending == ".parquet":
+        found = _from_parquet(path, column)
+    elif ending in READERS:
+        found = READERS[ending](path, _read(path), column)
+    else:
+        endings = ", ".join((*READERS, ".parquet"))
         raise UserError(
-            f"prompt file {str(source)!r}: the ending must be one of {', '.join(READERS)}, or give playground"
+            f"prompt file {source!r}: the ending must be one of {endings}, or give playground, one of the sets "
+            f"{', '.join(SETS)}, or NAME=PATH for a set that lies here"
         )
-    prompts = [_checked(path, place, text) for place, text in reader(path, _read(path), column)]
+    prompts = [_checked(path, place, text) for place, text in found]
     if not prompts:
         raise UserError(f"prompt file {str(path)!r} holds no prompt; give at least one")
     return prompts
@@ -120,6 +142,21 @@ def _from_json(path: Path, text: str, column: str | None) -> Found:
 def _from_jsonl(path: Path, text: str, column: str | None) -> Found:
     for place, line in _lines(text):
         yield place, _of_entry(path, _parse(path, f", {place}", line), column)
+
+
+def _from_parquet(path: Path, column: str | None) -> Found:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"prompt file {str(path)!r} needs pyarrow to be read: pip install pyarrow") from error
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        name = _column(path, file.schema_arrow.names, column)
+        values = file.read(columns=[name]).column(name).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"prompt file {str(path)!r} cannot be read as parquet ({error}); export it anew") from error
+    for number, value in enumerate(values, 1):
+        yield f"row {number}", value
 
 
 def _parse(path: Path, place: str, text: str) -> Any:

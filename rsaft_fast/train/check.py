@@ -12,6 +12,7 @@ import torch
 from rsaft_fast.backbones import PipelineBackbone, adapter_for
 from rsaft_fast.backbones.quantized import why_not
 from rsaft_fast.errors import UserError
+from rsaft_fast.evaluation.prompt_sets import overlap_note, prompt_notes
 from rsaft_fast.ops import backends
 from rsaft_fast.rewards import RewardSettings
 from rsaft_fast.rewards.calibration import read_calibration
@@ -64,9 +65,11 @@ def check_config(config: Config) -> Inputs:
     if config.reward.calibration is not None:
         read_calibration(config.reward.calibration)
     prompts = load_prompts(config.data.prompts, config.data.column)
+    sample_prompts = _sample_prompts(config, prompts)
+    notes += _prompt_notes(config, prompts, sample_prompts)
     return Inputs(
         prompts=prompts,
-        sample_prompts=_sample_prompts(config, prompts),
+        sample_prompts=sample_prompts,
         images=load_folder(config.denoising.images) if config.denoising else [],
         checkpoint=checkpoint,
         notes=notes,
@@ -299,6 +302,16 @@ def check_writable(folder: Path, key: str = "output_dir") -> None:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"{key} {folder} cannot be made: {existing} is not a folder that you may write to")
+
+
+def _prompt_notes(config: Config, prompts: list[str], sample_prompts: list[str]) -> list[str]:
+    """What the prompts of training say about the judging."""
+    notes = prompt_notes(config.data.prompts, prompts, training=True)
+    # The first of data.prompts are trained on by intention.
+    if config.samples.prompts is not None and sample_prompts:
+        overlap = overlap_note(prompts, sample_prompts, "the sample grids (samples.prompts)")
+        notes += [overlap] if overlap else []
+    return notes
 
 
 def _sample_prompts(config: Config, prompts: list[str]) -> list[str]:

@@ -94,8 +94,10 @@ class DataSettings(Settings):
     """Prompts and batches. An update sees batch_size * accumulate pictures.
 
     Attributes:
-        prompts: .txt file with one prompt a line, .csv, .tsv, .json or .jsonl, or "playground". Each epoch is a new
-            permutation of all of them, derived from the seed.
+        prompts: .txt file with one prompt a line, .csv, .tsv, .json, .jsonl or .parquet; a published set by name
+            (drawbench, hpdv2, hpdv2-anime, -concept-art, -paintings, -photo, partiprompts, geneval, ocr, pickapic)
+            from the hub, or NAME=PATH where it lies here; or "playground". Each epoch is a new permutation of all of
+            them, derived from the seed. Training on a set that results are reported on is said aloud.
         column: of a table or key of an object that holds the prompt; null finds prompt, text or caption.
         batch_size: pictures that go through the network together.
         accumulate: micro-batches of one update; their gradients add up to that of the whole batch. The paper's batch
@@ -174,7 +176,8 @@ class SampleSettings(Settings):
 
     Attributes:
         every: updates between two grids; 0 makes none. One is made before the first update and one after the last.
-        prompts: a file like data.prompts, or "playground" for its held-out ones; null takes the first of data.prompts.
+        prompts: a file or set like data.prompts, or "playground" for its held-out ones; null takes the first of
+            data.prompts. How many of them are trained on is said.
         count: pictures in a grid.
         seed: of their noise; null takes the run's seed.
     """

@@ -1,0 +1,150 @@
+"""The public prompt sets by name: where each is published, and what it is worth knowing before training on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rsaft_fast.errors import UserError
+
+HPDV2_STYLES = ("anime", "concept-art", "paintings", "photo")
+_TABLES = ("*.csv", "*.tsv", "*.json", "*.jsonl", "*.txt", "data/*.parquet")
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """One published set.
+
+    Attributes:
+        files: patterns of its files below the repository, in the set's order; one file each.
+        count: prompts in all, duplicates included.
+        hub: id of the dataset on the Hugging Face hub; "" where it is not there.
+        home: where it is published otherwise.
+    """
+
+    files: tuple[str, ...]
+    count: int
+    hub: str = ""
+    home: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where to download it by hand."""
+        where = f"the dataset {self.hub} on the Hugging Face hub" if self.hub else self.home
+        return f"{', '.join(self.files)} from {where}"
+
+
+def _hpdv2(*styles: str) -> PromptSet:
+    return PromptSet(tuple(f"benchmark/{style}.json" for style in styles), 800 * len(styles), hub="zhwang/HPDv2")
+
+
+SETS = {
+    "drawbench": PromptSet(_TABLES, 200, hub="sayakpaul/drawbench"),
+    "hpdv2": _hpdv2(*HPDV2_STYLES),
+    **{f"hpdv2-{style}": _hpdv2(style) for style in HPDV2_STYLES},
+    "partiprompts": PromptSet(("PartiPrompts.tsv",), 1632, hub="nateraw/parti-prompts"),
+    "geneval": PromptSet(("prompts/evaluation_metadata.jsonl",), 553, home="github.com/djghosh13/geneval"),
+    "ocr": PromptSet(("dataset/ocr/test.txt",), 1018, home="github.com/yifan123/flow_grpo"),
+    "pickapic": PromptSet(("data/test_unique-*.parquet",), 500, hub="yuvalkirstain/pickapic_v1_no_images"),
+}
+
+
+def named_set(source: str) -> tuple[str, str] | None:
+    """The set's name and the path given for it ("" for none), where `source` is NAME or NAME=PATH; else None."""
+    name, _, path = source.partition("=")
+    return (name, path) if name in SETS else None
+
+
+def set_files(name: str, path: str = "") -> list[Path]:
+    """The files of a set: at `path` (a file, or a folder that holds them), else in the hub's cache or from the hub.
+
+    Raises:
+        UserError: nothing there, or a hub that cannot be reached; it says which file to download from where.
+    """
+    wanted = SETS[name]
+    if not path:
+        return _found(name, _fetch(name, wanted), wanted)
+    place = Path(path).expanduser()
+    if place.is_file():
+        return [place]
+    if not place.is_dir():
+        raise UserError(f"prompts {name}={path}: nothing is there; download {wanted.place}")
+    return _found(name, place, wanted)
+
+
+def _fetch(name: str, wanted: PromptSet) -> Path:
+    if not wanted.hub:
+        raise UserError(
+            f"prompt set {name!r} is not on the Hugging Face hub: download {wanted.place} and give {name}=PATH"
+        )
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(wanted.hub, repo_type="dataset", allow_patterns=list(wanted.files))
+        )
+    except Exception as error:
+        # The hub's client raises from four libraries; the mend is the same.
+        raise UserError(
+            f"prompt set {name!r} is neither in the hub's cache here nor can the hub be reached "
+            f"({type(error).__name__}); download {wanted.place} and give {name}=PATH"
+        ) from error
+
+
+def _found(name: str, folder: Path, wanted: PromptSet) -> list[Path]:
+    """The set's files below a folder, or lying in it without their own folders."""
+    if wanted.files == _TABLES:
+        files = [file for pattern in _TABLES for file in sorted(folder.glob(pattern))]
+        if len(files) != 1:
+            listed = ", ".join(file.name for file in files[:6]) or "none"
+            raise UserError(
+                f"prompts {name}: {str(folder)!r} should hold one table of prompts and holds {listed}; give {name}=FILE"
+            )
+        return files
+    found = []
+    for pattern in wanted.files:
+        matches = sorted(folder.glob(pattern)) or sorted(folder.glob(Path(pattern).name))
+        if len(matches) != 1:
+            raise UserError(
+                f"prompts {name}: {str(folder)!r} holds {len(matches)} files {pattern}; download {wanted.place}"
+            )
+        found += matches
+    return found
+
+
+def prompt_notes(source: str, prompts: Sequence[str], training: bool = False) -> list[str]:
+    """What the user of a named set should know: a copy that is not whole, a set that leaks into its own evaluation."""
+    named = named_set(source)
+    if named is None:
+        return []
+    name, notes = named[0], []
+    if len(prompts) != SETS[name].count:
+        notes.append(f"prompts {name}: {len(prompts)} prompts, the published set has {SETS[name].count}: another copy")
+    if training:
+        notes.append(
+            f"data.prompts is {name}, a set that results are reported on: they will not be comparable"
+            + (
+                "; AlignProp trains on the first 750 prompts of HPDv2-photo and keeps the last 50, so judge it by the "
+                "other three styles"
+                if name in ("hpdv2", "hpdv2-photo")
+                else ""
+            )
+        )
+    return notes
+
+
+def overlap_note(training: Sequence[str], evaluation: Sequence[str], where: str) -> str | None:
+    """How many prompts of an evaluation are trained on, word for word (case and spacing aside); None for none."""
+    known = {_folded(prompt) for prompt in training}
+    judged = {_folded(prompt) for prompt in evaluation}
+    if not (shared := len(known & judged)):
+        return None
+    return (
+        f"{shared} of the {len(judged)} different prompts of {where} are in data.prompts too: what is seen there says "
+        "nothing about other prompts"
+    )
+
+
+def _folded(prompt: str) -> str:
+    return " ".join(prompt.casefold().split())
