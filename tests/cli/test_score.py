@@ -124,3 +124,57 @@ def test_wrong_input_is_one_clear_line(clip, folder, tmp_path, capsys):
     ]:
         assert words in attempt(arguments, capsys), arguments
     assert not out.exists()
+
+
+def table(path):
+    rows = list(csv.DictReader(path.open(encoding="utf-8", newline="")))
+    return {name: [float(row[name]) for row in rows] for name in rows[0] if name not in ("picture", "prompt")}
+
+
+def test_a_calibration_and_then_a_combination_from_a_recipe(clip, blip, folder, capsys):
+    rewards = ["--reward", f"pickscore={clip}", "--reward", f"imagereward={blip}"]
+    common = [folder / "in", "--prompts", folder / "prompts.txt", "--device", "cpu"]
+    first = ["score", *common, *rewards, "--output", folder / "a.csv", "--calibration", folder / "new" / "c.json"]
+    assert main([str(argument) for argument in first]) == 0
+    assert "centre and width of 2 rewards" in capsys.readouterr().out
+    assert "c.json exists; give a new file" in attempt([*first[:-3], folder / "b.csv", *first[-2:]], capsys)
+    recipe = folder / "worst.yaml"
+    recipe.write_text(
+        f"reward:\n  name: combination\n  how: worst\n  calibration: {folder / 'new' / 'c.json'}\n  parts:\n"
+        f"    - {{name: pickscore, path: {clip}}}\n    - {{name: imagereward, path: {blip}, label: image}}\n"
+    )
+    second = ["score", *common, "--reward", recipe, "--output", folder / "b.csv", "--batch-size", 2]
+    assert main([str(argument) for argument in second]) == 0
+    alone, together = table(folder / "a.csv"), table(folder / "b.csv")
+    assert list(together) == ["worst", "worst/pickscore", "worst/image"]
+    assert together["worst/pickscore"] == pytest.approx(alone["pickscore"], abs=1e-5)
+    assert together["worst/image"] == pytest.approx(alone["imagereward"], abs=1e-5)
+    # Every part in units of its own spread over these three pictures.
+    standard = [(np.array(c) - np.mean(c)) / np.std(c, ddof=1) for c in alone.values()]
+    assert together["worst"] == pytest.approx(np.minimum(*standard), abs=1e-4)
+    spec = json.loads((folder / "b.json").read_text())["worst"]
+    assert spec["preprocessing"]["how"] == "worst" and len(spec["preprocessing"]["parts"]) == 2
+
+
+def test_ranks_compare_all_pictures_of_a_prompt_across_batches(clip, folder):
+    rng = np.random.default_rng(3)
+    for name in ("d.png", "e.png", "f.png"):
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(folder / "in" / name)
+    (folder / "prompts.txt").write_text("ox\nowl\nox\nox\nowl\nox\n")
+    recipe = folder / "rank.yaml"
+    recipe.write_text(f"name: combination\nhow: rank\nparts:\n  - {{path: {clip}}}\n")
+    arguments = [folder / "in", "--prompts", folder / "prompts.txt", "--reward", recipe, "--batch-size", 2]
+    assert main(["score", *map(str, arguments), "--device", "cpu", "--output", str(folder / "r.csv")]) == 0
+    found = table(folder / "r.csv")
+    scores, rates = found["rank/clip"], found["rank"]
+    for group in ([0, 2, 3, 5], [1, 4]):
+        order = sorted(group, key=lambda i: scores[i])
+        assert [rates[i] for i in order] == pytest.approx(np.linspace(0, 1, len(group)))
+
+
+def test_a_recipe_without_a_usable_reward_is_one_clear_line(clip, folder, capsys):
+    (folder / "a.yaml").write_text("reward: {name: combination, parts: []}\n")
+    (folder / "b.yaml").write_text("reward: {path: x, colour: blue}\n")
+    for name, words in [("a.yaml", "needs parts"), ("b.yaml", "colour"), ("c.yaml", "cannot be read")]:
+        arguments = ["score", folder / "in", "--prompts", folder / "prompts.txt", "--reward", folder / name]
+        assert words in attempt([*arguments, "--output", folder / "x.csv"], capsys)
