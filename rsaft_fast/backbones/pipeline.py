@@ -114,11 +114,17 @@ class PipelineBackbone(Backbone):
             networks: False makes the denoiser and the VAE from their configs alone, without weights; the text encoders
                 then stay on the host, for `encode_in_turns`.
         """
-        parts = {cls.denoiser_name: cls._load_denoiser(path, dtype)} if networks else cls._shapes_alone(path, dtype)
+        index = cls.pipeline_class.load_config(path)
+        # A pipeline may have been saved without one (SD3 without T5); diffusers wants to be told so.
+        parts = {name: None for name, entry in index.items() if isinstance(entry, list) and not any(entry)}
+        if networks:
+            parts[cls.denoiser_name] = cls._load_denoiser(path, dtype)
+        else:
+            parts |= cls._shapes_alone(path, dtype, getattr(diffusers, index["vae"][1]))
         if not text:
             parts |= dict.fromkeys(cls.text_encoder_names())
         dtypes = {"default": dtype, "vae": cls.vae_dtype(dtype)}
-        pipeline = cls.pipeline_class.from_pretrained(path, dtype=dtypes, **parts, **cls.loading_options())
+        pipeline = cls.pipeline_class.from_pretrained(path, dtype=dtypes, **parts | cls.loading_options())
         return cls(
             pipeline,
             height=height,
@@ -135,9 +141,10 @@ class PipelineBackbone(Backbone):
         return [name for name in inspect.signature(cls.pipeline_class.__init__).parameters if is_text_encoder(name)]
 
     @classmethod
-    def _shapes_alone(cls, path: str | Path, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    def _shapes_alone(
+        cls, path: str | Path, dtype: torch.dtype, vae_class: type[ModelMixin]
+    ) -> dict[str, torch.nn.Module]:
         """The denoiser and the VAE on the meta device."""
-        vae_class = getattr(diffusers, cls.pipeline_class.load_config(path)["vae"][1])
         made = {}
         for name, network_class in ((cls.denoiser_name, cls.denoiser_class), ("vae", vae_class)):
             with torch.device("meta"):

@@ -63,7 +63,7 @@ def _encode_block(backbone: PipelineBackbone, prompts: Sequence[str | None]) -> 
 @contextmanager
 def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
     """The module with its weights on the device. Those on the host are kept: nothing is copied back."""
-    if device.type == HOST:
+    if _is_host(device):
         yield
         return
     tensors = [*module.parameters(), *module.buffers()]
@@ -98,6 +98,10 @@ def _answering(encoder: nn.Module, answers: list[Any], computes: bool, device: t
         yield
     finally:
         del encoder.forward
+
+
+def _is_host(device: torch.device) -> bool:
+    return device.type == HOST
 
 
 def _moved(tree: Any, device: torch.device | str) -> Any:

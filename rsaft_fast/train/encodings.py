@@ -273,7 +273,7 @@ def progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what nothing refers to any more, to the device too."""
-    gc.collect()
+    """Give the device back what nothing refers to any more. The host's memory can wait for Python's own collections."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
