@@ -92,6 +92,11 @@ CASES = {
     ("sd3", "full, master, mean"): FULL | {"backbone__dtype": "bf16", "ema": {"decay": 0.9}},
     ("flux", "lora"): {},
     ("flux", "full, 8 bits"): FULL_8BIT,
+    ("sd15", "nf4"): {"backbone__quantize": "nf4"},
+    ("sdxl", "nf4, checkpointed"): CHECKPOINTED | {"backbone__quantize": "nf4"},
+    ("sd3", "fp8"): {"backbone__quantize": "fp8"},
+    ("flux", "int8, a block on the host"): CHECKPOINTED
+    | {"backbone__quantize": "int8", "backbone__offload_blocks": 1},
 }
 UPDATE = (phases.SAMPLING, phases.SCORING, phases.DECODER, phases.DENOISER)
 
