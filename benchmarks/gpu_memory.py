@@ -24,10 +24,13 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+import torch
+
 from rsaft_fast.benchmarks import memory_goals, memory_tables
 from rsaft_fast.benchmarks import memory_runs as runs
 from rsaft_fast.benchmarks.memory_results import MemoryResults
 from rsaft_fast.benchmarks.memory_runs import Run
+from rsaft_fast.benchmarks.results import describe_machine
 from rsaft_fast.benchmarks.shapes import check_names
 from rsaft_fast.errors import UserError
 
@@ -124,25 +127,33 @@ class _Session:
         self.left_out: list[str] = []
         # A prediction is for a GPU, made where there may be none.
         self.device = "cpu" if options.predict else options.device
-        (machine,) = list(self._work("describe", [], self.device).rows(60.0)) or [None]
-        if machine is None:
-            raise UserError(f"the device {options.device} cannot be used; '--device cpu --tiny' needs no GPU")
-        self.machine = machine | {"versions": versions(), "tiny": options.tiny, "allocator": ALLOCATOR}
+        self.machine = self._describe() | {"versions": versions(), "tiny": options.tiny, "allocator": ALLOCATOR}
         folder = None if options.predict else options.results
         self.results = MemoryResults(self.machine, folder)
+
+    def _describe(self) -> Row:
+        """In a process of its own on a GPU: a context there takes memory for as long as its process lives."""
+        if self.device == "cpu":
+            return describe_machine(torch.device("cpu"))
+        found = list(self._work("describe", [], self.device).rows(60.0))
+        if not found:
+            raise UserError(f"the device {self.device} cannot be used; '--device cpu --tiny' needs no GPU")
+        return found[0]
 
     def measure(self, chosen: Sequence[Run]) -> int:
         """Everything that is missing of these runs; 1 when something of ours failed."""
         counted = [(run, part) for run in chosen for part in self._missing(run, runs.counted_parts(run))]
-        counting = self._work("count", counted, self.device)
-        threading.Thread(target=self._collect, args=(counting,), daemon=True).start()
+        counting = self._work("count", counted, self.device) if counted else None
+        if counting:
+            threading.Thread(target=self._collect, args=(counting,), daemon=True).start()
         work = [(run, run.parts()) for run in chosen]
         if self.device == "cuda":
             work += [(run, run.late_parts()) for run in chosen]
         for run, parts in work:
             if missing := self._missing(run, parts):
                 self._measure_run(run, missing)
-        counting.join(self._left())
+        if counting:
+            counting.join(self._left())
         self.left_out += [f"{r.name}: {p}" for r, p in counted if not self.results.has(r.name, p)]
         self.results.note(left_out=self.left_out)
         return 1 if self.failed else 0

@@ -15,7 +15,6 @@ from rsaft_fast.memory import phases
 from rsaft_fast.memory.estimate import estimate
 from rsaft_fast.memory.live import shapes_alone
 from rsaft_fast.train.config import Config
-from rsaft_fast.train.trainer import DTYPES
 
 Row = dict[str, Any]
 
@@ -38,10 +37,10 @@ def count_part(run: Run, part: str, device: str, architecture: Architecture) -> 
 
 
 def count_flops(config: Config, architecture: Architecture) -> flops.Flops:
-    settings = config.backbone
-    backbone = random_backbone(
-        architecture.spec, height=settings.height, width=settings.width, dtype=DTYPES[settings.dtype], device="meta"
-    )
+    """Of the backbone under LoRA, on the meta device."""
+    size = {"height": config.backbone.height, "width": config.backbone.width}
+    # In fp32 every product is one product: beside bf16, the adapters' are computed in parts, which are no model FLOPs.
+    backbone = random_backbone(architecture.spec, **size, dtype=torch.float32, device="meta")
     with torch.device("meta"):
         add_lora(backbone, LoRASettings(rank=config.parameters.lora.rank))
     unchecked = config.reward.model_copy(update={"checkpoint": False})

@@ -137,7 +137,8 @@ class Measurements:
 
     def peak(self) -> Row:
         """The first two updates: the first makes the optimizer's state, the second finds it."""
-        first, second = self.updates(self.config(), 2, memory=True)
+        config = self.config()
+        first, second = *self.updates(config, 1), *self.updates(config, 1, memory=True)
         return _memory([first, second]) | {"ms": second.ms, "phase_ms": second.phase_ms}
 
     def peak_k(self) -> Row:

@@ -1,0 +1,191 @@
+"""Every part of `gpu_memory.py` at tiny size on the CPU, and that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+
+from rsaft_fast.benchmarks import gpu_memory
+from rsaft_fast.benchmarks import memory_runs as runs
+from rsaft_fast.benchmarks.kernel_shares import IDLE, REST, kernel_shares, kind_of, limit_of
+from rsaft_fast.benchmarks.memory_counts import count_part
+from rsaft_fast.benchmarks.memory_measure import Measurements, rollout_calls
+from rsaft_fast.benchmarks.memory_results import load
+from rsaft_fast.benchmarks.random_models import PROMPTS, tiny
+from rsaft_fast.memory import phases
+
+CPU = torch.device("cpu")
+
+
+def measure(run, parts, folder, device=CPU):
+    rows = {row["part"]: row for row in Measurements(run, tiny(run.model, folder), device).rows(parts)}
+    for row in rows.values():
+        json.dumps(row)
+    return rows
+
+
+@pytest.mark.parametrize("run", runs.RUNS, ids=lambda run: run.name)
+def test_the_peak_of_every_run_is_what_was_estimated(tmp_path, run):
+    found = measure(run, [runs.PEAK], tmp_path)[runs.PEAK]
+    estimated = count_part(run, runs.ESTIMATE, "cpu", tiny(run.model, tmp_path))
+    assert "missing" not in found, found
+    assert max(found["peaks"].values()) == found["peak"]
+    assert {phases.SAMPLING, phases.SCORING, phases.DECODER, phases.DENOISER} <= found["peaks"].keys()
+    # Where gradients are released, the update is part of the denoiser's phase; in plain torch it makes copies in fp32.
+    for name in (phases.DECODER, phases.DENOISER) if run.lora else (phases.DECODER,):
+        assert estimated["peaks"][name] == pytest.approx(found["peaks"][name], rel=0.03, abs=16_384), name
+    assert sum(found["phase_ms"].values()) == pytest.approx(found["ms"], rel=0.1)
+
+
+def test_every_other_part_runs(tmp_path):
+    run = runs.run_named("sd35m-lora")
+    parts = [part for part in run.parts() if part != runs.PEAK]
+    found = measure(run, parts, tmp_path)
+    assert [part for part in parts if "missing" in found[part]] == []
+    assert found[runs.CARD]["copy_gbps"] > 0 and found[runs.CARD]["matmul_tflops"] > 0
+    assert set(found[runs.TIME]["kinds"]) == {"exact", "graded_only", "plain method"}
+    for kind in found[runs.TIME]["kinds"].values():
+        assert 0 < kind["call_ms"] < kind["ms"] and kind["denoiser_ms"] > 0 and kind["decoder_ms"] > 0
+    assert found[runs.TIME]["kinds"]["exact"]["rollouts"] == 2
+    assert found[runs.KERNELS] | {"seconds": 0} == {
+        "part": runs.KERNELS,
+        "branches": 2,
+        "shares": {"call": None, "graded": None},
+        "seconds": 0,
+    }
+    assert found[runs.PLAIN_UNCHECKED]["peak"] > 1.5 * found[runs.PLAIN]["peak"]
+    assert found[runs.WHOLE]["steps"] == 6
+
+
+def test_what_fails_is_a_row_and_the_next_part_is_measured(tmp_path, monkeypatch):
+    run = runs.run_named("sd15-lora")
+    measurements = Measurements(run, tiny(run.model, tmp_path), CPU)
+
+    def too_much(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
+
+    measurements.updates = too_much
+    monkeypatch.setattr("rsaft_fast.benchmarks.memory_measure.random_backbone", too_much)
+    rows = {row["part"]: row for row in measurements.rows([runs.PEAK, runs.PLAIN])}
+    assert rows[runs.PEAK]["failed"] is True and "out of memory" in rows[runs.PEAK]["missing"]
+    assert rows[runs.PLAIN]["out_of_memory"] is True, "of the plain step it is a result"
+
+
+def test_a_key_that_this_version_lacks_is_missing_not_failed(tmp_path):
+    run = runs.Run("odd", "sd15", 5, 10, {"backbone.quantize_harder": "yes"})
+    row = measure(run, [runs.PEAK], tmp_path)[runs.PEAK]
+    assert row["failed"] is False and "backbone.quantize_harder" in row["missing"]
+
+
+def test_calls_of_every_kind_of_update():
+    def calls(**keys):
+        run = runs.run_named("sd15-lora")
+        return rollout_calls(runs.config_of(runs.recipe_keys(run, "cpu", {}) | keys))
+
+    assert calls() == (4, 4)
+    assert calls(**{"smoothing.resample": "graded_only"}) == (4, 1)
+    assert calls(**{"smoothing": None}) == (4,)
+
+
+def test_flops_of_a_transformer_by_hand(tmp_path):
+    run = runs.run_named("flux-lora")
+    architecture = tiny(run.model, tmp_path)
+    counted = count_part(run, runs.FLOPS, "cpu", architecture)
+    measurements = Measurements(run, architecture, CPU)
+    backbone = measurements.trained_by(measurements.config()).backbone
+    products = []
+
+    def base(module, args, out):
+        products.append(2 * out.numel() * module.in_features)
+
+    def adapter(module, args, out):
+        tokens, rank = args[0].shape[:-1].numel(), 4
+        products.append(2 * tokens * rank * (args[0].shape[-1] + out.shape[-1]))
+
+    for name, module in backbone.denoiser.named_modules():
+        if isinstance(module, torch.nn.Linear) and "lora_" not in name:
+            module.register_forward_hook(base)
+        elif isinstance(module, LoraLayer):
+            module.register_forward_hook(adapter)
+    with torch.no_grad():
+        branch = backbone.random_conditioning(1).positive
+        latents = torch.zeros(1, *backbone.latent_shape)
+        backbone.predict(latents, backbone.schedule(1)[0], branch)
+    length, width, blocks = 64 + 512, 16, 2
+    attention = 2 * 2 * length**2 * width * blocks  # q k^T and the weighted sum of v
+    assert counted["call"] == pytest.approx(sum(products) + attention, rel=1e-3)
+    # Backward: every product once for its input; not for the first ones, which need none, nor for frozen weights.
+    assert 1.8 * counted["call"] < counted["graded"] < 2.6 * counted["call"]
+
+
+def test_kernels_by_their_names():
+    assert kind_of("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT") == "products"
+    assert kind_of("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64") == "products"
+    assert kind_of("void cudnn::engines_precompiled::nhwcToNchwKernel") == REST
+    assert kind_of("sm80_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc") == "products"
+    assert kind_of("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128>>") == "attention"
+    assert kind_of("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16") == "attention"
+    assert kind_of("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add>") == REST
+    assert "the host" in limit_of({"products": 0.5, "attention": 0.1, REST: 0.1, IDLE: 0.3})
+    assert limit_of({"products": 0.3, "attention": 0.1, REST: 0.55, IDLE: 0.05}).startswith(REST)
+    assert kernel_shares(lambda: None, CPU) is None and limit_of(None) == "not known"
+
+
+def command(folder):
+    names = ["--device", "cpu", "--tiny", "--runs", "flux-full", "--results", str(folder)]
+    return [sys.executable, "-m", "rsaft_fast.benchmarks.gpu_memory", *names]
+
+
+def test_a_killed_run_keeps_its_rows_and_goes_on(tmp_path, capsys):
+    """Killed at its first row, no warning given; the next run measures the others, and a third has nothing to do."""
+    process = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    path = tmp_path / f"cpu-{os.uname().machine}" / "memory-tiny.json"
+    deadline = time.monotonic() + 180
+    while not (path.exists() and load(path)["rows"]) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    first = {(row["run"], row["part"]): row for row in load(path)["rows"]}
+    assert first
+    second = subprocess.run(command(tmp_path), capture_output=True, text=True, timeout=240)
+    assert second.returncode == 0, second.stderr
+    found = {(row["run"], row["part"]): row for row in load(path)["rows"]}
+    assert {part for _, part in found} == {runs.CARD, runs.ESTIMATE, runs.PEAK}
+    kept = [place for place in first if place[1] != runs.CARD and "missing" not in first[place]]
+    assert all(found[place] == first[place] for place in kept)
+    assert not path.with_suffix(".tmp").exists()
+    third = gpu_memory.main(command(tmp_path)[3:])
+    assert third == 0 and {(r["run"], r["part"]): r for r in load(path)["rows"]} == found
+    said = capsys.readouterr()
+    assert "flux-full: peak" not in said.err and "flux-full" in said.out
+
+
+def test_wrong_input_is_one_line(capsys):
+    assert gpu_memory.main(["--runs", "sdxl-lorra"]) == 2
+    assert "no run 'sdxl-lorra'; did you mean sdxl-lora" in capsys.readouterr().err
+    assert gpu_memory.main(["--device", "cpu"]) == 2
+    assert "--tiny" in capsys.readouterr().err
+
+
+def test_prompts_are_as_many_as_updates_need():
+    assert len(set(PROMPTS)) == len(PROMPTS) > 1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_peaks_are_torchs_own(tmp_path):
+    run = runs.run_named("sdxl-lora")
+    found = measure(run, [part for part in run.parts() if part != runs.PEAK_K], tmp_path, torch.device("cuda"))
+    assert [part for part, row in found.items() if "missing" in row] == []
+    peak = found[runs.PEAK]
+    assert 0 < peak["peak"] <= peak["reserved"] and peak["peak"] == max(peak["peaks"].values())
+    assert sum(peak["phase_ms"].values()) == pytest.approx(peak["ms"], rel=0.2)
+    shares = found[runs.KERNELS]["shares"]["call"]
+    assert shares is None or sum(shares.values()) == pytest.approx(1, abs=0.3)
