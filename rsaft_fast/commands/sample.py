@@ -13,6 +13,7 @@ from rsaft_fast.commands.output import output_folder
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation import save_grid, save_png
 from rsaft_fast.evaluation.grids import to_picture
+from rsaft_fast.speed import SpeedSettings, apply_speed
 from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train.check import check_device, check_path, pick_device
 from rsaft_fast.train.config import BackboneSettings, Config, SamplerSettings
@@ -37,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         load_trained(backbone, trained, Path(arguments.run))
     elif arguments.lora:
         load_lora(backbone, arguments.lora)
+    apply_speed(backbone, trained.speed.portable() if trained else SpeedSettings())
     with naming_the_phase("sampling"):
         encoded = EncodedPrompts.encode(backbone, prompts, sampler)
         columns = {

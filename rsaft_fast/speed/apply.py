@@ -8,6 +8,7 @@ from rsaft_fast.backbones import PipelineBackbone
 from rsaft_fast.backbones.unet import UNetBackbone
 from rsaft_fast.errors import UserError
 from rsaft_fast.speed.attention import set_attention
+from rsaft_fast.speed.check import require_cuda
 from rsaft_fast.speed.graphs import graph_calls
 from rsaft_fast.speed.regional import compile_blocks, repeated_blocks
 from rsaft_fast.speed.settings import SpeedSettings
@@ -51,9 +52,3 @@ def require_unet(adapter: type[PipelineBackbone]) -> None:
             f"speed.channels_last with {adapter.__name__}, whose denoiser is a transformer without convolutions: it is "
             "for UNets (SD1.5, SDXL); leave it out"
         )
-
-
-def require_cuda(device: torch.device) -> None:
-    """Raise `UserError` for a device without CUDA graphs."""
-    if device.type != "cuda":
-        raise UserError(f"speed.cuda_graph on {device}: CUDA graphs are for CUDA devices only; leave it out")

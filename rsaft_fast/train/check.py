@@ -17,6 +17,8 @@ from rsaft_fast.ops import backends
 from rsaft_fast.rewards import RewardSettings
 from rsaft_fast.rewards.calibration import read_calibration
 from rsaft_fast.sampling import GradientPlan, derive_rng
+from rsaft_fast.speed import check as speed
+from rsaft_fast.speed.apply import require_unet
 from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train.config import PLAYGROUND, Config
 from rsaft_fast.train.data import load_prompts
@@ -24,6 +26,9 @@ from rsaft_fast.train.denoising import CaptionedImage, load_folder
 from rsaft_fast.train.logging import CONFIG, METRICS
 from rsaft_fast.train.samples import first_prompts
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TF32_ROUNDING = 2.0**-11
+"""Half a unit in the last of TF32's 10 bits."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
 
 
@@ -60,8 +65,11 @@ def check_config(config: Config) -> Inputs:
     _check_backend(config.backbone.device)
     check_path("backbone.path", config.backbone.path)
     _check_true_cfg(config)
+    _check_speed(config, adapter_for(config.backbone.path, text=False) if config.speed.channels_last else None)
+    speed.check_device(config.speed, pick_device(config.backbone.device), DTYPES[config.backbone.dtype])
     _check_memory_options(config, plan)
     checkpoint, notes = _find_checkpoint(config)
+    notes += _drowned_radii(config)
     if config.reward.calibration is not None:
         read_calibration(config.reward.calibration)
     prompts = load_prompts(config.data.prompts, config.data.column)
@@ -88,6 +96,7 @@ def check_settings(config: Config, adapter: type[PipelineBackbone]) -> None:
     if config.backbone.device.partition(":")[0] != "cuda":  # a recipe for a GPU may be looked at without one
         check_device(config.backbone.device)
     _check_true_cfg(config, adapter)
+    _check_speed(config, adapter)
     _check_memory_options(config, plan, adapter)
 
 
@@ -190,10 +199,37 @@ def _without_gradient(reward: RewardSettings) -> str:
 def _check_true_cfg(config: Config, adapter: type[PipelineBackbone] | None = None) -> None:
     """A second guidance scale needs a model whose first one is embedded."""
     scale = config.sampler.true_cfg_scale
-    if scale != 1 and not (adapter or adapter_for(config.backbone.path)).embeds_guidance:
+    if scale != 1 and not (adapter or adapter_for(config.backbone.path, text=False)).embeds_guidance:
         raise UserError(
             f"sampler.true_cfg_scale is {scale}, which FLUX.1 alone knows; leave it out and set sampler.guidance_scale"
         )
+
+
+def _check_speed(config: Config, adapter: type[PipelineBackbone] | None) -> None:
+    """What makes an update faster, against what the model is and how its weights are kept."""
+    backbone = config.backbone
+    speed.check_agreement(config.speed, quantize=backbone.quantize, offload_blocks=backbone.offload_blocks)
+    if config.speed.channels_last and adapter is not None:
+        require_unet(adapter)
+
+
+def _drowned_radii(config: Config) -> list[str]:
+    """A line about process-wide products in TF32 or bf16, which round away image radii that float32 holds."""
+    precision = torch.get_float32_matmul_precision()
+    if precision == "highest":
+        return []
+    height, width = config.backbone.height or 512, config.backbone.width or 512
+    for key, ball in (("smoothing.image", config.smoothing.image), ("sharpness", config.sharpness)):
+        if ball is None or ball.space == "latent":
+            continue
+        rms = ball.radius if ball.norm == "rms" else ball.radius / (3 * height * width) ** 0.5
+        if rms < TF32_ROUNDING:
+            return [
+                f"warning: torch.get_float32_matmul_precision() is {precision!r}, which rounds products to "
+                f"{TF32_ROUNDING:.0e} or worse, and {key}.radius {ball.radius:g} ({ball.norm}) is {rms:.0e} a pixel: "
+                "the reward's float32 is not what it says; set_float32_matmul_precision('highest')"
+            ]
+    return []
 
 
 def _check_memory_options(config: Config, plan: GradientPlan, adapter: type[PipelineBackbone] | None = None) -> None:
@@ -207,12 +243,12 @@ def _check_memory_options(config: Config, plan: GradientPlan, adapter: type[Pipe
         )
     if not settings.release_gradients:
         return
-    calls = plan.backward_calls(guided=_is_guided(config, adapter))
+    calls = plan.backward_calls(_is_guided(config, adapter), batched=config.speed.cfg == "batched")
     obstacles = {
         "smoothing.parameters null: there is no second pass": config.smoothing.parameters is None,
         f"data.accumulate {config.data.accumulate}; set it to 1": config.data.accumulate > 1,
-        f"method {config.method.name}: {calls} backward passes an update, and it needs 1 (k=1, and guidance off or "
-        "method.uncond=detached)": calls > 1,
+        f"method {config.method.name}: {calls} backward passes an update, and it needs 1 (k=1, and guidance off, "
+        "method.uncond=detached or speed.cfg=batched)": calls > 1,
     }
     for obstacle, stands in obstacles.items():
         if stands:
@@ -224,7 +260,8 @@ def _is_guided(config: Config, adapter: type[PipelineBackbone] | None = None) ->
     sampler = config.sampler
     if sampler.guidance_scale == sampler.true_cfg_scale == 1:
         return False
-    return sampler.true_cfg_scale != 1 or not (adapter or adapter_for(config.backbone.path)).embeds_guidance
+    adapter = adapter or adapter_for(config.backbone.path, text=False)
+    return sampler.true_cfg_scale != 1 or not adapter.embeds_guidance
 
 
 def check_device(name: str) -> None:

@@ -21,7 +21,7 @@ from rsaft_fast.rewards import Reward, load_reward
 from rsaft_fast.rewards.precision import check_precision
 from rsaft_fast.speed import apply_speed
 from rsaft_fast.step import StepReport, rsaft_step
-from rsaft_fast.train.check import Inputs, pick_device
+from rsaft_fast.train.check import DTYPES, Inputs, pick_device
 from rsaft_fast.train.checkpoint import Checkpoint
 from rsaft_fast.train.config import BackboneSettings, Config
 from rsaft_fast.train.data import EncodedPrompts, PromptBatches, negative_texts
@@ -33,7 +33,6 @@ from rsaft_fast.train.memory_errors import naming_the_phase
 from rsaft_fast.train.optimizer import build_optimizer, learning_rate
 from rsaft_fast.train.samples import sample_images
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKAGES = ("rsaft_fast", "torch", "diffusers", "transformers", "peft", "safetensors")
 
 

@@ -5,8 +5,9 @@ import torch
 from builders.backbones import BUILDERS, PROMPTS, cfg, clear_gradients, gradients, make_backbone, noise_source
 from torch._dynamo.utils import counters
 
+from rsaft_fast.backbones.lora_linear import split
 from rsaft_fast.memory import checkpoint_denoiser
-from rsaft_fast.speed.regional import compile_blocks, repeated_blocks
+from rsaft_fast.speed.regional import INDUCTOR_OPTIONS, compile_blocks, repeated_blocks
 
 
 class Calls:
@@ -94,6 +95,13 @@ def test_rollout_alone_leaves_graded_calls_as_they_are(tmp_path):
 def test_a_denoiser_without_known_blocks_is_refused():
     with pytest.raises(ValueError, match="Sequential has no block named"):
         repeated_blocks(torch.nn.Sequential())
+
+
+def test_compiled_code_rounds_where_the_adapters_need_it():
+    """Else the parts of an fp32 adapter would be it in bf16, zero and zero."""
+    wide = torch.randn(4, 37)
+    parts = torch.compile(split, options=INDUCTOR_OPTIONS)(wide)
+    assert torch.equal(parts, split(wide)) and torch.equal(parts.float().view(3, 4, 37).sum(0), wide)
 
 
 @pytest.mark.slow
