@@ -350,6 +350,49 @@ def test_the_estimate_of_a_shipped_recipe(monkeypatch):
     assert found.phase(phases.SCORING).own < found.phase(phases.DECODER).own < 1.45 * GIB
 
 
+@pytest.fixture
+def real_vae(real_backbone):
+    """The same decoder on the GPU, its weights drawn as diffusers draws them."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        vae = AutoencoderKL.from_config(real_backbone.pipeline.vae.config)
+    return vae.to(torch.bfloat16).eval().requires_grad_(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("height", "width", "batch"), [(256, 256, 2), (264, 200, 1)])
+def test_on_the_gpu_rounding_is_no_worse_and_nothing_synchronises(real_vae, height, width, batch):
+    latents = torch.randn(batch, 4, height // 8, width // 8, device="cuda", dtype=torch.bfloat16)
+    cotangent = torch.randn(batch, 3, height, width, device="cuda", dtype=torch.bfloat16)
+    truth = decoded(copy.deepcopy(real_vae).double(), latents.double(), cotangent.double())
+    plain = [relative_error(a, b) for a, b in zip(decoded(real_vae, latents, cotangent), truth)]
+    with decode_in_strips(real_vae, 2**19):
+        decoded(real_vae, latents, cotangent)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = decoded(real_vae, latents, cotangent)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(relative_error(a, b) <= 1.5 * error for a, b, error in zip(found, truth, plain))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [512, 1024])
+def test_on_the_gpu_the_peak_is_the_counted_one(real_vae, real_backbone, size):
+    """But for the convolutions' workspaces, which cuDNN chooses."""
+    latents = torch.empty(1, 4, size // 8, size // 8, dtype=torch.bfloat16, device="meta")
+    with shapes_alone(), decode_in_strips(real_backbone.pipeline.vae):
+        counted, _ = peak(real_backbone.pipeline.vae, latents, "meta")
+    drawn = torch.randn(latents.shape, device="cuda", dtype=torch.bfloat16)
+    with decode_in_strips(real_vae):
+        decoded(real_vae, drawn, torch.ones(1, 3, size, size, device="cuda"))
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        decoded(real_vae, drawn, torch.ones(1, 3, size, size, device="cuda"))
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(counted, rel=0.1, abs=64 * MIB)
+
+
 # -- in training -------------------------------------------------------------------------------------------------------
 
 

@@ -9,12 +9,14 @@ import torch
 from builders.backbones import BUILDERS, make_backbone, noise_source
 from builders.recipes import config
 
+from rsaft_fast.backbones import SD15
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory import checkpoint_denoiser, checkpoint_networks, denoiser_blocks, saved_tensor_bytes
 from rsaft_fast.memory.decoder import StripForward
 from rsaft_fast.memory.estimate import estimate
 from rsaft_fast.memory.phases import DENOISER
-from rsaft_fast.train.check import check_config
+from rsaft_fast.memory.suggestions import candidates, changed
+from rsaft_fast.train.check import check_config, check_settings
 from rsaft_fast.train.trainer import prepare_backbone
 
 
@@ -107,6 +109,23 @@ def test_the_estimate_sees_kept_blocks(tiny, out):
         for keep in (0, 2)
     )
     assert none.own < both.own
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "keep_blocks", "first"),
+    [
+        ([], 0, {"backbone.checkpoint": ["decoder-strips"]}),
+        (["denoiser", "decoder"], 0, {"backbone.checkpoint": ["denoiser", "decoder-strips"]}),
+        (["denoiser", "decoder-strips"], 5, {"backbone.keep_blocks": 2}),
+    ],
+)
+def test_what_is_suggested_first(tiny, out, checkpoint, keep_blocks, first):
+    recipe = config(tiny, out, backbone__checkpoint=checkpoint, backbone__keep_blocks=keep_blocks)
+    found = list(candidates(recipe))
+    assert found[0] == first
+    for keys in found:
+        if {"backbone.checkpoint", "backbone.keep_blocks"} & set(keys):
+            check_settings(changed(recipe, keys), SD15)
 
 
 @pytest.mark.parametrize(
