@@ -18,7 +18,7 @@ from rsaft_fast.rewards.aesthetic import IMAGE_TOWER, AestheticReward
 from rsaft_fast.rewards.base import Reward, RewardSpec
 from rsaft_fast.rewards.clip import ClipReward, image_processor_config, preprocess_from_config
 from rsaft_fast.rewards.combine import Combination, Part
-from rsaft_fast.rewards.files import first_line, read_json
+from rsaft_fast.rewards.files import checkpoint_file, first_line, read_json
 from rsaft_fast.rewards.heads import AffineHead
 from rsaft_fast.rewards.image_reward import CONFIG, FILE, BlipScorer, ImageReward, text_config, vision_config
 from rsaft_fast.rewards.preprocess import Preprocess
@@ -118,10 +118,7 @@ def _local_file(path: str, name: str) -> Path | None:
     """The file that a reward's path means, as far as it is on this machine."""
     place = Path(path).expanduser()
     if place.exists():
-        found = place if place.is_file() else place / name
-        if not found.is_file():
-            raise UserError(f"{path!r} holds no {name}; give the folder that holds it, or the file itself")
-        return found
+        return checkpoint_file(path, name)
     cached = try_to_load_from_cache(path, name)
     return Path(cached) if isinstance(cached, str) else None
 

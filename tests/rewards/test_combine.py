@@ -280,6 +280,25 @@ def test_prompts_are_kept_by_every_part_and_the_spec_names_them_all():
             refused()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", RULES)
+def test_on_the_gpu_as_on_the_cpu(folders, calibrations, how):
+    options = {"calibration": str(calibrations)} | ({"penalty": 0.6} if how == "mean-std" else {})
+    chosen = settings(folders, how, **options)
+    images = torch.rand(3, 3, 20, 20, dtype=torch.float64)
+    found = []
+    for device in ("cpu", "cuda"):
+        reward, there = load_reward(chosen, device), images.to(device).requires_grad_(True)
+        scores, own = reward.score_parts(there, PROMPTS)
+        (gradient,) = torch.autograd.grad(scores.sum(), there)
+        assert scores.device == gradient.device == there.device and all(
+            v.is_cuda == there.is_cuda for v in own.values()
+        )
+        found.append((scores.detach().cpu(), gradient.cpu()))
+    for cpu, gpu in zip(*found):
+        assert torch.allclose(cpu, gpu, rtol=1e-9, atol=1e-11)
+
+
 def test_one_part_without_gradient_leaves_none():
     first, second = Linear(torch.ones(1, 3, 2, 2)), Linear(torch.ones(1, 3, 2, 2), differentiable=False)
     reward = Combination(parts(first, second), "weighted")

@@ -15,7 +15,8 @@ from safetensors import safe_open
 
 from rsaft_fast.cli import main
 from rsaft_fast.errors import UserError
-from rsaft_fast.rewards import ClipReward, hps, load_aesthetic, load_hps, load_image_reward
+from rsaft_fast.memory.reward_skeleton import skeleton_reward
+from rsaft_fast.rewards import ClipReward, RewardSettings, hps, load_aesthetic, load_hps, load_image_reward
 from rsaft_fast.rewards.calibration import find, measure
 from rsaft_fast.rewards.convert import convert
 
@@ -66,6 +67,17 @@ def test_scores_are_the_same_to_the_bit(reward, tmp_path, tower, capsys):
     with safe_open(files[0], "pt") as opened:
         header = opened.metadata()
     assert header["reward"] == reward and header["source_sha256"] == before.spec.sha256
+
+
+def test_the_estimate_reads_the_new_file_too(tmp_path):
+    source = write_image_reward(tmp_path / "in")
+    convert(source, tmp_path / "out", "imagereward")
+    shapes = []
+    for folder in (source, tmp_path / "out"):
+        reward, notes = skeleton_reward(RewardSettings(name="imagereward", path=str(folder)))
+        assert notes == []
+        shapes.append({name: value.shape for name, value in reward.state_dict().items()})
+    assert shapes[0] == shapes[1]
 
 
 def test_a_file_and_its_folder_are_the_same_source(tmp_path):
