@@ -29,7 +29,7 @@ import torch
 from rsaft_fast.benchmarks import memory_goals, memory_tables
 from rsaft_fast.benchmarks import memory_runs as runs
 from rsaft_fast.benchmarks.memory_results import MemoryResults
-from rsaft_fast.benchmarks.memory_runs import Run
+from rsaft_fast.benchmarks.memory_runs import MODELS, Run
 from rsaft_fast.benchmarks.results import describe_machine
 from rsaft_fast.benchmarks.shapes import check_names
 from rsaft_fast.errors import UserError
@@ -114,6 +114,15 @@ def run(options: Options) -> int:
     if session.results.path is not None:
         print(f"\n{session.results.path}")
     return code
+
+
+def known() -> list[str]:
+    """A line for each run: what it trains, and what is measured of it."""
+    return [
+        f"{run.name}: {MODELS[run.model].path} at {MODELS[run.model].size}, at most {run.limit:g} GiB; "
+        + ", ".join((*run.parts(), *run.late_parts()))
+        for run in runs.RUNS
+    ]
 
 
 class _Session:

@@ -2,7 +2,8 @@
 
 python -m rsaft_fast.benchmarks.report RESULTS.json [--readme README.md] [--goals] [--plots FOLDER]
 
-A folder stands for the newest GPU results under it; without any, the README says so.
+A folder stands for the newest GPU results under it, those of the passes (`bench`) and those of whole updates
+(`gpu_memory.py`); without any, the README says so.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rsaft_fast.benchmarks import goals, plots, results, tables
+from rsaft_fast.benchmarks import goals, memory_goals, memory_results, memory_tables, plots, results, tables
 from rsaft_fast.benchmarks.floors import PASSES, floor
 from rsaft_fast.benchmarks.images import EAGER, WHAT
 from rsaft_fast.benchmarks.results import Row
@@ -20,9 +21,14 @@ from rsaft_fast.benchmarks.tables import View, markdown, milliseconds, percent
 from rsaft_fast.errors import UserError
 
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
+MEMORY_BEGIN, MEMORY_END = "<!-- memory: begin -->", "<!-- memory: end -->"
 NOTHING = (
     "No GPU figures have been recorded yet. `rsaft-fast bench --results benchmarks/results` measures this machine;\n"
     "`benchmarks/gpu_suite.sh OUT` builds, tests and measures within 9 minutes."
+)
+NO_MEMORY = (
+    "No GPU figures have been recorded yet. `rsaft-fast bench --memory --results benchmarks/results` measures whole\n"
+    "updates on this machine; `benchmarks/gpu_suite.sh OUT memory` does it within 9 minutes."
 )
 README_CASES = ("sdxl-full", "sdxl-lora32", "flux1-full", "flux1-lora32")
 README_PEERS = ("usual-fused", "foreach", "bitsandbytes", "pytorch_optimizer", "torchao", "optimi")
@@ -34,24 +40,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m rsaft_fast.benchmarks.report", description="Tables and plots of a benchmark run."
     )
     parser.add_argument("results", type=Path, help="a results file, or a folder: the newest GPU results under it")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help=f"rewrite what lies between {BEGIN} and {END}")
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        metavar="FILE",
+        help=f"rewrite what lies between {BEGIN} and {END}, "
+        f"and, where they are, between {MEMORY_BEGIN} and {MEMORY_END}",
+    )
     parser.add_argument("--goals", action="store_true", help="show the goals and which are met, not all figures")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write bars.png and roofline.png")
     arguments = parser.parse_args(argv)
     try:
-        found = _find(arguments.results)
+        found, memory = _find(arguments.results)
         if arguments.readme is not None:
-            _write_readme(arguments.readme, section(found))
-        if found is None:
+            _write_readme(arguments.readme, section(found), memory_section(memory))
+        if found is None and memory is None:
             print(f"no GPU results under {arguments.results}")
             return 0
-        for path in plots.draw(found, arguments.plots) if arguments.plots is not None else ():
-            print(path)
-        print(goals.text(found) if arguments.goals else tables.terminal(found))
+        if found is not None:
+            for path in plots.draw(found, arguments.plots) if arguments.plots is not None else ():
+                print(path)
+            print(goals.text(found) if arguments.goals else tables.terminal(found))
+        if memory is not None:
+            print(memory_goals.text(memory) if arguments.goals else memory_tables.terminal(memory))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def memory_section(found: Row | None) -> str:
+    """The README's section on whole updates: peaks beside estimates, times, the plain step, utilisation."""
+    if found is None:
+        return f"## Memory and speed of whole updates\n\n{NO_MEMORY}"
+    said = memory_tables.section(found) + "\n\nHow it is measured: `benchmarks/README.md`."
+    return f"## Memory and speed of whole updates\n\n{said}"
 
 
 def section(found: Row | None) -> str:
@@ -134,21 +157,34 @@ def _launched(row: Row) -> str:
     return "-" if row.get("launches") is None else f"{row['launches'] + row['copies']:,}"
 
 
-def _find(path: Path) -> Row | None:
-    return results.newest(path) if path.is_dir() else results.load(path)
+def _find(path: Path) -> tuple[Row | None, Row | None]:
+    """Results of the passes, and of whole updates."""
+    if path.is_dir():
+        return results.newest(path), memory_results.newest(path)
+    if path.name in (memory_results.NAME, memory_results.TINY_NAME):
+        return None, memory_results.load(path)
+    return results.load(path), None
 
 
-def _write_readme(path: Path, text: str) -> None:
+def _write_readme(path: Path, speed: str, memory: str) -> None:
     try:
-        before = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--readme {path} cannot be read ({error.strerror})") from error
-    if before.count(BEGIN) != 1 or before.count(END) != 1 or before.index(BEGIN) > before.index(END):
-        raise UserError(f"--readme {path} needs one line {BEGIN} and, after it, one line {END}: the text goes between")
-    head, rest = before.split(BEGIN)
+    text = _between(path, text, BEGIN, END, speed)
+    if MEMORY_BEGIN in text or MEMORY_END in text:
+        text = _between(path, text, MEMORY_BEGIN, MEMORY_END, memory)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def _between(path: Path, text: str, begin: str, end: str, said: str) -> str:
+    """`text` with what lies between its two markers replaced."""
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise UserError(f"--readme {path} needs one line {begin} and, after it, one line {end}: the text goes between")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{said}\n{end}{rest.split(end)[1]}"
 
 
 if __name__ == "__main__":

@@ -124,6 +124,7 @@ examples:
   rsaft-fast bench --cases sdxl-full --dtypes fp32,bf16           one model's list in two layouts
   rsaft-fast bench --cases sdxl-lora32 --providers ours-cuda,ours-triton,usual-fused
   rsaft-fast bench --budget 150                                   the most important first, and what was left out
+  rsaft-fast bench --memory --results benchmarks/results          whole updates at real size: peaks and times
   rsaft-fast bench --list                                         every case, dtype and provider, and what runs here
 
 Passes: norm (global gradient norm), perturb, step (restore + AdamW), update (norm, perturb, norm with clipping, step).
@@ -251,6 +252,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--quick", action="store_true", help="two models' lists, five calls instead of twenty")
     bench.add_argument("--budget", type=_positive, metavar="SECONDS", help="begin nothing new after this long")
     bench.add_argument("--goals", action="store_true", help="also show the project's goals, and which are met")
+    bench.add_argument("--memory", action="store_true", help="whole updates instead: --cases names runs of that list")
     bench.add_argument("--list", action="store_true", help="show the cases, dtypes and providers, and end")
 
     estimate = add("estimate", "say how much memory a recipe needs, before anything loads", ESTIMATE)

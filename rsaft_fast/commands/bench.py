@@ -23,6 +23,8 @@ REPEATS, QUICK_REPEATS = 20, 5
 
 def run(arguments: argparse.Namespace) -> int:
     device = device_here()
+    if arguments.memory:
+        return _memory(arguments, device)
     if arguments.list:
         print("\n".join(_known(device)))
         return 0
@@ -51,6 +53,21 @@ def run(arguments: argparse.Namespace) -> int:
         print("rsaft-fast: interrupted; what was measured until then is above", file=sys.stderr)
         return 130
     return 1 if suite.failed else 0
+
+
+def _memory(arguments: argparse.Namespace, device: torch.device) -> int:
+    """Whole updates: at real size on a GPU, elsewhere tiny, to see that everything runs."""
+    from rsaft_fast.benchmarks import gpu_memory
+
+    if arguments.list:
+        print("\n".join(gpu_memory.known()))
+        return 0
+    tiny = device.type != "cuda"
+    return gpu_memory.run(
+        gpu_memory.Options(
+            arguments.results, arguments.budget, device.type, tiny, _names(arguments.cases), goals=arguments.goals
+        )
+    )
 
 
 def _measure(suite: Suite, jobs: list[Job], bar: tqdm) -> bool:

@@ -46,6 +46,13 @@ def test_help_and_list_teach():
     assert "sdxl-full: 2,567,463,684 parameters in 1,680 tensors" in said and "8bit: bf16 weights" in said
 
 
+def test_whole_updates_are_listed_and_a_wrong_run_is_wrong_input():
+    said = bench("--memory", "--list").stdout
+    assert "flux-full: black-forest-labs/FLUX.1-dev at 1024, at most 74 GiB; peak" in said
+    run = bench("--memory", "--cases", "flux-ful")
+    assert run.returncode == 2 and "no run 'flux-ful'; did you mean flux-full" in run.stderr
+
+
 def test_neither_diffusers_nor_transformers_is_needed():
     """The figures of a GPU machine do not wait for packages that the optimizer does not use."""
     code = (

@@ -6,7 +6,7 @@ import pytest
 from builders import memory_results as synthetic
 
 from rsaft_fast.benchmarks import memory_runs as runs
-from rsaft_fast.benchmarks import memory_tables
+from rsaft_fast.benchmarks import memory_tables, report
 from rsaft_fast.benchmarks.cards import dense_bf16, predicted_ms
 from rsaft_fast.benchmarks.memory_goals import as_markdown, goals, text
 from rsaft_fast.benchmarks.memory_results import MemoryResults, load, newest
@@ -140,3 +140,27 @@ def test_a_file_of_something_else_is_refused(tmp_path, content):
     with pytest.raises(UserError, match="move it away"):
         MemoryResults(synthetic.MACHINE, tmp_path)
     assert (folder / "memory.json").read_text() == content
+
+
+def test_the_readme_gets_both_sections_where_it_has_the_markers(tmp_path, capsys):
+    folder, readme = tmp_path / "results", tmp_path / "README.md"
+    before = f"a\n{report.BEGIN}\n{report.END}\nb\n{report.MEMORY_BEGIN}\nold\n{report.MEMORY_END}\nc\n"
+    folder.mkdir()
+    readme.write_text(before)
+    assert report.main([str(folder), "--readme", str(readme)]) == 0
+    assert report.NO_MEMORY in readme.read_text() and report.NOTHING in readme.read_text()
+    synthetic.results(folder)
+    assert report.main([str(folder), "--readme", str(readme), "--goals"]) == 0
+    said = readme.read_text()
+    assert said.startswith("a\n") and said.endswith(f"{report.MEMORY_END}\nc\n") and "\nb\n" in said
+    assert "old" not in said and "| sdxl-lora | 10 | 9.00 | 9.45 |" in said
+    assert "peak of sdxl-lora" in capsys.readouterr().out
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n{report.MEMORY_BEGIN}\n")
+    assert report.main([str(folder), "--readme", str(readme)]) == 2
+    assert report.MEMORY_END in capsys.readouterr().err
+
+
+def test_one_file_is_shown(tmp_path, capsys):
+    path = synthetic.results(tmp_path, names=("sdxl-lora",)).path
+    assert report.main([str(path)]) == 0
+    assert "Peak memory, torch's max allocated" in capsys.readouterr().out
