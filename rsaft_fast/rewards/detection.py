@@ -15,10 +15,9 @@ from transformers import Mask2FormerConfig, Mask2FormerModel
 from rsaft_fast.errors import UserError
 from rsaft_fast.rewards.clip import image_processor_config
 from rsaft_fast.rewards.files import checkpoint_folder, first_line, read_json, sha256_of, weight_files
-from rsaft_fast.rewards.preprocess import Preprocess, without_autocast
+from rsaft_fast.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, without_autocast
 from rsaft_fast.rewards.weights import State, fill, read_state
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # COCO's 80 classes in order, by the names that GenEval's prompts use; checkpoints spell some of them otherwise.
 COCO = (
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "

@@ -17,9 +17,8 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.memory.checkpointing import checkpoint_calls
 from rsaft_fast.rewards.base import RewardSpec, unit
 from rsaft_fast.rewards.clip import image_processor_config, preprocess_from_config
-from rsaft_fast.rewards.detection import IMAGENET_MEAN, IMAGENET_STD
 from rsaft_fast.rewards.files import checkpoint_folder, first_line, read_json, sha256_of, weight_files
-from rsaft_fast.rewards.preprocess import Clamp, Preprocess, without_autocast
+from rsaft_fast.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, Clamp, Preprocess, without_autocast
 
 # Model class, its published preprocessing, and the licence of the weights.
 _IMAGENET = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}

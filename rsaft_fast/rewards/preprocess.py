@@ -25,6 +25,8 @@ Clamp = Literal["hard", "ste", "none"]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 # By the number of channels that somebody gave instead of three.
 _MENDS = {
     1: "; repeat the grey channel: images.expand(-1, 3, -1, -1)",

@@ -158,8 +158,8 @@ class Qwen2VLFeatures(nn.Module):
         rows, columns = (side // patch for side in pixels.shape[-2:])
         tables = image_rotary(rows, columns, merge, vision.embed_dim // vision.num_heads, pixels.device)
         tables = tuple(table.repeat(len(pixels), 1) for table in tables)
-        # Where each picture's patches begin and end: they do not look at another's.
-        bounds = torch.arange(len(pixels) + 1, device=pixels.device, dtype=torch.int32) * rows * columns
+        # Where each picture's patches begin and end: they do not look at another's. On the CPU, where it is read.
+        bounds = torch.arange(len(pixels) + 1, device="cpu", dtype=torch.int32) * rows * columns
         hidden = self.visual.patch_embed(patchify(pixels, patch, merge, vision.temporal_patch_size))
         for block in self.visual.blocks:
             hidden = block(hidden, cu_seqlens=bounds, position_embeddings=tables)

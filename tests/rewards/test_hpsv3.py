@@ -27,7 +27,7 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.memory import saved_tensor_bytes
+from rsaft_fast.memory import checkpoint_calls, saved_tensor_bytes
 from rsaft_fast.rewards import RewardSettings, load_reward
 from rsaft_fast.rewards.hpsv3 import load_hpsv3, score_head
 from rsaft_fast.rewards.hpsv3_text import CONSTANTS, SOURCE, read_instruction
@@ -142,6 +142,26 @@ def test_full_size_has_the_published_number_of_parameters():
     assert 2 * (count + vocabulary) == 16_582_751_232
     assert head == 3_687_474
     assert count + vocabulary + head - 2 * (152064 - 151658) * 3584 == 8_292_152_882
+
+
+def test_bytes_kept_at_full_size_in_bf16():
+    """One picture of 448x448 and 1000 tokens: what recomputation cannot do without is each layer's input."""
+    with torch.device("meta"):
+        config = Qwen2VLConfig(**QWEN2_VL_7B)
+    inputs = 32 * 1024 * 1280 + 28 * 1000 * 3584 + 1024 * 3584
+    kept = {}
+    for checkpoint in (False, True):
+        with torch.device("meta"):
+            model = Qwen2VLFeatures(config).bfloat16().requires_grad_(False).eval()
+            pixels = torch.empty(1, 3, 448, 448, dtype=torch.bfloat16, requires_grad=True)
+            tokens, places = torch.zeros(1, 1000, dtype=torch.long), torch.tensor([999])
+        if checkpoint:
+            checkpoint_calls(model.layers)
+        with saved_tensor_bytes(model.parameters()) as saved:
+            assert model(pixels, tokens, places).shape == (1, 3584)
+        kept[checkpoint] = saved.peak
+    assert 1 <= kept[True] / (2 * inputs) < 1.2
+    assert kept[False] > 10 * kept[True]
 
 
 @pytest.mark.parametrize("shape", [(1024, 1024), (512, 768), (300, 300), (17, 900), (448, 448), (1, 40), (31, 29)])
