@@ -68,6 +68,10 @@ def candidates(config: Config) -> Iterator[dict[str, Any]]:
         yield {"backbone.keep_blocks": backbone.keep_blocks // 2}
         if backbone.keep_blocks > 1:
             yield {"backbone.keep_blocks": 0}
+    if config.speed.cfg == "batched":
+        yield {"speed.cfg": "rollout"}
+    if config.speed.cuda_graph:
+        yield {"speed.cuda_graph": False}
     if not config.reward.checkpoint:
         yield {"reward.checkpoint": True}
     if data.batch_size > 1:

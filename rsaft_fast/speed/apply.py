@@ -31,7 +31,7 @@ def apply_speed(backbone: PipelineBackbone, settings: SpeedSettings) -> None:
         compile_blocks(repeated_blocks(denoiser), with_gradient=settings.compile == "all")
     if settings.cuda_graph and real:
         require_cuda(backbone.device)
-        graph_calls(denoiser)
+        graph_calls(denoiser, backbone.device)
 
 
 def use_channels_last(backbone: PipelineBackbone) -> None:

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from rsaft_fast.errors import UserError
+
 WARM_UP = 3
 """Calls before a capture, as torch's notes on CUDA graphs have it: libraries make their workspaces then."""
 
@@ -22,11 +24,16 @@ WARM_UP = 3
 class CUDACapture:
     """Captures calls into graphs that share one memory pool; they are replayed one after the other, never at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """A function that replays `run`, and what it writes its results to."""
+        with torch.cuda.device(self.device):
+            return self._capture(run)
+
+    def _capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -80,7 +87,15 @@ class GraphedForward:
     def _capture(self, leaves: list[Any], structure: Any) -> _Captured:
         static = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(static, structure)
-        replay, out = self.capture(lambda: self.forward(*args, **kwargs))
+        try:
+            replay, out = self.capture(lambda: self.forward(*args, **kwargs))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UserError(
+                f"speed.cuda_graph: a network call could not be captured ({str(error).strip().splitlines()[0]}); "
+                "set speed.cuda_graph=false"
+            ) from error
         inputs = [leaf for leaf in static if isinstance(leaf, torch.Tensor)]
         return _Captured(inputs, replay, out, self._addresses())
 
@@ -94,6 +109,6 @@ def _signature(leaf: Any) -> Any:
     return type(leaf), leaf
 
 
-def graph_calls(module: nn.Module) -> None:
+def graph_calls(module: nn.Module, device: torch.device) -> None:
     """Replay `module`'s calls without gradient from CUDA graphs, each captured at the first call of its shape."""
-    module.forward = GraphedForward(module, CUDACapture())
+    module.forward = GraphedForward(module, CUDACapture(device))

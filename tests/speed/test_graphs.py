@@ -4,6 +4,7 @@ import pytest
 import torch
 from builders.backbones import BUILDERS, PROMPTS, cfg, make_backbone, noise_source
 
+from rsaft_fast.errors import UserError
 from rsaft_fast.methods import DRaFT
 from rsaft_fast.sampling import backpropagate, derive_rng, rollout
 from rsaft_fast.speed.graphs import GraphedForward, graph_calls
@@ -83,6 +84,23 @@ def test_weights_that_change_in_place_are_seen_and_moved_ones_refused(recorded):
     del kept
 
 
+def test_a_call_that_cannot_be_captured_says_so_and_memory_running_out_stays_that(recorded):
+    backbone, _ = recorded
+
+    def failing(error):
+        def capture(run):
+            raise error
+
+        return capture
+
+    backbone.denoiser.forward.capture = failing(RuntimeError("operation not permitted when stream is capturing\n..."))
+    with pytest.raises(UserError, match="could not be captured .operation not permitted.*; set speed.cuda_graph=false"):
+        predictions(backbone, (0,))
+    backbone.denoiser.forward.capture = failing(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        predictions(backbone, (0,))
+
+
 def test_calls_with_gradient_are_not_captured(recorded):
     backbone, record = recorded
     noise, schedule = noise_source(2), backbone.schedule(4)
@@ -110,7 +128,7 @@ def test_replayed_rollouts_are_the_plain_ones_on_the_gpu(family, compiled, tmp_p
         return rollout(backbone, schedule, plan, latents, conditioning, noise).endpoints[0]
 
     plain = endpoint()
-    graph_calls(backbone.denoiser)
+    graph_calls(backbone.denoiser, backbone.device)
     for _ in range(2):
         torch.testing.assert_close(endpoint(), plain, rtol=0, atol=0 if not compiled else 0.05)
     with torch.no_grad():

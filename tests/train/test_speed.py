@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory.estimate import estimate
-from rsaft_fast.memory.phases import DENOISER
+from rsaft_fast.memory.phases import DENOISER, ENCODING, SAMPLING
+from rsaft_fast.memory.suggestions import candidates, changed
 from rsaft_fast.speed import check as speed_check
 from rsaft_fast.train.check import check_config
 from rsaft_fast.train.logging import read_metrics
@@ -266,6 +267,23 @@ def test_the_estimate_sees_what_batching_costs(tiny, out):
         for cfg in ("separate", "rollout", "batched")
     }
     assert own["separate"] == own["rollout"] and 1.5 < own["batched"] / own["rollout"] < 2.1
+
+
+def test_the_estimate_keeps_a_captured_calls_memory(tiny, out):
+    plain, captured = (estimate(config(tiny, out, speed={"cuda_graph": on})) for on in (False, True))
+    held = captured.standing["captured network call"]
+    assert held == plain.phase(SAMPLING).own > 0
+    for phase in plain.phases:
+        after = captured.phase(phase.name).total
+        assert after == phase.total + (0 if phase.name in (ENCODING, SAMPLING) else held), phase.name
+
+
+def test_what_speed_costs_in_memory_is_among_the_suggestions(tiny, out):
+    settings = config(tiny, out, sampler=GUIDED, speed={"cfg": "batched", "cuda_graph": True})
+    keys = list(candidates(settings))
+    assert {"speed.cfg": "rollout"} in keys and {"speed.cuda_graph": False} in keys
+    assert changed(settings, {"speed.cfg": "rollout"}).speed.cfg == "rollout"
+    assert not [k for k in candidates(config(tiny, out)) if any(name.startswith("speed.") for name in k)]
 
 
 def test_sampling_takes_over_what_holds_on_every_machine(tiny, out):
