@@ -18,8 +18,9 @@ import torch
 from rsaft_fast.backbones import PipelineBackbone, add_lora
 from rsaft_fast.backbones.base import Conditioning
 from rsaft_fast.backbones.turns import encode_in_turns
-from rsaft_fast.memory.live import CUDA_BLOCK, LiveBytes, shapes_alone
+from rsaft_fast.memory.live import CUDA_BLOCK, LiveBytes, Peak, shapes_alone
 from rsaft_fast.memory.networks import checkpoint_networks
+from rsaft_fast.memory.phases import ENCODING, SAMPLING
 from rsaft_fast.memory.reward_skeleton import skeleton_reward
 from rsaft_fast.memory.skeleton import DTYPES, skeleton_backbone
 from rsaft_fast.memory.states import AccountedOptimizer
@@ -139,7 +140,16 @@ class _Walk:
             self._average()
             self._draw_grid()
         found = self.live.peaks
+        if self.config.speed.cuda_graph:
+            self._keep_captured(found)
         return Estimate(self.standing, tuple(Phase(name, p.own, p.total) for name, p in found.items()), notes)
+
+    def _keep_captured(self, peaks: Mapping[str, Peak]) -> None:
+        """A captured network call keeps its activations, in a pool of its own; it is captured after the encoding."""
+        held = peaks[SAMPLING].own
+        self.standing["captured network call"] = held
+        for name, peak in peaks.items():
+            peak.total += 0 if name in (ENCODING, SAMPLING) else held
 
     def _keep(self, name: str, tensors) -> None:
         size = self.live.see(tensors)

@@ -78,7 +78,7 @@ class _UnderChoice:
     """An attention layer's `forward` under its choice; entered at each call, so that recomputation is under it too."""
 
     def __init__(self, forward: Callable, choice: Callable[[], AbstractContextManager]):
-        # The bound method: torch.compile cannot look `type(layer).forward` up, diffusers allows the class in its graphs.
+        # The bound method: torch.compile cannot look `type(layer).forward` up, as diffusers allows the class in graphs.
         self.forward, self.choice = forward, choice
 
     def __call__(self, *args, **kwargs):
