@@ -66,6 +66,7 @@ pytest=("$python" -m pytest -m gpu -p no:cacheprovider)
 step build 75 "$python" -m pip install -q --no-build-isolation --no-deps --disable-pip-version-check -e . || { status=0; without_pip; }
 step doctor 20 "$python" -m rsaft_fast.cli doctor
 if [ "$part" = memory ]; then
+  has diffusers pydantic peft transformers || { say "whole updates need diffusers, pydantic, peft and transformers"; exit 1; }
   # Begun elsewhere, it goes on: rows of this card, these versions and these recipes are not measured twice.
   for known in benchmarks/results/*/memory.json; do
     into="$out/$(basename "$(dirname "$known")")"

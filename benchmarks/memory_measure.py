@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,6 +24,7 @@ from rsaft_fast.sampling import NoiseSource, backpropagate, rollout
 from rsaft_fast.sampling.rollout import guided_prediction
 from rsaft_fast.train.config import Config
 from rsaft_fast.train.data import PromptBatches
+from rsaft_fast.train.encodings import free_memory
 from rsaft_fast.train.memory_errors import is_out_of_memory
 from rsaft_fast.train.trainer import DTYPES, Trainer
 
@@ -62,8 +62,8 @@ class Measurements:
             runs.PEAK: self.peak,
             runs.PEAK_K: self.peak_k,
             runs.TIME: lambda: self.times(MODES),
-            runs.GRAPHS: lambda: self.times(EXACT_ONLY, runs.SPEEDS[runs.GRAPHS]),
-            runs.COMPILED: lambda: self.times(EXACT_ONLY, runs.SPEEDS[runs.COMPILED]),
+            runs.GRAPHS: lambda: self.times(EXACT_ONLY, run.speed(runs.GRAPHS)),
+            runs.COMPILED: lambda: self.times(EXACT_ONLY, run.speed(runs.COMPILED)),
             runs.KERNELS: self.kernels,
             runs.WHOLE: self.whole,
             runs.PLAIN: lambda: self.plain(checkpointing=True),
@@ -96,9 +96,7 @@ class Measurements:
 
     def _forget(self) -> None:
         self.trainer = None
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(self.device)
 
     def card(self) -> Row:
         found = card(self.device)
@@ -118,6 +116,7 @@ class Measurements:
             self._forget()
         if self.trainer is None:
             self.trainer = RandomTrainer(config, self.architecture)
+            free_memory(self.device)  # what building took is no part of what is reserved
         trainer = self.trainer
         trainer.config = config
         trainer.schedule = trainer.backbone.schedule(config.sampler.steps, config.sampler.eta)

@@ -77,10 +77,12 @@ ESTIMATE, ESTIMATE_K, FLOPS = "estimate", f"estimate, K = {GRADED_STEPS}", "FLOP
 
 SPEEDS: Mapping[str, Mapping[str, Any]] = {
     TIME: {},
-    GRAPHS: {"speed.cuda_graph": True, "speed.channels_last": True},
-    COMPILED: {"speed.compile": "rollout", "speed.channels_last": True},
+    GRAPHS: {"speed.cuda_graph": True},
+    COMPILED: {"speed.compile": "rollout"},
 }
-"""Recipe keys under which a step is timed; the first are the defaults, which every other figure is of."""
+"""Recipe keys under which a step is timed; the first are the defaults, which every other figure is of. The others come
+with channels-last for UNets."""
+_UNETS = ("sd15", "sdxl")
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,11 @@ class Run:
     def late_parts(self) -> tuple[str, ...]:
         """What is measured when all runs have been: it takes long to get ready."""
         return (GRAPHS, COMPILED) if self.compare else ()
+
+    def speed(self, part: str) -> Mapping[str, Any]:
+        """Recipe keys of one of `SPEEDS`."""
+        layout = {"speed.channels_last": True} if self.model in _UNETS and part != TIME else {}
+        return {**SPEEDS[part], **layout}
 
     def guess(self, parts: Sequence[str]) -> float:
         """Seconds for some of its parts."""

@@ -139,7 +139,7 @@ def _times(view: MemoryView) -> Table:
 
 
 def _predictions(view: MemoryView) -> Table:
-    """What FLOPs alone say, for who has not measured yet or wants to judge what was."""
+    """What FLOPs alone say of runs that have not been timed."""
     rate = view.dense_peak() or 989.5
     rows = []
     for run in RUNS:
@@ -157,10 +157,11 @@ def _predictions(view: MemoryView) -> Table:
                     f"{found['exact'] / 1e3:.1f} (T={steps})",
                     number(found["exact"] / found["plain method"]),
                     *(number(at[t]["graded_only"] / at[t]["plain method"]) for t in (50, 28)),
+                    number(found["exact"] / found["plain PyTorch"]),
                 )
             )
     header = ("run", "a guided call, ms", "its gradient, ms", "decode and score, ms", "a step, s")
-    more = ("exact over plain method", "graded_only, T=50", "graded_only, T=28")
+    more = ("exact over plain method", "graded_only, T=50", "graded_only, T=28", "exact over plain PyTorch")
     title = f"Predicted from FLOPs at {PREDICTED_UTILISATION:.0%} of {rate:g} TFLOP/s"
     return Table(title, (*header, *more), rows)
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
+from rsaft_fast.backbones.registry import ADAPTERS
+from rsaft_fast.backbones.specs import load_spec
 from rsaft_fast.benchmarks import gpu_memory
 from rsaft_fast.benchmarks import memory_runs as runs
 from rsaft_fast.benchmarks.kernel_shares import IDLE, REST, kernel_shares, kind_of, limit_of
@@ -21,6 +23,7 @@ from rsaft_fast.benchmarks.memory_measure import Measurements, rollout_calls
 from rsaft_fast.benchmarks.memory_results import load
 from rsaft_fast.benchmarks.random_models import PROMPTS, tiny
 from rsaft_fast.memory import phases
+from rsaft_fast.train.check import check_settings
 
 CPU = torch.device("cpu")
 
@@ -32,8 +35,10 @@ def measure(run, parts, folder, device=CPU):
     return rows
 
 
-@pytest.mark.parametrize("run", runs.RUNS, ids=lambda run: run.name)
-def test_the_peak_of_every_run_is_what_was_estimated(tmp_path, run):
+# Every model, every way to train; the rest are other pairs of the two.
+@pytest.mark.parametrize("name", ["sd15-lora", "sdxl-lora", "sd35m-lora", "flux-full", "flux-lora-nf4"])
+def test_the_peak_of_a_run_is_what_was_estimated(tmp_path, name):
+    run = runs.run_named(name)
     found = measure(run, [runs.PEAK], tmp_path)[runs.PEAK]
     estimated = count_part(run, runs.ESTIMATE, "cpu", tiny(run.model, tmp_path))
     assert "missing" not in found, found
@@ -83,6 +88,16 @@ def test_a_key_that_this_version_lacks_is_missing_not_failed(tmp_path):
     run = runs.Run("odd", "sd15", 5, 10, {"backbone.quantize_harder": "yes"})
     row = measure(run, [runs.PEAK], tmp_path)[runs.PEAK]
     assert row["failed"] is False and "backbone.quantize_harder" in row["missing"]
+
+
+@pytest.mark.parametrize("run", runs.RUNS, ids=lambda run: run.name)
+def test_recipes_hold_together_on_a_gpu(run):
+    """Here, where there is none, as far as keys go."""
+    adapter = ADAPTERS[load_spec(runs.MODELS[run.model].spec).pipeline]
+    for part in (runs.PEAK, runs.PEAK_K) if run.lora else (runs.PEAK,):
+        check_settings(runs.config_of(runs.recipe_keys(run, "cuda", {}, part)), adapter)
+    for part in runs.SPEEDS if run.compare else ():
+        check_settings(runs.config_of(runs.recipe_keys(run, "cuda", {}) | dict(run.speed(part))), adapter)
 
 
 def test_calls_of_every_kind_of_update():

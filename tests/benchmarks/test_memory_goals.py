@@ -105,6 +105,7 @@ def test_a_prediction_by_hand():
     assert found["plain method"] == pytest.approx(10 * 20 + 90)
     assert found["graded_only"] == pytest.approx(11 * 20 + 180)
     assert found["exact"] == pytest.approx(2 * (10 * 20 + 90))
+    assert found["plain PyTorch"] == pytest.approx(2 * (9 * 20 + 80))
 
 
 def test_tables_show_what_there_is(results):

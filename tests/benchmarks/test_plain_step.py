@@ -9,6 +9,7 @@ from builders.clip import write_clip
 
 from rsaft_fast.benchmarks.plain_step import PlainSettings, PlainStep
 from rsaft_fast.losses import Loss
+from rsaft_fast.memory import saved_tensor_bytes
 from rsaft_fast.methods import DRaFT
 from rsaft_fast.objective import ImageSmoothing, ParameterSmoothing, Smoothing
 from rsaft_fast.optim import SAMAdamW
@@ -112,8 +113,6 @@ def plain_norm(gradients):
 @pytest.mark.parametrize("family", ["sd15", "flux"])
 def test_checkpointing_is_really_on(tmp_path, family):
     """diffusers' switch acts in eval() too: fewer bytes are kept, the gradient keeps its value."""
-    from rsaft_fast.memory import saved_tensor_bytes
-
     kept, found = {}, {}
     for checkpointing in (False, True):
         both = Both(family, tmp_path / str(checkpointing), 1.0, 1, checkpointing)
