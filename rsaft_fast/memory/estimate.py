@@ -182,13 +182,19 @@ class _Walk:
             self._keep("running mean (fp32)", self.ema.means.values())
 
     def _encode(self) -> EncodedPrompts:
-        """The text encoders lie on the host, and visit the device in there."""
-        names = self.backbone.text_encoder_names()
-        encoders = [encoder for name in names if (encoder := getattr(self.backbone.pipeline, name)) is not None]
-        self.live.exclude(tensor for encoder in encoders for tensor in _tensors(encoder))
-        texts = [_PROMPT, *negative_texts(self.backbone, self.config.sampler)]
-        rows = encode_in_turns(self.backbone, [text or None for text in texts])
-        return EncodedPrompts(self.backbone, dict(zip(texts, rows)), self.config.sampler)
+        """The text encoders lie on the host, and visit the device in there; where there are none, a run takes encodings
+        that it finds."""
+        backbone = self.backbone
+        encoders = {name: getattr(backbone.pipeline, name) for name in backbone.text_encoder_names()}
+        present = [encoder for encoder in encoders.values() if encoder is not None]
+        self.live.exclude(tensor for encoder in present for tensor in _tensors(encoder))
+        texts = [_PROMPT, *negative_texts(backbone, self.config.sampler)]
+        if all(encoders[name] is not None for name in backbone.text_encoders):
+            rows = encode_in_turns(backbone, [text or None for text in texts])
+        else:
+            shapes = backbone.embedding_shapes.items()
+            rows = [{name: torch.zeros(1, *shape, device="cpu") for name, shape in shapes} for _ in texts]
+        return EncodedPrompts(backbone, dict(zip(texts, rows)), self.config.sampler)
 
     def _keep_prompts(self) -> None:
         before = self.live.alive

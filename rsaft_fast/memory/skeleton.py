@@ -106,7 +106,7 @@ def _pipeline_parts(path: str) -> tuple[str, Parts, list[str]]:
         if isinstance(cached, str):
             folder = Path(cached).parent
     if folder.exists():
-        return adapter_for(folder).pipeline_class.__name__, _parts_of_folder(folder), []
+        return adapter_for(folder, text=False).pipeline_class.__name__, _parts_of_folder(folder), []
     found = published_pipeline(path)
     if found is None:
         raise UserError(

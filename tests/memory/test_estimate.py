@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
+from builders.clip import write_clip
+from builders.image_reward import head_state, write_image_reward
 from builders.recipes import config as tiny_config
+from torch.utils._pytree import tree_map_only
 
-from rsaft_fast.backbones import Conditioning
+from rsaft_fast.backbones import Conditioning, turns
 from rsaft_fast.memory import phases
 from rsaft_fast.memory.estimate import estimate
 from rsaft_fast.memory.live import LiveBytes
 from rsaft_fast.ops import library
+from rsaft_fast.rewards import load_reward
+from rsaft_fast.rewards.precision import s1_error
 from rsaft_fast.train.check import check_config
 from rsaft_fast.train.config import Config
 from rsaft_fast.train.data import EncodedPrompts
+from rsaft_fast.train.encodings import load_shapes, load_text_encoders
 from rsaft_fast.train.trainer import Trainer
 
 
@@ -97,8 +104,7 @@ CASES = {
     ("sd15", "nf4"): {"backbone__quantize": "nf4"},
     ("sdxl", "nf4, checkpointed"): CHECKPOINTED | {"backbone__quantize": "nf4"},
     ("sd3", "fp8"): {"backbone__quantize": "fp8"},
-    ("flux", "int8, a block on the host"): CHECKPOINTED
-    | {"backbone__quantize": "int8", "backbone__offload_blocks": 1},
+    ("flux", "int8, a block on the host"): CHECKPOINTED | {"backbone__quantize": "int8", "backbone__offload_blocks": 1},
 }
 UPDATE = (phases.SAMPLING, phases.SCORING, phases.DECODER, phases.DENOISER)
 

@@ -9,6 +9,8 @@ import torch
 from builders.recipes import config, environment
 
 from rsaft_fast.backbones import LoRASettings, add_lora, random_backbone
+from rsaft_fast.backbones.turns import encode_in_turns
+from rsaft_fast.errors import UserError
 from rsaft_fast.memory import checkpoint_denoiser, phases
 from rsaft_fast.memory.estimate import GIB, estimate
 from rsaft_fast.memory.live import LiveBytes, shapes_alone
@@ -100,6 +102,54 @@ def test_a_published_reward_has_the_published_size():
     reward, _ = skeleton_reward(RewardSettings(path="yuvalkirstain/PickScore_v1"))
     assert sum(p.numel() for p in reward.model.parameters()) == 986_109_441
     assert published_pipeline("somebody/a-cat") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "millions"),
+    [("imagereward", "THUDM/ImageReward", 446.2), ("aesthetic", "some/head", 304.3 + 0.8 - 0.2)],
+)
+def test_other_published_rewards_have_their_sizes(name, path, millions):
+    """BLIP-L's checkpoint is 1.79 GB in fp32; CLIP ViT-L/14's image tower has 304.3 M, its head 0.9 M."""
+    reward, notes = skeleton_reward(RewardSettings(name=name, path=path))
+    assert sum(p.numel() for p in reward.parameters()) / 1e6 == pytest.approx(millions, abs=0.5)
+    assert "not on this machine" in notes[0] or "on this machine" in notes[0]
+
+
+def test_a_reward_that_is_not_walked_is_said_so():
+    with pytest.raises(UserError, match="reward.name hpsv3 is not estimated; clip"):
+        skeleton_reward(RewardSettings(name="hpsv3", path="MizzenAI/HPSv3"))
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "largest"),
+    [
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", 123.1),
+        ("stabilityai/stable-diffusion-xl-base-1.0", 694.7),
+        ("stabilityai/stable-diffusion-3.5-medium", 4762.3),
+        ("black-forest-labs/FLUX.1-dev", 4762.3),
+    ],
+)
+def test_one_text_encoder_at_a_time(hub_id, largest):
+    """SD3.5's three together have 5.58 billion parameters: 10.4 GiB in bf16."""
+    backbone, _ = skeleton_backbone(hub_id, height=None, width=None, dtype=torch.bfloat16)
+    encoders = [getattr(backbone.pipeline, name) for name in backbone.text_encoder_names()]
+    live = LiveBytes("meta")
+    live.exclude(t for encoder in encoders for t in (*encoder.parameters(), *encoder.buffers()))
+    with shapes_alone(), live:
+        list(encode_in_turns(backbone, ["a prompt", None]))
+    assert live.peak == pytest.approx(2e6 * largest, abs=0.1 * GIB)
+    assert list(live.peaks) == [phases.ENCODING] and live.alive == 0
+
+
+def test_the_reward_drops_its_text_tower_when_it_has_seen_the_prompts():
+    reward, _ = skeleton_reward(RewardSettings(path="yuvalkirstain/PickScore_v1"))
+    text, image = 352.98e6 + 1.05e6, 632.08e6  # CLIP-H's, with the text's projection
+    live = LiveBytes("meta")
+    live.see(reward.parameters())
+    with shapes_alone(), live:
+        reward.keep_prompts(["a prompt"])
+    assert live.peaks[phases.KEEPING].total == pytest.approx(4 * (text + image), rel=0.01)
+    assert live.alive == pytest.approx(4 * image, rel=0.001)
 
 
 def shipped(name: str, **changes):
