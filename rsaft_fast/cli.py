@@ -62,11 +62,12 @@ examples:
   rsaft-fast score pictures --prompts one.txt --reward aesthetic=head.pth,image_tower=path/to/clip-l
   rsaft-fast score samples --reward remote=http://127.0.0.1:8765/hpsv3          a server's (rsaft-fast serve)
   rsaft-fast score samples --reward recipe.yaml                                 the reward section of a recipe
-  rsaft-fast score reference --reward hpsv2.1=xswu/HPSv2 --reward pickscore=yuvalkirstain/PickScore_v1 \
-    --calibration calibration.json                what a combination needs to add up rewards of different scales
+  rsaft-fast score reference --reward pickscore=PATH --reward hpsv2.1=PATH --calibration scales.json
 
 Prompts come from --prompts, one a picture in the order of the names (or a single one for all), else from the
 pictures.json that `rsaft-fast sample` leaves. Keys behind a reward's path are those of a recipe's reward section.
+--calibration writes where each reward lies on these pictures and how wide: a recipe's reward.calibration, by which a
+combination adds up rewards of different scales.
 """
 
 SERVE = """\
