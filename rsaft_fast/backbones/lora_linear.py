@@ -19,6 +19,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from rsaft_fast.ops import backends
+
 PARTS = (0, 1, 2)
 LEFT, RIGHT = (0, 0, 0, 1, 1, 2), (0, 1, 2, 0, 1, 0)
 """Parts of two matrices whose products are not below the last bit, in the order in which they are stacked."""
@@ -29,11 +31,27 @@ def split(wide: torch.Tensor, order: tuple[int, ...] = PARTS) -> torch.Tensor:
 
     Their sum is the matrix, bit for bit, down to 2^-110: a bf16 number has 8 significant bits and fp32's exponents.
     """
-    high = wide.to(torch.bfloat16)
+    if _has_kernel(wide):
+        from rsaft_fast.kernels import split_bf16  # needs Triton
+
+        return split_bf16.split(wide, order)
+    high = _nearest_bf16(wide)
     rest = wide - high
-    middle = rest.to(torch.bfloat16)
-    parts = (high, middle, (rest - middle).to(torch.bfloat16))
-    return torch.cat([parts[index] for index in order])
+    middle = _nearest_bf16(rest)
+    parts = (high, middle, rest - middle)
+    return torch.cat([parts[index] for index in order]).to(torch.bfloat16)
+
+
+def _nearest_bf16(x: torch.Tensor) -> torch.Tensor:
+    """The nearest bf16 number, in fp32. By its bits: a compiler may leave out a cast to bf16 and back."""
+    return ((x.view(torch.int32) + 0x8000) & -0x10000).view(torch.float32)
+
+
+def _has_kernel(wide: torch.Tensor) -> bool:
+    """Whether one launch does it; compiled code is traced from plain operations."""
+    if not wide.is_cuda or torch.compiler.is_compiling() or wide.numel() >= 2**31:
+        return False
+    return backends.forced() != "torch" and backends.why_not("triton", wide.device) is None
 
 
 class SplitProducts:

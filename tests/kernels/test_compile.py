@@ -15,7 +15,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from rsaft_fast.kernels import coefficients, global_norm, perturb_images, sam_adamw, sam_perturb, sam_restore  # noqa: E402
+from rsaft_fast.kernels import (  # noqa: E402
+    coefficients,
+    global_norm,
+    perturb_images,
+    sam_adamw,
+    sam_perturb,
+    sam_restore,
+    split_bf16,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -49,6 +57,11 @@ def restore_of(dtype, source, source_dtype):
 def adamw_of(dtype, source="backup", state=F32, stochastic=False):
     lists = dtype, dtype, source, F32 if source == "master" else dtype, state
     return *sam_adamw.variant(*lists, source != "weight", stochastic, sam_adamw.BLOCK), {"grad": "i64"}
+
+
+def split_of(*order):
+    variant = split_bf16.variant(order, split_bf16.BLOCK)
+    return *variant, {"out": "*bf16", "wide": "*fp32", "elements": "i32"}
 
 
 def images_of(dtype, sign=False, aligned=True):
@@ -87,6 +100,8 @@ STREAMS = {
     "images fp32": (images_of(F32), 48, [WIDE], [WIDE]),
     "images bf16, linf": (images_of(BF16, True), 48, [WIDE], [WIDE]),
     "images fp32, misaligned": (images_of(F32, aligned=False), 64, [], []),
+    "split of three": (split_of(0, 1, 2), 48, [], []),
+    "split of six": (split_of(0, 0, 0, 1, 1, 2), 48, [], []),
 }
 FLAGS, NO_FLAGS = (F32, F32, F32, False), (None, None, None, True)
 SMALL = {

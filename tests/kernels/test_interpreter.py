@@ -75,6 +75,19 @@ def test_random_bits_count_on_beyond_32_bits(_, first):
 
 
 @interpreted
+@pytest.mark.parametrize("shape", [(3, 1000), (32, 77), (1, 1), (5, 0)])
+def test_three_bf16_parts_are_those_of_plain_torch(_, shape):
+    from rsaft_fast.backbones.lora_linear import LEFT, PARTS, RIGHT, split
+
+    module = importlib.import_module("rsaft_fast.kernels.split_bf16")
+    wide = torch.randn(shape) * 10 ** (8 * torch.rand(shape) - 4)
+    for order in (PARTS, LEFT, RIGHT):
+        expected = split(wide, order)
+        assert torch.equal(module.split(wide, order), expected)
+        assert torch.equal(module.split(wide.T.contiguous().T, order), expected)
+
+
+@interpreted
 @pytest.mark.parametrize("images_too", [True, False])
 def test_groups_of_samples_give_the_same_bits(_, monkeypatch, images_too):
     """Each sample's norm and step are its own, however many samples fit into the cache at once."""
