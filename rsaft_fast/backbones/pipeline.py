@@ -131,7 +131,7 @@ class PipelineBackbone(Backbone):
             width=width,
             dtype=dtype,
             device=device,
-            offload_blocks=offload_blocks,
+            offload_blocks=offload_blocks if networks else 0,
             quantize=quantize if networks else None,
         )
 

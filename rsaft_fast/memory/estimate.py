@@ -142,7 +142,17 @@ class _Walk:
         found = self.live.peaks
         if self.config.speed.cuda_graph:
             self._keep_captured(found)
-        return Estimate(self.standing, tuple(Phase(name, p.own, p.total) for name, p in found.items()), notes)
+        phases = tuple(Phase(name, p.own, p.total) for name, p in found.items())
+        return Estimate(self.standing, phases, notes + self._on_the_host())
+
+    def _on_the_host(self) -> tuple[str, ...]:
+        """Page-locked memory beside the device's."""
+        offloaded = self.backbone.offloaded
+        held = {
+            "blocks of the denoiser": sum(host.numel() for host in offloaded.host) if offloaded else 0,
+            "the optimizer's state": self.accounted.host_bytes,
+        }
+        return tuple(f"{name}: {size / GIB:.1f} GiB of page-locked host memory" for name, size in held.items() if size)
 
     def _keep_captured(self, peaks: Mapping[str, Peak]) -> None:
         """A captured network call keeps its activations, in a pool of its own; it is captured after the encoding."""

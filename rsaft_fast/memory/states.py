@@ -26,7 +26,7 @@ class AccountedOptimizer:
 
     Attributes:
         release_gradients: as the optimizer's.
-        held: what it keeps between updates, by name.
+        held: what it keeps between updates, by name. host_bytes: of state that is on the host instead.
     """
 
     def __init__(self, optimizer: SAMAdamW, earlier: bool, between: Callable[[], None]):
@@ -41,11 +41,10 @@ class AccountedOptimizer:
         states = [
             {name: empty_state(p, name, storage.eight_bit) for name in own}
             for p, storage, own in zip(self.params, storages, names)
+            if not storage.offload
         ]
-        self._staging_bytes = _staging_bytes(self.params, storages, states)
+        self.host_bytes, self._staging_bytes = _on_the_host(self.params, storages)
         self._staging: torch.Tensor | None = None
-        if optimizer.offload == "state":
-            states = []
         self.held: dict[str, list[torch.Tensor]] = {
             "masters (fp32)": [state["master"] for state in states if "master" in state],
             f"moments ({optimizer.state_bits} bits)": [
@@ -116,13 +115,15 @@ class AccountedOptimizer:
         return {"grad_norm": 1.0}
 
 
-def _staging_bytes(params: list[torch.Tensor], storages: list[Storage], states: list[dict[str, torch.Tensor]]) -> int:
-    """Of the device's buffers through which state on the host passes."""
+def _on_the_host(params: list[torch.Tensor], storages: list[Storage]) -> tuple[int, int]:
+    """Bytes of state on the host, and of the device's buffers through which it passes."""
     kinds: dict[tuple, list[int]] = {}
-    for param, storage, state in zip(params, storages, states):
+    for param, storage in zip(params, storages):
         if storage.offload:
-            kinds.setdefault((param.dtype, storage), []).append(Packing(state.values()).nbytes)
+            names = state_names(storage.master, storage.eight_bit)
+            packing = Packing(empty_state(param, name, storage.eight_bit) for name in names)
+            kinds.setdefault((param.dtype, storage), []).append(packing.nbytes)
     parts = [[sum(sizes[i] for i in part) for part in split(sizes, PART)] for sizes in kinds.values()]
     if not parts:
-        return 0
-    return max(map(max, parts)) * min(BUFFERS, max(map(len, parts)))
+        return 0, 0
+    return sum(map(sum, parts)), max(map(max, parts)) * min(BUFFERS, max(map(len, parts)))

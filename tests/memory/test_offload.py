@@ -19,11 +19,14 @@ from torch import nn
 from rsaft_fast.backbones import LoRASettings, PipelineBackbone, add_lora, load_backbone, random_backbone
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory import checkpoint_denoiser
+from rsaft_fast.memory.estimate import GIB, estimate
 from rsaft_fast.memory.offload import OffloadedBlocks, spread, transformer_blocks
+from rsaft_fast.memory.states import AccountedOptimizer
 from rsaft_fast.ops.transfer import CopyStream, Packing, host_buffer
 from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train.check import check_config
 from rsaft_fast.train.loop import train
+from rsaft_fast.train.trainer import Trainer
 
 OFFLOADED = {"backbone__checkpoint": ["denoiser", "decoder"]}
 
@@ -69,11 +72,11 @@ def folders(tmp_path_factory):
     return {family: build(tmp_path_factory.mktemp(family)) for family, build in BUILDERS.items()}
 
 
-def prepared(folder, count: int, dtype=torch.float32, checkpointed=True) -> PipelineBackbone:
+def prepared(folder, count: int, dtype=torch.float32, checkpointed=True, quantize=None) -> PipelineBackbone:
     """A backbone with drawn adapters; the same at any count. count -1: all blocks."""
     if count < 0:
         count = len(transformer_blocks(load_backbone(folder).denoiser))
-    backbone = load_backbone(folder, height=32, width=32, dtype=dtype, offload_blocks=count)
+    backbone = load_backbone(folder, height=32, width=32, dtype=dtype, offload_blocks=count, quantize=quantize)
     add_lora(backbone, LoRASettings(rank=2))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -125,6 +128,17 @@ def test_the_order_is_that_of_the_calls(folders, family):
     with torch.no_grad():
         call(backbone)
     assert backbone.offloaded.names == called and len(called) > 1
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8", "fp8"])
+def test_quantised_blocks_are_streamed_as_codes(folders, copies, quantize):
+    whole = prepared(folders["flux"], -1).offloaded
+    truth = walked(prepared(folders["flux"], 0, quantize=quantize))
+    backbone = prepared(folders["flux"], -1, quantize=quantize)
+    assert same(walked(backbone), truth)
+    # At this size half of the bytes are gaps between small tensors.
+    assert sum(map(torch.numel, backbone.offloaded.host)) < 0.75 * sum(map(torch.numel, whole.host))
+    assert copies.most == 2 and copies.alive == 0
 
 
 def test_some_blocks_stay(folders, copies):
@@ -206,6 +220,20 @@ def test_only_adapters_and_resident_weights_are_on_the_device():
     streamed = sum(host.numel() for host in backbone.offloaded.host)
     whole = sum(p.numel() for p in backbone.denoiser.parameters()) * 2
     assert 0.98 < streamed / whole < 1
+
+
+def test_the_estimate_names_the_memory_of_the_host(tiny, out):
+    settings = tiny_config(tiny, out, "sd3", **OFFLOADED, backbone__offload_blocks=2, optimizer__offload="state")
+    trainer = Trainer(settings, check_config(settings))
+    trainer.update()
+    real = [
+        sum(host.numel() for host in trainer.backbone.offloaded.host),
+        sum(part.host.numel() for bucket in trainer.optimizer._buckets for part in bucket.parts),
+    ]
+    notes = [note for note in estimate(settings, cuda=False).notes if "page-locked host memory" in note]
+    assert len(notes) == 2 and all(f": {size / GIB:.1f} GiB" in note for size, note in zip(real, notes))
+    walked = AccountedOptimizer(trainer.optimizer, earlier=False, between=lambda: None)
+    assert walked.host_bytes == real[1] > 0
 
 
 @given(st.integers(1, 80), st.data())
