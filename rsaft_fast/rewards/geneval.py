@@ -47,7 +47,7 @@ class ColourJudge(nn.Module):
         if not crops:
             return []
         texts = [t.format(colour=colour, name=name) for colour in COLOURS for t in _TEMPLATES]
-        with without_autocast(pixels.device):
+        with without_autocast(self.clip.device):
             words = unit(self.clip.encode_text(texts).unflatten(0, (len(COLOURS), len(_TEMPLATES))).mean(1))
             inputs = torch.cat(crops).to(self.clip.device, self.clip.dtype)
             images = unit(self.clip.model.get_image_features(pixel_values=inputs).pooler_output)

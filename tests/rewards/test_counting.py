@@ -61,6 +61,14 @@ def test_a_score_does_not_depend_on_its_neighbours_nor_on_the_size(reward):
     assert reward.score(pictures, prompts).isnan().tolist() == [False, True, False, False]
 
 
+@pytest.mark.gpu
+def test_the_gpu_counts_the_same(reward):
+    drawn = random.Random(SEED)
+    some = [scenes.sample(drawn) for _ in range(20)]
+    scores = reward.score(scenes.render(some).cuda(), [scene.prompt for scene in some])
+    assert scores.is_cuda and scores.tolist() == [1] * 20, SEED
+
+
 def flood(mask: np.ndarray) -> list[int]:
     areas, todo = [], {tuple(place) for place in np.argwhere(mask)}
     while todo:

@@ -89,6 +89,14 @@ def test_batch_independence_and_checkpointing(folder):
     assert model(images[:0]).shape == (0, 32) and not model.train().training
 
 
+@pytest.mark.gpu
+def test_the_gpu_gives_the_cpus_features(folder):
+    images = torch.rand(3, 3, 36, 36)
+    found = load_features(folder, device="cuda")(images.cuda())
+    torch.testing.assert_close(found.cpu(), load_features(folder)(images), rtol=0, atol=1e-4)
+    assert diversity(found).item() == pytest.approx(diversity(found.cpu()).item(), abs=1e-5)
+
+
 def test_distances_against_numpy():
     features = torch.nn.functional.normalize(torch.randn(5, 7, dtype=torch.float64), dim=1)
     rows = features.numpy()

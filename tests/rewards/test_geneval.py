@@ -332,6 +332,23 @@ def test_metadata_that_is_not_genevals_is_one_clear_line(tmp_path, line, message
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.gpu
+def test_the_gpu_sees_what_the_cpu_sees(detector_folder, tower, metadata):
+    pixels = torch.rand(3, 50, 70, generator=torch.Generator().manual_seed(SEED))
+    ours, theirs = (
+        {d.name: d.score for d in load_mask2former(detector_folder, device)[0].detect(pixels.to(device))}
+        for device in ("cpu", "cuda")
+    )
+    assert theirs == pytest.approx(ours, abs=1e-3), SEED
+    judge = load_reward(
+        RewardSettings(name="geneval-hf", path=str(detector_folder), image_tower=str(tower), metadata=str(metadata)),
+        "cuda",
+    ).judge
+    # The picture may lie elsewhere than the models.
+    for device in ("cpu", "cuda"):
+        assert len(judge.colours(pixels.to(device), [Detection("cup", 1, (2, 3, 20, 30))], "cup")) == 1
+
+
 def test_what_is_missing_is_one_clear_line(tower, detector_folder, metadata, tmp_path):
     with pytest.raises(UserError, match="name its evaluation_metadata.jsonl"):
         load_reward(RewardSettings(name="geneval-hf", path=str(detector_folder)))

@@ -262,6 +262,18 @@ def test_checkpointed_layers_keep_less_and_change_no_bit(folder):
     assert torch.equal(results[True][1], results[False][1]) and torch.equal(results[True][2], results[False][2])
 
 
+@pytest.mark.gpu
+def test_the_gpu_scores_as_the_cpu(folder, images):
+    expected = load(folder).score(images, PROMPTS)
+    x = images.cuda().requires_grad_()
+    score = load(folder, device="cuda").score(x, PROMPTS)
+    torch.testing.assert_close(score.cpu(), expected, rtol=0, atol=1e-4)
+    (gradient,) = torch.autograd.grad(score.sum(), x)
+    assert gradient.isfinite().all() and (gradient != 0).double().mean() > 0.99
+    low = load(folder, device="cuda", dtype=torch.bfloat16).score(images.cuda(), PROMPTS)
+    assert low.dtype == torch.float32 and (low.cpu() - expected).abs().max() < 0.2
+
+
 def test_tokens_are_those_of_the_published_conversation(folder):
     conversation = load(folder).conversation
     for prompt in PROMPTS:
