@@ -30,6 +30,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from rsaft_fast.cli import main
+from rsaft_fast.commands.serve import _announce, _listen
 from rsaft_fast.errors import UserError
 from rsaft_fast.rewards import ClipReward, Reward, RewardSettings, RewardSpec, load_reward, wire
 from rsaft_fast.rewards.remote import RemoteReward
@@ -500,3 +501,12 @@ def test_the_command_refuses_what_cannot_work(folder, monkeypatch, capsys):
     assert "two rewards of one family" in attempt(*reward, "--reward", f"clip={folder},scale=cosine")
     monkeypatch.setenv(wire.TOKEN_VARIABLE, "short")
     assert "has 5 characters; a token has at least 16" in attempt(*reward, "--port", "0")
+
+
+def test_listening_beyond_this_machine_is_warned_of(capsys):
+    for host, warned in (("127.0.0.1", False), ("0.0.0.0", True)):
+        with _listen(host, 0) as listener:
+            _announce(listener, {"mean": Mean()}, None)
+        printed = capsys.readouterr().out
+        assert ("is not a loopback address" in printed) == warned
+        assert f"http://{host}:" in printed and wire.TOKEN_VARIABLE not in printed
