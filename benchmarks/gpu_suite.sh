@@ -72,7 +72,7 @@ if [ "$part" = memory ]; then
     into="$out/$(basename "$(dirname "$known")")"
     [ -f "$known" ] && [ ! -f "$into/memory.json" ] && mkdir -p "$into" && cp "$known" "$into/"
   done
-  budget=$((515 - SECONDS)) # whatever the build has left
+  budget=$((505 - SECONDS)) # whatever the build has left
   step memory $((budget + 10)) "$python" -m rsaft_fast.benchmarks.gpu_memory --results "$out" --budget $budget
   step goals 15 "$python" -m rsaft_fast.benchmarks.report "$out" --goals
   "$python" -m rsaft_fast.benchmarks.report "$out" --goals > "$out/goals.txt" 2>&1
