@@ -30,7 +30,7 @@ class Eye(Protocol):
         """Number of objects by name, at least 1 each."""
         ...
 
-    def count(self, pixels: torch.Tensor, prompt: str) -> Mapping[str, int]:
+    def count(self, pixels: torch.Tensor) -> Mapping[str, int]:
         """Number of objects by name in one picture (3, H, W), 0 to 1; a name may be absent where there are none."""
         ...
 
@@ -39,7 +39,7 @@ class PlaygroundEye:
     """Counts connected areas of each of the playground's colours. A pixel is taken as a mixture of the background and
     the one colour that explains it best, and belongs to that colour from one half on: an edge of yellow, half
     background, is nearer to green than to either. Objects of one colour never touch in a scene; shapes are not looked
-    at."""
+    at, nor colours that the prompt does not name."""
 
     def wanted(self, prompt: str) -> Mapping[str, int]:
         """Objects by colour.
@@ -52,7 +52,7 @@ class PlaygroundEye:
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    def count(self, pixels: torch.Tensor, prompt: str) -> Mapping[str, int]:
+    def count(self, pixels: torch.Tensor) -> Mapping[str, int]:
         """Areas by colour, of the playground's four; smaller ones than a third of its smallest object are noise."""
         background = pixels.new_tensor(scenes.BACKGROUND)
         ways = pixels.new_tensor(list(scenes.COLOURS.values())) - background
@@ -86,7 +86,7 @@ class DetectorEye(nn.Module):
             )
         return {clause.name: clause.count for clause in self.tasks[prompt].include}
 
-    def count(self, pixels: torch.Tensor, prompt: str) -> Mapping[str, int]:
+    def count(self, pixels: torch.Tensor) -> Mapping[str, int]:
         """Detections by class, 16 of each at most."""
         return {name: len(found) for name, found in kept(self.detector.detect(pixels), "counting").items()}
 
@@ -104,7 +104,7 @@ class CountingReward(PictureReward):
 
     def score_picture(self, pixels: torch.Tensor, prompt: str) -> float:
         """See the class."""
-        wanted, found = self.eye.wanted(prompt), self.eye.count(pixels, prompt)
+        wanted, found = self.eye.wanted(prompt), self.eye.count(pixels)
         terms = [max(0.0, 1 - abs(number - found.get(name, 0)) / number) for name, number in wanted.items()]
         return sum(terms) / len(terms)
 

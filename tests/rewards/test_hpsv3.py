@@ -324,6 +324,8 @@ def spoil(folder, how):
         state["model.embed_tokens.weight"] = torch.zeros(300, 32)
     elif how == "another config":
         (folder / "config.json").write_text(json.dumps(CONFIG | {"model_type": "qwen2_5_vl"}))
+    elif how == "another architecture":  # without a config.json the weights are taken for the published ones
+        (folder / "config.json").unlink()
     elif how == "no tokenizer":
         (folder / "vocab.json").unlink()
     elif how == "no chat template":
@@ -347,6 +349,7 @@ def spoil(folder, how):
         ("head of another shape", r"5.weight has shape \(4, 16\)"),
         ("another tokenizer", "has 263 tokens with the reward's"),
         ("another config", "qwen2_5_vl"),
+        ("another architecture", "lacks 6"),
         ("no tokenizer", "vocab.json"),
         ("no chat template", "has no chat template"),
     ],
