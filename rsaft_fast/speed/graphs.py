@@ -67,6 +67,8 @@ class GraphedForward:
     def __init__(self, module: nn.Module, capture: Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]):
         self.module, self.forward, self.capture = module, module.forward, capture
         self.captured: dict[Any, _Captured] = {}
+        # Listed once: walking the modules at every call would take as long as launching a small network's kernels.
+        self._weights: list[torch.Tensor] = []
 
     def __call__(self, *args, **kwargs) -> Any:
         if torch.is_grad_enabled():
@@ -85,6 +87,7 @@ class GraphedForward:
         return pytree.tree_map_only(torch.Tensor, torch.clone, found.out)
 
     def _capture(self, leaves: list[Any], structure: Any) -> _Captured:
+        self._weights = [*self.module.parameters(), *self.module.buffers()]
         static = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(static, structure)
         try:
@@ -100,7 +103,7 @@ class GraphedForward:
         return _Captured(inputs, replay, out, self._addresses())
 
     def _addresses(self) -> list[int]:
-        return [t.data_ptr() for t in (*self.module.parameters(), *self.module.buffers())]
+        return [weight.data_ptr() for weight in self._weights]
 
 
 def _signature(leaf: Any) -> Any:

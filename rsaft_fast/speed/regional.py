@@ -16,10 +16,6 @@ from torch import nn
 _REPEATED = ("JointTransformerBlock",)
 # Entries of one block class: SD1.5 has four shapes, each for two batch sizes, with and without gradient.
 _MOST_ENTRIES = 64
-INDUCTOR_OPTIONS = {"emulate_precision_casts": True}
-"""Round where the code rounds. By default Inductor leaves a cast to bf16 and back out, and with it the three bf16 parts
-that an fp32 adapter is taken apart into (`lora_linear.split`): bf16 would be left of it, which swallows a perturbation
-of 1e-6 of an element."""
 
 
 class _CompiledForward:
@@ -57,8 +53,6 @@ def compile_blocks(blocks: Iterable[nn.Module], with_gradient: bool, backend: st
         backend: of torch.compile.
     """
     options = {"fullgraph": True, "dynamic": False, "backend": backend}
-    if backend == "inductor":
-        options["options"] = INDUCTOR_OPTIONS
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options["recompile_limit"] = _MOST_ENTRIES
     for block in blocks:

@@ -278,6 +278,12 @@ def test_the_estimate_keeps_a_captured_calls_memory(tiny, out):
         assert after == phase.total + (0 if phase.name in (ENCODING, SAMPLING) else held), phase.name
 
 
+def test_a_recipe_for_another_machine_can_be_estimated_here(tiny, out):
+    for attention in ("cudnn", "xformers", "flash3"):
+        found = estimate(config(tiny, out, "sd3", speed={"attention": attention, "cuda_graph": True}))
+        assert found.peak > 0
+
+
 def test_what_speed_costs_in_memory_is_among_the_suggestions(tiny, out):
     settings = config(tiny, out, sampler=GUIDED, speed={"cfg": "batched", "cuda_graph": True})
     keys = list(candidates(settings))
@@ -293,3 +299,22 @@ def test_sampling_takes_over_what_holds_on_every_machine(tiny, out):
     portable = speed.portable()
     assert (portable.cfg, portable.channels_last) == ("batched", True)
     assert (portable.compile, portable.attention, portable.cuda_graph) == ("none", "auto", False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize(
+    "speed", [{"cuda_graph": True}, {"compile": "all"}, {"compile": "rollout", "cuda_graph": True}]
+)
+def test_updates_on_the_gpu_are_the_plain_ones(tiny, out, family, speed):
+    """Two updates, so that the second samples with weights that have changed since the capture."""
+    sampler = {"steps": 3, "guidance_scale": 3.0}
+    common = dict(sampler=sampler, backbone__device="cuda", backbone__dtype="bf16", samples={"every": 1, "count": 3})
+    records = {}
+    for name, settings in {"plain": {}, "fast": speed}.items():
+        trainer = trainer_of(tiny, out, family, speed=settings, **common)
+        records[name] = [trainer.update(), trainer.update()]
+        trainer.sample()  # another batch size
+    for fast, plain in zip(records["fast"], records["plain"], strict=True):
+        assert fast["reward"] == pytest.approx(plain["reward"], rel=0.05, abs=0.05)
+        assert fast["projection"] == pytest.approx(1, abs=1e-3) and fast["skipped"] == 0
