@@ -185,7 +185,7 @@ class OffloadedBucket(Bucket):
         try:
             self._each(lambda part: ops.sam_perturb_(part.table, norm))
         except BaseException:
-            self.close()
+            self.close(for_good=False)
             self.restore(norm)  # parts that were not perturbed lose nothing by it
             raise
 
@@ -231,13 +231,13 @@ class OffloadedBucket(Bucket):
 
     def _bind_part(self, part: Part, gradients: bool) -> None:
         hold_for(part.arrived, self.staging.device)
-        lists = {"weight": self.params}
+        own = slice(part.members.start, part.members.stop)
+        lists = part.staged_lists() | {"weight": self.params[own]}
         if gradients:
-            lists["grad"] = [p.grad for p in self.params]
+            lists["grad"] = [p.grad for p in self.params[own]]
         if self._backup is not None:
-            lists["backup"] = self._backup
-        own = {name: tensors[part.members.start : part.members.stop] for name, tensors in lists.items()}
-        part.table.bind(**own, **part.staged_lists())
+            lists["backup"] = self._backup[own]
+        part.table.bind(**lists)
 
     def _end(self, part: Part) -> None:
         for name in ("grad", "backup", *part.names):  # their memory may go elsewhere
