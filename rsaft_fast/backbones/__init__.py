@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -63,13 +64,14 @@ def load_backbone(
 
 
 def adapter_for(path: str | Path, text: bool = True) -> type[PipelineBackbone]:
-    """The adapter for the pipeline at a folder or hub id; reads model_index.json alone.
+    """The adapter for the pipeline at a folder or hub id; reads model_index.json and the denoiser's config.json alone.
 
     Args:
         text: whether the text encoders must be there.
 
     Raises:
-        UserError: nothing there, a pipeline class without an adapter, or a component without which nothing runs.
+        UserError: nothing there, a pipeline class without an adapter, a component without which nothing runs, or a
+            denoiser that is stored quantised.
     """
     folder = Path(path := local_path(path))
     if folder.exists() and not (folder / "model_index.json").is_file():
@@ -91,7 +93,20 @@ def adapter_for(path: str | Path, text: bool = True) -> type[PipelineBackbone]:
             wanted = isinstance(entry, list) and any(entry) and (text or not is_text_encoder(name))
             if wanted and not (folder / name).is_dir():
                 raise UserError(f"{path} is incomplete: its model_index.json names {name}, and there is no such folder")
+    _refuse_quantized(path, adapter)
     return adapter
+
+
+def _refuse_quantized(path: str | Path, adapter: type[PipelineBackbone]) -> None:
+    """A denoiser that another program has stored in few bits cannot be read; ours are made from whole weights."""
+    config = {}
+    with suppress(OSError, ValueError):  # a config that is missing or broken is loading's to explain
+        config = adapter.denoiser_class.load_config(str(path), subfolder=adapter.denoiser_name)
+    if method := config.get("quantization_config"):
+        raise UserError(
+            f"{path}: {adapter.denoiser_name} is stored quantised (quant_method {method.get('quant_method')}); give "
+            "the pipeline with whole weights, and set backbone.quantize to nf4, int8 or fp8"
+        )
 
 
 def local_path(path: str | Path) -> str | Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
+import shutil
 
 import pytest
 import torch
@@ -291,6 +293,41 @@ def test_a_missing_package_is_named(monkeypatch, folder):
     with pytest.raises(UserError, match=r'nf4.*pip install "rsaft_fast\[low-bit\]"'):
         load(folder, "nf4")
     load(folder, "int8")
+
+
+def test_a_denoiser_that_is_stored_quantised_is_refused(folder, tmp_path, monkeypatch):
+    name = next(n for n in ("unet", "transformer") if (folder / n).is_dir())
+    shutil.copytree(folder, tmp_path / "copy")
+    path = tmp_path / "copy" / name / "config.json"
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stored}))
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *a, **o: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=f"{name} is stored quantised .*bitsandbytes.*backbone.quantize"):
+        load(tmp_path / "copy")
+
+
+@pytest.mark.gpu
+@formats
+def test_on_a_gpu_codes_and_gradients_are_the_cpu_s(quantization):
+    layer = linear(320, 640, dtype=BF16)
+    host, card = QuantizedLinear(layer, quantization), QuantizedLinear(layer, quantization, "cuda")
+    torch.testing.assert_close(card.dequantized().cpu(), host.dequantized(), rtol=1e-2, atol=1e-4)
+    x = torch.randn(77, 640, dtype=BF16, device="cuda", requires_grad=True)
+    out = card(x)
+    out.sum().backward()
+    torch.testing.assert_close(out, functional.linear(x, card.dequantized(), card.bias))
+    torch.testing.assert_close(x.grad, torch.ones_like(out) @ card.dequantized())
+
+
+@pytest.mark.gpu
+@formats
+def test_on_a_gpu_loading_never_holds_the_whole_denoiser(quantization, tmp_path):
+    denoiser = random_backbone("sd15", dtype=BF16).denoiser
+    weights = [p.numel() for b in transformer_blocks(denoiser).values() for p in b.parameters()]
+    torch.cuda.reset_peak_memory_stats()
+    quantize_denoiser(denoiser, quantization, "cuda")
+    peak, codes = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    assert peak - codes <= (2 + 3 * 4) * max(weights) < 2 * sum(weights)
 
 
 # Runs
