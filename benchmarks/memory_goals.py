@@ -41,7 +41,7 @@ def _note(results: Row) -> str:
 def _peaks(view: MemoryView) -> Iterator[Goal]:
     for run in RUNS:
         peak = view.peak(run)
-        met = None if peak is None else peak <= run.limit * GIB
+        met = None if peak is None or view.machine.get("tiny") else peak <= run.limit * GIB
         measured = UNMEASURED if peak is None else f"{peak / GIB:.2f} GiB"
         yield Goal(f"peak of {run.name}", f"<= {run.limit:g} GiB", measured, met)
 

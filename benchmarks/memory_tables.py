@@ -96,7 +96,8 @@ def _peaks(view: MemoryView) -> Table:
         if set(cells) != {NONE}:
             rows.append((run.name, f"{run.limit:g}", *cells))
     header = ("run", "limit, GiB", "peak", "estimate", "estimate/peak", "reserved", f"K={runs.GRADED_STEPS} over K=1")
-    return Table("Peak memory, torch's max allocated", (*header, "where"), rows)
+    counted = "torch's max allocated" if view.machine.get("cuda") else "storages alive on the CPU"
+    return Table(f"Peak memory, {counted}", (*header, "where"), rows)
 
 
 def _phases(view: MemoryView) -> Table:

@@ -54,6 +54,11 @@ def test_nothing_measured_is_said_and_counted():
     assert as_markdown(synthetic.results().as_dict()).startswith("| goal | wanted | measured | met |")
 
 
+def test_tiny_models_meet_no_limit():
+    found = goals(synthetic.results(tiny=True).as_dict())
+    assert all(goal.met is None for goal in found if goal.wanted.endswith("GiB"))
+
+
 def test_a_plain_step_that_runs_out_of_memory_bounds_the_ratio():
     found = synthetic.results(names=("sdxl-lora",))
     found.put(synthetic.row(SDXL, runs.PLAIN, out_of_memory=True, card_bytes=80 * synthetic.GIB))
