@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.pictures import read_picture
@@ -66,13 +68,7 @@ def make_app(rewards: Mapping[str, Reward], token: str, device: torch.device, li
     # No pages of its own: documentation would answer without the token.
     app = FastAPI(lifespan=lifespan, openapi_url=None)
 
-    @app.middleware("http")
-    async def guard(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        """Before a byte of the body is read."""
-        refusal = _refusal(request, token)
-        response = refusal if refusal is not None else await call(request)
-        response.headers[wire.PROTOCOL_HEADER] = str(wire.PROTOCOL)
-        return response
+    app.add_middleware(Guard, token=token)
 
     @app.get("/")
     async def info() -> dict[str, Any]:
@@ -102,6 +98,22 @@ def make_app(rewards: Mapping[str, Reward], token: str, device: torch.device, li
         return JSONResponse({"scores": values})
 
     return app
+
+
+class Guard:
+    """Answers who has no token or speaks another protocol, before a byte of the body is read."""
+
+    def __init__(self, app: ASGIApp, token: str):
+        self.app, self.token = app, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[wire.PROTOCOL_HEADER] = str(wire.PROTOCOL)
+            await send(message)
+
+        refusal = _refusal(Request(scope), self.token) if scope["type"] == "http" else None
+        await (refusal or self.app)(scope, receive, marked)
 
 
 def _refusal(request: Request, token: str) -> Response | None:
