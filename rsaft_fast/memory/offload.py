@@ -110,7 +110,7 @@ class OffloadedBlocks:
         if not 1 <= count <= len(found):
             raise UserError(
                 f"backbone.offload_blocks is {count}; this {type(denoiser).__name__} has {len(found)} that can be "
-                "streamed: 0 streams none"
+                f"streamed; set it from 0 to {len(found)}"
             )
         chosen = [list(found.items())[i] for i in spread(count, len(found))]
         with torch.no_grad():
