@@ -207,7 +207,7 @@ class Encodings(Mapping[str, Row]):
             return
         common = hashlib.sha256(json.dumps(self._circumstances(identity), sort_keys=True).encode()).hexdigest()
         self._keys = {text: hashlib.sha256(f"{common} {text}".encode()).hexdigest() for text in self.texts}
-        for text in self.texts:
+        for text in progress(self.texts, "reading encodings", len(self.texts)):
             try:
                 row = self.cache.read(self._keys[text])
             except DamagedEncodingError as error:
