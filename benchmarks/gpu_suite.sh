@@ -2,12 +2,14 @@
 # All that needs a GPU, in two calls of 9 minutes each.
 #
 #   benchmarks/gpu_suite.sh OUT            build, doctor, GPU tests, memory and race checker, benchmarks, plots
-#   benchmarks/gpu_suite.sh OUT memory     build, doctor, whole updates at real size (gpu_memory.py)
+#   benchmarks/gpu_suite.sh OUT memory     build, doctor, whole updates and rewards at real size (gpu_memory.py,
+#                                          rewards_gpu.py)
 #
-# OUT gets summary.txt (how each step ended), suite.log (what each said), <gpu>/<date>.json or <gpu>/memory.json (the
-# figures, written row by row), goals.txt, and in the first call bars.png and roofline.png. A second memory call goes on
-# from the memory.json that it finds in OUT, else in benchmarks/results. Nothing is downloaded; what is missing is said
-# and gone around. The exit code is 1 when a step failed. PYTHON names the interpreter (default: python3).
+# OUT gets summary.txt (how each step ended), suite.log (what each said), <gpu>/<date>.json or <gpu>/memory.json and
+# <gpu>/rewards.json (the figures, written row by row), goals.txt, and in the first call bars.png and roofline.png. A
+# second memory call goes on from the memory.json that it finds in OUT, else in benchmarks/results. Nothing is
+# downloaded; what is missing is said and gone around. The exit code is 1 when a step failed. PYTHON names the
+# interpreter (default: python3).
 set -u
 out=${1:?usage: benchmarks/gpu_suite.sh OUT [memory]}
 part=${2:-suite}
@@ -72,8 +74,9 @@ if [ "$part" = memory ]; then
     into="$out/$(basename "$(dirname "$known")")"
     [ -f "$known" ] && [ ! -f "$into/memory.json" ] && mkdir -p "$into" && cp "$known" "$into/"
   done
-  budget=$((505 - SECONDS)) # whatever the build has left
+  budget=$((445 - SECONDS)) # whatever the build has left
   step memory $((budget + 10)) "$python" -m rsaft_fast.benchmarks.gpu_memory --results "$out" --budget $budget
+  step rewards 60 "$python" -m rsaft_fast.benchmarks.rewards_gpu --results "$out"
   step goals 15 "$python" -m rsaft_fast.benchmarks.report "$out" --goals
   "$python" -m rsaft_fast.benchmarks.report "$out" --goals > "$out/goals.txt" 2>&1
   say "all: ${SECONDS} s"
