@@ -76,7 +76,7 @@ if [ "$part" = memory ]; then
   done
   budget=$((445 - SECONDS)) # whatever the build has left
   step memory $((budget + 10)) "$python" -m rsaft_fast.benchmarks.gpu_memory --results "$out" --budget $budget
-  step rewards 60 "$python" -m rsaft_fast.benchmarks.rewards_gpu --results "$out"
+  step rewards 60 "$python" -m rsaft_fast.benchmarks.rewards_gpu --results "$out" --repeats 5
   step goals 15 "$python" -m rsaft_fast.benchmarks.report "$out" --goals
   "$python" -m rsaft_fast.benchmarks.report "$out" --goals > "$out/goals.txt" 2>&1
   say "all: ${SECONDS} s"

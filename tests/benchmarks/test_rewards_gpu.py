@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from rsaft_fast.benchmarks import rewards_gpu
+from rsaft_fast.benchmarks import results, rewards_gpu
+from rsaft_fast.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -19,6 +20,9 @@ def test_every_row_is_measured_and_written(tmp_path, capsys):
     rows = found["rows"]
     keys = {(r["reward"], r["dtype"], r["checkpoint"], r["batch"]) for r in rows}
     assert len(keys) == len(rows) == 2 * 3 * 3 and found["gpu"].startswith("cpu") and "note" in found
+    assert found["bandwidth"]["copy_gbps"] > 0
+    with pytest.raises(UserError):  # not to be taken for the optimizer suite's
+        results.load(next(tmp_path.glob(f"*/{rewards_gpu.NAME}")))
     for row in rows:
         assert row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"] and row["standing"] < row["peak"], row
     peak = {(r["reward"], r["dtype"], r["checkpoint"], r["batch"]): r["peak"] - r["standing"] for r in rows}
@@ -37,7 +41,7 @@ def test_a_row_that_does_not_fit_says_so(tmp_path, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("out of memory\nand more")
 
-    monkeypatch.setattr(rewards_gpu, "Timer", full)
+    monkeypatch.setattr(rewards_gpu, "_peak", full)
     file = rewards_gpu.measure(tmp_path, CPU, tiny=True)
     rows = json.loads(file.read_text())["rows"]
     assert {row["missing"] for row in rows} == {"out of memory"}
