@@ -13,6 +13,7 @@ from rsaft_fast.backbones.flow import dynamic_shift
 from rsaft_fast.errors import UserError
 from rsaft_fast.methods import DRaFT
 from rsaft_fast.sampling import flow_schedule, rollout
+from rsaft_fast.train.config import SamplerSettings
 from rsaft_fast.train.data import EncodedPrompts
 
 STEPS = 3
@@ -93,7 +94,7 @@ def test_schnell_has_no_place_for_a_guidance_scale(schnell, dev):
     with pytest.raises(UserError, match="guidance_scale is 3.5.*no guidance embedding"):
         backbone.encode(PROMPTS, guidance_scale=3.5)
     with pytest.raises(UserError, match="negative_prompt does nothing at sampler.true_cfg_scale 1"):
-        EncodedPrompts(load(dev), PROMPTS, "ugly", 3.5)
+        EncodedPrompts.encode(load(dev), PROMPTS, SamplerSettings(negative_prompt="ugly", guidance_scale=3.5))
 
 
 def test_tokens_are_packed_as_the_pipeline_packs_them(dev):
