@@ -22,14 +22,14 @@ from rsaft_fast.memory.live import CUDA_BLOCK, LiveBytes, Peak, shapes_alone
 from rsaft_fast.memory.networks import checkpoint_networks
 from rsaft_fast.memory.phases import ENCODING, SAMPLING
 from rsaft_fast.memory.reward_skeleton import skeleton_reward
-from rsaft_fast.memory.skeleton import DTYPES, skeleton_backbone
+from rsaft_fast.memory.skeleton import skeleton_backbone
 from rsaft_fast.memory.states import AccountedOptimizer
 from rsaft_fast.rewards.base import Reward, TowerReward
 from rsaft_fast.rewards.precision import low_precision, s1_error
 from rsaft_fast.sampling import GradientPlan, NoiseSource, Schedule, derive_rng
 from rsaft_fast.speed import apply_speed
 from rsaft_fast.step import MicroBatch, rsaft_step
-from rsaft_fast.train.check import check_path, check_settings
+from rsaft_fast.train.check import DTYPES, check_path, check_settings
 from rsaft_fast.train.config import Config
 from rsaft_fast.train.data import EncodedPrompts, negative_texts
 from rsaft_fast.train.ema import EMA

@@ -19,8 +19,6 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.memory.published import KNOWN, Parts, published_pipeline
 from rsaft_fast.rewards.files import read_json
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class LengthTokenizer:
     """Stands in for a tokenizer where only the number of tokens counts."""

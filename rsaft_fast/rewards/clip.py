@@ -17,14 +17,13 @@ from rsaft_fast.rewards.base import RewardSpec, TowerReward, check_prompts, scor
 from rsaft_fast.rewards.files import (
     checkpoint_folder,
     conversion_of,
-    first_line,
     read_json,
     sha256_of,
     weight_files,
 )
 from rsaft_fast.rewards.preprocess import CLIP_MEAN, CLIP_STD, Clamp, Preprocess, without_autocast
 from rsaft_fast.rewards.text import clip_tokenizer, require_vocabulary
-from rsaft_fast.rewards.weights import align
+from rsaft_fast.rewards.weights import load_pretrained
 
 Scale = Literal["logit", "cosine", "percent", "clipscore"]
 # What the cosine is multiplied by; "logit" takes the checkpoint's own exp(logit_scale).
@@ -206,33 +205,13 @@ def load_clip_model(folder: Path, source: str, activation: str | None = None) ->
             f"{config.get('architectures')}); this reward needs both CLIP towers and their projections"
         )
     weight_files(folder)
-    model = _load_model(folder)
-    align(model)
+    model = load_pretrained(folder, CLIPModel)
     for tower in (model.config.vision_config, model.config.text_config):
         if activation is not None and tower.hidden_act != activation:
             raise UserError(
                 f"{source!r} computes with {tower.hidden_act}, the published reward with {activation}: its scores "
                 "would be shifted; mend hidden_act in config.json, or give the published checkpoint"
             )
-    return model
-
-
-def _load_model(folder: Path) -> CLIPModel:
-    try:
-        model, info = CLIPModel.from_pretrained(
-            folder, dtype="auto", local_files_only=True, output_loading_info=True, weights_only=True
-        )
-    except Exception as error:
-        # safetensors, pickle, config validation and shape checks each raise their own kinds.
-        raise UserError(
-            f"{str(folder)!r} does not load as a CLIPModel ({type(error).__name__}: {first_line(error)}); "
-            "save or download the checkpoint anew"
-        ) from error
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"{str(folder)!r} lacks {len(missing)} weights of its CLIPModel, first {missing[0]!r}; "
-            "it would score at random: save or download the checkpoint anew"
-        )
     return model
 
 

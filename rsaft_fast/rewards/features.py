@@ -17,8 +17,9 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.memory.checkpointing import checkpoint_calls
 from rsaft_fast.rewards.base import RewardSpec, unit
 from rsaft_fast.rewards.clip import image_processor_config, preprocess_from_config
-from rsaft_fast.rewards.files import checkpoint_folder, first_line, read_json, sha256_of, weight_files
+from rsaft_fast.rewards.files import checkpoint_folder, read_json, sha256_of, weight_files
 from rsaft_fast.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, Clamp, Preprocess, without_autocast
+from rsaft_fast.rewards.weights import load_pretrained
 
 # Model class, its published preprocessing, and the licence of the weights.
 _IMAGENET = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
@@ -132,7 +133,7 @@ def load_features(
         raise UserError(f"{str(path)!r} is a {kind!r}; features are those of {' or '.join(_MODELS)}")
     model_class, preparation, licence = _MODELS[kind]
     files = weight_files(folder)
-    model = _load(folder, model_class)
+    model = load_pretrained(folder, model_class)
     # null in a processor's config stands for its default.
     given = {key: value for key, value in image_processor_config(folder).items() if value is not None}
     prepare = _preprocess(preparation | given, clamp)
@@ -157,22 +158,3 @@ def _preprocess(config: Mapping[str, Any], clamp: Clamp) -> Preprocess:
     if not isinstance(side, int):
         raise UserError(f"preprocessor_config.json crops to {crop}; give a square of pixels")
     return preprocess_from_config(config, side, clamp)
-
-
-def _load(folder: Path, model_class: type) -> nn.Module:
-    try:
-        model, info = model_class.from_pretrained(
-            folder, dtype="auto", local_files_only=True, output_loading_info=True, weights_only=True
-        )
-    except Exception as error:
-        # safetensors, pickle, config validation and shape checks each raise their own kinds.
-        raise UserError(
-            f"{str(folder)!r} does not load as a {model_class.__name__} ({type(error).__name__}: {first_line(error)}); "
-            "save or download the checkpoint anew"
-        ) from error
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"{str(folder)!r} lacks {len(missing)} weights of its {model_class.__name__}, first {missing[0]!r}; its "
-            "features would be random: save or download the checkpoint anew"
-        )
-    return model

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.rewards.files import first_line
@@ -110,6 +111,31 @@ def fill(module: nn.Module, state: State, source: str) -> None:
             if leaf != "position_ids":
                 raise AssertionError(f"buffer {name} has no value")
             setattr(module.get_submodule(owner), leaf, torch.arange(buffer.shape[-1]).expand(buffer.shape))
+
+
+def load_pretrained(folder: Path, model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    """A transformers model from its folder, in the dtype that it is stored in.
+
+    Raises:
+        UserError: it does not load, or a weight is missing.
+    """
+    try:
+        model, info = model_class.from_pretrained(
+            folder, dtype="auto", local_files_only=True, output_loading_info=True, weights_only=True
+        )
+    except Exception as error:
+        # safetensors, pickle, config validation and shape checks each raise their own kinds.
+        raise UserError(
+            f"{str(folder)!r} does not load as a {model_class.__name__} ({type(error).__name__}: {first_line(error)}); "
+            "save or download the checkpoint anew"
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"{str(folder)!r} lacks {len(missing)} weights of its {model_class.__name__}, first {missing[0]!r}; "
+            "its output would be random: save or download the checkpoint anew"
+        )
+    align(model)
+    return model
 
 
 def align(module: nn.Module) -> None:
