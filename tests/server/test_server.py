@@ -10,12 +10,8 @@ import json
 import os
 import pickle
 import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,93 +19,15 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-import uvicorn
-from builders.clip import write_clip
-from builders.recipes import config, environment
+from builders.recipes import config
+from builders.reward_server import QUICK, TOKEN, Mean, detail, request, serving
 from PIL import Image
 from safetensors.torch import save
 
-from rsaft_fast.cli import main
-from rsaft_fast.commands.serve import _announce, _listen
 from rsaft_fast.errors import UserError
-from rsaft_fast.rewards import ClipReward, Reward, RewardSettings, RewardSpec, load_reward, wire
+from rsaft_fast.rewards import RewardSettings, load_reward, wire
 from rsaft_fast.rewards.remote import RemoteReward
-from rsaft_fast.server import Limits, make_app
 from rsaft_fast.train.check import check_config
-
-TOKEN = "a-token-of-these-tests"
-QUICK = (0.05, 0.1, 0.2)
-
-
-class Mean(Reward):
-    """The mean of a picture plus its prompt's number; slow, moody and curious on demand."""
-
-    differentiable = False
-
-    def __init__(self, seconds=0.0):
-        super().__init__()
-        self.spec, self.seconds, self.calls = RewardSpec("mean", sha256="0" * 64), seconds, []
-
-    def score(self, images, prompts):
-        self.calls.append(len(images))
-        time.sleep(self.seconds)
-        if "forbidden" in prompts:
-            raise UserError("a prompt is forbidden")
-        if "broken" in prompts:
-            raise RuntimeError("a secret of the inside")
-        return images.mean((1, 2, 3)) + torch.tensor([float(p) if p else float("nan") for p in prompts])
-
-
-@contextmanager
-def serving(rewards, **limits):
-    """The address of a uvicorn of its own in a thread."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    app = make_app(rewards, TOKEN, torch.device("cpu"), Limits(**limits))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        listener.close()
-        assert not thread.is_alive()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_clip(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(scope="module")
-def local(folder):
-    return ClipReward.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def server(local):
-    with serving({"clip": local, "mean": Mean()}, max_pictures=4, max_bytes=60_000, timeout=10) as url:
-        yield url
-
-
-def request(url, method="POST", path="/clip", body=b"", kind=wire.TENSORS, token=TOKEN, protocol=wire.PROTOCOL, **more):
-    """A status and the answer, by hand."""
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=20)
-    headers = {"Authorization": f"Bearer {token}", wire.PROTOCOL_HEADER: str(protocol), "Content-Type": kind} | more
-    try:
-        connection.request(method, path, body, {k: v for k, v in headers.items() if v is not None})
-        response = connection.getresponse()
-        return response.status, response.read()
-    finally:
-        connection.close()
-
-
-def detail(url, **options):
-    status, body = request(url, **options)
-    text = json.loads(body)["detail"]
-    assert "\n" not in text
-    return status, text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -451,62 +369,3 @@ def test_a_remote_reward_trains_by_nothing_that_needs_a_gradient(tiny, out):
     parts = [{"path": "x"}, reward]
     with pytest.raises(UserError, match=r"reward.parts\[1\].name remote has no gradient"):
         check_config(config(tiny, out, reward={"name": "combination", "parts": parts}))
-
-
-def test_the_command_serves_until_it_is_told_to_stop(folder, local, tmp_path, capsys, monkeypatch):
-    command = [sys.executable, "-m", "rsaft_fast.cli", "serve", "--reward", f"pickscore={folder}", "--port", "0"]
-    process = subprocess.Popen(
-        [*command, "--device", "cpu"], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        address = process.stdout.readline().split()[-1]
-        token = process.stdout.readline().strip().partition("=")[2]
-        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/pickscore", address) and len(token) >= 32
-        rng = np.random.default_rng(1)
-        for name in "ab":
-            Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
-        (tmp_path / "prompts.txt").write_text("a red ox\n")
-        monkeypatch.setenv(wire.TOKEN_VARIABLE, token)
-        common = [str(tmp_path), "--prompts", str(tmp_path / "prompts.txt"), "--device", "cpu"]
-        for reward, name in ((f"remote={address}", "there"), (f"pickscore={folder}", "here")):
-            assert main(["score", *common, "--reward", reward, "--output", str(tmp_path / f"{name}.csv")]) == 0
-        columns = [
-            [line.rsplit(",", 1)[1] for line in (tmp_path / f"{name}.csv").read_text().splitlines()[1:]]
-            for name in ("there", "here")
-        ]
-        assert columns[0] == columns[1] and len(columns[0]) == 2
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) in (0, -signal.SIGTERM)
-        assert token not in process.stderr.read()
-        monkeypatch.setattr("rsaft_fast.rewards.remote.WAITS", QUICK)
-        again = ["score", *common, "--reward", f"remote={address}", "--output", str(tmp_path / "again.csv")]
-        assert main(again) == 2
-        assert "did not answer in 4 tries" in capsys.readouterr().err
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def test_the_command_refuses_what_cannot_work(folder, monkeypatch, capsys):
-    def attempt(*arguments):
-        assert main(["serve", *arguments]) == 2
-        captured = capsys.readouterr()
-        assert captured.out == "" and len(captured.err.strip().splitlines()) == 1
-        return captured.err
-
-    reward = ["--reward", f"clip={folder}"]
-    taken = socket.create_server(("127.0.0.1", 0))
-    assert "cannot be listened on" in attempt(*reward, "--port", str(taken.getsockname()[1]))
-    taken.close()
-    assert "two rewards of one family" in attempt(*reward, "--reward", f"clip={folder},scale=cosine")
-    monkeypatch.setenv(wire.TOKEN_VARIABLE, "short")
-    assert "has 5 characters; a token has at least 16" in attempt(*reward, "--port", "0")
-
-
-def test_listening_beyond_this_machine_is_warned_of(capsys):
-    for host, warned in (("127.0.0.1", False), ("0.0.0.0", True)):
-        with _listen(host, 0) as listener:
-            _announce(listener, {"mean": Mean()}, None)
-        printed = capsys.readouterr().out
-        assert ("is not a loopback address" in printed) == warned
-        assert f"http://{host}:" in printed and wire.TOKEN_VARIABLE not in printed
