@@ -6,18 +6,24 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.prompt_sets import SETS, named_set, set_files
+from rsaft_fast.reading import open_regular, read_text
 
 PLAYGROUND = "playground"
 # Names of the prompt column in the public sets (PartiPrompts, GenEval, DrawBench, HPDv2), in order of preference.
 COLUMNS = ("prompt", "prompts", "text", "caption")
 MAX_CHARACTERS = 10_000
 MAX_FILE_BYTES = 256 * 2**20
+# Of a parquet file, whose bytes do not tell: a million equal rows take a few hundred.
+MAX_ROWS = 10_000_000
+WHAT = "prompt file"
 
 # (where it stands, text as read) for each prompt of a file.
 Found = Iterator[tuple[str, Any]]
@@ -28,14 +34,15 @@ def load_prompts(source: str | Path, column: str | None = None) -> list[str]:
 
     Args:
         source: a name of `prompt_sets.SETS` (from the hub's cache or the hub), NAME=PATH for a set that lies here, or
-            a file: .txt (one prompt a line, empty lines skipped), .csv or .tsv (with a header), .json (a list of
-            strings or objects, or an object whose `column` is such a list), .jsonl (a string or an object a line), or
-            .parquet (needs pyarrow); or "playground".
-        column: header or key of the prompt; without it the first of `COLUMNS` that is there, in any case.
+            a file: .txt (one prompt a line, empty lines skipped), .csv or .tsv (with a header, and every row as many
+            fields), .json (a list of strings or objects, or an object whose `column` is such a list), .jsonl (a string
+            or an object a line), or .parquet (needs pyarrow); or "playground".
+        column: header or key of the prompt; without it the first of `COLUMNS` that is there, in any case. Objects all
+            have the key that the first one has.
 
     Raises:
-        UserError: no such set or file, a hub that cannot be reached, another format, text that is not UTF-8, no such
-            column, a prompt that is empty, no string or longer than `MAX_CHARACTERS`, or no prompt at all.
+        UserError: no such set or file, a hub that cannot be reached, another format, text that is not UTF-8, a row
+            that does not fit the header, no such column or several, a prompt that `checked_prompt` refuses, or none.
     """
     if str(source) == PLAYGROUND:
         from rsaft_fast import playground
@@ -43,7 +50,7 @@ def load_prompts(source: str | Path, column: str | None = None) -> list[str]:
         return playground.train_prompts()
     if (named := named_set(str(source))) is not None:
         return [prompt for file in set_files(*named) for prompt in _from_file(file, column, str(file))]
-    return _from_file(Path(source).expanduser(), column, str(source))
+    return _from_file(Path(os.path.expanduser(source)), column, str(source))
 
 
 def _nearest_set(source: str) -> str:
@@ -53,45 +60,51 @@ def _nearest_set(source: str) -> str:
 
 def _from_file(path: Path, column: str | None, source: str) -> list[str]:
     ending = path.suffix.lower()
-    if not path.exists() and (hint := _nearest_set(source)):
+    if not os.path.exists(path) and (hint := _nearest_set(source)):
         raise UserError(f"there is no prompt file {source!r}{hint}")
     if ending == ".parquet":
         found = _from_parquet(path, column)
     elif ending in READERS:
-        found = READERS[ending](path, _read(path), column)
+        found = READERS[ending](path, read_text(path, WHAT, MAX_FILE_BYTES), column)
     else:
         endings = ", ".join((*READERS, ".parquet"))
         raise UserError(
             f"prompt file {source!r}: the ending must be one of {endings}, or give playground, one of the sets "
             f"{', '.join(SETS)}, or NAME=PATH for a set that lies here"
         )
-    prompts = [_checked(path, place, text) for place, text in found]
+    prompts = [checked_prompt(text, f"prompt file {str(path)!r}, {place}") for place, text in found]
     if not prompts:
         raise UserError(f"prompt file {str(path)!r} holds no prompt; give at least one")
     return prompts
 
 
-def _read(path: Path) -> str:
-    try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise UserError(f"prompt file {str(path)!r} has {size} bytes; the limit is {MAX_FILE_BYTES}: split it")
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompt file {str(path)!r} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"prompt file {str(path)!r} cannot be read ({error.strerror}); check the path") from error
+def checked_prompt(text: Any, where: str) -> str:
+    """A prompt or caption as it will be read: without blanks and byte-order marks at its ends.
 
+    Args:
+        text: as it was found.
+        where: that, for messages.
 
-def _checked(path: Path, place: str, text: Any) -> str:
-    where = f"prompt file {str(path)!r}, {place}"
+    Raises:
+        UserError: no string, an empty one, one of more than `MAX_CHARACTERS`, or with characters that no text has.
+    """
     if not isinstance(text, str):
         raise UserError(f"{where}: the prompt is a {type(text).__name__}; it must be a string")
-    text = text.strip()
+    # Files that were joined leave their marks in front of lines.
+    text = text.strip().strip("\ufeff").strip()
     if not text:
         raise UserError(f"{where}: the prompt is empty; fill it in or remove the entry")
     if len(text) > MAX_CHARACTERS:
         raise UserError(f"{where}: the prompt has {len(text)} characters; the limit is {MAX_CHARACTERS}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        # Half a pair of UTF-16, from JSON's \\ud800 or from bytes on the command line that are not UTF-8.
+        raise UserError(
+            f"{where}: the prompt holds {text[error.start]!r}, which is half a character; write it as UTF-8"
+        ) from error
+    if "\0" in text:
+        raise UserError(f"{where}: the prompt holds a NUL character; take it out")
     return text
 
 
@@ -108,40 +121,95 @@ def _from_txt(path: Path, text: str, column: str | None) -> Found:
     yield from _lines(text)
 
 
-def _from_table(path: Path, text: str, column: str | None, **dialect) -> Found:
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True, **dialect)
+def _from_csv(path: Path, text: str, column: str | None) -> Found:
+    return _from_table(path, _rows(path, text), column)
+
+
+def _from_tsv(path: Path, text: str, column: str | None) -> Found:
+    # Published tab-separated sets quote nothing: a quotation mark belongs to the prompt. Programs that write tables
+    # quote the cells that hold one, and double it.
+    rows = list(_rows(path, text, delimiter="\t", quoting=csv.QUOTE_NONE))
+    if any(_is_quoted(cell) for _, row in rows for cell in row):
+        return _from_table(path, _rows(path, text, delimiter="\t"), column)
+    return _from_table(path, iter(rows), column)
+
+
+def _is_quoted(cell: str) -> bool:
+    """Whether it stands in quotation marks with those inside doubled, which no text does by itself."""
+    inside = cell[1:-1]
+    return len(cell) > 2 and cell[0] == cell[-1] == '"' and '""' in inside and '"' not in inside.replace('""', "")
+
+
+def _rows(path: Path, text: str, **dialect) -> Iterator[tuple[int, list[str]]]:
+    """Line number and fields of the rows that hold something."""
+    # A quotation mark quotes behind the blank that follows a comma, too.
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True, **dialect)
+    line = 1
     try:
-        header = next(rows, [])
-        index = header.index(_column(path, header, column)) if header else 0
         for row in rows:
             if any(field.strip() for field in row):
-                yield f"line {rows.line_num}", row[index] if index < len(row) else ""
+                yield line, row
+            line = rows.line_num + 1
     except csv.Error as error:
         raise UserError(f"prompt file {str(path)!r}, line {rows.line_num}: {error}; mend the quoting") from error
 
 
-def _from_csv(path: Path, text: str, column: str | None) -> Found:
-    return _from_table(path, text, column)
+def _from_table(path: Path, rows: Iterator[tuple[int, list[str]]], column: str | None) -> Found:
+    _, header = next(rows, (0, []))
+    if not header:
+        return
+    index = header.index(_column(path, header, column))
+    for line, row in rows:
+        if len(row) != len(header):
+            raise UserError(
+                f"prompt file {str(path)!r}, line {line}: {len(row)} as number of fields, the header's is "
+                f"{len(header)}: where the prompt ends cannot be told; put it in quotation marks, or save the prompts "
+                "as .txt, one a line"
+            )
+        yield f"line {line}", row[index]
 
 
-def _from_tsv(path: Path, text: str, column: str | None) -> Found:
-    # Tab-separated sets quote nothing: a quotation mark belongs to the prompt.
-    return _from_table(path, text, column, delimiter="\t", quoting=csv.QUOTE_NONE)
+class _Object(dict):
+    """A JSON object, and the keys that it has more than once."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        counts = Counter(key for key, _ in pairs) if len(self) < len(pairs) else {}
+        self.names = [*self, *(key for key, count in counts.items() if count > 1)]
 
 
 def _from_json(path: Path, text: str, column: str | None) -> Found:
     content = _parse(path, "", text) if text.strip() else []
-    if isinstance(content, dict):
-        content = content[_column(path, content, column)]
+    if isinstance(content, _Object):
+        content, column = content[_column(path, content.names, column)], None
     if not isinstance(content, list):
         raise UserError(f"prompt file {str(path)!r} holds a {type(content).__name__}; expected a list of prompts")
-    for number, entry in enumerate(content, 1):
-        yield f"entry {number}", _of_entry(path, entry, column)
+    yield from _of_entries(path, ((f"entry {number}", entry) for number, entry in enumerate(content, 1)), column)
 
 
 def _from_jsonl(path: Path, text: str, column: str | None) -> Found:
-    for place, line in _lines(text):
-        yield place, _of_entry(path, _parse(path, f", {place}", line), column)
+    entries = ((place, _parse(path, f", {place}", line)) for place, line in _lines(text))
+    return _of_entries(path, entries, column)
+
+
+def _of_entries(path: Path, entries: Found, column: str | None) -> Found:
+    """The prompts of strings or objects; the first object says which of its keys holds those of all."""
+    key = None
+    for place, entry in entries:
+        if not isinstance(entry, _Object):
+            if column is not None:
+                raise UserError(
+                    f"prompt file {str(path)!r}, {place} is a {type(entry).__name__} and has no column {column!r}; "
+                    "leave the column out"
+                )
+            yield place, entry
+            continue
+        if key is None:
+            key = _column(path, entry.names, column)
+        elif entry.names.count(key) != 1:
+            # Another key that might do would be another column.
+            _column(path, entry.names, key, f", {place}")
+        yield place, entry[key]
 
 
 def _from_parquet(path: Path, column: str | None) -> Found:
@@ -149,40 +217,45 @@ def _from_parquet(path: Path, column: str | None) -> Found:
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(f"prompt file {str(path)!r} needs pyarrow to be read: pip install pyarrow") from error
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        name = _column(path, file.schema_arrow.names, column)
-        values = file.read(columns=[name]).column(name).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"prompt file {str(path)!r} cannot be read as parquet ({error}); export it anew") from error
+    with open_regular(path, WHAT) as stream:
+        try:
+            file = pyarrow.parquet.ParquetFile(stream)
+            name = _column(path, file.schema_arrow.names, column)
+            if file.metadata.num_rows > MAX_ROWS:
+                raise UserError(
+                    f"prompt file {str(path)!r} has {file.metadata.num_rows} rows; the limit is {MAX_ROWS}: split it"
+                )
+            values = file.read(columns=[name]).column(name).to_pylist()
+        except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+            raise UserError(f"prompt file {str(path)!r} cannot be read as parquet ({error}); export it anew") from error
     for number, value in enumerate(values, 1):
         yield f"row {number}", value
 
 
 def _parse(path: Path, place: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_Object)
     except (ValueError, RecursionError) as error:
         raise UserError(f"prompt file {str(path)!r}{place} is not JSON ({error}); mend or re-export it") from error
 
 
-def _of_entry(path: Path, entry: Any, column: str | None) -> Any:
-    return entry[_column(path, entry, column)] if isinstance(entry, dict) else entry
-
-
-def _column(path: Path, names: list[str] | dict[str, Any], column: str | None) -> str:
-    if column is None:
-        folded = {name.strip().casefold(): name for name in reversed(list(names))}
-        for known in COLUMNS:
-            if known in folded:
-                return folded[known]
-        wanted = f"none of the columns {', '.join(COLUMNS)}"
-    elif column in names:
-        return column
-    else:
-        wanted = f"no column {column!r}"
-    shown = ", ".join(repr(name) for name in list(names)[:8])
-    raise UserError(f"prompt file {str(path)!r} has {wanted}; it has {shown}: name the prompts' column")
+def _column(path: Path, names: Sequence[str], column: str | None, place: str = "") -> str:
+    """The one of `names` that holds the prompts."""
+    for known in COLUMNS if column is None else (column,):
+        if column is None:
+            found = [name for name in names if name.strip().casefold() == known]
+        else:
+            found = [name for name in names if name == known] or [name for name in names if name.strip() == known]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise UserError(
+                f"prompt file {str(path)!r}{place} has {len(found)} columns {', '.join(map(repr, found))}; which one "
+                "holds the prompts cannot be told: rename the others"
+            )
+    wanted = f"none of the columns {', '.join(COLUMNS)}" if column is None else f"no column {column!r}"
+    shown = ", ".join(repr(name) for name in names[:8]) or "none"
+    raise UserError(f"prompt file {str(path)!r}{place} has {wanted}; it has {shown}: name the prompts' column")
 
 
 READERS: dict[str, Callable[[Path, str, str | None], Found]] = {

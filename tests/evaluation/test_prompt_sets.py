@@ -67,7 +67,7 @@ def test_every_set_reads_its_published_columns(tmp_path, cache):
     assert load_prompts(f"ocr={tmp_path}") == [quoted]
 
 
-def test_parquet(tmp_path, cache):
+def test_parquet(tmp_path, cache, monkeypatch):
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -77,6 +77,15 @@ def test_parquet(tmp_path, cache):
     assert load_prompts("pickapic") == ["a cat", "ein Mädchen"]
     with pytest.raises(UserError, match="no column 'prompt'; it has 'label_0', 'caption'"):
         load_prompts(f"pickapic={file}", column="prompt")
+    parquet.write_table(arrow.Table.from_arrays([arrow.array(["a"]), arrow.array(["b"])], ["text", "text"]), file)
+    with pytest.raises(UserError, match="2 columns 'text', 'text'"):
+        load_prompts(f"pickapic={file}")
+    parquet.write_table(arrow.table({"text": [["a"], ["b"]]}), file)
+    with pytest.raises(UserError, match="row 1: the prompt is a list"):
+        load_prompts(f"pickapic={file}")
+    monkeypatch.setattr("rsaft_fast.evaluation.prompts.MAX_ROWS", 1)
+    with pytest.raises(UserError, match="2 rows; the limit is 1"):
+        load_prompts(f"pickapic={file}")
     file.write_bytes(b"PAR1 and no more")
     with pytest.raises(UserError, match="cannot be read as parquet"):
         load_prompts(f"pickapic={file}")
