@@ -188,8 +188,17 @@ def _from_json(path: Path, text: str, column: str | None) -> Found:
 
 
 def _from_jsonl(path: Path, text: str, column: str | None) -> Found:
-    entries = ((place, _parse(path, f", {place}", line)) for place, line in _lines(text))
-    return _of_entries(path, entries, column)
+    return _of_entries(path, json_lines(path, text), column)
+
+
+def json_lines(path: Path, text: str) -> Found:
+    """What the lines of a .jsonl hold, and where each stands; empty ones are left out.
+
+    Raises:
+        UserError: a line is not JSON.
+    """
+    for place, line in _lines(text):
+        yield place, _parse(path, f", {place}", line)
 
 
 def _of_entries(path: Path, entries: Found, column: str | None) -> Found:

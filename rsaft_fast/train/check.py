@@ -78,7 +78,7 @@ def check_config(config: Config) -> Inputs:
     return Inputs(
         prompts=prompts,
         sample_prompts=sample_prompts,
-        images=load_folder(config.denoising.images) if config.denoising else [],
+        images=load_folder(config.denoising.images, notes.append) if config.denoising else [],
         checkpoint=checkpoint,
         notes=notes,
     )

@@ -7,22 +7,26 @@ would trade one against the other. Both share the optimizer's moments.
 
 from __future__ import annotations
 
-import json
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from rsaft_fast.backbones import PipelineBackbone
 from rsaft_fast.errors import UserError
+from rsaft_fast.evaluation.pictures import ENDINGS, check_pictures, open_rgb, passed_over, picture_files
+from rsaft_fast.evaluation.prompts import MAX_FILE_BYTES, checked_prompt, json_lines
 from rsaft_fast.optim import SAMAdamW
+from rsaft_fast.reading import read_text
 from rsaft_fast.sampling import LinearStep, NoiseSource, derive_rng
 from rsaft_fast.train.config import DenoisingSettings
 from rsaft_fast.train.data import EncodedPrompts, epoch_order
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+METADATA = "metadata.jsonl"
 _STREAM = 1  # of epoch_order; the prompts' is 0
 
 
@@ -32,49 +36,60 @@ class CaptionedImage:
     caption: str
 
 
-def load_folder(folder: str | Path) -> list[CaptionedImage]:
+def load_folder(folder: str | Path, say: Callable[[str], None] = lambda line: None) -> list[CaptionedImage]:
     """Pictures and captions: from `metadata.jsonl` (file_name, text) where there is one, else from `<name>.txt` files.
 
+    Every picture is decoded once here: one that is cut off shall not end the training that reaches it.
+
+    Args:
+        folder: of the pictures.
+        say: takes a line about what else is in it.
+
     Raises:
-        UserError: no such folder, no pictures, or a picture without a caption or that cannot be opened.
+        UserError: no such folder, no pictures, or a picture without a caption or that cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"denoising.images: there is no folder {str(folder)!r}")
-    metadata = folder / "metadata.jsonl"
+    metadata = folder / METADATA
     items = list(_from_metadata(metadata) if metadata.is_file() else _from_text_files(folder))
     if not items:
-        raise UserError(f"denoising.images: {folder} holds no pictures ({', '.join(sorted(_SUFFIXES))})")
-    for item in items:
-        try:
-            with Image.open(item.path) as image:
-                image.verify()
-        except (OSError, UnidentifiedImageError, SyntaxError) as error:
-            raise UserError(f"denoising.images: {item.path} is not a readable picture ({error})") from error
+        raise UserError(f"denoising.images: {folder} holds no pictures ({', '.join(ENDINGS)})")
+    known = [METADATA] if metadata.is_file() else [path.name for path in _caption_files(folder).values()]
+    if line := passed_over(folder, [item.path for item in items], known):
+        say(line)
+    try:
+        check_pictures(item.path for item in items)
+    except UserError as error:
+        raise UserError(f"denoising.images: {error}") from error
     return items
 
 
-def _from_metadata(path: Path):
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+def _from_metadata(path: Path) -> Iterator[CaptionedImage]:
+    for place, entry in json_lines(path, read_text(path, "captions", MAX_FILE_BYTES)):
+        if not isinstance(entry, dict) or not isinstance(name := entry.get("file_name"), str) or "text" not in entry:
+            raise UserError(f"{path} {place} must be an object with file_name and text")
         try:
-            entry = json.loads(line)
-            name, caption = entry["file_name"], entry["text"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} line {number} must be an object with file_name and text") from None
-        image = (path.parent / name).resolve()
+            image = Path(os.path.realpath(path.parent / name))
+        except ValueError as error:
+            raise UserError(f"{path} {place} names {name!r}, which no file is called ({error})") from error
         if not image.is_relative_to(path.parent.resolve()):
-            raise UserError(f"{path} line {number} names {name!r}, which lies outside its folder")
-        yield CaptionedImage(image, str(caption))
+            raise UserError(f"{path} {place} names {name!r}, which lies outside its folder")
+        yield CaptionedImage(image, checked_prompt(entry["text"], f"{path} {place}"))
 
 
-def _from_text_files(folder: Path):
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES):
-        caption = path.with_suffix(".txt")
-        if not caption.is_file():
-            raise UserError(f"denoising.images: {path.name} has no caption; put it into {caption.name} beside it")
-        yield CaptionedImage(path, caption.read_text(encoding="utf-8").strip())
+def _from_text_files(folder: Path) -> Iterator[CaptionedImage]:
+    files = _caption_files(folder)
+    for path in picture_files(folder)[0]:
+        if path.stem not in files:
+            raise UserError(f"denoising.images: {path.name} has no caption; put it into {path.stem}.txt beside it")
+        caption = read_text(files[path.stem], "caption", MAX_FILE_BYTES)
+        yield CaptionedImage(path, checked_prompt(caption, f"caption {str(files[path.stem])!r}"))
+
+
+def _caption_files(folder: Path) -> dict[str, Path]:
+    """The .txt files by the name without it; .TXT where there is no other."""
+    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".txt"}
 
 
 def captions(items: list[CaptionedImage]) -> list[str]:
@@ -84,8 +99,7 @@ def captions(items: list[CaptionedImage]) -> list[str]:
 
 def read_image(path: Path, height: int, width: int) -> torch.Tensor:
     """(3, height, width) in [0, 1]: resized so that it covers the size, then cropped at the centre."""
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
+    image = open_rgb(path)
     scale = max(height / image.height, width / image.width)
     resized = image.resize(
         (max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.BICUBIC

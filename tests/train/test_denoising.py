@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -17,6 +18,15 @@ from rsaft_fast.sampling import NoiseSource
 from rsaft_fast.train.config import DenoisingSettings, SamplerSettings
 from rsaft_fast.train.data import EncodedPrompts
 from rsaft_fast.train.denoising import DenoisingLoss, captions, load_folder, read_image, regression_target
+
+
+def png() -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+PNG = png()
 
 
 @pytest.fixture(scope="module", params=list(BUILDERS))
@@ -113,15 +123,54 @@ def test_captions_from_metadata(tmp_path):
     assert item.caption == "an A" and item.path.name == "a.png"
 
 
+def test_captions_are_read_as_prompts_are_and_what_is_passed_over_is_said(tmp_path):
+    """With U+2028 within a line, a byte-order mark, other cases of endings, and what is no picture."""
+    for name in ("10.PNG", "9.png", ".hidden.png"):
+        (tmp_path / name).write_bytes(PNG)
+    (tmp_path / "10.txt").write_bytes("\ufefften\r\n".encode())
+    (tmp_path / "9.TXT").write_text("nine")
+    (tmp_path / "more.png").mkdir()
+    said = []
+    items = load_folder(tmp_path, said.append)
+    assert [(item.path.name, item.caption) for item in items] == [("9.png", "nine"), ("10.PNG", "ten")]
+    assert len(said) == 1 and "2 other" in said[0] and ".hidden.png" in said[0] and "more.png/" in said[0]
+    line = json.dumps({"file_name": "9.png", "text": "one\u2028two\x85three"}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_text(line + "\n\n" + line, encoding="utf-8-sig")
+    assert [item.caption for item in load_folder(tmp_path, said.append)] == ["one\u2028two\x85three"] * 2
+    assert "10.PNG" in said[-1]
+
+
+def test_training_sees_the_picture_that_a_viewer_shows(tmp_path):
+    """The reader is the rewards' own: rotation, 16 bits and transparency are its business."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.zeros((16, 24, 3), dtype=np.uint8)
+    pixels[:, :12] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    image = read_image(tmp_path / "a.png", 24, 16)
+    assert image[:, :12].min() == 1 and image[:, 12:].max() == 0
+    Image.fromarray(np.full((8, 8), 0x8000, dtype=np.uint16)).save(tmp_path / "b.png")
+    assert image.shape == (3, 24, 16) and read_image(tmp_path / "b.png", 8, 8).mean() == pytest.approx(0.5, abs=0.002)
+
+
 @pytest.mark.parametrize(
     ("files", "line"),
     [
         ({}, "holds no pictures"),
         ({"a.png": None}, "a.png has no caption; put it into a.txt"),
-        ({"a.png": b"no picture", "a.txt": b"x"}, "not a readable picture"),
+        ({"a.png": b"no picture", "a.txt": b"x"}, "denoising.images: picture .*a.png' cannot be read"),
+        ({"a.png": None, "a.txt": b"M\xe4dchen"}, r"a.txt' is not UTF-8 \(byte 1\)"),
+        ({"a.png": None, "a.txt": b" \n"}, "a.txt': the prompt is empty"),
+        ({"a.png": PNG[:-30], "a.txt": b"x"}, "a.png' cannot be read"),
+        ({"a.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "a.txt": b"x"}, "a.png' cannot be read"),
+        ({"metadata.jsonl": b'{"file_name": "a.png", "text": null}\n'}, "line 1: the prompt is a NoneType"),
+        ({"metadata.jsonl": b'{"file_name": 3, "text": "x"}\n'}, "line 1 must be an object"),
+        ({"metadata.jsonl": b'{"file_name": "a\\u0000", "text": "x"}\n'}, "line 1 names"),
+        ({"metadata.jsonl": b'{"file_name": "a.png"'}, "line 1 is not JSON"),
+        ({"metadata.jsonl": b"\xff"}, "not UTF-8"),
         ({"metadata.jsonl": b"[1]\n"}, "line 1 must be an object with file_name and text"),
         ({"metadata.jsonl": b'{"file_name": "../../etc/passwd", "text": "x"}\n'}, "outside its folder"),
-        ({"metadata.jsonl": b'{"file_name": "gone.png", "text": "x"}\n'}, "not a readable picture"),
+        ({"metadata.jsonl": b'{"file_name": "gone.png", "text": "x"}\n'}, "gone.png' cannot be read"),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path, files, line):
