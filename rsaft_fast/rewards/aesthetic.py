@@ -90,7 +90,8 @@ def load_aesthetic(
     model = load_clip_model(folder, str(image_tower), "quick_gelu")
     head = _load_head(file, model.config.projection_dim, str(image_tower))
     size = model.config.vision_config.image_size
-    prepare = preprocess_from_config(image_processor_config(folder), size, clamp)
+    # The original prepares pictures with OpenAI's clip package, whose crop is torchvision's.
+    prepare = preprocess_from_config(image_processor_config(folder), size, clamp, crop_offset="half_even")
     tower = {"image_tower": str(image_tower), "image_tower_sha256": sha256_of(weight_files(folder))}
     origin = conversion_of(file).get("source_sha256", "")
     spec = RewardSpec("aesthetic", str(path), sha256_of([file]), prepare.describe() | tower, "Apache-2.0", origin)

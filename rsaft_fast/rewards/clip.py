@@ -21,7 +21,7 @@ from rsaft_fast.rewards.files import (
     sha256_of,
     weight_files,
 )
-from rsaft_fast.rewards.preprocess import CLIP_MEAN, CLIP_STD, Clamp, Preprocess, without_autocast
+from rsaft_fast.rewards.preprocess import CLIP_MEAN, CLIP_STD, Clamp, CropOffset, Preprocess, without_autocast
 from rsaft_fast.rewards.text import clip_tokenizer, require_vocabulary
 from rsaft_fast.rewards.weights import load_pretrained
 
@@ -89,6 +89,7 @@ class ClipReward(TowerReward):
         name: str = "clip",
         activation: str | None = None,
         edit_prompt: Callable[[str], str] = str,
+        crop_offset: CropOffset = "down",
     ) -> ClipReward:
         """Load a folder saved by `CLIPModel.save_pretrained` with its tokenizer, or a hub id of that layout.
 
@@ -102,6 +103,7 @@ class ClipReward(TowerReward):
             name: the family name in the spec.
             activation: what the published model was trained with; another one in the config is refused.
             edit_prompt: see the class.
+            crop_offset: see `Preprocess`; of originals that prepare pictures with torchvision, "half_even".
 
         Raises:
             UserError: a missing folder, file or weight, another model's checkpoint, or preprocessing that this
@@ -109,7 +111,8 @@ class ClipReward(TowerReward):
         """
         folder = checkpoint_folder(path)
         model = load_clip_model(folder, str(path), activation)
-        prepare = preprocess_from_config(image_processor_config(folder), model.config.vision_config.image_size, clamp)
+        size = model.config.vision_config.image_size
+        prepare = preprocess_from_config(image_processor_config(folder), size, clamp, crop_offset)
         spec = RewardSpec(
             name=name,
             source=str(path),
@@ -224,8 +227,15 @@ def image_processor_config(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def preprocess_from_config(config: Mapping[str, Any], image_size: int, clamp: Clamp = "hard") -> Preprocess:
+def preprocess_from_config(
+    config: Mapping[str, Any], image_size: int, clamp: Clamp = "hard", crop_offset: CropOffset = "down"
+) -> Preprocess:
     """What a CLIP image processor's config does to an image, for a tower of `image_size` pixels a side.
+
+    Args:
+        config: of the processor.
+        image_size: of the tower.
+        clamp, crop_offset: see `Preprocess`; no config says them.
 
     Raises:
         UserError: a choice that is not done here, or one whose result does not fit the tower.
@@ -257,6 +267,7 @@ def preprocess_from_config(config: Mapping[str, Any], image_size: int, clamp: Cl
         size=square,
         geometry=geometry,
         resize_to=resize_to,
+        crop_offset=crop_offset,
         filter=_FILTERS[resample],
         clamp=clamp,
         mean=tuple(config.get("image_mean", CLIP_MEAN)) if normalised else (0.0, 0.0, 0.0),

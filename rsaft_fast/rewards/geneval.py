@@ -130,8 +130,14 @@ def load_geneval(
         raise UserError("GenEval's prompts need what they demand; name its evaluation_metadata.jsonl: reward.metadata")
     detector, sha256 = load_mask2former(path, device)
     tasks = load_tasks(metadata, detector.names)
+    # The benchmark prepares objects with open_clip, whose crop is torchvision's.
     clip = ClipReward.from_pretrained(
-        image_tower, scale="cosine", activation="quick_gelu", checkpoint=False, device=device
+        image_tower,
+        scale="cosine",
+        activation="quick_gelu",
+        crop_offset="half_even",
+        checkpoint=False,
+        device=device,
     )
     facts = {
         "detector": {"size": detector.sizes, **detector.options},

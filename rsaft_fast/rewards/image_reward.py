@@ -147,7 +147,8 @@ def load_image_reward(
     words = bert_tokenizer(tokenizer)
     require_vocabulary(words, model.text_encoder.config.vocab_size, repr(str(tokenizer)))
     size = model.visual_encoder.config.image_size
-    prepare = Preprocess((size, size), "shortest_crop", clamp=clamp)
+    # The original crops with torchvision.
+    prepare = Preprocess((size, size), "shortest_crop", crop_offset="half_even", clamp=clamp)
     facts = {"mean_score": MEAN, "std_score": STD, "max_tokens": MAX_TOKENS}
     origin = conversion_of(file).get("source_sha256", "")
     spec = RewardSpec("imagereward", str(path), sha256_of([file]), prepare.describe() | facts, "Apache-2.0", origin)

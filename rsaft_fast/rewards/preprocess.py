@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ from rsaft_fast.errors import UserError
 Filter = Literal["bicubic", "bilinear"]
 Geometry = Literal["shortest_crop", "longest_pad", "stretch"]
 Clamp = Literal["hard", "ste", "none"]
+CropOffset = Literal["down", "half_even"]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -43,6 +44,8 @@ class Preprocess:
         geometry: "shortest_crop" resizes the shortest side to `resize_to` and crops the centre; "longest_pad" resizes
             to fit within `size`, keeping the aspect ratio, and pads with black; "stretch" resizes both sides alone.
         resize_to: length of the shortest side before the crop; only used by "shortest_crop".
+        crop_offset: where an odd number of pixels falls away, the crop's first row is half of it, rounded "down" as
+            transformers' image processors do, or "half_even" (to the nearest even number) as torchvision's CenterCrop.
         filter: "bicubic" (a = -0.5, as PIL) or "bilinear".
         antialias: False reads two or four neighbours whatever the ratio, as torch does unasked (bicubic a = -0.75).
             Some pixels then have no gradient at all (23 % of them at 1024 to 224, bicubic).
@@ -54,6 +57,7 @@ class Preprocess:
     size: tuple[int, int]
     geometry: Geometry = "shortest_crop"
     resize_to: int | None = None
+    crop_offset: CropOffset = "down"
     filter: Filter = "bicubic"
     antialias: bool = True
     clamp: Clamp = "hard"
@@ -92,11 +96,16 @@ class Preprocess:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The matrices (size[0], H) and (size[1], W) for images of `shape` (H, W)."""
         kernel = (self.filter, self.antialias)
-        return _axis_matrices(tuple(shape), self.size, self.geometry, self.shortest_side, kernel, dtype, device)
+        geometry = (self.geometry, self.shortest_side, self.crop_offset)
+        return _axis_matrices(tuple(shape), self.size, geometry, kernel, dtype, device)
 
     def describe(self) -> dict[str, Any]:
         """Every choice, for the reward's spec."""
-        return asdict(self) | {"resize_to": self.shortest_side}
+        described = asdict(self) | {"resize_to": self.shortest_side}
+        if self.crop_offset == "down":
+            # What it always was: calibrations compare these, and those of old go on.
+            del described["crop_offset"]
+        return described
 
 
 def check_images(images: torch.Tensor) -> None:
@@ -124,7 +133,8 @@ def resize(
     """
     working = images.to(torch.promote_types(images.dtype, torch.float32))
     shape = tuple(images.shape[-2:])
-    matrices = _axis_matrices(shape, tuple(size), "stretch", 0, (filter, antialias), working.dtype, images.device)
+    geometry = ("stretch", 0, "down")
+    matrices = _axis_matrices(shape, tuple(size), geometry, (filter, antialias), working.dtype, images.device)
     with without_autocast(images.device):
         return apply_axis_matrices(working, *matrices).to(images.dtype)
 
@@ -197,15 +207,16 @@ def _interpolation_matrix(position: torch.Tensor, length: int, filter: Filter) -
     return matrix.scatter_add_(1, pixel.long().clamp(0, length - 1), weights)
 
 
-def _cropped(length: int, resized: int, size: int, filter: Filter, antialias: bool) -> torch.Tensor:
-    start = (resized - size) // 2
-    return resize_matrix(length, resized, filter, antialias)[start : start + size]
+def _cropped(length: int, resized: int, size: int, offset: CropOffset, kernel: tuple[Filter, bool]) -> torch.Tensor:
+    # Python rounds a half to the nearest even number, as torchvision lets it.
+    start = (resized - size) // 2 if offset == "down" else round((resized - size) / 2)
+    return resize_matrix(length, resized, *kernel)[start : start + size]
 
 
-def _padded(length: int, resized: int, size: int, filter: Filter, antialias: bool) -> torch.Tensor:
+def _padded(length: int, resized: int, size: int, kernel: tuple[Filter, bool]) -> torch.Tensor:
     matrix = torch.zeros(size, length, dtype=torch.float64)
     start = (size - resized) // 2
-    matrix[start : start + resized] = resize_matrix(length, resized, filter, antialias)
+    matrix[start : start + resized] = resize_matrix(length, resized, *kernel)
     return matrix
 
 
@@ -213,27 +224,27 @@ def _padded(length: int, resized: int, size: int, filter: Filter, antialias: boo
 def _axis_matrices(
     shape: tuple[int, int],
     size: tuple[int, int],
-    geometry: Geometry,
-    shortest_side: int,
+    geometry: tuple[Geometry, int, CropOffset],
     kernel: tuple[Filter, bool],
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if geometry == "shortest_crop":
-        # Rounded down, as CLIP's own image processor does.
+    kind, shortest_side, offset = geometry
+    if kind == "shortest_crop":
+        # Rounded down, as torchvision and transformers do: int(size * long / short).
         resized = [shortest_side * side // min(shape) for side in shape]
-        build = _cropped
-    elif geometry == "longest_pad":
+        build = partial(_cropped, offset=offset, kernel=kernel)
+    elif kind == "longest_pad":
         scale = min(target / side for target, side in zip(size, shape))
         resized = [max(1, round(side * scale)) for side in shape]
-        build = _padded
-    elif geometry == "stretch":
-        resized, build = size, _cropped
+        build = partial(_padded, kernel=kernel)
+    elif kind == "stretch":
+        resized, build = size, partial(_cropped, offset=offset, kernel=kernel)
     else:
-        raise UserError(f"geometry {geometry!r} is unknown; choose shortest_crop, longest_pad or stretch")
+        raise UserError(f"geometry {kind!r} is unknown; choose shortest_crop, longest_pad or stretch")
     # A cached inference tensor could not be saved for a later backward pass.
     with torch.inference_mode(False):
-        rows, columns = (build(*axis, *kernel).to(device, dtype) for axis in zip(shape, resized, size))
+        rows, columns = (build(*axis).to(device, dtype) for axis in zip(shape, resized, size))
     return rows, columns
 
 

@@ -298,7 +298,9 @@ REWARDS: dict[str, Family] = {
     "clip": Family(partial(_clip, name="clip"), ("scale", *_TOWER)),
     "pickscore": Family(partial(_clip, name="pickscore", activation="gelu"), ("scale", *_TOWER)),
     "clipscore": Family(
-        partial(_clip, name="clipscore", scale="clipscore", edit_prompt=with_clipscore_prefix), ("scale", *_TOWER)
+        # Its authors prepare pictures with torchvision.
+        partial(_clip, name="clipscore", scale="clipscore", edit_prompt=with_clipscore_prefix, crop_offset="half_even"),
+        ("scale", *_TOWER),
     ),
     "hpsv2": Family(partial(load_hps, version="hpsv2"), ("scale", "resize", "tokenizer", *_TOWER)),
     "hpsv2.1": Family(partial(load_hps, version="hpsv2.1"), ("scale", "resize", "tokenizer", *_TOWER)),

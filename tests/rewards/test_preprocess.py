@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from builders.clip import write_clip
+from builders.image_reward import head_state, write_image_reward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -12,7 +14,9 @@ from torch.nn.functional import interpolate
 from transformers import CLIPImageProcessorPil
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.rewards.aesthetic import FILE as AESTHETIC
 from rsaft_fast.rewards.preprocess import Preprocess, resize, resize_matrix, saturated_fraction
+from rsaft_fast.rewards.registry import SingleReward, load_reward
 
 SIZES = [((64, 64), (16, 16)), ((37, 53), (224, 31)), ((1, 9), (4, 1)), ((224, 224), (224, 224)), ((5, 300), (7, 13))]
 
@@ -206,3 +210,77 @@ def test_wrong_settings_are_refused():
         resize(torch.rand(1, 3, 8, 8), (4, 4), "lanczos")
     with pytest.raises(UserError, match="at least 1"):
         Preprocess((0, 8))
+
+
+def odd_sizes(count: int = 80) -> list[tuple[int, int]]:
+    """Heights and widths whose crops do not fall even, those of SDXL's buckets first."""
+    rng = np.random.default_rng(5)
+    buckets = [(832, 1216), (1216, 832), (896, 1152), (768, 1344), (640, 1536), (1024, 1024), (512, 768)]
+    return buckets + [tuple(int(n) for n in rng.integers(9, 500, 2)) for _ in range(count)]
+
+
+# Formulae of the originals: sizes of torchvision 0.24's functional._compute_resized_output_size (and transformers'
+# get_resize_output_image_size, the same), offsets of torchvision's functional.center_crop, and of transformers'
+# image_transforms.center_crop.
+OFFSETS = {
+    "half_even": lambda resized, size: int(round((resized - size) / 2.0)),
+    "down": lambda resized, size: (resized - size) // 2,
+}
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("size, resize_to", [(24, 24), (23, 31)])
+def test_crops_lie_where_the_originals_have_them(offset, size, resize_to):
+    prepare = Preprocess((size, size), "shortest_crop", resize_to, crop_offset=offset)
+    shifted = 0
+    for shape in odd_sizes():
+        short, long = sorted(shape)
+        lengths = [resize_to if side == short else int(resize_to * long / short) for side in shape]
+        for matrix, side, length in zip(prepare.axis_matrices(shape), shape, lengths):
+            start = OFFSETS[offset](length, size)
+            assert torch.equal(matrix, resize_matrix(side, length)[start : start + size]), (shape, length)
+            shifted += start != (length - size) // 2
+    assert (shifted > 10) == (offset == "half_even")
+
+
+def test_padding_lies_where_the_original_has_it():
+    """open_clip's ResizeMaxSize, by which HPSv2 pads: the scale is rounded to a float before it multiplies."""
+    prepare = Preprocess((23, 23), "longest_pad")
+    for shape in odd_sizes():
+        scale = 23 / float(max(shape))
+        for matrix, side in zip(prepare.axis_matrices(shape), shape):
+            length = max(round(side * scale), 1)
+            expected = torch.zeros(23, side, dtype=torch.float64)
+            start = (23 - length) // 2
+            expected[start : start + length] = resize_matrix(side, length)
+            assert torch.equal(matrix, expected), shape
+
+
+def test_only_a_crop_that_is_another_than_ever_is_told_apart():
+    """Calibrations compare descriptions, and those on disk know nothing of the key."""
+    assert "crop_offset" not in Preprocess((8, 8)).describe()
+    assert Preprocess((8, 8), crop_offset="half_even").describe()["crop_offset"] == "half_even"
+
+
+@pytest.mark.parametrize("name", ["imagereward", "aesthetic", "clipscore", "pickscore", "clip"])
+def test_each_reward_sees_the_picture_as_its_original_does(name, tmp_path):
+    clip = {"hidden_act": "quick_gelu", "text_act": "quick_gelu"} if name == "aesthetic" else {}
+    settings = {"name": name, "path": str(write_clip(tmp_path / "clip", **clip))}
+    if name == "imagereward":
+        settings["path"] = str(write_image_reward(tmp_path / "blip"))
+    if name == "aesthetic":
+        torch.save(head_state(12), tmp_path / AESTHETIC)
+        settings |= {"path": str(tmp_path / AESTHETIC), "image_tower": settings["path"]}
+    reward = load_reward(SingleReward(**settings))
+    size = reward.prepare.size[0]
+    offset = OFFSETS["down" if name in ("pickscore", "clip") else "half_even"]
+    # The long side is three pixels longer: half even and down differ.
+    picture = Image.fromarray(smooth_picture(4 * (size + 3), 4 * size, seed=1))
+    start = offset(size + 3, size)
+    assert start == (1 if name in ("pickscore", "clip") else 2)
+    resized = picture.resize((size, size + 3), Image.BICUBIC).crop((0, start, size, start + size))
+    expected = (to_tensor(np.array(resized)) - torch.tensor(reward.prepare.mean)[:, None, None]) / torch.tensor(
+        reward.prepare.std
+    )[:, None, None]
+    ours = reward.preprocess(to_tensor(np.array(picture)))
+    assert (ours - expected).abs().mean() * 0.27 * 255 < 0.4
