@@ -78,6 +78,10 @@ class Reward(nn.Module):
         """`score`."""
         return self.score(images, prompts)
 
+    def prompt_notes(self, prompts: Sequence[str]) -> list[str]:
+        """What the user of these prompts should know: how many are longer than the reward reads, and one of them."""
+        return []
+
     def keep_prompts(self, prompts: Sequence[str]) -> None:
         """Encode all prompts that will ever be scored, and free whatever is needed for others only.
 

@@ -24,6 +24,7 @@ from rsaft_fast.rewards.files import (
 from rsaft_fast.rewards.preprocess import CLIP_MEAN, CLIP_STD, Clamp, CropOffset, Preprocess, without_autocast
 from rsaft_fast.rewards.text import clip_tokenizer, require_vocabulary
 from rsaft_fast.rewards.weights import load_pretrained
+from rsaft_fast.truncation import cut_prompts_note
 
 Scale = Literal["logit", "cosine", "percent", "clipscore"]
 # What the cosine is multiplied by; "logit" takes the checkpoint's own exp(logit_scale).
@@ -125,6 +126,11 @@ class ClipReward(TowerReward):
         options = {"scale": scale, "dtype": dtype, "checkpoint": checkpoint, "edit_prompt": edit_prompt}
         return cls(model, tokenizer, prepare, spec, **options).to(device)
 
+    @property
+    def context_length(self) -> int:
+        """Tokens that are read of a prompt, start and end included."""
+        return self.model.config.text_config.max_position_embeddings
+
     def score_inputs(self, inputs: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Scores (B,) in fp32 (float64 for a float64 model) of preprocessed images.
 
@@ -139,6 +145,12 @@ class ClipReward(TowerReward):
             image = unit(self.model.get_image_features(pixel_values=inputs.to(self.dtype)).pooler_output)
             cosine = (image * text).sum(1)
             return (cosine.clamp(min=0) if self.scale == "clipscore" else cosine) * self.score_factor
+
+    def prompt_notes(self, prompts: Sequence[str]) -> list[str]:
+        """A line where some are cut at the context length."""
+        edited = [self.edit_prompt(prompt) for prompt in prompts]
+        note = cut_prompts_note(self.tokenizer, edited, self.context_length, f"reward {self.spec.name}")
+        return [note] if note else []
 
     def keep_prompts(self, prompts: Sequence[str]) -> None:
         """Encode the prompts, keep them all, and drop the text tower; other prompts are refused from then on."""
@@ -170,7 +182,7 @@ class ClipReward(TowerReward):
             [self.edit_prompt(prompt)],
             padding="max_length",
             truncation=True,
-            max_length=self.model.config.text_config.max_position_embeddings,
+            max_length=self.context_length,
             return_tensors="pt",
         ).to(self.model.device)
         features = self.model.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"])

@@ -154,6 +154,10 @@ class Combination(Reward):
         """Refused: a combination's parts have an input space each."""
         raise UserError(_NO_INPUT_SPACE)
 
+    def prompt_notes(self, prompts: Sequence[str]) -> list[str]:
+        """Every part's."""
+        return list(dict.fromkeys(note for reward in self.rewards for note in reward.prompt_notes(prompts)))
+
     def keep_prompts(self, prompts: Sequence[str]) -> None:
         """Every part keeps them."""
         for reward in self.rewards:

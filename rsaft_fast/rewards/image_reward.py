@@ -21,6 +21,7 @@ from rsaft_fast.rewards.heads import AffineHead
 from rsaft_fast.rewards.preprocess import Clamp, Preprocess, without_autocast
 from rsaft_fast.rewards.text import bert_tokenizer, require_vocabulary
 from rsaft_fast.rewards.weights import State, fill, read_state
+from rsaft_fast.truncation import cut_prompts_note
 
 FILE, CONFIG = "ImageReward.pt", "med_config.json"
 # The published repository holds no tokenizer.
@@ -96,6 +97,11 @@ class ImageReward(TowerReward):
         if checkpoint:
             checkpoint_calls([*model.visual_encoder.encoder.layers, *model.text_encoder.encoder.layer])
         self.eval()
+
+    def prompt_notes(self, prompts: Sequence[str]) -> list[str]:
+        """A line where some are cut at 35 tokens."""
+        note = cut_prompts_note(self.tokenizer, prompts, MAX_TOKENS, f"reward {self.spec.name}")
+        return [note] if note else []
 
     def score_inputs(self, inputs: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Scores (B,) in fp32 (float64 for a float64 model) of preprocessed images; prompts are cut at 35 tokens.

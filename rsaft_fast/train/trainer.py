@@ -58,6 +58,8 @@ class Trainer:
         self.schedule = encodings.shapes.schedule(config.sampler.steps, config.sampler.eta)
         # On the host, before what takes long: one that cannot be loaded is known at once, and takes no memory yet.
         reward = load_reward(config.reward)
+        for note in reward.prompt_notes(self.scored_prompts):
+            say(note)
         with naming_the_phase("preparing the run"):
             encodings.complete()
             self.reward = self._keep_prompts(reward)

@@ -181,6 +181,14 @@ def test_long_prompts_are_cut_at_the_context_length(folder, images):
     short_letters = " ".join(kept)
     score = reward.score(images[:1].expand(3, -1, -1, -1), [short_letters, long_letters, " ".join("nmlkjihgfedcba")])
     assert score[0] == score[1] != score[2]
+    (note,) = reward.prompt_notes([short_letters, long_letters, short_letters])
+    assert f"reads {CONTEXT} tokens" in note and "1 of 2 different" in note and repr(long_letters)[:40] in note
+    assert reward.prompt_notes([short_letters]) == []
+    # CLIPScore's own words before the prompt take up room.
+    scored = load_reward(RewardSettings(name="clipscore", path=str(folder)))
+    assert "reward clipscore" in scored.prompt_notes([short_letters])[0]
+    reward.keep_prompts([long_letters])
+    assert reward.prompt_notes([long_letters])
 
 
 def test_frozen_and_in_eval_for_good(folder):

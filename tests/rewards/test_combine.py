@@ -84,6 +84,11 @@ def load(folders, calibrations, how, **options):
     return load_reward(settings(folders, how, **needs, **penalty, **options))
 
 
+def test_every_part_says_which_prompts_it_cuts(folders):
+    notes = load_reward(settings(folders, "rank")).prompt_notes(["red " * 50])
+    assert len(notes) == 2 and ["reward clip" in notes[0], "reward imagereward" in notes[1]] == [True, True]
+
+
 @pytest.mark.parametrize("calibrate", ["std", "iqr"])
 @pytest.mark.parametrize("how", RULES)
 def test_scores_and_gradient_are_those_of_one_graph_through_all_parts(folders, calibrations, how, calibrate):

@@ -70,6 +70,15 @@ def test_bf16_towers_give_fp32_scores_near_it(folder, images):
     assert (score - expected_scores(reward, images)).abs().max() < 0.1
 
 
+def test_prompts_are_cut_at_35_tokens_and_it_is_said(folder, images):
+    reward = load_image_reward(folder)
+    whole, longer = " ".join(["red"] * 33), " ".join(["red"] * 33 + ["ox"])
+    assert reward.score(images[:1], [whole]) == reward.score(images[:1], [longer])
+    (note,) = reward.prompt_notes([whole, longer])
+    assert "reward imagereward reads 35 tokens" in note and "1 of 2 different" in note and "36 tokens" in note
+    assert reward.prompt_notes([whole]) == []
+
+
 def test_every_weight_is_used_or_knowingly_dropped(folder):
     state = random_state()
     renamed = to_transformers(state)
