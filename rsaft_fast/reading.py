@@ -81,8 +81,8 @@ def read_text(path: str | Path, what: str, limit: int) -> str:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        kind = "UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "not UTF-8"
-        raise UserError(f"{what} {str(path)!r} is {kind} (byte {error.start}); save it as UTF-8") from error
+        guess = ", it may be UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise UserError(f"{what} {str(path)!r} is not UTF-8 (byte {error.start}{guess}); save it as UTF-8") from error
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise UserError(f"{what} {str(path)!r}, line {line}: a NUL character, which no text has; save it as UTF-8")

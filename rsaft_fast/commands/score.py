@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -14,157 +17,233 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from rsaft_fast.commands.reward_options import parse_rewards
+from rsaft_fast.commands.score_journal import Journal, digest, identity_of
 from rsaft_fast.errors import UserError
-from rsaft_fast.evaluation.pictures import ENDINGS, read_picture
+from rsaft_fast.evaluation.comparison import difference, difference_table, pair_up
+from rsaft_fast.evaluation.picture_lists import SINGLE, Picture, assign_prompts, find_pictures
+from rsaft_fast.evaluation.pictures import check_pictures, read_picture
 from rsaft_fast.evaluation.prompt_sets import prompt_notes
-from rsaft_fast.rewards import Combination, Reward, load_reward
+from rsaft_fast.rewards import Combination, Reward, RewardSettings, load_reward
 from rsaft_fast.rewards.base import TowerReward
 from rsaft_fast.rewards.calibration import Calibration, calibration_text, measure
 from rsaft_fast.train.check import check_device, check_writable, pick_device
 from rsaft_fast.train.data import load_prompts
-from rsaft_fast.train.files import write_atomically
+from rsaft_fast.train.files import replace_file
+from rsaft_fast.train.memory_errors import is_out_of_memory
 
-# What `rsaft-fast sample` leaves beside its pictures: their files and prompts.
-LISTING = "pictures.json"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One file, the argument that named it, and its prompt where a listing has one."""
-
-    file: Path
-    group: str
-    prompt: str | None = None
+# Columns of the CSV that are no reward's.
+_FIXED = ("picture", "prompt")
 
 
 def run(arguments: argparse.Namespace) -> int:
     check_device(arguments.device)
-    output = Path(arguments.output)
-    check_writable(output.parent, "--output")
-    for path in (output, output.with_suffix(".json")):
-        if path.exists():
-            raise UserError(f"--output {path} exists; give a new file")
-    calibration = Path(arguments.calibration) if arguments.calibration else None
-    if calibration is not None:
-        check_writable(calibration.parent, "--calibration")
-        if calibration.exists():
-            raise UserError(f"--calibration {calibration} exists; give a new file")
     settings = parse_rewards(arguments.reward)
-    pictures = [picture for group in arguments.pictures for picture in find_pictures(group)]
-    prompts = _prompts(pictures, arguments.prompts)
-    for picture in pictures:
-        read_picture(picture.file)  # one that cannot be read shall not end an hour of scoring
-    device, files = pick_device(arguments.device), [picture.file for picture in pictures]
-    scores, specs, calibrations = {}, {}, []
-    for label, chosen in settings.items():
-        reward = load_reward(chosen, device)
-        columns = score_pictures(reward, files, prompts, device, arguments.batch_size)
-        scores |= {f"{label}/{part}" if part else label: column for part, column in columns.items()}
-        specs[label] = asdict(reward.spec)
-        if calibration is not None:
-            calibrations += _calibrations(reward, columns)
-        # One at a time in memory.
-        del reward
-    _write(output, pictures, prompts, scores, specs)
-    if calibration is not None:
-        calibration.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(calibration, calibration_text(calibrations))
-        print(f"rsaft-fast: centre and width of {len(calibrations)} rewards in {calibration}")
-    print(score_table([p.group for p in pictures], scores))
-    print(f"rsaft-fast: {len(pictures)} pictures in {output}; what scored them in {output.with_suffix('.json')}")
+    if taken := next((label for label in settings if label in _FIXED), None):
+        raise UserError(f"--reward {taken}: a column of the table is called so already; rename the recipe's file")
+    files = Files.of(arguments.output, arguments.calibration)
+    notes: list[str] = []
+    pictures = find_pictures(arguments.pictures, notes.append)
+    prompts = _prompts(pictures, arguments.prompts, notes.append)
+    if files.calibration is not None and len(pictures) < 2:
+        raise UserError("--calibration needs at least 2 pictures, of as many kinds as will be trained on; there is 1")
+    journal = Journal(files.journal, identity_of(pictures, prompts))
+    if journal.count:
+        notes.append(f"going on with {files.journal}, which holds {journal.count} scores")
+    finished = False
+    try:
+        check_pictures(picture.file for picture in pictures)
+        scored = _score_all(settings, pictures, prompts, arguments, journal, notes)
+        _write(files, pictures, prompts, scored)
+        finished = True
+    except UserError as error:
+        if not journal.count:
+            raise
+        raise UserError(f"{error}; {_safe(journal)}") from error
+    except KeyboardInterrupt:
+        print(f"rsaft-fast: interrupted; {_safe(journal)}", file=sys.stderr)
+        return 130
+    finally:
+        journal.close(finished)
+    if files.calibration is not None:
+        _say(f"centre and width of {len(scored.calibrations)} rewards in {files.calibration}")
+    print(score_table([picture.group for picture in pictures], scored.columns))
+    for lines in comparisons(pictures, prompts, scored.columns):
+        print(f"\n{lines}")
+    _say(f"{len(pictures)} pictures in {files.output}; what scored them in {files.spec}")
     return 0
 
 
-def find_pictures(path: str) -> list[Picture]:
-    """The picture of that name, or a folder's in the order of their names (or of its pictures.json).
-
-    Raises:
-        UserError: nothing there, or no picture in it.
-    """
-    place = Path(path).expanduser()
-    if place.is_file():
-        return [Picture(place, "files")]
-    if not place.is_dir():
-        raise UserError(f"there is no picture or folder {path!r}; check the path")
-    if (place / LISTING).is_file():
-        return _listed(place)
-    found = sorted(file for file in place.iterdir() if file.suffix.lower() in ENDINGS)
-    if not found:
-        raise UserError(f"folder {path!r} holds no picture; it needs files ending in {', '.join(ENDINGS)}")
-    return [Picture(file, path) for file in found]
+def _say(line: str) -> None:
+    print(f"rsaft-fast: {line}", flush=True)
 
 
-def _listed(folder: Path) -> list[Picture]:
-    try:
-        entries = json.loads((folder / LISTING).read_text(encoding="utf-8"))
-        found = [Picture(folder / entry["file"], str(folder), entry["prompt"]) for entry in entries]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{str(folder / LISTING)!r} is not a list of objects with file and prompt; mend or remove it"
-        ) from error
-    if not found:
-        raise UserError(f"{str(folder / LISTING)!r} lists no picture; remove it to score the folder's pictures")
-    return found
+def _safe(journal: Journal) -> str:
+    if not journal.count:
+        return "nothing was scored"
+    return f"{journal.count} scores are safe in {journal.path}, and the same command goes on from there"
 
 
-def _prompts(pictures: Sequence[Picture], source: str | None) -> list[str]:
-    """One prompt a picture: the file's, in order, or its only one for all; without a file those of the listings."""
+@dataclass(frozen=True)
+class Files:
+    """Where everything goes."""
+
+    output: Path
+    spec: Path
+    journal: Path
+    calibration: Path | None
+
+    @classmethod
+    def of(cls, output: str, calibration: str | None) -> Files:
+        """Derive the names from the options.
+
+        Raises:
+            UserError: two of them are the same file, or one is there already, or cannot be.
+        """
+        table = Path(os.path.expanduser(output))
+        if table.suffix.lower() == ".json":
+            raise UserError(f"--output {output} would be a table in a .json; give a name that ends in .csv")
+        spec = table.with_name((table.stem if table.suffix.lower() == ".csv" else table.name) + ".json")
+        journal = table.with_name(table.name + ".partial")
+        scales = Path(os.path.expanduser(calibration)) if calibration else None
+        files = cls(table, spec, journal, scales)
+        taken: dict[str, str] = {}
+        for option, path in (("--output", table), ("--output", spec), ("--output", journal), ("--calibration", scales)):
+            if path is None:
+                continue
+            # Some file systems take a.csv and A.CSV for one.
+            place = os.path.realpath(path).casefold()
+            if place in taken:
+                raise UserError(f"{option} {path} is what {taken[place]} writes already; give another name")
+            taken[place] = f"{option} ({path.name})"
+            check_writable(path.parent, option)
+            # Where scores wait, the rest is what a broken call left.
+            if path != journal and not journal.exists() and os.path.lexists(path):
+                raise UserError(f"{option} {path} exists; give a new file")
+        return files
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores by column, what gave them by reward, and where they lie by reward."""
+
+    columns: dict[str, list[float]]
+    specs: dict[str, dict[str, Any]]
+    calibrations: list[Calibration]
+
+
+def _prompts(pictures: Sequence[Picture], source: str | None, say: Callable[[str], None]) -> list[str]:
     if source is None:
-        if lacking := [p for p in pictures if p.prompt is None]:
-            raise UserError(
-                f"{str(lacking[0].file)!r} has no prompt: give --prompts FILE, or a folder that rsaft-fast sample wrote"
-            )
-        return [p.prompt for p in pictures]
-    prompts = load_prompts(source)
+        return assign_prompts(pictures, None, "", say)
+    prompts = load_prompts(source, held_out=True)
     for note in prompt_notes(source, prompts):
-        print(f"rsaft-fast: {note}")
-    if len(prompts) == 1:
-        return prompts * len(pictures)
-    if len(prompts) != len(pictures):
-        raise UserError(
-            f"--prompts {source} holds {len(prompts)} prompts for {len(pictures)} pictures; give one a picture, in the "
-            "pictures' order, or a single one for all"
-        )
-    return prompts
+        say(note)
+    return assign_prompts(pictures, prompts, source, say)
+
+
+def _score_all(
+    settings: dict[str, RewardSettings],
+    pictures: Sequence[Picture],
+    prompts: Sequence[str],
+    arguments: argparse.Namespace,
+    journal: Journal,
+    notes: Sequence[str],
+) -> Scored:
+    """`notes` are lines about the pictures, said when scoring begins."""
+    device, files = pick_device(arguments.device), [picture.file for picture in pictures]
+    scored = Scored({}, {}, [])
+    for label, chosen in settings.items():
+        reward = load_reward(chosen, device)
+        for note in (*notes, *reward.prompt_notes(prompts)):
+            _say(note)
+        notes = ()
+        # By what it is, not by what it is called: other weights under the same name are another reward.
+        key = digest([chosen.model_dump(), asdict(reward.spec)])
+        columns = score_pictures(reward, files, prompts, device, arguments.batch_size, journal, key, label)
+        scored.columns.update({f"{label}/{part}" if part else label: column for part, column in columns.items()})
+        scored.specs[label] = asdict(reward.spec)
+        if arguments.calibration:
+            scored.calibrations.extend(_calibrations(reward, columns))
+        # One at a time in memory.
+        del reward
+    return scored
 
 
 def score_pictures(
-    reward: Reward, files: Sequence[Path], prompts: Sequence[str], device: torch.device, batch_size: int = 8
+    reward: Reward,
+    files: Sequence[Path],
+    prompts: Sequence[str],
+    device: torch.device,
+    batch_size: int,
+    journal: Journal,
+    key: str,
+    label: str,
 ) -> dict[str, list[float]]:
     """Scores of picture files of any sizes, under "" the reward's, and those of a combination's parts by name.
 
+    Args:
+        journal, key: where scores are kept and taken from, and under what.
+        label: of the bar.
+
     Raises:
-        UserError: a picture cannot be read, or its score is not finite.
+        UserError: a picture cannot be read, its score is not finite, or there is not enough memory.
     """
+
+    def column(part: Reward, name: str) -> list[float]:
+        shown = f"{label}/{name}" if name else label
+        return _column(part, files, prompts, device, batch_size, journal, (key, name), shown)
+
     if not isinstance(reward, Combination):
-        return {"": _column(reward, files, prompts, device, batch_size)}
+        return {"": column(reward, "")}
     # A rule may compare all pictures, so it comes last and once.
-    parts = {p.name: _column(p.reward, files, prompts, device, batch_size) for p in reward.parts}
+    parts = {p.name: column(p.reward, p.name) for p in reward.parts}
     combined = reward.combine([torch.tensor(column, dtype=torch.float64) for column in parts.values()], prompts)
     return {"": combined.tolist()} | parts
 
 
 @torch.no_grad()
 def _column(
-    reward: Reward, files: Sequence[Path], prompts: Sequence[str], device: torch.device, batch_size: int
+    reward: Reward,
+    files: Sequence[Path],
+    prompts: Sequence[str],
+    device: torch.device,
+    batch_size: int,
+    journal: Journal,
+    column: tuple[str, str],
+    label: str,
 ) -> list[float]:
-    scores: list[float] = []
-    for first in range(0, len(files), batch_size):
-        part = slice(first, first + batch_size)
-        pictures = [read_picture(file).to(device) for file in files[part]]
-        scores += _scores(reward, pictures, prompts[part])
-    for file, score in zip(files, scores):
-        if not math.isfinite(score):
-            raise UserError(
-                f"reward {reward.spec.name!r} scores {str(file)!r} {score}; check its weights, or take dtype=float32"
-            )
-    return scores
+    done = len(journal.scores(column))
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    with tqdm(
+        desc=f"scoring with {label}", total=len(files), initial=done, unit="picture", delay=3, mininterval=interval
+    ) as bar:
+        for first in range(done, len(files), batch_size):
+            part = slice(first, first + batch_size)
+            try:
+                pictures = [read_picture(file).to(device) for file in files[part]]
+                scores = _scores(reward, pictures, prompts[part])
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise UserError(
+                    f"out of memory while scoring {batch_size} pictures at a time with {label}; lower --batch-size, or "
+                    "take dtype=bfloat16"
+                ) from error
+            for file, score in zip(files[part], scores):
+                if not math.isfinite(score):
+                    raise UserError(
+                        f"reward {reward.spec.name!r} scores {str(file)!r} {score}; check its weights, or take "
+                        "dtype=float32"
+                    )
+            journal.add(column, scores)
+            bar.update(len(scores))
+    return journal.scores(column)
 
 
 def _scores(reward: Reward, pictures: Sequence[torch.Tensor], prompts: Sequence[str]) -> list[float]:
-    score = reward.score
+    score: Callable[..., torch.Tensor] = reward.score
     if isinstance(reward, TowerReward):
         # Prepared one by one, because sizes may differ; most networks see one size, HPSv3's keeps the picture's ratio.
         pictures, score = [reward.preprocess(p) for p in pictures], reward.score_inputs
@@ -190,27 +269,67 @@ def score_table(groups: Sequence[str], scores: dict[str, list[float]]) -> str:
         inside = [i for i, name in enumerate(groups) if name == group]
         rows.append([group, str(len(inside)), *(_spread([column[i] for i in inside]) for column in scores.values())])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
+    lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
         for row in rows
-    )
+    ]
+    return "\n".join([*lines, f"(mean {_sign()} standard deviation over the n pictures)"])
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+    return f"{fmean(values):.4f}" + (f" {_sign()} {stdev(values):.4f}" if len(values) > 1 else "")
 
 
-def _write(
-    output: Path,
-    pictures: Sequence[Picture],
-    prompts: Sequence[str],
-    scores: dict[str, list[float]],
-    specs: dict[str, dict[str, Any]],
-) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", encoding="utf-8", newline="") as stream:
-        table = csv.writer(stream)
-        table.writerow(["picture", "prompt", *scores])
-        for index, (picture, prompt) in enumerate(zip(pictures, prompts)):
-            table.writerow([picture.file, prompt, *(column[index] for column in scores.values())])
-    output.with_suffix(".json").write_text(json.dumps(specs, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def _sign() -> str:
+    """±, or what a terminal without it can show."""
+    try:
+        "±".encode(sys.stdout.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return "+-"
+    return "±"
+
+
+def comparisons(pictures: Sequence[Picture], prompts: Sequence[str], scores: dict[str, list[float]]) -> list[str]:
+    """For every folder behind the first: how its scores differ from the first one's, pair by pair, and in words."""
+    folders: dict[str, list[Picture]] = {}
+    for picture in pictures:
+        if picture.group != SINGLE:
+            folders.setdefault(picture.group, []).append(picture)
+    texts = dict(zip(pictures, prompts))
+    found = []
+    for name in list(folders)[1:]:
+        first = next(iter(folders))
+        pairing = pair_up(folders[first], folders[name], texts)
+        if not pairing.pairs:
+            found.append(f"{name} and {first} have no prompt in common: they cannot be compared")
+            continue
+        places = [(folders[first][a].place, folders[name][b].place) for a, b in pairing.pairs]
+        differences = {
+            label: difference([column[a] for a, _ in places], [column[b] for _, b in places], pairing.prompts)
+            for label, column in scores.items()
+        }
+        table = difference_table(first, name, pairing, differences)
+        alone = [len(folders[group]) - len(places) for group in (first, name)]
+        if any(alone):
+            table += f"\nLeft out, without a partner: {alone[0]} of {first}, {alone[1]} of {name}."
+        found.append(table)
+    return found
+
+
+def _write(files: Files, pictures: Sequence[Picture], prompts: Sequence[str], scored: Scored) -> None:
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow([*_FIXED, *scored.columns])
+    for index, (picture, prompt) in enumerate(zip(pictures, prompts)):
+        writer.writerow([picture.file, prompt, *(column[index] for column in scored.columns.values())])
+    specs = json.dumps(scored.specs, indent=1, ensure_ascii=False) + "\n"
+    contents = {files.spec: specs, files.output: table.getvalue()}
+    if files.calibration is not None:
+        contents[files.calibration] = calibration_text(scored.calibrations)
+    for path, content in contents.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Names of files need not be text.
+            replace_file(path, content.encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}); make room or make it writable") from error

@@ -13,7 +13,9 @@ from builders.pipelines import byte_tokenizer
 CONTEXT = 16
 
 
-def tiny_clip(image_size: int = 16, seed: int = 0, text_act: str = "gelu", **vision) -> CLIPModel:
+def tiny_clip(
+    image_size: int = 16, seed: int = 0, text_act: str = "gelu", context: int = CONTEXT, **vision
+) -> CLIPModel:
     """Two layers a tower, weights large enough that different prompts and images score differently."""
     text = dict(
         vocab_size=514,
@@ -21,7 +23,7 @@ def tiny_clip(image_size: int = 16, seed: int = 0, text_act: str = "gelu", **vis
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         bos_token_id=512,
         eos_token_id=513,
         pad_token_id=513,

@@ -41,7 +41,7 @@ def write_tiny(folder: Path) -> Tiny:
         sdxl=tiny_sdxl(folder / "sdxl"),
         sd3=tiny_sd3(folder / "sd3"),
         flux=tiny_flux(folder / "flux"),
-        clip=write_clip(folder / "clip"),
+        clip=write_clip(folder / "clip", context=40),  # longer than any of `PROMPTS`
         prompts=folder / "prompts.txt",
     )
 

@@ -47,6 +47,12 @@ def attempt(arguments, capsys) -> str:
     return lines[0]
 
 
+def row_of(folder, printed: str) -> list[str]:
+    """The words of the table's line about a folder."""
+    (line,) = (words for words in map(str.split, printed.splitlines()) if words[:1] == [str(folder)])
+    return line
+
+
 def test_a_table_and_a_csv(clip, blip, folder, capsys):
     out = folder / "new" / "scores.csv"
     rewards = ["--reward", f"pickscore={clip}", "--reward", f"imagereward={blip},clamp=ste"]
@@ -66,8 +72,8 @@ def test_a_table_and_a_csv(clip, blip, folder, capsys):
         assert [float(row[column]) for row in rows] == pytest.approx(expected, abs=1e-4)
         means.append(np.mean(expected))
     # pictures, n, then mean ± standard deviation for each reward.
-    line = capsys.readouterr().out.splitlines()[1].split()
-    assert line[:2] == [str(folder / "in"), "3"]
+    line = row_of(folder / "in", capsys.readouterr().out)
+    assert line[1] == "3"
     assert [float(line[2]), float(line[5])] == pytest.approx(means, abs=2e-4)
     specs = json.loads(out.with_suffix(".json").read_text())
     assert len(specs["pickscore"]["sha256"]) == 64

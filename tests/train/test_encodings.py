@@ -211,10 +211,7 @@ def test_a_damaged_file_is_encoded_again_aloud(tiny, out, cache, damage):
     hurt.write_bytes(DAMAGES[damage](hurt.read_bytes()))
     said = []
     mended = start(settings_, said.append)
-    # The tiny reward's context is short: that it cuts prompts is said too.
-    assert [line for line in said if "different prompts" not in line] == [
-        f"{hurt} is damaged: its prompt is encoded again"
-    ]
+    assert said == [f"{hurt} is damaged: its prompt is encoded again"]
     same_rows(whole, mended)
     assert EncodingCache(cache).read(hurt.stem) is not None
 
@@ -324,7 +321,7 @@ def test_prompts_that_the_reward_cuts_are_said_once(tiny, out, cache, tmp_path):
     (tmp_path / "long.txt").write_text(f"{'a red circle ' * 20}\nblue\n")
     said = []
     start(config(tiny, out, data__prompts=str(tmp_path / "long.txt"), data__encoding_cache=str(cache)), said.append)
-    assert sum("reward clip reads 16 tokens" in line and "1 of " in line for line in said) == 1
+    assert sum("reward clip reads 40 tokens" in line and "1 of " in line for line in said) == 1
 
 
 def test_what_leaves_has_left_before_the_next_comes(tiny, out, monkeypatch):

@@ -1,0 +1,147 @@
+"""What `rsaft-fast score` has scored so far, kept on the disk: whatever stops it costs a batch and no more."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from rsaft_fast.errors import UserError
+from rsaft_fast.evaluation.picture_lists import Picture
+
+FORMAT = "rsaft-fast scores 1"
+# (what a reward is, the part of a combination or "").
+Column = tuple[str, str]
+
+
+def identity_of(pictures: Sequence[Picture], prompts: Sequence[str]) -> str:
+    """A digest of which files are scored, as they are now, and against what."""
+    entries = []
+    for picture, prompt in zip(pictures, prompts):
+        try:
+            found = os.stat(picture.file)
+            entries.append([os.path.realpath(picture.file), found.st_size, found.st_mtime_ns, prompt])
+        except (OSError, ValueError):
+            # Whoever reads it says what is wrong.
+            entries.append([str(picture.file), prompt])
+    return digest(entries)
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class Journal:
+    """A file beside the table that is to be: a line that says what is scored, then a line for every batch.
+
+    It is this process's alone while it is open, and goes when there is nothing in it or the table is written. A last
+    line that was cut off is dropped.
+    """
+
+    def __init__(self, path: Path, identity: str):
+        """Begin it, or go on with the one that is there.
+
+        Raises:
+            UserError: it cannot be written, is another process's, or holds scores of other pictures.
+        """
+        self.path = path
+        self._columns: dict[Column, list[float]] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+                raise UserError(f"{path}, where scores are kept meanwhile, is no file; give another --output")
+            # Appending writes at the end whatever was read before.
+            self._stream: IO[bytes] = path.open("a+b")
+        except OSError as error:
+            raise UserError(
+                f"--output: {path}, where scores are kept meanwhile, cannot be written ({error.strerror}); make room, "
+                "or give a file elsewhere"
+            ) from error
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._stream.close()
+            raise UserError(f"{path} is being written by another rsaft-fast score; give another --output") from error
+        header = {"format": FORMAT, "pictures": identity}
+        try:
+            self._read(header)
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def _read(self, header: dict[str, str]) -> None:
+        self._stream.seek(0)
+        end = 0
+        for number, line in enumerate(self._stream):
+            try:
+                entry = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                break
+            if entry is None:
+                break
+            if number == 0 and entry != header:
+                raise UserError(
+                    f"{self.path} holds scores of other pictures, prompts or versions of them; remove it, or give "
+                    "another --output"
+                )
+            if number > 0 and not self._take(entry):
+                break
+            end += len(line)
+        self._stream.truncate(end)
+        if end == 0:
+            self._append(header)
+
+    def _take(self, entry: Any) -> bool:
+        """Take in a line that this class wrote; False for any other."""
+        try:
+            column, first, scores = (entry["reward"], entry["part"]), entry["first"], entry["scores"]
+            known = self._columns.get(column, [])
+            if first != len(known) or not all(type(s) is float and math.isfinite(s) for s in scores):
+                return False
+        except (TypeError, KeyError):
+            return False
+        self._columns[column] = known + scores
+        return True
+
+    @property
+    def count(self) -> int:
+        """Scores that are kept."""
+        return sum(map(len, self._columns.values()))
+
+    def scores(self, column: Column) -> list[float]:
+        """The scores of the first pictures that are there already."""
+        return list(self._columns.get(column, ()))
+
+    def add(self, column: Column, scores: Sequence[float]) -> None:
+        """Keep the next pictures' scores, which are finite.
+
+        Raises:
+            UserError: the disk does not take them.
+        """
+        known = self._columns.setdefault(column, [])
+        self._append({"reward": column[0], "part": column[1], "first": len(known), "scores": list(scores)})
+        known.extend(scores)
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        try:
+            self._stream.write(json.dumps(entry).encode() + b"\n")
+            self._stream.flush()
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({error.strerror}); make room") from error
+
+    def close(self, finished: bool = False) -> None:
+        """Leave the file to the next call, or remove it where nothing is in it or all of it is `finished`."""
+        if finished or not self.count:
+            self.path.unlink(missing_ok=True)
+        try:
+            self._stream.close()
+        except OSError:
+            # What the disk does not take now, `add` has reported.
+            pass
