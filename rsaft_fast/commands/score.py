@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"rsaft-fast: interrupted; {_safe(journal)}", file=sys.stderr)
         return 130
     finally:
-        journal.close(finished)
+        journal.close(finished or not journal.count)
     if files.calibration is not None:
         _say(f"centre and width of {len(scored.calibrations)} rewards in {files.calibration}")
     print(score_table([picture.group for picture in pictures], scored.columns))
@@ -103,6 +103,8 @@ class Files:
             UserError: two of them are the same file, or one is there already, or cannot be.
         """
         table = Path(os.path.expanduser(output))
+        if table.name in ("", ".."):
+            raise UserError(f"--output {output!r} is no name of a file; give one that ends in .csv")
         if table.suffix.lower() == ".json":
             raise UserError(f"--output {output} would be a table in a .json; give a name that ends in .csv")
         spec = table.with_name((table.stem if table.suffix.lower() == ".csv" else table.name) + ".json")
@@ -118,9 +120,12 @@ class Files:
             if place in taken:
                 raise UserError(f"{option} {path} is what {taken[place]} writes already; give another name")
             taken[place] = f"{option} ({path.name})"
-            check_writable(path.parent, option)
+            try:
+                check_writable(path.parent, option)
+            except OSError as error:
+                raise UserError(f"{option} {path} cannot be written ({error.strerror}); give another name") from error
             # Where scores wait, the rest is what a broken call left.
-            if path != journal and not journal.exists() and os.path.lexists(path):
+            if path != journal and not os.path.lexists(journal) and os.path.lexists(path):
                 raise UserError(f"{option} {path} exists; give a new file")
         return files
 

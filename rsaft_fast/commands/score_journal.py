@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -57,8 +59,8 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and not stat.S_ISREG(path.stat().st_mode):
                 raise UserError(f"{path}, where scores are kept meanwhile, is no file; give another --output")
-            # Appending writes at the end whatever was read before.
-            self._stream: IO[bytes] = path.open("a+b")
+            # Appending writes at the end whatever was read before; unbuffered, what fails once does not fail again.
+            self._stream: IO[bytes] = path.open("a+b", buffering=0)
         except OSError as error:
             raise UserError(
                 f"--output: {path}, where scores are kept meanwhile, cannot be written ({error.strerror}); make room, "
@@ -66,48 +68,52 @@ class Journal:
             ) from error
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._stream.close()
             raise UserError(f"{path} is being written by another rsaft-fast score; give another --output") from error
-        header = {"format": FORMAT, "pictures": identity}
+        except OSError:
+            # A file system without locks.
+            pass
+        self._end = 0
         try:
-            self._read(header)
+            self._read({"format": FORMAT, "pictures": identity})
         except BaseException:
-            self._stream.close()
+            self.close(finished=self._end == 0)
             raise
 
     def _read(self, header: dict[str, str]) -> None:
         self._stream.seek(0)
-        end = 0
-        for number, line in enumerate(self._stream):
-            try:
-                entry = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                break
-            if entry is None:
-                break
-            if number == 0 and entry != header:
-                raise UserError(
-                    f"{self.path} holds scores of other pictures, prompts or versions of them; remove it, or give "
-                    "another --output"
-                )
-            if number > 0 and not self._take(entry):
-                break
-            end += len(line)
-        self._stream.truncate(end)
-        if end == 0:
+        first = json.dumps(header).encode() + b"\n"
+        begun = self._stream.read(len(first))
+        if begun != first and not first.startswith(begun):
+            # Somebody's file, or of another call: not this one's to change.
+            self._end = -1
+            raise UserError(
+                f"{self.path} holds something else, or scores of other pictures, prompts or versions of them; remove "
+                "it, or give another --output"
+            )
+        if begun == first:
+            self._end = len(first)
+            *lines, _ = self._stream.read().split(b"\n")
+            for line in lines:
+                if not self._take(line):
+                    break
+                self._end += len(line) + 1
+        self._stream.truncate(self._end)
+        if self._end == 0:
             self._append(header)
 
-    def _take(self, entry: Any) -> bool:
+    def _take(self, line: bytes) -> bool:
         """Take in a line that this class wrote; False for any other."""
         try:
-            column, first, scores = (entry["reward"], entry["part"]), entry["first"], entry["scores"]
-            known = self._columns.get(column, [])
-            if first != len(known) or not all(type(s) is float and math.isfinite(s) for s in scores):
+            entry = json.loads(line)
+            known = self._columns.setdefault((entry["reward"], entry["part"]), [])
+            scores = entry["scores"]
+            if entry["first"] != len(known) or not all(type(s) is float and math.isfinite(s) for s in scores):
                 return False
-        except (TypeError, KeyError):
+        except (ValueError, TypeError, KeyError):
             return False
-        self._columns[column] = known + scores
+        known.extend(scores)
         return True
 
     @property
@@ -130,18 +136,19 @@ class Journal:
         known.extend(scores)
 
     def _append(self, entry: dict[str, Any]) -> None:
+        line = json.dumps(entry).encode() + b"\n"
         try:
-            self._stream.write(json.dumps(entry).encode() + b"\n")
-            self._stream.flush()
+            if (written := self._stream.write(line)) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
+            with contextlib.suppress(OSError):
+                self._stream.truncate(self._end)
             raise UserError(f"{self.path} cannot be written ({error.strerror}); make room") from error
+        self._end += written
 
     def close(self, finished: bool = False) -> None:
         """Leave the file to the next call, or remove it where nothing is in it or all of it is `finished`."""
-        if finished or not self.count:
-            self.path.unlink(missing_ok=True)
-        try:
+        with contextlib.suppress(OSError):
+            if finished:
+                self.path.unlink(missing_ok=True)
             self._stream.close()
-        except OSError:
-            # What the disk does not take now, `add` has reported.
-            pass
