@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -38,7 +39,10 @@ class Results:
         self.rows: list[Row] = []
         self.path: Path | None = None
         if folder is not None:
-            self.path = Path(folder) / file_name(head["gpu"]) / f"{file_name(head['date'])}.json"
+            place, date = Path(folder) / file_name(head["gpu"]), file_name(head["date"])
+            # Two runs may begin in the same second.
+            names = (f"{date}.json" if n == 1 else f"{date}-{n}.json" for n in itertools.count(1))
+            self.path = next(place / name for name in names if not os.path.lexists(place / name))
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._write()

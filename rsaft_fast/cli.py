@@ -58,16 +58,23 @@ a JSON file with what produced the scores (file hash, preprocessing, scale).
 examples:
   rsaft-fast score samples --reward hpsv2.1=xswu/HPSv2 --reward pickscore=yuvalkirstain/PickScore_v1
   rsaft-fast score a.png b.jpg --prompts prompts.txt --reward imagereward=weights/ImageReward.pt
-  rsaft-fast score before after --reward hpsv2=HPS_v2_compressed.pt,scale=percent,resize=legacy_noaa
+  rsaft-fast score before after --reward hpsv2=HPS_v2_compressed.pt,scale=percent,resize=legacy_noaa    is it better?
   rsaft-fast score pictures --prompts one.txt --reward aesthetic=head.pth,image_tower=path/to/clip-l
   rsaft-fast score samples --reward remote=http://127.0.0.1:8765/hpsv3          a server's (rsaft-fast serve)
   rsaft-fast score samples --reward recipe.yaml                                 the reward section of a recipe
   rsaft-fast score reference --reward pickscore=PATH --reward hpsv2.1=PATH --calibration scales.json
 
-Prompts come from --prompts, one a picture in the order of the names (or a single one for all), else from the
-pictures.json that `rsaft-fast sample` leaves. Keys behind a reward's path are those of a recipe's reward section.
---calibration writes where each reward lies on these pictures and how wide: a recipe's reward.calibration, by which a
-combination adds up rewards of different scales.
+Prompts come from --prompts: one a picture, in natural order of the names (2.png before 10.png), or one a picture of
+every folder, or a single one for all; else from the pictures.json that `rsaft-fast sample` leaves. Which prompt went to
+which picture, and what of a folder was passed over, is said. Of two or more folders each is compared with the first,
+pair by pair (the same prompt and seed where pictures.json has them, else the same name, else the same prompt in order):
+mean difference, its 95 % interval by Student's t over the prompts, how often it scores higher, and in words what
+follows.
+
+Scores wait in OUTPUT.partial until the table is written: after a failure, a full disk or Ctrl-C, the same command goes
+on from there. Keys behind a reward's path are those of a recipe's reward section. --calibration writes where each
+reward lies on these pictures and how wide: a recipe's reward.calibration, by which a combination adds up rewards of
+different scales.
 """
 
 SERVE = """\

@@ -11,6 +11,8 @@ import pytest
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.reading import read_limited, read_text
+from rsaft_fast.rewards.calibration import read_calibration
+from rsaft_fast.rewards.geneval_tasks import load_tasks
 
 
 def refused(path, limit=8) -> str:
@@ -39,6 +41,15 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
         ("\ud800", "no file has such a name"),
     ]:
         assert words in refused(f"{tmp_path}/{name}"), name
+
+
+@pytest.mark.parametrize("read", [read_calibration, lambda path: load_tasks(path, ["cow"])])
+def test_every_reader_of_a_named_file_refuses_them(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name, words in [("pipe", "a pipe"), ("zero", "a device"), ("x" * 300, "too long"), ("absent", "No such file")]:
+        with pytest.raises(UserError, match=words):
+            read(tmp_path / name)
 
 
 def test_a_pipe_that_somebody_writes_to_is_refused_too(tmp_path):

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -62,9 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
         if not journal.count:
             raise
         raise UserError(f"{error}; {_safe(journal)}") from error
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print(f"rsaft-fast: interrupted; {_safe(journal)}", file=sys.stderr)
-        return 130
+        return 128 + getattr(interrupt, "signal", signal.SIGINT)
     finally:
         journal.close(finished or not journal.count)
     if files.calibration is not None:

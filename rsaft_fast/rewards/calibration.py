@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.reading import read_text
 from rsaft_fast.rewards.base import RewardSpec
 from rsaft_fast.rewards.files import first_line
 
@@ -26,6 +28,7 @@ FORMAT = "rsaft-fast calibration 1"
 # The interquartile range of a normal distribution of standard deviation 1.
 _NORMAL_IQR = 1.3489795003921634
 _MIN_PICTURES = 2
+_MAX_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -94,13 +97,13 @@ def read_calibration(path: str | Path) -> list[Calibration]:
     Raises:
         UserError: no such file, or not one that `rsaft-fast score --calibration` writes.
     """
+    mend = "write one with rsaft-fast score PICTURES --reward ... --calibration FILE"
     try:
-        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"calibration {str(path)!r} cannot be read ({first_line(error)}); write one with rsaft-fast score "
-            "PICTURES --reward ... --calibration FILE"
-        ) from error
+        content = json.loads(read_text(os.path.expanduser(path), "calibration", _MAX_BYTES))
+    except UserError as error:
+        raise UserError(f"{error}, or {mend}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"calibration {str(path)!r} cannot be read ({first_line(error)}); {mend}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"calibration {str(path)!r} has no format {FORMAT!r}; write it with rsaft-fast score anew")
     try:

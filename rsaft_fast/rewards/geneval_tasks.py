@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.reading import read_text
 from rsaft_fast.rewards.detection import Detection
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -21,6 +23,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 # Least score of a detection that counts; counting prompts are stricter.
 CONFIDENCE, COUNTING_CONFIDENCE = 0.3, 0.9
 MAX_OBJECTS = 16
+_MAX_BYTES = 64 * 2**20
 # Of the two objects' widths (heights): how far apart centres have to be to stand left of (above) each other.
 POSITION_MARGIN = 0.1
 
@@ -59,11 +62,8 @@ def load_tasks(path: str | Path, names: Sequence[str]) -> dict[str, Task]:
     Raises:
         UserError: no such file, or a line that is not such a task.
     """
-    file = Path(path).expanduser()
-    try:
-        lines = file.read_bytes().decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"GenEval's metadata {str(path)!r} cannot be read ({error}); give its .jsonl file") from error
+    file = Path(os.path.expanduser(path))
+    lines = read_text(file, "GenEval's metadata", _MAX_BYTES).split("\n")
     tasks: dict[str, Task] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -13,6 +13,8 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.rewards.files import first_line, tokenizer_folder
 
 BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
+# Ten times what is published; a few packed kilobytes could hold gigabytes.
+_MAX_CHARACTERS = 2**25
 # Either makes a CLIP tokenizer; without one transformers makes up three tokens, to which every prompt is the same.
 CLIP_FILES = ("tokenizer.json", "vocab.json", BPE_FILE)
 
@@ -62,7 +64,7 @@ def _from_merges(file: Path) -> CLIPTokenizer:
     """The vocabulary follows from the merges: 256 bytes, the same ending a word, one token a merge, start and end."""
     try:
         with gzip.open(file, "rt", encoding="utf-8") as stream:
-            lines = stream.read().split("\n")
+            lines = stream.read(_MAX_CHARACTERS).split("\n")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"{str(file)!r} is not {BPE_FILE} ({first_line(error)}); download it anew") from error
     # The first line is a heading; CLIP uses the merges that fill 49,408 tokens and ignores the rest.
