@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from rsaft_fast.rewards.base import Reward
+
+log = logging.getLogger(__name__)
+# Prompts that were looked at for what is cut.
+_REMEMBERED = 8192
 
 
 class Busy(Exception):
@@ -49,6 +54,7 @@ class Batcher:
         self.reward, self.device, self.executor = reward, device, executor
         self.max_pictures, self.max_waiting = max_pictures, max_waiting
         self._waiting: deque[_Job] = deque()
+        self._noted: set[str] = set()
         self._arrived = asyncio.Event()
 
     async def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -110,7 +116,19 @@ class Batcher:
     @torch.no_grad()
     def _score(self, jobs: list[_Job]) -> torch.Tensor:
         images = torch.cat([job.images for job in jobs]).to(self.device)
-        return self.reward.score(images, [prompt for job in jobs for prompt in job.prompts]).cpu()
+        prompts = [prompt for job in jobs for prompt in job.prompts]
+        scores = self.reward.score(images, prompts).cpu()
+        self._note_cut(prompts)
+        return scores
+
+    def _note_cut(self, prompts: Sequence[str]) -> None:
+        """Log which prompts the reward does not read to their end, each once while it is remembered."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._noted]
+        if len(self._noted) + len(new) > _REMEMBERED:
+            self._noted.clear()
+        self._noted.update(new)
+        for note in self.reward.prompt_notes(new) if new else ():
+            log.warning("%s", note)
 
 
 def _settle(job: _Job, result: torch.Tensor | Exception) -> None:

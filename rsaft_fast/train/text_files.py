@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from rsaft_fast.backbones import is_text_encoder
+from rsaft_fast.reading import read_text
 from rsaft_fast.train.files import replace_file
 
 WEIGHTS = (".safetensors", ".bin")
@@ -49,7 +50,7 @@ class TextFiles:
     @cached_property
     def components(self) -> list[str]:
         """Names of the text encoders and tokenizers of a folder's index."""
-        index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+        index = json.loads(read_text(self.folder / INDEX, "pipeline's index", 2**24))
         parts = [name for name, entry in index.items() if isinstance(entry, list) and any(entry)]
         return [name for name in parts if is_text_encoder(name) or name.startswith("tokenizer")]
 
