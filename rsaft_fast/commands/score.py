@@ -125,8 +125,9 @@ class Files:
                 check_writable(path.parent, option)
             except OSError as error:
                 raise UserError(f"{option} {path} cannot be written ({error.strerror}); give another name") from error
-            # Where scores wait, the rest is what a broken call left.
-            if path != journal and not os.path.lexists(journal) and os.path.lexists(path):
+            # Where scores wait, what belongs to the table is of a call that broke; the table itself is written last.
+            left = path == journal or path != table and os.path.lexists(journal)
+            if not left and os.path.lexists(path):
                 raise UserError(f"{option} {path} exists; give a new file")
         return files
 
@@ -323,15 +324,21 @@ def comparisons(pictures: Sequence[Picture], prompts: Sequence[str], scores: dic
 
 
 def _write(files: Files, pictures: Sequence[Picture], prompts: Sequence[str], scored: Scored) -> None:
+    """Each file whole or not at all, the table last.
+
+    Raises:
+        UserError: the disk does not take one.
+    """
     table = io.StringIO(newline="")
     writer = csv.writer(table)
     writer.writerow([*_FIXED, *scored.columns])
     for index, (picture, prompt) in enumerate(zip(pictures, prompts)):
         writer.writerow([picture.file, prompt, *(column[index] for column in scored.columns.values())])
     specs = json.dumps(scored.specs, indent=1, ensure_ascii=False) + "\n"
-    contents = {files.spec: specs, files.output: table.getvalue()}
+    contents = {files.spec: specs}
     if files.calibration is not None:
         contents[files.calibration] = calibration_text(scored.calibrations)
+    contents[files.output] = table.getvalue()
     for path, content in contents.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

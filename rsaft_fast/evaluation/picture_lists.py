@@ -71,7 +71,6 @@ def find_pictures(paths: Sequence[str], say: Callable[[str], None]) -> list[Pict
 def _of_folder(place: Path, path: str, say: Callable[[str], None]) -> list[tuple[Path, str | None, int | None]]:
     if (place / LISTING).exists():
         listed = _listed(place)
-        _, others = picture_files(place)
         taken = [file for file, _, _ in listed]
         unlisted = [p for p in picture_files(place)[0] if p not in taken and p.name != GRID]
         if unlisted:

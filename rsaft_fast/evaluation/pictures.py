@@ -151,8 +151,14 @@ def picture_files(folder: Path) -> tuple[list[Path], str]:
 
     Hidden files and folders within it are passed over. A broken link or a pipe that is called a picture is not: to
     read it fails, and says so.
+
+    Raises:
+        UserError: the folder cannot be read.
     """
-    entries = sorted(folder.iterdir(), key=lambda path: natural_key(path.name))
+    try:
+        entries = sorted(folder.iterdir(), key=lambda path: natural_key(path.name))
+    except OSError as error:
+        raise UserError(f"folder {str(folder)!r} cannot be read ({error.strerror}); check its permissions") from error
     taken = [p for p in entries if p.suffix.lower() in ENDINGS and not p.name.startswith(".") and not p.is_dir()]
     return taken, passed_over(folder, taken)
 

@@ -171,6 +171,13 @@ def test_a_full_disk_is_one_line_and_what_is_scored_is_safe(clip, folder, capsys
     assert run(folder, rewards=[f"clip={clip}"]) == 0 and len(rows(folder / "s.csv")) == 12
 
 
+def test_a_table_that_is_there_is_kept_even_beside_scores_that_wait(clip, folder, capsys):
+    assert run(folder, rewards=[f"clip={clip}", "pickscore=/no/where"]) == 2
+    (folder / "s.csv").write_text("mine")
+    assert run(folder, rewards=[f"clip={clip}"]) == 2
+    assert "s.csv exists" in capsys.readouterr().err and (folder / "s.csv").read_text() == "mine"
+
+
 def test_two_at_once_do_not_write_one_file(clip, folder, capsys):
     identity = "x"
     first = Journal(folder / "s.csv.partial", identity)

@@ -154,3 +154,8 @@ def test_a_folder_in_natural_order_and_what_is_passed_over(tmp_path):
     assert picture_files(tmp_path)[1] == ""
     (tmp_path / "3.png").symlink_to("gone.png")
     assert "3.png" in [file.name for file in picture_files(tmp_path)[0]]
+
+
+def test_a_folder_that_may_not_be_read_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        picture_files(tmp_path / "gone")
