@@ -415,10 +415,13 @@ def test_gpu_the_host_waits_for_nothing_and_the_device_keeps_no_state(monkeypatc
     monkeypatch.setattr(offload, "PART", 2**22)
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(16))).to("cuda", BF16)
-    opt = SAMAdamW(model.parameters(), lr=1e-3, rho=0.1, offload="state")
     data = [(torch.randn(8, 1024, device="cuda", dtype=BF16),) * 2 for _ in range(4)]
+    loss_of(model, data[0]).backward()
+    # cuBLAS keeps workspace from the first product of each thread on, 32 MiB on an H100: here, and in what is compared.
+    without = torch.cuda.memory_allocated()
+    opt = SAMAdamW(model.parameters(), lr=1e-3, rho=0.1, offload="state")
     train(model, opt, data[:2])
-    held = torch.cuda.memory_allocated()
+    held = torch.cuda.memory_allocated() - without
     params = sum(p.numel() for p in model.parameters())
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -426,7 +429,7 @@ def test_gpu_the_host_waits_for_nothing_and_the_device_keeps_no_state(monkeypatc
         train(model, opt, data[2:])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert held < 5 * params  # weights and gradients, 2 bytes each, and tables
+    assert held < params  # tables; state would be 12 bytes a parameter
     opt.zero_grad()
     loss_of(model, data[0]).backward()
     opt.perturb(zero_grad=True)
