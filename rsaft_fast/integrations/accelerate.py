@@ -62,7 +62,7 @@ class TwoPasses:
         """One micro-batch of the first pass and, if it completes the step, the second pass.
 
         An exception in either drops what the step has gathered: weights are restored, gradients cleared. (In a released
-        backward it leaves a half step: see ``SAMAdamW``.)
+        backward it leaves a half step: see ``SAMAdamW``.) So does a step that the loop did not take before the next.
 
         Args:
             forward_backward: computes the loss of ``args``, calls ``accelerator.backward`` and returns the loss.
@@ -70,6 +70,8 @@ class TwoPasses:
         Returns:
             What ``forward_backward`` returned in the first pass: the loss at the weights themselves.
         """
+        if self.optimizer.is_perturbed:  # a step that was never taken: the loop passed over it
+            self.optimizer.restore()
         try:
             with self._synced(self.sync_first_pass and self.accelerator.sync_gradients):
                 loss = forward_backward(*args)

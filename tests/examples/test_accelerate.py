@@ -49,6 +49,17 @@ def prepared(micro_batches=2, make=SAMAdamW):
     return accelerator, model, optimizer, passes, forward_backward
 
 
+def test_a_step_that_the_loop_passes_over_leaves_the_next_first_pass_at_the_weights():
+    _, model, optimizer, passes, forward_backward = prepared(1)
+    first, second = task.batches(2)
+    at_weights = cross_entropy(model(second[0]), second[1]).item()
+    passes(forward_backward, *first)
+    assert passes.optimizer.is_perturbed  # and no optimizer.step(), for a loss that is not finite, say
+    optimizer.zero_grad()
+    assert passes(forward_backward, *second) == at_weights
+    optimizer.step()
+
+
 @pytest.mark.parametrize("make", [SAMAdamW, lambda params, **o: SAM(params, torch.optim.SGD, lr=0.1, **o)])
 def test_only_a_complete_step_perturbs_and_updates(make):
     accelerator, model, optimizer, passes, forward_backward = prepared(2, make)
