@@ -1,6 +1,6 @@
 """TensorTable: many tensors as one launch, through device-resident addresses, sizes and a (tensor, chunk) list."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -34,6 +34,14 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return pinned(values, device).to(device, non_blocking=True)
 
 
+class WeightsChangedError(ValueError):
+    """Weights are no longer what their table was built for: another shape, layout, dtype or device."""
+
+
+class LayoutError(ValueError):
+    """A tensor's strides are not its weight's."""
+
+
 class TensorTable:
     """Lists of tensors that an operation walks in one launch.
 
@@ -41,7 +49,7 @@ class TensorTable:
     one dtype, and tensor ``i`` of every list has the shape and the strides of weight ``i``, which must be dense and
     non-overlapping (contiguous, channels-last, transposed: any order of dimensions without holes). An entry of a bound
     list may be None: its address is 0 and the operations treat it as absent. Moments may be uint8 codes (``quantize``);
-    then the lists ``ABSMAX`` belong to them.
+    then the lists ``ABSMAX`` belong to them. Lists that are written share no memory, among themselves or with weights.
 
     Args:
         weights: the tensors to update; every dtype equal.
@@ -115,7 +123,6 @@ class TensorTable:
         self.steps = torch.zeros(len(weights), dtype=torch.float32, device=self.device)
         self.coefficients = torch.zeros(len(weights), len(COEFFICIENTS), dtype=torch.float64, device=self.device)
         self.bind(weight=weights)
-        _check_overlap(weights)
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -157,6 +164,7 @@ class TensorTable:
         """Attach lists by name. Addresses are compared with the known ones and uploaded only where they moved.
 
         Raises:
+            WeightsChangedError: weights of another shape, layout, dtype or device than those the table was built for.
             ValueError, TypeError: a tensor does not fit (see the class). Nothing has been bound or written then.
             RuntimeError: an address moved although a captured graph owns the table, or moves during a capture.
         """
@@ -164,15 +172,16 @@ class TensorTable:
         moved = {}
         for name, tensors in lists.items():
             try:
-                # A weight's layout changes with its address or not at all; a gradient's is its maker's choice.
-                known = [t.data_ptr() for t in tensors] if name == "weight" else _places(tensors)
+                addresses = [None if t is None else t.data_ptr() for t in tensors]
             except RuntimeError:  # no storage: a sparse tensor, say. The check finds the words for it.
                 self._check(name, tensors)
                 raise
-            if known != self._bound.get(name):
-                if not self._fit_at_a_glance(name, tensors, known):
-                    self._check(name, tensors)
-                moved[name] = known
+            # Also where they did not move: a view of another shape, dtype or order may begin at the same address.
+            if not self._fit_at_a_glance(name, tensors) or 0 in addresses:
+                self._check(name, tensors)
+            if addresses != self._bound.get(name):
+                moved[name] = addresses
+        self._check_overlap({name: lists[name] for name in moved if name != "grad"})
         if moved and (self.captured or capturing):
             raise RuntimeError(
                 f"addresses of {', '.join(moved)} moved, and a CUDA graph "
@@ -195,9 +204,22 @@ class TensorTable:
 
     def holds(self, name: str, index: int, tensor: torch.Tensor | None) -> bool:
         """Whether entry ``index`` of a list is where this tensor lies."""
-        return tensor is not None and _address(self._bound[name][index]) == tensor.data_ptr()
+        return tensor is not None and self._bound[name][index] == tensor.data_ptr()
 
-    def _upload(self, moved: dict[str, list]) -> None:
+    def places(self, name: str) -> list[int | None]:
+        """The addresses of a list as uploaded last: another object once they have moved."""
+        return self._bound[name]
+
+    def suits(self, index: int, weight: torch.Tensor) -> bool:
+        """Whether a weight has the shape, layout, dtype and device that the table was built for."""
+        return (
+            weight.dtype is self.dtypes["weight"]
+            and weight.device == self.device
+            and weight.shape == self.shapes[index]
+            and order(weight.shape, weight.stride()) == order(self.shapes[index], self.strides[index])
+        )
+
+    def _upload(self, moved: dict[str, list[int | None]]) -> None:
         """One copy, from the first moved row to the last: rows between them are written as they are known."""
         if not moved:
             return
@@ -205,32 +227,35 @@ class TensorTable:
         rows = sorted(ROW[name] for name in moved)
         empty = [None] * len(self)
         block = torch.tensor(
-            [
-                [e if type(e) is int else _address(e) for e in self._bound.get(name, empty)]
-                for name in LISTS[rows[0] : rows[-1] + 1]
-            ],
+            [[e or 0 for e in self._bound.get(name, empty)] for name in LISTS[rows[0] : rows[-1] + 1]],
             dtype=torch.int64,
         )
         self.addresses[rows[0] : rows[-1] + 1].copy_(pinned(block, self.device), non_blocking=True)
 
-    def _fit_at_a_glance(self, name: str, tensors: Sequence[torch.Tensor | None], known: list) -> bool:
-        """Whether a list is as it was but for its addresses: what gradients are that are made anew for each pass.
-
-        What is not plainly right, ``check`` looks at closely.
-        """
+    def _fit_at_a_glance(self, name: str, tensors: Sequence[torch.Tensor | None]) -> bool:
+        """Whether a list is plainly as it was but for its addresses. What is not, ``check`` looks at closely."""
         dtype, device = self.dtypes.get(name), self._device_index
-        if dtype is None or name in ABSMAX or name not in self._bound or len(tensors) != len(self):
+        if dtype is None or name not in self._bound or len(tensors) != len(self):
             return False
+        layouts = zip(self.shapes, self._odd_strides)
+        if name in ABSMAX:
+            layouts = (((blocks(shape.numel()),), None) for shape in self.shapes)
         return all(
-            place is None
+            t is None
             or (
-                (place[1] == expected if type(place) is tuple else place != 0 and expected is None)
-                and t.dtype is dtype
+                t.dtype is dtype
                 and t.shape == shape
+                and (t.is_contiguous() if strides is None else t.stride() == strides)
                 and t.get_device() == device
             )
-            for t, place, shape, expected in zip(tensors, known, self.shapes, self._odd_strides)
+            for t, (shape, strides) in zip(tensors, layouts)
         )
+
+    def _check_overlap(self, written: dict[str, Sequence[torch.Tensor | None]]) -> None:
+        """Of lists that are about to be bound, with each other and with the weights."""
+        if written:
+            lists = {"weight": self._lists.get("weight", ()), **written}
+            check_overlap((f"{name} {i}", t) for name, tensors in lists.items() for i, t in enumerate(tensors))
 
     def _check_absmax(self, what: str, index: int, tensor: torch.Tensor) -> None:
         expected = (blocks(self.shapes[index].numel()),)
@@ -257,6 +282,12 @@ class TensorTable:
         what, dtype = f"{name} {index}", dtype or self.dtypes.get(name, tensor.dtype)
         if tensor.layout is not torch.strided:
             raise TypeError(f"{what} is sparse ({tensor.layout}): use dense gradients (sparse=False in nn.Embedding)")
+        if name == "weight" and "weight" in self._bound and not self.suits(index, tensor):
+            raise WeightsChangedError(
+                f"{what} is {tensor.dtype} of shape {tuple(tensor.shape)}, strides {tensor.stride()}, on "
+                f"{tensor.device}; its table was built for {self.dtypes[name]} of shape {tuple(self.shapes[index])}, "
+                f"strides {self.strides[index]}, on {self.device}: build a new table"
+            )
         if tensor.device != self.device:
             raise ValueError(f"{what} is on {tensor.device}, the table on {self.device}: one device a table")
         if tensor.dtype not in self._allowed[name]:
@@ -273,8 +304,8 @@ class TensorTable:
             return
         if tensor.shape != self.shapes[index]:
             raise ValueError(f"{what} has shape {tuple(tensor.shape)}, its weight {tuple(self.shapes[index])}")
-        if _order(tensor.shape, tensor.stride()) != _order(self.shapes[index], self.strides[index]):
-            raise ValueError(
+        if order(tensor.shape, tensor.stride()) != order(self.shapes[index], self.strides[index]):
+            raise LayoutError(
                 f"{what} has strides {tensor.stride()}, its weight {self.strides[index]}: "
                 "give it the weight's layout (torch.empty_like(weight).copy_(tensor))"
             )
@@ -288,16 +319,7 @@ def _allowed_dtypes(weight: torch.dtype) -> dict[str, tuple[torch.dtype, ...]]:
     return {name: own.get(name, FLOATING) for name in LISTS}
 
 
-def _places(tensors: Sequence[torch.Tensor | None]) -> list[int | tuple | None]:
-    """What tells that a tensor is where it was, laid out as it was: for contiguous ones the address alone."""
-    return [None if t is None else t.data_ptr() if t.is_contiguous() else (t.data_ptr(), t.stride()) for t in tensors]
-
-
-def _address(place: int | tuple | None) -> int:
-    return place[0] if isinstance(place, tuple) else place or 0
-
-
-def _order(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
+def order(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
     """The strides that matter: those of dimensions longer than 1 in a tensor that is not empty."""
     if 0 in shape:
         return ()
@@ -319,9 +341,19 @@ def _check_layout(index: int, weight: torch.Tensor) -> None:
         expected *= size
 
 
-def _check_overlap(weights: Sequence[torch.Tensor]) -> None:
-    spans = sorted((w.data_ptr(), w.data_ptr() + w.numel() * w.element_size(), i) for i, w in enumerate(weights))
-    spans = [span for span in spans if span[0] != span[1]]
+def check_overlap(tensors: Iterable[tuple[str, torch.Tensor | None]]) -> None:
+    """Raises ValueError if two of these named dense tensors share memory."""
+    spans = [
+        (start, start + tensor.numel() * tensor.element_size(), name)
+        for name, tensor in tensors
+        if tensor is not None and (start := tensor.data_ptr()) and tensor.numel()
+    ]
+    spans.sort()
     for (_, end, first), (start, _, second) in zip(spans, spans[1:]):
         if start < end:
-            raise ValueError(f"weights {first} and {second} overlap in memory: pass shared storage once")
+            raise ValueError(f"{_both(first, second)} overlap in memory: pass shared storage once")
+
+
+def _both(first: str, second: str) -> str:
+    (kind, number), (other, its) = first.split(), second.split()
+    return f"{kind}s {number} and {its}" if kind == other else f"{first} and {second}"

@@ -1,13 +1,15 @@
 """Parameters of all groups, sorted into one TensorTable a kind of storage."""
 
+import operator
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 
 from rsaft_fast import ops
 from rsaft_fast.ops import TensorTable
+from rsaft_fast.ops.table import LayoutError, check_overlap
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -48,15 +50,38 @@ class Bucket:
             params, group=groups, adaptive=adaptive, parameter=indices, rounding_seed=storage.rounding_seed
         )
         self._backup: list[torch.Tensor | None] | None = None
-        self._checked = 0
+        self._samples = _one_of_each_kind(params)
+        self._passes = 0
         self.versions = [p._version for p in params]
+        self._states: list[dict[str, torch.Tensor]] = []
+        self._state_lists: dict[str, list[torch.Tensor]] = {}
 
     def bind(self) -> None:
-        """Attach the weights and gradients as they are now; moved addresses are uploaded."""
+        """Attach the weights and gradients as they are now; moved addresses are uploaded.
+
+        Raises:
+            WeightsChangedError: the weights are no longer what the table was built for.
+        """
         if self.storage.static and "grad" in self.table:
             self._spot_check()
         else:
-            self.table.bind(weight=self.params, grad=[p.grad for p in self.params])
+            self._bind_gradients()
+
+    def _bind_gradients(self, as_backup: bool = False) -> list[torch.Tensor | None]:
+        """With the weights. Of a gradient in another layout a copy is bound, as kernels walk both in memory order."""
+        gradients = [p.grad for p in self.params]
+        try:
+            self._bind(gradients, as_backup)
+        except LayoutError:
+            if self.storage.static:  # a copy would not stay where it is
+                raise
+            gradients = [in_layout_of(p, p.grad) for p in self.params]
+            self._bind(gradients, as_backup)
+        return gradients
+
+    def _bind(self, gradients: list[torch.Tensor | None], as_backup: bool) -> None:
+        backup = {"backup": gradients} if as_backup else {}
+        self.table.bind(weight=self.params, grad=gradients, **backup)
 
     def bind_to_perturb(self) -> None:
         """As ``bind``, with a place for the old bits, in one upload.
@@ -71,9 +96,7 @@ class Bucket:
             if "backup" not in self.table:  # where it is, it stays
                 self.table.bind(backup=self._own_backup())
         else:
-            gradients = [p.grad for p in self.params]
-            self.table.bind(weight=self.params, grad=gradients, backup=gradients)
-            self._backup = gradients
+            self._backup = gradients = self._bind_gradients(as_backup=True)
             try:
                 _check_can_hold(self.params, gradients)
             except ValueError:
@@ -87,6 +110,55 @@ class Bucket:
     def restore(self, norm: ops.GradientNorm, index: int | None = None) -> None:
         """Back from it; one parameter, or all."""
         ops.sam_restore_(self.table, norm, index)
+
+    def restore_changed(self, norm: ops.GradientNorm, indices: Iterable[int] | None = None) -> None:
+        """As ``restore`` where weights have changed layout, dtype or device since ``perturb``: the table's addresses
+        and strides are of the past, the values are not.
+
+        Raises:
+            ValueError: a weight has another shape now. No weight has been written then.
+        """
+        indices = range(len(self.params)) if indices is None else list(indices)
+        for index in indices:
+            if self.params[index].shape != self.table.shapes[index]:
+                raise ValueError(
+                    f"weight {index} has shape {tuple(self.params[index].shape)}, and had "
+                    f"{tuple(self.table.shapes[index])} when it was perturbed: give it that shape to restore it"
+                )
+        for index in indices:
+            param, old = self.params[index], self._old_weight(index)
+            if old is not None:
+                intact = (norm.found_inf == 0).to(param.device)
+                param.copy_(torch.where(intact, old.to(param.device, param.dtype), param))
+
+    def _old_weight(self, index: int) -> torch.Tensor | None:
+        """A perturbed weight's old value. None: it was never perturbed."""
+        if self.storage.master:
+            return self._states[index]["master"].to(self.table.dtypes["weight"])
+        return None if self._backup is None else self._backup[index]
+
+    # -- state of the parameters, for optimizers that keep some --------------------------------------------------------
+
+    def know_state(self, states: list[dict[str, torch.Tensor]], names: Iterable[str]) -> None:
+        """Remember which tensors the table has for state."""
+        self._states = states
+        self._state_lists = {name: [state[name] for state in states] for name in names}
+
+    def known_state(self, name: str) -> list[torch.Tensor]:
+        """The tensors that the table has for it."""
+        return self._state_lists[name]
+
+    def state_replaced(self, state: Mapping[torch.Tensor, dict[str, torch.Tensor]]) -> bool:
+        """Whether an optimizer's state holds other tensors than the table knows: cleared, say, or set anew."""
+        indices = self._sampled() if self.storage.static else None
+        params, states = _at(self.params, indices), _at(self._states, indices)
+        if any(map(operator.is_not, map(state.get, params), states)):
+            return True
+        return any(
+            state.get(name) is not known
+            for name, tensors in self._state_lists.items()
+            for state, known in zip(states, _at(tensors, indices))
+        )
 
     def reserve(self) -> None:
         """Take what memory a step needs, before anything is touched."""
@@ -124,20 +196,30 @@ class Bucket:
                     f"{self.table.dtypes['weight']} weights without a float32 master hold next to nothing of a small "
                     "perturbation: use SAMAdamW with master_weights or stochastic_rounding, or float32 weights (see "
                     "stats()['projection'])",
-                    stacklevel=5,
+                    stacklevel=7,
                 )
             self._backup = [torch.empty_like(p, requires_grad=False) for p in self.params]
         return self._backup
 
+    def _sampled(self) -> list[int]:
+        """Indices that are looked at in this pass where not all are: one of each kind, in turn.
+
+        What moves many at once moves all of a kind (``module.to(memory_format=...)`` those of four dimensions), and
+        gradients that were made anew have all moved.
+        """
+        return [kind[self._passes % len(kind)] for kind in self._samples]
+
     def _spot_check(self) -> None:
-        """One parameter a pass, in turn: gradients that were made anew have all moved."""
-        index = self._checked = (self._checked + 1) % len(self.params)
-        param = self.params[index]
-        if not self.table.holds("weight", index, param) or not self.table.holds("grad", index, param.grad):
-            raise RuntimeError(
-                f"parameter {index} or its gradient moved, and static_gradients=True promised that none does: clear "
-                "gradients with zero_grad(set_to_none=False), or leave the promise out"
-            )
+        self._passes += 1
+        for index in self._sampled():
+            param = self.params[index]
+            if not self.table.suits(index, param) or not self.table.holds("weight", index, param):
+                self.table.bind(weight=self.params)
+            if not self.table.holds("grad", index, param.grad):
+                raise RuntimeError(
+                    f"the gradient of parameter {index} moved, and static_gradients=True promised that none does: "
+                    "clear gradients with zero_grad(set_to_none=False), or leave the promise out"
+                )
 
     def release_gradients(self) -> None:
         """Hold no reference to gradients between operations, or ``zero_grad(set_to_none=True)`` would free nothing."""
@@ -178,10 +260,43 @@ def make_buckets(
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"parameters on {names}: one optimizer works on one device; build one optimizer a device")
-    return [
+    buckets = [
         kind_of(storage)(params, groups, indices, adaptive, storage)
         for (_, adaptive, storage), (params, groups, indices) in members.items()
     ]
+    check_weights_apart(buckets)
+    return buckets
+
+
+def check_weights_apart(buckets: list[Bucket]) -> None:
+    """Raises ValueError if parameters of different buckets share memory; a table looks at its own."""
+    if len(buckets) > 1:
+        check_overlap(
+            (f"weight {index}", param)
+            for bucket in buckets
+            for index, param in zip(bucket.table.parameters, bucket.params)
+        )
+
+
+def in_layout_of(weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor | None:
+    """The gradient itself if it lies as its weight does, else a copy that does. What cannot be its gradient stays."""
+    if grad is None or grad.layout is not torch.strided or grad.device != weight.device or grad.shape != weight.shape:
+        return grad
+    if grad.stride() == weight.stride() or not grad.data_ptr():
+        return grad
+    return torch.empty_like(weight, dtype=grad.dtype, requires_grad=False).copy_(grad)
+
+
+def _one_of_each_kind(params: list[torch.Tensor]) -> list[list[int]]:
+    """Indices by the number of dimensions longer than 1."""
+    kinds: dict[int, list[int]] = {}
+    for index, param in enumerate(params):
+        kinds.setdefault(sum(size > 1 for size in param.shape), []).append(index)
+    return list(kinds.values())
+
+
+def _at(items: list, indices: list[int] | None) -> list:
+    return items if indices is None else [items[index] for index in indices]
 
 
 def _unique(params: Iterable[torch.Tensor]) -> list[torch.Tensor]:

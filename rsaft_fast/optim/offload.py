@@ -14,7 +14,7 @@ and the host for nothing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from rsaft_fast import ops
 from rsaft_fast.ops.transfer import CopyStream, Packing, hold_for, host_buffer, reached
 
 from .buckets import Bucket
-from .moments import empty_state
+from .moments import empty_state, fit_state
 
 PART = 64 * 2**20
 """Bytes of state: copying them takes 1.3 ms at 50 GB/s, a thousand times what starting the copy does."""
@@ -108,13 +108,16 @@ class Staging:
         self._made += 1
         return _Slot(torch.empty(self.size, dtype=torch.uint8, device=self.device))
 
-    def begin(self, part: Part) -> None:
-        """Start copying a part in."""
+    def take(self, part: Part) -> None:
+        """Give a part its place on the device: addresses are known from here on."""
         # More than were reserved only where released gradients come in so mixed an order that more parts are in use.
         part.slot = self._idle.popleft() if self._idle else self._new()
+        part.written = False
+
+    def begin(self, part: Part) -> None:
+        """Start copying a part to its place."""
         target = part.slot.buffer[: part.packing.nbytes]
         part.arrived = self._inward.copy(target, part.host, after=[part.slot.free, reached(self.device)])
-        part.written = False
 
     def end(self, part: Part) -> None:
         """Copy a part out if it was written; its buffer goes to the next."""
@@ -157,6 +160,10 @@ class OffloadedBucket(Bucket):
             names: of the lists. states: of each parameter; their tensors become views of the host buffers.
         """
         self.staging = staging
+        for param, state in zip(self.params, states):
+            if any(name in state for name in names):
+                fit_state(param, state, self.storage.master, self.storage.eight_bit, "cpu")
+        self.parts = []
         shapes = [
             [empty_state(torch.empty_like(p, device="meta"), name, self.storage.eight_bit) for name in names]
             for p in self.params
@@ -177,6 +184,7 @@ class OffloadedBucket(Bucket):
     # -- whole passes --------------------------------------------------------------------------------------------------
 
     def reserve(self) -> None:
+        _refuse_capture(self.table.device)
         self.staging.reserve(len(self.parts))
 
     def perturb(self, norm: ops.GradientNorm) -> None:
@@ -196,6 +204,11 @@ class OffloadedBucket(Bucket):
             return self._each(lambda part: ops.sam_restore_(part.table, norm), gradients=False)
         part = self._opened(index)
         ops.sam_restore_(part.table, norm, index - part.members.start)
+
+    def restore_changed(self, norm: ops.GradientNorm, indices: Iterable[int] | None = None) -> None:
+        self.close(for_good=False)
+        self.staging.synchronize()
+        super().restore_changed(norm, indices)
 
     def step(self, scalars: ops.StepScalars, first: ops.GradientNorm | None, restore: bool) -> None:
         self._each(lambda part: ops.sam_adamw_step_(part.table, scalars, first=first, restore=restore), writes=True)
@@ -217,24 +230,28 @@ class OffloadedBucket(Bucket):
 
     def _each(self, operation: Callable[[Part], None], writes: bool = False, gradients: bool = True) -> None:
         """The operation on every part with its state on the device; the parts after it are on their way."""
-        _refuse_capture(self.table.device)
         self.reserve()
         ahead = self.staging.buffers - 1
         for index, part in enumerate(self.parts):
             for coming in self.parts[index : index + ahead]:
                 if coming.slot is None:
-                    self.staging.begin(coming)
-            self._bind_part(part, gradients)
+                    self._begin(coming, gradients)
+            hold_for(part.arrived, self.staging.device)
             operation(part)
             part.written = writes
             self._end(part)
 
+    def _begin(self, part: Part, gradients: bool) -> None:
+        """Addresses first: one engine copies inward, in order, and kernels must not wait for the next part's state."""
+        self.staging.take(part)
+        self._bind_part(part, gradients)
+        self.staging.begin(part)
+
     def _bind_part(self, part: Part, gradients: bool) -> None:
-        hold_for(part.arrived, self.staging.device)
         own = slice(part.members.start, part.members.stop)
         lists = part.staged_lists() | {"weight": self.params[own]}
         if gradients:
-            lists["grad"] = [p.grad for p in self.params[own]]
+            lists["grad"] = self.table["grad"][own]  # in the weights' layout, whatever p.grad has
         if self._backup is not None:
             lists["backup"] = self._backup[own]
         part.table.bind(**lists)
@@ -265,15 +282,15 @@ class OffloadedBucket(Bucket):
         part = self._part_of[index]
         self.reserve()
         if part.slot is None:
-            self.staging.begin(part)
+            self._begin(part, gradients=False)  # they come one by one, and none may be kept
         if not part.left:
             part.left = set(part.members)
-            self._bind_part(part, gradients=False)  # they come one by one, and none may be kept
+            hold_for(part.arrived, self.staging.device)
             self._opened_now.append(part)
             place = self._arrivals.index(part)
             for other in self._arrivals[place + 1 : place + 2]:
                 if other.slot is None and other not in self._opened_now and self.staging.has_room:
-                    self.staging.begin(other)
+                    self._begin(other, gradients=False)
         return part
 
 

@@ -5,8 +5,9 @@ import functools
 import torch
 
 from rsaft_fast import ops
+from rsaft_fast.ops.table import WeightsChangedError, to_device
 
-from .buckets import Bucket
+from .buckets import Bucket, in_layout_of
 
 
 class GradientRelease:
@@ -59,13 +60,18 @@ class GradientRelease:
     def _arrived(self, bucket: Bucket, stepped: torch.Tensor, index: int, param: torch.Tensor) -> None:
         if not self.listening:
             return
+        if not bucket.table.suits(index, param) or not bucket.table.holds("weight", index, param):
+            raise RuntimeError(
+                f"parameter {index} of shape {tuple(param.shape)} moved between perturb() and its gradient, which "
+                "release_gradients=True would apply where it was: move the model before perturb() or after step()"
+            )
         if stepped[index]:
             raise RuntimeError(
                 f"parameter {index} of shape {tuple(param.shape)} got a second gradient in pass 2, and the first has "
                 "been applied: release_gradients=True needs exactly one backward there (no accumulation)"
             )
         self.arm()
-        bucket.step_tensor(index, param.grad, self.scalars, self.norm)
+        bucket.step_tensor(index, in_layout_of(param, param.grad), self.scalars, self.norm)
         stepped[index] = True
         param.grad = None
         bucket.drop_backup(index)
@@ -73,19 +79,29 @@ class GradientRelease:
     def restore_rest(self) -> None:
         """Parameters that no gradient reached go back to their unperturbed weights."""
         self.listening = False
-        for bucket, stepped in zip(self.buckets, self.stepped):
-            if not stepped.any():
+        left = [(~stepped).nonzero().flatten().tolist() for stepped in self.stepped]
+        try:
+            for bucket, indices in zip(self.buckets, left):
+                if indices:
+                    bucket.table.bind(weight=bucket.params)
+        except WeightsChangedError:
+            for bucket, indices in zip(self.buckets, left):
+                bucket.restore_changed(self.norm, indices)
+            return
+        for bucket, indices in zip(self.buckets, left):
+            if len(indices) == len(bucket.params):
                 bucket.restore(self.norm)
                 continue
-            for index in (~stepped).nonzero().flatten().tolist():
+            for index in indices:
                 bucket.restore(self.norm, index)
 
     def count(self) -> None:
         """The step of every parameter that took one, and the skip if it was one."""
         self.arm()
         for bucket, stepped in zip(self.buckets, self.stepped):
-            taken = stepped.to(bucket.table.steps) if not stepped.all() else 1.0
-            bucket.table.steps.add_(taken * (self.scalars.skip == 0))
+            steps = bucket.table.steps
+            taken = 1.0 if stepped.all() else to_device(stepped.to(steps.dtype), steps.device)
+            steps.add_(taken * (self.scalars.skip == 0))
         self.forget()
 
     def forget(self) -> None:

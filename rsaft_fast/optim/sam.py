@@ -1,5 +1,7 @@
 """SAM around any torch optimizer."""
 
+import inspect
+
 import torch
 
 from rsaft_fast import ops
@@ -19,11 +21,15 @@ class SAM(SharpnessAware):
     Whether a step must be skipped is known on the device. A base optimizer built with ``fused=True`` reads it there;
     for any other, ``step()`` waits for it, as GradScaler does. ``SAMAdamW`` never waits.
 
+    A schedule-free base optimizer trains at other weights than it evaluates: ``train()`` and ``eval()`` are its own,
+    and a pass at the weights for evaluation is refused.
+
     bf16 or fp16 weights hold next to nothing of a small perturbation (see ``SAMAdamW``): keep float32 weights here.
 
     Args:
         params: parameters or groups (a group may set its own ``rho``, ``adaptive``), or an optimizer instance.
-        base_optimizer: its class, with ``kwargs`` for it; absent when ``params`` is an instance.
+        base_optimizer: its class, with ``kwargs`` for it; absent when ``params`` is an instance. It makes its step from
+            gradients that are there: none that needs a closure (LBFGS), makes two passes, or takes sparse gradients.
         rho: radius of the perturbation, > 0.
         process_group: the squared gradient norm is summed over its ranks, for parameters sharded over them. None: each
             worker perturbs by its own gradient, as in the paper (m-sharpness).
@@ -31,7 +37,7 @@ class SAM(SharpnessAware):
             one makes all of them skip. None: no other worker. False: the same, and no warning where there are workers.
 
     Raises:
-        ValueError: a radius that is not positive and finite. TypeError: no base optimizer, or two.
+        ValueError: a radius that is not positive and finite. TypeError: no base optimizer, two, or one that cannot be.
     """
 
     def __init__(
@@ -49,11 +55,36 @@ class SAM(SharpnessAware):
         defaults = {**base.defaults, "rho": rho, "adaptive": adaptive}
         super().__init__(base.param_groups, defaults, process_group, replicas)
         self.base = base
-        self._share()
+        del self._own_groups, self._own_state
 
-    def _share(self) -> None:
-        self.param_groups = self.base.param_groups
-        self.state = self.base.state
+    @property
+    def base_optimizer(self) -> torch.optim.Optimizer:
+        """``base`` under the name that the usual SAM code gives it."""
+        return self.base
+
+    # Read from the base optimizer every time: its own load_state_dict() and add_param_group() replace them.
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self._own_groups if self.base is None else self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict]) -> None:
+        if self.base is None:  # under construction
+            self._own_groups = groups
+        else:
+            self.base.param_groups = groups
+
+    @property
+    def state(self) -> dict:
+        return self._own_state if self.base is None else self.base.state
+
+    @state.setter
+    def state(self, state: dict) -> None:
+        if self.base is None:
+            self._own_state = state
+        else:
+            self.base.state = state
 
     def add_param_group(self, param_group: dict) -> None:
         if self.base is None:  # the constructor registers the base optimizer's own groups
@@ -65,12 +96,54 @@ class SAM(SharpnessAware):
         self.base.add_param_group(param_group)
         self._drop_tables()
 
+    def state_dict(self) -> dict:
+        """As the base optimizer's, plus the count of skipped steps.
+
+        Raises:
+            RuntimeError: the weights are perturbed; whoever saves now would save them that way.
+        """
+        if type(self.base).state_dict is torch.optim.Optimizer.state_dict:
+            return super().state_dict()
+        self._refuse_while_perturbed("state_dict()")
+        return {**self.base.state_dict(), "skipped": self.skipped.detach().clone()}
+
     def load_state_dict(self, state_dict: dict) -> None:
         """As the base optimizer's; also takes a checkpoint of the base optimizer alone."""
         self._refuse_while_perturbed("load_state_dict()")
-        self.base.load_state_dict(self._with_defaults(state_dict))
-        self._share()
+        self.base.load_state_dict(self._with_defaults(state_dict) if "param_groups" in state_dict else state_dict)
         self._restore_skipped(state_dict)
+
+    # -- schedule-free base optimizers ---------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Weights for training, if the base optimizer has others for evaluation; else nothing.
+
+        Raises:
+            RuntimeError: the weights are perturbed; the base optimizer would take that for a step of its own.
+        """
+        self._switch("train")
+
+    def eval(self) -> None:
+        """Weights for evaluation, if the base optimizer has others for training; else nothing.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+        """
+        self._switch("eval")
+
+    def _switch(self, mode: str) -> None:
+        self._refuse_while_perturbed(f"{mode}()")
+        switch = getattr(self.base, mode, None)
+        if switch is not None:
+            switch()
+
+    def _refuse_to_step(self) -> None:
+        modes = [getattr(self.base, "train_mode", True), *(g.get("train_mode", True) for g in self.param_groups)]
+        if not all(modes):
+            raise RuntimeError(
+                f"{type(self.base).__name__} has its weights for evaluation in place, and gradients belong at those "
+                "for training: call optimizer.train() before the first pass"
+            )
 
     def _update(self, buckets: list[Bucket]) -> None:
         tables = [bucket.table for bucket in buckets]
@@ -95,26 +168,57 @@ class SAM(SharpnessAware):
             try:
                 self.base.step()
             finally:
-                del self.base.grad_scale, self.base.found_inf
+                for name in ("grad_scale", "found_inf"):
+                    self.base.__dict__.pop(name, None)
         elif not skip.item():
-            if grad_scale is not None:
-                grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-                torch._foreach_div_(grads, grad_scale)
-            self.base.step()
+            if grad_scale is None:
+                return self.base.step()
+            grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_div_(grads, grad_scale)
+            try:
+                self.base.step()
+            except BaseException:  # another attempt begins from gradients that are scaled
+                torch._foreach_mul_(grads, grad_scale)
+                raise
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "base": self.base}
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._share()
+        own = {name: value for name, value in state.items() if name not in ("param_groups", "state")}
+        self.base = state.get("base", self.__dict__.get("base"))
+        super().__setstate__(own)
 
 
 def _build_base(params, base_optimizer, kwargs: dict) -> torch.optim.Optimizer:
     if isinstance(params, torch.optim.Optimizer):
         if base_optimizer is not None or kwargs:
             raise TypeError("SAM got an optimizer instance: it takes no base_optimizer and no options for one")
-        return params
-    if base_optimizer is None:
+        base = params
+    elif base_optimizer is None:
         raise TypeError("SAM needs a base optimizer: SAM(params, torch.optim.AdamW, lr=1e-3) or SAM(optimizer)")
-    return base_optimizer(params, **kwargs)
+    elif isinstance(base_optimizer, torch.optim.Optimizer):
+        raise TypeError("SAM got parameters and an optimizer instance, which has its own: SAM(optimizer)")
+    else:
+        base = base_optimizer(params, **kwargs)
+    _check_base(base)
+    return base
+
+
+def _check_base(base: torch.optim.Optimizer) -> None:
+    """Raises TypeError for what cannot make its step from gradients that are there already."""
+    name = type(base).__name__
+    if not isinstance(base, torch.optim.Optimizer):
+        raise TypeError(f"the base optimizer is a {name}, not a torch.optim.Optimizer")
+    if isinstance(base, SharpnessAware) or hasattr(base, "first_step"):
+        raise TypeError(f"{name} makes two passes itself and cannot be SAM's base: use one of the two")
+    if isinstance(base, torch.optim.SparseAdam):
+        raise TypeError("SparseAdam takes sparse gradients only, and SAM dense ones: use AdamW, with sparse=False")
+    parameters = inspect.signature(base.step).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    needed = ", ".join(p.name for p in named if p.default is p.empty)
+    if needed:
+        raise TypeError(
+            f"{name} cannot be SAM's base: its step needs {needed}, and SAM has only the second pass's gradients. "
+            "Use one whose step() takes the gradients that there are (SGD, AdamW)"
+        )

@@ -8,10 +8,10 @@ from rsaft_fast import ops
 from rsaft_fast.ops.quantize import MIN_SIZE
 
 from .buckets import LOW_PRECISION, Bucket, Storage
-from .moments import empty_state, load_moments, state_names
+from .moments import check_shapes, fit_state, load_moments, named_state, state_names, with_strides
 from .offload import OffloadedBucket, Staging
 from .release import GradientRelease
-from .sharpness import IDLE, PERTURBED, RESTORED, SharpnessAware, upload
+from .sharpness import IDLE, PERTURBED, SharpnessAware, upload
 from .workers import Replicas, refuse_several
 
 
@@ -28,7 +28,12 @@ class SAMAdamW(SharpnessAware):
     makes restore exact without a backup, and keeps updates below bf16's resolution. Hence ``master_weights=None``
     means True for bf16 and fp16 weights; ``False`` is for those who accept a perturbation that hardly acts (watch
     ``stats()["projection"]``). Weights written by others (``load_state_dict``, an EMA swap) are noticed by version
-    counter and copied to the master where they differ from it; writes through ``param.data`` are not.
+    counter, or by their place (``param.data = other``), and copied to the master where they differ from it; writes into
+    ``param.data`` are not.
+
+    **Weights that change.** After ``model.to(memory_format=...)``, ``.to(dtype)``, a cleared ``state`` or edited groups
+    tables are built anew and state follows its weights; 8-bit state is then rounded once more. A gradient in
+    another layout than its weight's is copied for the pass.
 
     **Without a master**, in bf16: ``stochastic_rounding=True`` makes perturbation and update right in expectation, for
     2 bytes a parameter instead of 6, under noise some times the perturbation (``stats()["applied_over_rho"]``).
@@ -64,7 +69,7 @@ class SAMAdamW(SharpnessAware):
             during a step (``optim.offload``, which has its price): 8 bytes a parameter saved with float32 moments, 2
             with 8-bit ones, 4 more with a master. The same bits, and the same checkpoints. Not in a CUDA graph.
         static_gradients: a promise that gradients stay where they are: ``zero_grad`` then fills with zeros, and a pass
-            looks at one parameter instead of all.
+            looks at a few parameters instead of all.
         replicas: ranks that hold the same weights (DDP: ``torch.distributed.group.WORLD``); a non-finite first pass on
             one makes all of them skip. None: no other worker. False: the same, and no warning where there are workers.
 
@@ -141,13 +146,16 @@ class SAMAdamW(SharpnessAware):
         first = None if self._phase == IDLE else self._first
         inputs = ops.StepInputs(self._scalars, first, self._taken_grad_scale(), getattr(self, "found_inf", None))
         for bucket in buckets:
+            self._follow_state(bucket)
             bucket.reserve()
         tables = [bucket.table for bucket in buckets]
         ops.global_norm(
             tables, self._no_rho, plain=True, out=self._second, process_group=self.process_group, inputs=inputs
         )
+        self._stepping = True
         for bucket in buckets:
             bucket.step(self._scalars, first, restore=self._phase == PERTURBED)
+        self._stepping = False
 
     def _upload_hyper(self) -> None:
         clip = math.inf if self.max_grad_norm is None else self.max_grad_norm
@@ -168,16 +176,18 @@ class SAMAdamW(SharpnessAware):
 
     @property
     def half_stepped(self) -> bool:
-        """Whether an exception inside a released backward left some parameters updated and others not."""
+        """Whether an exception inside an update (a released backward, say) left some parameters updated, others not."""
         return self._half_stepped
+
+    def _refuse_to_step(self) -> None:
+        if self._half_stepped:
+            raise RuntimeError(
+                "the last step was broken off inside its update (or the backward that makes it): some parameters took "
+                "it and others did not. Load the model's and the optimizer's last checkpoint"
+            )
 
     def _refuse_to_perturb(self) -> None:
         super()._refuse_to_perturb()
-        if self._half_stepped:
-            raise RuntimeError(
-                "the last step was broken off inside its backward: some parameters took it and others did not. Load "
-                "the model's and the optimizer's last checkpoint"
-            )
         if self._release is not None and self._release.begun:
             raise RuntimeError("released gradients have been applied: call step() before the next perturb()")
 
@@ -185,6 +195,8 @@ class SAMAdamW(SharpnessAware):
         if self._release is not None:
             self.zero_grad()  # an old gradient would be added to, and then applied
             self._upload_hyper()
+            for bucket in self._buckets:
+                self._follow_state(bucket)
             self._release.listen()
 
     def check_finite(self, *tensors: torch.Tensor) -> None:
@@ -200,26 +212,22 @@ class SAMAdamW(SharpnessAware):
             self._refuse_unless_perturbed("check_finite()")
             self._release.check_finite(tensors)
 
-    def restore(self) -> None:
+    def _put_back(self) -> None:
         if self._release is None:
-            return super().restore()
-        self._refuse_unless_perturbed("restore()")
-        with torch.no_grad():
+            super()._put_back()
+        else:
             self._release.restore_rest()
-        for bucket in self._buckets:
-            bucket.close()
-            bucket.drop_backup()
-            bucket.remember_versions()
-        self._phase = RESTORED
 
     def _abandon(self, error: BaseException) -> None:
         super()._abandon(error)
-        if self._release is not None and self._release.begun:
-            self._half_stepped, self._phase = True, IDLE
-            self._release.forget()
+        begun = self._release is not None and self._release.begun
+        if begun or self._stepping:
+            self._half_stepped, self._stepping, self._phase = True, False, IDLE
+            if self._release is not None:
+                self._release.forget()
             for bucket in self._buckets:
                 bucket.close()
-            note = "the released step was half done: load the model's and the optimizer's last checkpoint"
+            note = "the step was half done: load the model's and the optimizer's last checkpoint"
             if hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(note)
 
@@ -257,8 +265,9 @@ class SAMAdamW(SharpnessAware):
     def _reset(self) -> None:
         super()._reset()
         self._release: GradientRelease | None = None
-        self._half_stepped = False
+        self._half_stepped = self._stepping = False
         self._staging: Staging | None = None
+        self._hyper_known: list | None = None
 
     def _wait_for_host_state(self) -> None:
         """Before the host reads or writes what may still be on its way to it."""
@@ -267,9 +276,10 @@ class SAMAdamW(SharpnessAware):
 
     def _build(self) -> None:
         super()._build()
-        self._hyper_known: list | None = None
+        self._hyper_known = None
         if self._release is not None:
             self._release.remove()
+            self._release = None
         if self.release_gradients:
             refuse_several()
             self._release = GradientRelease(self._buckets, self._first, self._scalars)
@@ -285,32 +295,45 @@ class SAMAdamW(SharpnessAware):
         return self._buckets if self._release is not None and self._phase != IDLE else super()._ready()
 
     def _refresh_masters(self, bucket: Bucket) -> None:
+        """Masters follow weights that others wrote or replaced (``param.data = ...``); a rebuild sees to the rest."""
         if not bucket.storage.master:
             return
-        for param, version in zip(bucket.params, bucket.versions):
-            if param._version != version:
+        self._follow_state(bucket)
+        for index, (param, version) in enumerate(zip(bucket.params, bucket.versions)):
+            moved = not bucket.table.holds("weight", index, param)
+            if (moved or param._version != version) and bucket.table.suits(index, param):
                 self._wait_for_host_state()
                 _agree(self.state[param]["master"], param)
         bucket.remember_versions()
 
+    def _follow_state(self, bucket: Bucket) -> None:
+        """State that was cleared, or set to other tensors, since the table learned of it."""
+        if bucket.state_replaced(self.state):
+            self._bind_state(bucket)
+
     def _bind_state(self, bucket: Bucket) -> None:
         table, states = bucket.table, [self.state[param] for param in bucket.params]
-        names = state_names(bucket.storage.master, bucket.storage.eight_bit)
+        master, eight_bit = bucket.storage.master, bucket.storage.eight_bit
+        names, perturbed = state_names(master, eight_bit), self._phase == PERTURBED
+        if perturbed and master:  # what restoring needs is not for others to replace
+            for state, known in zip(states, bucket.known_state("master")):
+                state["master"] = known
         if isinstance(bucket, OffloadedBucket):
             self._wait_for_host_state()
-            self._staging = self._staging or Staging(table.device)
+            if self._staging is None or self._staging.device != table.device:
+                self._staging = Staging(table.device)
             bucket.bind_state(names, states, self._staging)
-        for param, state in zip(bucket.params, states):
-            for name in names:
-                if name not in state:
-                    state[name] = empty_state(param, name, bucket.storage.eight_bit)
-            if bucket.storage.master:  # loaded, perhaps, before the weights were
+        else:
+            for param, state in zip(bucket.params, states):
+                fit_state(param, state, master, eight_bit)
+        if master and not perturbed:
+            for param, state in zip(bucket.params, states):  # loaded, perhaps, before the weights were
                 _agree(state["master"], param)
-        if any("step" in state for state in states):
-            zero = torch.zeros((), device=table.device)
-            table.steps.copy_(torch.stack([state.get("step", zero) for state in states]))
+        steps = [torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=table.device) for state in states]
+        table.steps.copy_(torch.stack(steps))
         for state, step in zip(states, table.steps.unbind()):
             state["step"] = step
+        bucket.know_state(states, (*names, "step"))
         if not isinstance(bucket, OffloadedBucket):
             table.bind(**{name: [state[name] for state in states] for name in names})
 
@@ -323,7 +346,9 @@ class SAMAdamW(SharpnessAware):
         self._wait_for_host_state()
         saved = super().state_dict()
         # Step counts are views of one tensor here; formats that refuse shared memory (safetensors) want them apart.
-        saved["state"] = {key: {**state, "step": state["step"].clone()} for key, state in saved["state"].items()}
+        saved["state"] = {
+            key: with_strides({**state, "step": state["step"].clone()}) for key, state in saved["state"].items()
+        }
         return saved
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -334,14 +359,18 @@ class SAMAdamW(SharpnessAware):
         """
         self._refuse_while_perturbed("load_state_dict()")
         self._wait_for_host_state()
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        states = [named_state(state_dict["state"].get(index, {})) for index in saved]
+        if len(saved) == len(params):  # else the loader below finds the words
+            for param, state in zip(params, states):
+                check_shapes(param, state)
         own = self.state
         # torch's own loader would cast moments and master to the weight's dtype: it gets the groups only.
         super().load_state_dict({**self._with_defaults(state_dict), "state": {}})
         self.state = own
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for index, param in zip(saved, params):
-            self._load_param(param, state_dict["state"].get(index, {}))
+        for param, state in zip(params, states):
+            self._load_param(param, state)
         for bucket in self._buckets:
             bucket.remember_versions()
         self._half_stepped = False
@@ -352,9 +381,7 @@ class SAMAdamW(SharpnessAware):
         if not saved and not state:
             return
         storage = self._storage_of(param)
-        for name in state_names(storage.master, storage.eight_bit):
-            if name not in state:
-                state[name] = empty_state(param, name, storage.eight_bit, "cpu" if storage.offload else None)
+        fit_state(param, state, storage.master, storage.eight_bit, "cpu" if storage.offload else None)
         load_moments(state, saved, storage.eight_bit)
         if storage.master:
             state["master"].copy_(saved.get("master", param.detach()))
@@ -366,6 +393,7 @@ class SAMAdamW(SharpnessAware):
 
 
 _OPTIONS = (
+    "_half_stepped",
     "max_grad_norm",
     "master_weights",
     "state_bits",

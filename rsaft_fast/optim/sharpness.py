@@ -8,19 +8,23 @@ import torch
 import torch.distributed as dist
 
 from rsaft_fast import ops
-from rsaft_fast.ops.table import pinned
+from rsaft_fast.ops.eager import eager_only
+from rsaft_fast.ops.table import WeightsChangedError, pinned
 
-from .buckets import Bucket, Storage, make_buckets
+from .buckets import Bucket
+from .tables import TabledOptimizer
 from .workers import Replicas, warn_of_silence
 
-IDLE, PERTURBED, RESTORED = "idle", "perturbed", "restored"
+IDLE, PERTURBED, RESTORED, BROKEN_OFF = "idle", "perturbed", "restored", "broken off"
 
 
-class SharpnessAware(torch.optim.Optimizer):
+class SharpnessAware(TabledOptimizer):
     """Two-pass optimizer (SAM, arXiv 2010.01412): subclasses add ``_update`` and say which weights have a master.
 
     Phases: *idle* -> ``perturb()`` -> *perturbed* -> ``restore()`` -> *restored* -> ``step()`` -> *idle*. Perturbed,
-    ``step()`` restores as part of the update; idle, it takes ``plain=True``.
+    ``step()`` restores as part of the update; idle, it takes ``plain=True``. An exception in any of them leaves the
+    weights unperturbed and the phase *broken off*, from where every call but ``restore()`` is allowed: another
+    ``step()`` tries again from the second pass's gradients, all others begin anew.
     """
 
     # torch's GradScaler then leaves unscaling and skipping to step(), through .grad_scale and .found_inf.
@@ -33,7 +37,7 @@ class SharpnessAware(torch.optim.Optimizer):
 
     # -- the two passes ------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @eager_only
     def perturb(self, zero_grad: bool = False) -> None:
         """Move the weights to ``w + rho * g / ||g||`` (``w**2 * g`` for ASAM), the norm taken over all groups.
 
@@ -47,18 +51,22 @@ class SharpnessAware(torch.optim.Optimizer):
             RuntimeError: already perturbed. ValueError, TypeError: gradients that do not fit; weights are intact.
         """
         self._refuse_to_perturb()
-        buckets = self._built()
-        self._upload_rho()
-        for bucket in buckets:
-            bucket.bind_to_perturb()
-        ops.global_norm([b.table for b in buckets], self._rho, out=self._first, process_group=self.process_group)
-        self._agree_with_replicas()
-        self._perturb_all(buckets)
+        buckets = self._bound("bind_to_perturb")
+        try:
+            self._upload_rho()
+            ops.global_norm([b.table for b in buckets], self._rho, out=self._first, process_group=self.process_group)
+            self._agree_with_replicas()
+            self._perturb_all(buckets)
+        except BaseException:
+            for bucket in buckets:
+                bucket.drop_backup()
+            raise
         self._phase = PERTURBED
-        self._finish(buckets, zero_grad)
-        self._begin_second_pass()
+        with self._abandoned_on_error():
+            self._finish(buckets, zero_grad)
+            self._begin_second_pass()
 
-    @torch.no_grad()
+    @eager_only
     def restore(self) -> None:
         """Put the weights back, bit for bit, without a step. A ``step()`` that follows is made from the new gradients.
 
@@ -66,13 +74,29 @@ class SharpnessAware(torch.optim.Optimizer):
             RuntimeError: the weights are not perturbed.
         """
         self._refuse_unless_perturbed("restore()")
+        try:
+            self._put_back()
+        except BaseException:
+            for bucket in self._buckets:
+                bucket.close(for_good=False)
+            raise
         for bucket in self._buckets:
-            bucket.table.bind(weight=bucket.params)
-            bucket.restore(self._first)
             bucket.close()
             bucket.drop_backup()
             bucket.remember_versions()
         self._phase = RESTORED
+
+    def _put_back(self) -> None:
+        """All weights, wherever they lie now."""
+        try:
+            for bucket in self._buckets:
+                bucket.table.bind(weight=bucket.params)
+        except WeightsChangedError:
+            for bucket in self._buckets:
+                bucket.restore_changed(self._first)
+            return
+        for bucket in self._buckets:
+            bucket.restore(self._first)
 
     @contextmanager
     def perturbed(self, zero_grad: bool = False) -> Iterator[None]:
@@ -82,14 +106,12 @@ class SharpnessAware(torch.optim.Optimizer):
         exception, the weights are restored on the way out.
         """
         self.perturb(zero_grad)
-        try:
+        with self._abandoned_on_error():
             yield
-        except BaseException as error:
-            self._abandon(error)
-            raise
         if self._phase == PERTURBED:
             self.restore()
 
+    @eager_only
     def step(self, closure: Callable[[], torch.Tensor] | None = None, *, plain: bool = False):
         """Restore the weights if they are perturbed, then update them from the gradients of the second pass.
 
@@ -106,21 +128,27 @@ class SharpnessAware(torch.optim.Optimizer):
         Raises:
             RuntimeError: not perturbed, and neither a closure nor ``plain``; or perturbed, and ``plain``.
         """
-        if plain and (self._phase != IDLE or closure is not None):
+        self._refuse_to_step()
+        if plain and (self._phase not in (IDLE, BROKEN_OFF) or closure is not None):
             raise RuntimeError(f"step(plain=True) with a closure, or {self._phase}: it is for one pass by itself")
         if self._phase == IDLE and closure is None and not plain:
             raise RuntimeError(
                 "step() without perturb(): the second pass's gradients belong at w + e. Call perturb() after the first "
                 "backward, or step(plain=True) for a step without a perturbation"
             )
-        loss = None if closure is None else self._run(closure)
-        with torch.no_grad():
-            buckets = self._ready_or_restored()
+        if plain:
+            self._phase = IDLE
+        with self._abandoned_on_error():
+            loss = None if closure is None else self._run(closure)
+            buckets = self._ready()
             try:
                 self._update(buckets)
-            finally:
+            except BaseException:
                 for bucket in buckets:
-                    bucket.close()
+                    bucket.close(for_good=self._phase != PERTURBED)
+                raise
+            for bucket in buckets:
+                bucket.close()
             self._phase = IDLE
             self._finish(buckets, zero_grad=False)
         return loss
@@ -143,20 +171,28 @@ class SharpnessAware(torch.optim.Optimizer):
 
     def _run(self, closure: Callable):
         losses = []
-        try:
-            if self._phase != PERTURBED:
-                losses.append(self._evaluate(closure))
-                self.perturb()
+        if self._phase != PERTURBED:
             losses.append(self._evaluate(closure))
+            self.perturb()
+        losses.append(self._evaluate(closure))
+        return losses[0]
+
+    @contextmanager
+    def _abandoned_on_error(self) -> Iterator[None]:
+        try:
+            yield
         except BaseException as error:
             self._abandon(error)
             raise
-        return losses[0]
 
     def _abandon(self, error: BaseException) -> None:
-        """Something failed between the passes: the weights go back."""
+        """Something failed between perturb() and the end of step(): the weights go back, and nothing is left over."""
         if self._phase == PERTURBED:
             self.restore()
+        if self._phase == RESTORED:
+            self._phase = BROKEN_OFF
+        for name in ("grad_scale", "found_inf"):  # GradScaler takes them away only after a step that succeeds
+            self.__dict__.pop(name, None)
 
     def _evaluate(self, closure: Callable):
         self.zero_grad()
@@ -180,7 +216,7 @@ class SharpnessAware(torch.optim.Optimizer):
 
     @property
     def half_stepped(self) -> bool:
-        """Whether an exception left some parameters updated and others not: possible with released gradients only."""
+        """Whether an exception left some parameters updated and others not, for optimizers that make updates alone."""
         return False
 
     def stats(self) -> dict[str, float]:
@@ -196,7 +232,7 @@ class SharpnessAware(torch.optim.Optimizer):
         """
         if self._scalars is None:
             raise RuntimeError("no statistics yet: they exist after the first perturb() or step()")
-        sums = sum(bucket.table.perturbation_sums.sum(0) for bucket in self._buckets)
+        sums = self._perturbation_sums()
         scale = self._gradient_scale
         values = torch.stack(
             [self._first.norm / scale, self._second.norm / scale, self._scalars.skipped.double(), *sums]
@@ -237,35 +273,12 @@ class SharpnessAware(torch.optim.Optimizer):
         """Raises ValueError for a hyper-parameter out of its range."""
         check_rho(group["rho"])
 
-    # -- tables --------------------------------------------------------------------------------------------------------
+    # -- scalars -------------------------------------------------------------------------------------------------------
 
     def _reset(self) -> None:
+        super()._reset()
         self._phase = IDLE
-        self._buckets: list[Bucket] = []
-        self._outdated = True
-        self._frozen: list[torch.Tensor] = []
-        self._scalars: ops.StepScalars | None = None
-        self._skipped_before = 0
-
-    def _drop_tables(self) -> None:
-        """Rebuild the tables at the next pass; state and counters stay."""
-        self._outdated = True
-
-    def _built(self) -> list[Bucket]:
-        """The buckets; built anew when parameters were added or unfrozen since.
-
-        Parameters unfrozen between the two passes join after the step: what was perturbed is what is restored.
-        """
-        if self._phase != PERTURBED and (self._outdated or any(p.requires_grad for p in self._frozen)):
-            self._build()
-        return self._buckets
-
-    def _ready(self) -> list[Bucket]:
-        """Buckets with weights and gradients bound."""
-        buckets = self._built()
-        for bucket in buckets:
-            bucket.bind()
-        return buckets
+        self._was_scaled = False
 
     def _agree_with_replicas(self) -> None:
         """A first pass that is non-finite on one worker is skipped on all: else their weights would part."""
@@ -281,8 +294,9 @@ class SharpnessAware(torch.optim.Optimizer):
                 bucket.perturb(self._first)
                 done.append(bucket)
         except BaseException:
-            for bucket in done:
-                bucket.restore(self._first)
+            for bucket in buckets[: len(done) + 1]:
+                if bucket in done or bucket.storage.master:  # a master is what it was, however far perturbing got
+                    bucket.restore(self._first)
             for bucket in buckets:
                 bucket.close()
             raise
@@ -291,38 +305,6 @@ class SharpnessAware(torch.optim.Optimizer):
                 if bucket.gradients_taken():
                     for param in bucket.params:
                         param.grad = None
-
-    def _ready_or_restored(self) -> list[Bucket]:
-        try:
-            return self._ready()
-        except BaseException as error:
-            self._abandon(error)
-            raise
-
-    def _build(self) -> None:
-        if any(bucket.table.captured for bucket in self._buckets):
-            raise RuntimeError("parameters joined, and a captured CUDA graph owns the tables: build a new optimizer")
-        params = [param for group in self.param_groups for param in group["params"]]
-        buckets = make_buckets(self.param_groups, self._storage_of, self._kind_of)
-        if not buckets:
-            raise RuntimeError("no parameter requires a gradient: nothing to optimize")
-        self._frozen = [param for param in params if not param.requires_grad]
-        self._buckets, self._outdated = buckets, False
-        device, groups = buckets[0].table.device, len(self.param_groups)
-        scalars = ops.StepScalars(device, groups)
-        if self._scalars is None:
-            scalars.skipped.fill_(self._skipped_before)
-        else:
-            scalars.skipped.copy_(self._scalars.skipped)
-        self._scalars = scalars
-        self._first, self._second = ops.GradientNorm(device, groups), ops.GradientNorm(device, groups)
-        self._gradient_scale = torch.ones((), dtype=torch.float64, device=device)
-        self._was_scaled = False
-        self._no_rho = torch.zeros(groups, dtype=torch.float64, device=device)
-        self._rho = torch.zeros(groups, dtype=torch.float64, device=device)
-        self._rho_known: list[float] | None = None
-        for bucket in buckets:
-            self._bind_state(bucket)
 
     def _upload_rho(self) -> None:
         rho = [group["rho"] for group in self.param_groups]
@@ -351,16 +333,6 @@ class SharpnessAware(torch.optim.Optimizer):
         if zero_grad:
             self.zero_grad()
 
-    def _storage_of(self, param: torch.Tensor) -> Storage:
-        """How a parameter is kept."""
-        return Storage()
-
-    def _kind_of(self, storage: Storage) -> type[Bucket]:
-        return Bucket
-
-    def _bind_state(self, bucket: Bucket) -> None:
-        """Attach optimizer state to a new bucket."""
-
     def _update(self, buckets: list[Bucket]) -> None:
         """Restore where needed and update; every table has its weights and gradients bound."""
         raise NotImplementedError
@@ -378,7 +350,11 @@ class SharpnessAware(torch.optim.Optimizer):
     def _begin_second_pass(self) -> None:
         """Called when the weights are at w + e."""
 
+    def _refuse_to_step(self) -> None:
+        """Raises RuntimeError where no step may be made, perturbed or not."""
+
     def _refuse_to_perturb(self) -> None:
+        self._refuse_to_step()
         if self._phase == PERTURBED:
             raise RuntimeError("the weights are already perturbed: call step() or restore() before perturb()")
 

@@ -1,0 +1,145 @@
+"""The tables of an optimizer's parameters: built when they are needed, and again when they no longer fit."""
+
+import operator
+
+import torch
+
+from rsaft_fast import ops
+from rsaft_fast.ops.table import WeightsChangedError
+
+from .buckets import Bucket, Storage, check_weights_apart, make_buckets
+
+
+class TabledOptimizer(torch.optim.Optimizer):
+    """What kernels know of parameters is their addresses: this sees to it that nothing they know has gone stale.
+
+    Weights may get another layout, dtype or device, groups other parameters, at any time. Between the passes of a step
+    (``is_perturbed``) tables stay as they are; where weights change there, they are restored by value first.
+    """
+
+    is_perturbed: bool
+
+    def _reset(self) -> None:
+        self._buckets: list[Bucket] = []
+        self._outdated = True
+        self._frozen: list[torch.Tensor] = []
+        self._known_groups: list[tuple[list[torch.Tensor], bool]] = []
+        self._scalars: ops.StepScalars | None = None
+        self._skipped_before = 0
+        self._first: ops.GradientNorm | None = None
+        self._second: ops.GradientNorm | None = None
+        self._gradient_scale: torch.Tensor | None = None
+        self._rho_known: list[float] | None = None
+
+    def _drop_tables(self) -> None:
+        """Rebuild the tables at the next pass; state and counters stay."""
+        self._outdated = True
+
+    def _built(self) -> list[Bucket]:
+        """The buckets; built anew when parameters were added, replaced or unfrozen since.
+
+        Between the two passes they stay: what was perturbed is what is restored.
+        """
+        if not self.is_perturbed:
+            if self._outdated or any(p.requires_grad for p in self._frozen) or self._groups_changed():
+                self._rebuild()
+        return self._buckets
+
+    def _bound(self, bind: str) -> list[Bucket]:
+        """The buckets, bound by this method; built anew where weights got another layout, dtype or device since."""
+        buckets = self._built()
+        try:
+            self._bind_all(buckets, bind)
+        except WeightsChangedError:
+            if self.is_perturbed:
+                self.restore()
+            self._rebuild()
+            buckets = self._buckets
+            self._bind_all(buckets, bind)
+        return buckets
+
+    def _bind_all(self, buckets: list[Bucket], bind: str) -> None:
+        known = [bucket.table.places("weight") for bucket in buckets]
+        try:
+            for bucket in buckets:
+                getattr(bucket, bind)()
+            if any(bucket.table.places("weight") is not places for bucket, places in zip(buckets, known)):
+                check_weights_apart(buckets)
+        except BaseException:
+            if not self.is_perturbed:
+                for bucket in buckets:
+                    bucket.drop_backup()
+            raise
+
+    def _ready(self) -> list[Bucket]:
+        """Buckets with weights and gradients bound."""
+        return self._bound("bind")
+
+    def _groups_changed(self) -> bool:
+        """Whether the groups hold other parameters, or are adaptive otherwise, than the tables know."""
+        for group in self.param_groups:
+            for name in ("rho", "adaptive"):  # a base optimizer's own methods know nothing of them
+                group.setdefault(name, self.defaults[name])
+        return len(self.param_groups) != len(self._known_groups) or any(
+            bool(group["adaptive"]) is not adaptive
+            or len(group["params"]) != len(params)
+            or any(map(operator.is_not, group["params"], params))
+            for group, (params, adaptive) in zip(self.param_groups, self._known_groups)
+        )
+
+    def _rebuild(self) -> None:
+        self._outdated = True
+        self._build()
+        self._outdated = False
+
+    def _build(self) -> None:
+        if any(bucket.table.captured for bucket in self._buckets):
+            raise RuntimeError(
+                "parameters joined or changed, and a captured CUDA graph owns the tables: build a new optimizer"
+            )
+        params = [param for group in self.param_groups for param in group["params"]]
+        buckets = make_buckets(self.param_groups, self._storage_of, self._kind_of)
+        if not buckets:
+            raise RuntimeError("no parameter requires a gradient: nothing to optimize")
+        for bucket in buckets:
+            self._bind_state(bucket)
+        device, groups = buckets[0].table.device, len(self.param_groups)
+        self._carry_over(buckets[0], device, groups)
+        self._frozen = [param for param in params if not param.requires_grad]
+        self._known_groups = [(list(group["params"]), bool(group["adaptive"])) for group in self.param_groups]
+        self._no_rho = torch.zeros(groups, dtype=torch.float64, device=device)
+        self._rho = torch.zeros(groups, dtype=torch.float64, device=device)
+        self._rho_known = None
+        self._buckets = buckets
+
+    def _carry_over(self, bucket: Bucket, device: torch.device, groups: int) -> None:
+        """What a first pass and the last step left, into scalars for as many groups, on this device.
+
+        ``bucket``: receives the sums of the last perturbation.
+        """
+        scalars, norms = ops.StepScalars(device, groups), [ops.GradientNorm(device, groups) for _ in range(2)]
+        if self._scalars is None:
+            scalars.skipped.fill_(self._skipped_before)
+            self._gradient_scale = torch.ones((), dtype=torch.float64, device=device)
+        else:
+            scalars.skipped.copy_(self._scalars.skipped)
+            self._gradient_scale = self._gradient_scale.to(device)
+            for new, old in zip(norms, (self._first, self._second)):
+                new.values[:2].copy_(old.values[:2])
+                new.found_inf.copy_(old.found_inf)
+            bucket.table.perturbation_sums[:1].copy_(self._perturbation_sums().expand(bucket.table.chunks, 3)[:1])
+        self._scalars, (self._first, self._second) = scalars, norms
+
+    def _perturbation_sums(self) -> torch.Tensor:
+        """Of all tables: float64 ``(3,)``."""
+        return sum(bucket.table.perturbation_sums.sum(0) for bucket in self._buckets)
+
+    def _storage_of(self, param: torch.Tensor) -> Storage:
+        """How a parameter is kept."""
+        return Storage()
+
+    def _kind_of(self, storage: Storage) -> type[Bucket]:
+        return Bucket
+
+    def _bind_state(self, bucket: Bucket) -> None:
+        """Attach optimizer state to a new bucket."""
