@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from rsaft_fast.backbones.pipeline import PipelineBackbone
@@ -39,6 +41,8 @@ class UNetBackbone(PipelineBackbone):
         scheduler = self.pipeline.scheduler
         if "beta_schedule" not in scheduler.config:
             raise UserError(f"the pipeline's {type(scheduler).__name__} has no beta_schedule, which DDIM needs")
-        # SD1.5 ships a PNDM config, which knows no clip_sample; DDIM's default for the missing key would clip.
-        clip_sample = scheduler.config.get("clip_sample", False)
-        return ddim_schedule(DDIMScheduler.from_config(scheduler.config, clip_sample=clip_sample), num_steps, eta)
+        # SD1.5 ships a PNDM config, which knows no clip_sample; DDIM's default for the missing key would clip. Configs
+        # keep keys of the schedulers that they came from: what the named one does not know is not in effect.
+        known = inspect.signature(type(scheduler).__init__).parameters
+        clips = {key: key in known and scheduler.config.get(key, False) for key in ("clip_sample", "thresholding")}
+        return ddim_schedule(DDIMScheduler.from_config(scheduler.config, **clips), num_steps, eta)

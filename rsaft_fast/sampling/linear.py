@@ -10,10 +10,12 @@ Scalars are Python floats (float64), computed from the tables that diffusers' ow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from rsaft_fast.errors import UserError
 
@@ -47,6 +49,9 @@ Schedule = tuple[LinearStep, ...]
 def ddim_schedule(scheduler: DDIMScheduler, num_steps: int, eta: float = 0.0) -> Schedule:
     """DDIM (Song et al. 2021, eq. 12) at the scheduler's own timesteps.
 
+    Betas rescaled to zero terminal SNR (Lin et al. 2024, arXiv 2305.08891) put alpha at 0 on the first step, where x is
+    noise alone: v is minus x0 there, and `sample` x0 itself. Of eps nothing follows for x0.
+
     Args:
         scheduler: any diffusers scheduler config built as `DDIMScheduler`; its betas, spacing, offset, final alpha
             and prediction type are used.
@@ -54,7 +59,8 @@ def ddim_schedule(scheduler: DDIMScheduler, num_steps: int, eta: float = 0.0) ->
         eta: 0 deterministic, 1 ancestral (DDPM variance).
 
     Raises:
-        UserError: a setting that makes the step non-linear (clipping, thresholding) or eta outside [0, 1].
+        UserError: a setting that makes the step non-linear (clipping, thresholding), eta outside [0, 1], betas that
+            diffusers cannot place, or a step at which x0 does not follow from the prediction.
     """
     config = scheduler.config
     if not 0.0 <= eta <= 1.0:
@@ -65,14 +71,12 @@ def ddim_schedule(scheduler: DDIMScheduler, num_steps: int, eta: float = 0.0) ->
                 f"the scheduler has {key}=True, which makes a step non-linear; build it with {key}=False "
                 f"(for example DDIMScheduler.from_config(config, {key}=False))"
             )
-    if config.get("rescale_betas_zero_snr"):
-        raise UserError(
-            "rescale_betas_zero_snr=True puts alpha at 0 on the first step; x0 is undefined there: turn it off"
-        )
     _check_num_steps(num_steps, config.num_train_timesteps)
-    scheduler.set_timesteps(num_steps)
+    _place(scheduler, num_steps)
     timesteps = [int(t) for t in scheduler.timesteps]
     cumulative = scheduler.alphas_cumprod.double()
+    if len(cumulative) <= max(timesteps):
+        raise UserError(f"the scheduler has {len(cumulative)} betas for timestep {max(timesteps)}; give all of them")
     stride = config.num_train_timesteps // num_steps
     steps = []
     for t in timesteps:
@@ -80,21 +84,28 @@ def ddim_schedule(scheduler: DDIMScheduler, num_steps: int, eta: float = 0.0) ->
         abar = float(cumulative[t])
         abar_previous = float(cumulative[previous]) if previous >= 0 else float(scheduler.final_alpha_cumprod)
         steps.append(_ddim_step(t, abar, abar_previous, eta, config.prediction_type))
-    return tuple(steps)
+    return _checked(steps)
 
 
 def _ddim_step(t: int, abar: float, abar_previous: float, eta: float, prediction_type: str) -> LinearStep:
+    known = {"epsilon": "0 < alpha <= 1", "v_prediction": "0 <= alpha <= 1", "sample": "0 <= alpha < 1"}
+    if prediction_type not in known:
+        raise UserError(f"prediction_type {prediction_type!r} is unknown; DDIM knows {', '.join(known)}")
+    if not (0 <= abar <= 1 and 0 < abar_previous <= 1) or abar == {"epsilon": 0, "sample": 1}.get(prediction_type):
+        raise UserError(
+            f"timestep {t} has alpha^2 {abar:g}, and the one after it {abar_previous:g}; a step of prediction_type "
+            f"{prediction_type} needs {known[prediction_type]}: "
+            + ("rescale_betas_zero_snr is for v_prediction" if abar == 0 else "its betas are damaged")
+        )
     alpha, sigma = abar**0.5, (1 - abar) ** 0.5
     # x0 and eps, each as (coefficient of x, coefficient of f).
     if prediction_type == "epsilon":
         x0, eps = (1 / alpha, -sigma / alpha), (0.0, 1.0)
     elif prediction_type == "v_prediction":
         x0, eps = (alpha, -sigma), (sigma, alpha)
-    elif prediction_type == "sample":
-        x0, eps = (0.0, 1.0), (1 / sigma, -alpha / sigma)
     else:
-        raise UserError(f"prediction_type {prediction_type!r} is unknown; DDIM knows epsilon, v_prediction and sample")
-    variance = (1 - abar_previous) / (1 - abar) * (1 - abar / abar_previous)
+        x0, eps = (0.0, 1.0), (1 / sigma, -alpha / sigma)
+    variance = (1 - abar_previous) / (1 - abar) * (1 - abar / abar_previous) if abar < 1 else 0.0
     std = eta * max(variance, 0.0) ** 0.5
     direction = max(1 - abar_previous - std**2, 0.0) ** 0.5
     alpha_previous = abar_previous**0.5
@@ -123,22 +134,50 @@ def flow_schedule(
         num_steps: number of network calls.
         mu: the dynamic shift for `use_dynamic_shifting` schedulers (FLUX: from the number of image tokens).
         sigmas: one a call, before the shift, as FLUX's pipeline sets them; None takes the scheduler's own.
+
+    Raises:
+        UserError: a setting that steps another way, or one that diffusers cannot place the sigmas with.
     """
     config = scheduler.config
     if config.get("stochastic_sampling"):
         raise UserError("stochastic_sampling=True of the flow scheduler is not supported; turn it off")
+    if config.get("invert_sigmas"):
+        raise UserError("invert_sigmas=True of the flow scheduler is another model's way; turn it off")
     if config.get("use_dynamic_shifting") and mu is None:
         raise UserError(
             "this flow scheduler shifts dynamically and needs mu, which its pipeline computes from the image size"
         )
     _check_num_steps(num_steps, config.num_train_timesteps)
     shift = {"mu": mu} if config.get("use_dynamic_shifting") else {}
-    scheduler.set_timesteps(num_steps, sigmas=None if sigmas is None else list(sigmas), **shift)
+    _place(scheduler, num_steps, sigmas=None if sigmas is None else list(sigmas), **shift)
     sigmas = scheduler.sigmas.double().tolist()
-    return tuple(
+    return _checked(
         LinearStep(t=float(t), a=1.0, b=after - now, c=0.0, x0_a=1.0, x0_b=-now, alpha=1.0 - now, sigma=now)
         for t, now, after in zip(scheduler.timesteps, sigmas[:-1], sigmas[1:])
     )
+
+
+def _place(scheduler: SchedulerMixin, num_steps: int, **options: Any) -> None:
+    """`set_timesteps`; what a config makes impossible there becomes one line."""
+    try:
+        scheduler.set_timesteps(num_steps, **options)
+    except Exception as error:
+        # A spacing without its package, a wrong name, no number where one is needed: each its own kind.
+        raise UserError(
+            f"the scheduler's config does not give {num_steps} steps ({type(error).__name__}: {error}); change sampler."
+            "steps, or mend scheduler/scheduler_config.json"
+        ) from error
+
+
+def _checked(steps: Iterable[LinearStep]) -> Schedule:
+    steps = tuple(steps)
+    for step in steps:
+        if odd := [name for name, value in vars(step).items() if not math.isfinite(value)]:
+            raise UserError(
+                f"the scheduler's step at {step.t:g} has {odd[0]} {getattr(step, odd[0])}; its config is damaged: mend "
+                "scheduler/scheduler_config.json"
+            )
+    return steps
 
 
 def _check_num_steps(num_steps: int, limit: int) -> None:
