@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 
 from rsaft_fast.backbones.base import Backbone, Branch, Conditioning
 from rsaft_fast.backbones.flux import FLUX
+from rsaft_fast.backbones.folder import find_folder, is_text_encoder, read_index, read_pipeline
 from rsaft_fast.backbones.lora import LoRASettings, add_lora, save_lora
-from rsaft_fast.backbones.pipeline import PipelineBackbone, is_text_encoder
+from rsaft_fast.backbones.pipeline import PipelineBackbone
 from rsaft_fast.backbones.quantized import Quantization
 from rsaft_fast.backbones.random import random_backbone
 from rsaft_fast.backbones.registry import ADAPTERS
@@ -19,6 +18,7 @@ from rsaft_fast.backbones.sd3 import SD3
 from rsaft_fast.backbones.sd15 import SD15
 from rsaft_fast.backbones.sdxl import SDXL
 from rsaft_fast.errors import UserError
+from rsaft_fast.pretrained import first_sentence
 
 
 def load_backbone(
@@ -57,56 +57,33 @@ def load_backbone(
             text=text,
             networks=networks,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise UserError(f"the pipeline at {path} could not be loaded: {_first_line(error)}") from error
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # Every number in a stranger's configs can break what is computed from it, in its own way.
+        raise UserError(
+            f"the pipeline at {path} could not be loaded ({type(error).__name__}: {first_sentence(error)}); its "
+            "configs are damaged or do not belong together: download it anew"
+        ) from error
 
 
 def adapter_for(path: str | Path, text: bool = True) -> type[PipelineBackbone]:
-    """The adapter for the pipeline at a folder or hub id; reads model_index.json and the denoiser's config.json alone.
+    """The adapter for the pipeline at a folder or hub id, all of whose small files are read and checked for it.
 
     Args:
         text: whether the text encoders must be there.
 
     Raises:
-        UserError: nothing there, a pipeline class without an adapter, a component without which nothing runs, or a
-            denoiser that is stored quantised.
+        UserError: nothing there, a pipeline class without an adapter, a component without which nothing runs, a damaged
+            config, or a network that is stored quantised.
     """
-    folder = Path(path := local_path(path))
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise UserError(f"{path} has no model_index.json; give the folder of a diffusers pipeline, or its hub id")
-    try:
-        index = DiffusionPipeline.load_config(str(path))
-        adapter = ADAPTERS.get(index["_class_name"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no diffusers pipeline at {path}: {_first_line(error)}") from error
-    if adapter is None:
+    path = local_path(path)
+    kind = read_index(path, find_folder(path)).get("_class_name")
+    if not isinstance(kind, str) or kind not in ADAPTERS:
         supported = ", ".join(sorted(ADAPTERS))
-        raise UserError(f"{path} is a {index['_class_name']}; supported pipeline classes: {supported}")
-    # diffusers finds these out one at a time, after it has read the parts before.
-    for name in adapter.text_encoders if text else ():
-        if not any(index.get(name) or ()):
-            raise UserError(f"{path} names no {name} in its model_index.json; prompts cannot be encoded without")
-    if folder.is_dir():
-        for name, entry in index.items():
-            wanted = isinstance(entry, list) and any(entry) and (text or not is_text_encoder(name))
-            if wanted and not (folder / name).is_dir():
-                raise UserError(f"{path} is incomplete: its model_index.json names {name}, and there is no such folder")
-    _refuse_quantized(path, adapter)
-    return adapter
-
-
-def _refuse_quantized(path: str | Path, adapter: type[PipelineBackbone]) -> None:
-    """A denoiser that another program has stored in few bits cannot be read; ours are made from whole weights."""
-    config = {}
-    with suppress(OSError, ValueError):  # a config that is missing or broken is loading's to explain
-        config = adapter.denoiser_class.load_config(str(path), subfolder=adapter.denoiser_name)
-    if method := config.get("quantization_config"):
-        raise UserError(
-            f"{path}: {adapter.denoiser_name} is stored quantised (quant_method {method.get('quant_method')}); give "
-            "the pipeline with whole weights, and set backbone.quantize to nf4, int8 or fp8"
-        )
+        raise UserError(f"{path} is a {kind}; supported pipeline classes: {supported}")
+    read_pipeline(path, ADAPTERS[kind], text)
+    return ADAPTERS[kind]
 
 
 def local_path(path: str | Path) -> str | Path:
@@ -116,11 +93,6 @@ def local_path(path: str | Path) -> str | Path:
 
         return pipeline_path()
     return path
-
-
-def _first_line(error: Exception) -> str:
-    """The first sentence: diffusers adds advice about its own options."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". If you want")[0]
 
 
 __all__ = [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from rsaft_fast.backbones.configs import is_number
 from rsaft_fast.backbones.pipeline import PipelineBackbone
 from rsaft_fast.errors import UserError
 from rsaft_fast.sampling.linear import Schedule, flow_schedule
@@ -14,6 +16,7 @@ class FlowBackbone(PipelineBackbone):
     """A pipeline whose denoiser is an MMDiT: text and image tokens attend to each other."""
 
     denoiser_name = "transformer"
+    vae_keys = ("scaling_factor", "shift_factor")
     lora_targets = (
         "attn.to_q",
         "attn.to_k",
@@ -24,6 +27,18 @@ class FlowBackbone(PipelineBackbone):
         "attn.add_v_proj",
         "attn.to_add_out",
     )
+
+    @property
+    @abstractmethod
+    def t5_length(self) -> int:
+        """Tokens of T5's part of the text."""
+
+    @property
+    def text_limits(self) -> dict[str, int]:
+        # T5 is the last encoder, and reads what `encode_text` asks for.
+        limits = super().text_limits
+        last = self.text_encoder_names()[-1]
+        return limits | ({last: self.t5_length} if last in limits else {})
 
     @property
     def image_tokens(self) -> int:
@@ -46,4 +61,9 @@ def dynamic_shift(config: Any, num_tokens: int) -> float:
     """mu of a dynamically shifted flow scheduler: linear in the number of image tokens (its config holds the line)."""
     base, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    if not all(is_number(number) for number in (base, most, low, high)) or base == most:
+        raise UserError(
+            f"scheduler/scheduler_config.json shifts from {low!r} at {base!r} tokens to {high!r} at {most!r}; expected "
+            "four numbers, and two different lengths"
+        )
     return low + (high - low) * (num_tokens - base) / (most - base)

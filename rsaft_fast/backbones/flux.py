@@ -35,6 +35,10 @@ class FLUX(FlowBackbone):
         return {"feature_extractor": None, "image_encoder": None}
 
     @property
+    def usual_sampling(self) -> tuple[int, float]:
+        return (28, 3.5) if self.denoiser.config.guidance_embeds else (4, 1.0)
+
+    @property
     def size_divisor(self) -> int:
         return self.vae_scale_factor * PATCH
 

@@ -8,14 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
 from rsaft_fast.backbones.base import Backbone, Branch, Conditioning
+from rsaft_fast.backbones.components import load_components
+from rsaft_fast.backbones.folder import is_text_encoder, read_pipeline
 from rsaft_fast.backbones.quantized import Quantization, quantize_denoiser
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory.offload import OffloadedBlocks
+from rsaft_fast.pretrained import first_sentence
+from rsaft_fast.truncation import cut_prompts_note
 
 
 class PipelineBackbone(Backbone):
@@ -33,6 +36,8 @@ class PipelineBackbone(Backbone):
         text_encoders: names of the components without which no prompt can be encoded.
         embeds_guidance: whether `guidance_scale` goes into an embedding, not into classifier-free guidance.
         lora_targets: names of the linear layers that adapters go to by default.
+        vae_keys: the numbers of its VAE's config that the pipeline applies.
+        notes: lines about what was found in the folder and its configs, for the user to see.
         offloaded: the denoiser's blocks that are streamed from the host (`offload_blocks` of them), or None.
     """
 
@@ -42,6 +47,8 @@ class PipelineBackbone(Backbone):
     text_encoders: ClassVar[tuple[str, ...]]
     embeds_guidance: ClassVar[bool] = False
     lora_targets: ClassVar[tuple[str, ...]]
+    vae_keys: ClassVar[tuple[str, ...]] = ("scaling_factor",)
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -114,18 +121,11 @@ class PipelineBackbone(Backbone):
             networks: False makes the denoiser and the VAE from their configs alone, without weights; the text encoders
                 then stay on the host, for `encode_in_turns`.
         """
-        index = cls.pipeline_class.load_config(path)
-        # A pipeline may have been saved without one (SD3 without T5); diffusers wants to be told so.
-        parts = {name: None for name, entry in index.items() if isinstance(entry, list) and not any(entry)}
-        if networks:
-            parts[cls.denoiser_name] = cls._load_denoiser(path, dtype)
-        else:
-            parts |= cls._shapes_alone(path, dtype, getattr(diffusers, index["vae"][1]))
-        if not text:
-            parts |= dict.fromkeys(cls.text_encoder_names())
-        dtypes = {"default": dtype, "vae": cls.vae_dtype(dtype)}
-        pipeline = cls.pipeline_class.from_pretrained(path, dtype=dtypes, **parts | cls.loading_options())
-        return cls(
+        found = read_pipeline(path, cls, text)
+        made, weights = load_components(found, dtype, cls.vae_dtype(dtype), networks)
+        absent = [name for name in required_components(cls.pipeline_class) if name not in made]
+        pipeline = cls.pipeline_class(**dict.fromkeys(absent) | made | found.settings | cls.loading_options())
+        backbone = cls(
             pipeline,
             height=height,
             width=width,
@@ -134,43 +134,21 @@ class PipelineBackbone(Backbone):
             offload_blocks=offload_blocks if networks else 0,
             quantize=quantize if networks else None,
         )
+        variants = {name: chosen.variant for name, chosen in weights.items() if chosen.variant}
+        backbone.notes = found.notes + tuple(
+            f"{path}/{name} holds no weights but the variant {variant}: taken" for name, variant in variants.items()
+        )
+        return backbone
 
     @classmethod
     def text_encoder_names(cls) -> list[str]:
         """Names of all text encoders that the pipeline class can have, in the order in which it calls them."""
         return [name for name in inspect.signature(cls.pipeline_class.__init__).parameters if is_text_encoder(name)]
 
-    @classmethod
-    def _shapes_alone(
-        cls, path: str | Path, dtype: torch.dtype, vae_class: type[ModelMixin]
-    ) -> dict[str, torch.nn.Module]:
-        """The denoiser and the VAE on the meta device."""
-        made = {}
-        for name, network_class in ((cls.denoiser_name, cls.denoiser_class), ("vae", vae_class)):
-            with torch.device("meta"):
-                network = network_class.from_config(network_class.load_config(path, subfolder=name))
-            # diffusers' own `to` speaks of layers to keep in fp32.
-            made[name] = torch.nn.Module.to(network, cls.vae_dtype(dtype) if name == "vae" else dtype)
-        return made
-
     @staticmethod
     def vae_dtype(dtype: torch.dtype) -> torch.dtype:
         """What the VAE computes in when the denoiser computes in `dtype`."""
         return torch.float32 if dtype == torch.float16 else dtype
-
-    @classmethod
-    def _load_denoiser(cls, path: str | Path, dtype: torch.dtype) -> torch.nn.Module:
-        """The denoiser alone: within a pipeline, diffusers loads one whose config fits part of its weights."""
-        denoiser, info = cls.denoiser_class.from_pretrained(
-            path, subfolder=cls.denoiser_name, dtype=dtype, output_loading_info=True
-        )
-        for key, meaning in (("missing_keys", "the file lacks"), ("unexpected_keys", "the config has no place for")):
-            if names := sorted(info[key]):
-                raise UserError(
-                    f"{path}: {cls.denoiser_name}/config.json does not match its weights: {meaning} {len(names)} of "
-                    f"them, {names[0]} first"
-                )
-        return denoiser
 
     @classmethod
     def loading_options(cls) -> dict[str, Any]:
@@ -186,6 +164,11 @@ class PipelineBackbone(Backbone):
         return [component for component in self.pipeline.components.values() if isinstance(component, torch.nn.Module)]
 
     @property
+    @abstractmethod
+    def usual_sampling(self) -> tuple[int, float]:
+        """Steps and guidance scale that diffusers' pipeline takes where it is told none, or the model's authors do."""
+
+    @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent element along one side."""
         return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
@@ -198,7 +181,15 @@ class PipelineBackbone(Backbone):
     @property
     def default_size(self) -> int:
         """Side of the square picture the pipeline was made for, in pixels."""
-        return self.denoiser.config.sample_size * self.vae_scale_factor
+        size = self.denoiser.config.sample_size
+        if isinstance(size, (list, tuple)) and len(set(size)) == 1:
+            size = size[0]
+        if not isinstance(size, int) or size < 1:
+            raise UserError(
+                f"{self.denoiser_name}/config.json has sample_size {size!r}, which is no side of a square picture; "
+                "give height and width"
+            )
+        return size * self.vae_scale_factor
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -255,7 +246,14 @@ class PipelineBackbone(Backbone):
             UserError: a text encoder is missing, or is not of the denoiser's width.
         """
         self.require_text_encoders()
-        text = self.encode_text([prompt or "" for prompt in prompts])
+        try:
+            text = self.encode_text([prompt or "" for prompt in prompts])
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            # Keys of their configs that transformers reads only now.
+            raise UserError(
+                f"the pipeline's text encoders do not work ({type(error).__name__}: {first_sentence(error)}); their "
+                "configs or tokenizers are damaged: download them anew"
+            ) from error
         for name, shape in self.embedding_shapes.items():
             if text[name].shape[-1] != shape[-1]:
                 raise UserError(
@@ -273,6 +271,22 @@ class PipelineBackbone(Backbone):
     @abstractmethod
     def encode_text(self, prompts: list[str]) -> Branch:
         """What the pipeline's text encoders make of the prompts, under the denoiser's own names."""
+
+    def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
+        """A line for each text encoder that does not read all of these prompts, see `truncation`."""
+        notes = []
+        for name, limit in self.text_limits.items():
+            tokenizer = getattr(self.pipeline, name.replace("text_encoder", "tokenizer"))
+            if tokenizer is not None and (note := cut_prompts_note(tokenizer, prompts, limit, name)):
+                notes.append(note)
+        return notes
+
+    @property
+    def text_limits(self) -> dict[str, int]:
+        """Tokens that each text encoder reads, start and end included."""
+        components = self.pipeline.components
+        tokenizers = {name: part for name, part in components.items() if name.startswith("tokenizer") and part}
+        return {n.replace("tokenizer", "text_encoder"): part.model_max_length for n, part in tokenizers.items()}
 
     def added_conditions(self, batch: int, guidance_scale: float) -> Branch:
         """What a branch holds beside the text."""
@@ -303,7 +317,8 @@ class PipelineBackbone(Backbone):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self.pipeline.vae
-        x = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        mean, std = self._latent_statistics(latents)
+        x = latents * std / vae.config.scaling_factor + mean
         images = vae.decode(x.to(vae.dtype), return_dict=False)[0]
         return images.to(self.latent_dtype) / 2 + 0.5
 
@@ -311,8 +326,17 @@ class PipelineBackbone(Backbone):
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         vae = self.pipeline.vae
         posterior = vae.encode((2 * images - 1).to(device=self.device, dtype=vae.dtype)).latent_dist
-        latents = (posterior.mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        mean, std = self._latent_statistics(posterior.mean)
+        latents = (posterior.mean - mean) * vae.config.scaling_factor / std
         return latents.to(self.latent_dtype)
+
+    def _latent_statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+        """What the VAE's config says that its latents' mean and spread are: one number, or one a channel."""
+        config = self.pipeline.vae.config
+        if "latents_mean" not in self.vae_keys or config.get("latents_mean") is None:
+            return config.shift_factor or 0.0, 1.0
+        mean, std = (latents.new_tensor(config[key]).view(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
+        return mean, std
 
     def _timesteps(self, t: float, batch: int) -> torch.Tensor:
         return torch.full((batch,), t, device=self.device, dtype=torch.float32)
@@ -327,6 +351,7 @@ class PipelineBackbone(Backbone):
             )
 
 
-def is_text_encoder(name: str) -> bool:
-    """Whether a pipeline's component of that name is one."""
-    return name.startswith("text_encoder")
+def required_components(pipeline_class: type[DiffusionPipeline]) -> list[str]:
+    """Arguments of a pipeline's constructor that have no default."""
+    parameters = list(inspect.signature(pipeline_class.__init__).parameters.values())[1:]
+    return [p.name for p in parameters if p.default is inspect.Parameter.empty]

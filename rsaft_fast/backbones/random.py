@@ -14,7 +14,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, ModelMixin
 
-from rsaft_fast.backbones.pipeline import PipelineBackbone
+from rsaft_fast.backbones.pipeline import PipelineBackbone, required_components
 from rsaft_fast.backbones.quantized import Quantization
 from rsaft_fast.backbones.registry import ADAPTERS
 from rsaft_fast.backbones.specs import Spec, load_spec
@@ -49,7 +49,7 @@ def random_backbone(
     if spec.pipeline not in ADAPTERS:
         raise UserError(f"the spec's pipeline is {spec.pipeline!r}; supported: {', '.join(sorted(ADAPTERS))}")
     adapter = ADAPTERS[spec.pipeline]
-    components = dict.fromkeys(_required_components(adapter)) | adapter.loading_options()
+    components = dict.fromkeys(required_components(adapter.pipeline_class)) | adapter.loading_options()
     components |= {
         adapter.denoiser_name: random_network(adapter.denoiser_class, spec.denoiser, dtype, device, seed),
         "vae": random_network(AutoencoderKL, spec.vae, adapter.vae_dtype(dtype), device, seed + 1),
@@ -65,12 +65,6 @@ def random_backbone(
         offload_blocks=offload_blocks,
         quantize=quantize,
     )
-
-
-def _required_components(adapter: type[PipelineBackbone]) -> list[str]:
-    """Arguments of the pipeline's constructor that have no default."""
-    parameters = list(inspect.signature(adapter.pipeline_class.__init__).parameters.values())[1:]
-    return [p.name for p in parameters if p.default is inspect.Parameter.empty]
 
 
 def random_network(

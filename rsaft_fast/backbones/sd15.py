@@ -28,6 +28,10 @@ class SD15(UNetBackbone):
         }
 
     @property
+    def usual_sampling(self) -> tuple[int, float]:
+        return 50, 7.5
+
+    @property
     def embedding_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (self.text_tokens, self.denoiser.config.cross_attention_dim)}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
@@ -18,6 +20,10 @@ class SD3(FlowBackbone):
     denoiser_class = SD3Transformer2DModel
     text_encoders = ("text_encoder", "text_encoder_2")
 
+    @classmethod
+    def loading_options(cls) -> dict[str, Any]:
+        return {"feature_extractor": None, "image_encoder": None}
+
     def __init__(self, pipeline: StableDiffusion3Pipeline, **options):
         super().__init__(pipeline, **options)
         most = self.denoiser.config.pos_embed_max_size * self.size_divisor
@@ -25,6 +31,11 @@ class SD3(FlowBackbone):
             raise UserError(
                 f"{self.height}x{self.width} exceeds this transformer's position table of {most} pixels a side"
             )
+
+    @property
+    def usual_sampling(self) -> tuple[int, float]:
+        # 3.5 normalises queries and keys, and was made for less guidance.
+        return 28, 7.0 if self.denoiser.config.get("qk_norm") is None else 4.5
 
     @property
     def size_divisor(self) -> int:

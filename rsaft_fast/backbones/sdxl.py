@@ -23,6 +23,7 @@ class SDXL(UNetBackbone):
 
     pipeline_class = StableDiffusionXLPipeline
     text_encoders = ("text_encoder", "text_encoder_2")
+    vae_keys = ("scaling_factor", "latents_mean", "latents_std")
 
     def __init__(self, pipeline: StableDiffusionXLPipeline, **options):
         super().__init__(pipeline, **options)
@@ -35,6 +36,10 @@ class SDXL(UNetBackbone):
     @classmethod
     def loading_options(cls) -> dict[str, Any]:
         return {"feature_extractor": None, "image_encoder": None, "add_watermarker": False}
+
+    @property
+    def usual_sampling(self) -> tuple[int, float]:
+        return 50, 5.0
 
     @property
     def embedding_shapes(self) -> dict[str, tuple[int, ...]]:

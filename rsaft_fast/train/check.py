@@ -13,6 +13,7 @@ from rsaft_fast.backbones import PipelineBackbone, adapter_for
 from rsaft_fast.backbones.quantized import why_not
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.prompt_sets import overlap_note, prompt_notes
+from rsaft_fast.hub import is_hub_id
 from rsaft_fast.ops import backends
 from rsaft_fast.rewards import RewardSettings
 from rsaft_fast.rewards.calibration import read_calibration
@@ -29,7 +30,6 @@ from rsaft_fast.train.samples import first_prompts
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TF32_ROUNDING = 2.0**-11
 """Half a unit in the last of TF32's 10 bits."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def pick_device(name: str) -> torch.device:
 
 def check_path(key: str, path: str) -> None:
     """Refuse a pipeline's path that is neither a folder nor a hub id."""
-    if path != PLAYGROUND and not Path(path).expanduser().exists() and not _HUB_ID.fullmatch(path):
+    if path != PLAYGROUND and not Path(path).expanduser().exists() and not is_hub_id(path):
         raise UserError(f"{key}: there is no folder {path!r}, and it is not a hub id (owner/name)")
 
 

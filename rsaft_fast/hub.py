@@ -1,0 +1,108 @@
+"""The Hugging Face hub: which names are its ids, its files in the cache here, and why it did not give them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rsaft_fast.errors import UserError
+
+Answer = TypeVar("Answer")
+
+_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Whether a name has the form owner/name."""
+    return _ID.fullmatch(str(name)) is not None
+
+
+def snapshot(what: str, repository: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """The folder of a repository with the files of these patterns, downloaded once; without a connection, as cached.
+
+    Args:
+        what: how messages call it, such as "pipeline".
+        revision: a commit; None is the newest.
+
+    Raises:
+        UserError: see `reach`.
+    """
+    return reach(
+        what,
+        repository,
+        lambda hub: Path(hub.snapshot_download(repository, allow_patterns=list(patterns), revision=revision)),
+    )
+
+
+def reach(what: str, repository: str, fetch: Callable[[Any], Answer]) -> Answer:
+    """Call `fetch` with the `huggingface_hub` module; whatever its client raises becomes one line with the mend.
+
+    Raises:
+        UserError: gated, not there (or private), not reachable, or a disk that does not take it: each told apart.
+    """
+    # As the commands start: its part of the client costs a third of a second that local folders need not wait.
+    import huggingface_hub
+
+    try:
+        return fetch(huggingface_hub)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} {repository!r} {_reason(error, repository)}") from error
+
+
+def _reason(error: Exception, repository: str) -> str:
+    from huggingface_hub import errors
+
+    offline = _cause(error, errors.OfflineModeIsEnabled)
+    if _cause(error, errors.GatedRepoError):
+        return (
+            f"is gated on the hub: accept its licence at https://huggingface.co/{repository}, and log in on this "
+            "machine with hf auth login"
+        )
+    if _cause(error, errors.RepositoryNotFoundError):
+        return (
+            "is neither a folder here nor a repository of the hub that you may see; check the name, or, where it is "
+            "private, log in with hf auth login"
+        )
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return f"is a repository of the hub without a file that is needed ({_line(error)}); check the name"
+    if offline or (isinstance(error, errors.LocalEntryNotFoundError) and not error.__cause__):
+        return (
+            "is neither a folder here nor (whole) in the hub's cache, and the hub is not asked: HF_HUB_OFFLINE is set; "
+            "unset it, or give a local folder"
+        )
+    answer = error if isinstance(error, errors.HfHubHTTPError) else error.__cause__
+    if isinstance(answer, errors.HfHubHTTPError) and answer.response is not None:
+        return (
+            f"is not (whole) in the hub's cache, and the hub answered with HTTP {answer.response.status_code} "
+            f"({_line(answer)}); try again later, or give a local folder"
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError) or _is_of_network(error):
+        cause = error.__cause__ or error
+        return (
+            "is neither a folder here nor (whole) in the hub's cache, and the hub cannot be reached: offline? "
+            f"({type(cause).__name__}: {_line(cause)}); check the connection, or give a local folder"
+        )
+    return f"could not be had from the hub ({type(error).__name__}: {_line(error)}); try again, or give a local folder"
+
+
+def _cause(error: BaseException | None, kind: type[BaseException]) -> bool:
+    """Whether the error, or one that it was raised from, is of that kind."""
+    while error is not None:
+        if isinstance(error, kind):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _is_of_network(error: Exception) -> bool:
+    """Errors of connections: Python's own, and those of the client's library, which has changed its name before."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"ConnectionError", "TimeoutError", "TransportError"})
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
