@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from rsaft_fast import hub
 from rsaft_fast.errors import UserError
+from rsaft_fast.pretrained import check_file, read_config
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
 _SIDE_FILES = ("*.json", "*.txt")
 
 
@@ -29,7 +27,7 @@ def checkpoint_folder(path: str | Path) -> Path:
         return folder
     if folder.is_file():
         raise UserError(f"reward {str(path)!r} is a file; give the folder that holds config.json and the weights")
-    if not _HUB_ID.fullmatch(str(path)):
+    if not hub.is_hub_id(path):
         raise UserError(f"there is no reward folder {str(path)!r}; give an existing folder or a hub id (owner/name)")
     return _download(str(path))
 
@@ -49,9 +47,9 @@ def checkpoint_file(path: str | Path, name: str) -> Path:
             if candidate.is_file():
                 return candidate
         raise UserError(f"{str(path)!r} holds no {name}; give the folder that holds it, or the file itself")
-    if not _HUB_ID.fullmatch(str(path)):
+    if not hub.is_hub_id(path):
         raise UserError(f"there is no reward file {str(path)!r}; give the file {name}, its folder, or a hub id")
-    return _reach(str(path), lambda hub: Path(hub.hf_hub_download(str(path), name)))
+    return hub.reach("reward", str(path), lambda client: Path(client.hf_hub_download(str(path), name)))
 
 
 def tokenizer_folder(path: str | Path) -> Path:
@@ -63,39 +61,25 @@ def tokenizer_folder(path: str | Path) -> Path:
     place = Path(path).expanduser()
     if str(path) and place.exists():
         return place
-    if not _HUB_ID.fullmatch(str(path)):
+    if not hub.is_hub_id(path):
         raise UserError(f"there is no tokenizer {str(path)!r}; give an existing file or folder, or a hub id")
-    return _reach(str(path), lambda hub: Path(hub.snapshot_download(str(path), allow_patterns=[*_SIDE_FILES])))
+    return hub.snapshot("tokenizer", str(path), _SIDE_FILES)
 
 
 def _download(hub_id: str) -> Path:
-    def fetch(hub: ModuleType) -> Path:
-        # The pickle twin of the safetensors weights, where both are published, is not worth downloading.
-        folder = Path(hub.snapshot_download(hub_id, allow_patterns=[*_SIDE_FILES, "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(hub.snapshot_download(hub_id, allow_patterns=[*_SIDE_FILES, "pytorch_model*.bin"]))
-        return folder
-
-    return _reach(hub_id, fetch)
-
-
-def _reach(hub_id: str, fetch: Callable[[ModuleType], Path]) -> Path:
-    import huggingface_hub
-
-    try:
-        return fetch(huggingface_hub)
-    except Exception as error:
-        # The hub's client raises from four libraries; whichever it is, the reader's mend is the same.
-        raise UserError(
-            f"reward {hub_id!r} is neither a folder here nor a hub repository that can be reached "
-            f"({type(error).__name__}: {first_line(error)}); check the name and the connection, or give a local folder"
-        ) from error
+    # The pickle twin of the safetensors weights, where both are published, is not worth downloading.
+    folder = hub.snapshot("reward", hub_id, [*_SIDE_FILES, "*.safetensors"])
+    if not any(folder.glob("*.safetensors")):
+        folder = hub.snapshot("reward", hub_id, [*_SIDE_FILES, "pytorch_model*.bin"])
+    return folder
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The weights of a transformers checkpoint, safetensors before pickle, shards in order."""
     for pattern in ("model*.safetensors", "pytorch_model*.bin"):
         if files := sorted(folder.glob(pattern)):
+            for file in files:
+                check_file(file)
             return files
     raise UserError(f"{str(folder)!r} holds no weights; expected model.safetensors or pytorch_model.bin")
 
@@ -130,13 +114,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the checkpoint."""
     if not path.is_file():
         raise UserError(f"{str(path.parent)!r} holds no {path.name}; give a folder saved by save_pretrained")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{str(path)!r} is not JSON ({first_line(error)}); save the checkpoint anew") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} holds a {type(content).__name__}, not a JSON object; save the checkpoint anew")
-    return content
+    return read_config(path, "reward's config")
 
 
 def first_line(error: Exception) -> str:

@@ -378,7 +378,7 @@ def test_a_wrong_path_is_one_clear_line(tmp_path):
 
 def test_a_hub_that_cannot_be_reached_is_one_clear_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="neither a folder here nor a hub repository") as caught:
+    with pytest.raises(UserError, match="neither a folder here .*HF_HUB_OFFLINE") as caught:
         ClipReward.from_pretrained("nobody/no-such-reward")
     assert "\n" not in str(caught.value)
 
