@@ -14,7 +14,7 @@ Fine-tunes diffusion models by reward gradient, smoothed against reward hacking 
 
   rsaft-fast demo                          watch it work in three minutes, on any machine
   rsaft-fast train recipe.yaml             fine-tune your own model
-  rsaft-fast sample PIPELINE --run RUN     look at what came out
+  rsaft-fast sample --run RUN              look at what came out
   rsaft-fast score PICTURES --reward R=P   what reward models say of pictures
   rsaft-fast serve --reward R=P            reward models for other processes, over HTTP
   rsaft-fast convert FILE FOLDER           a reward's published pickle as safetensors, once
@@ -43,10 +43,17 @@ save, and exit with 130 and 143; a second Ctrl-C exits at once. Something wrong 
 SAMPLE = """\
 Draw pictures with this project's sampler, from a pipeline as it is or with what a run trained.
 
+Before and after: the run's own pipeline, sampler, size and dtype, without and with its training.
+
 examples:
   rsaft-fast sample playground --prompts "a red circle left of a blue square" --seeds 0 1 2
-  rsaft-fast sample playground --run runs/playground --prompts-file playground
+  rsaft-fast sample --run runs/playground --prompts-file playground --output after
+  rsaft-fast sample --run runs/playground --prompts-file playground --output before --untrained
+  rsaft-fast sample --run runs/playground --prompts-file playground --checkpoint 40
   rsaft-fast sample path/to/sd3 --lora runs/a/lora --prompts-file prompts.txt --steps 28 --guidance 4.5
+
+Without --run, steps and guidance are those of diffusers' pipelines, or of the model's authors: SD1.5 50 and 7.5, SDXL
+50 and 5, SD3 28 and 7, SD3.5 28 and 4.5, FLUX.1-dev 28 and 3.5, FLUX.1-schnell 4 and none.
 
 A picture depends on its prompt and seed alone. Writes one PNG a picture, grid.png and pictures.json into --output.
 """
@@ -186,10 +193,17 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", metavar="FOLDER", help="where it writes (default: runs/demo, or the next free one)")
 
     sample = add("sample", "draw pictures with a pipeline or a run", SAMPLE)
-    sample.add_argument("pipeline", metavar="PIPELINE", help="folder in diffusers' format, hub id, or playground")
+    sample.add_argument(
+        "pipeline",
+        nargs="?",
+        metavar="PIPELINE",
+        help="folder in diffusers' format, hub id, or playground (default: the run's)",
+    )
     trained = sample.add_mutually_exclusive_group()
     trained.add_argument("--run", metavar="FOLDER", help="a run folder: its newest checkpoint and its sampler settings")
     trained.add_argument("--lora", metavar="PATH", help="a LoRA in diffusers' format, file or folder")
+    sample.add_argument("--untrained", action="store_true", help="with --run: its settings, without its training")
+    sample.add_argument("--checkpoint", type=_natural, metavar="STEP", help="with --run: the weights of that step")
     prompts = sample.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompts", nargs="+", metavar="TEXT", help="prompts, each in quotes")
     prompts.add_argument(
@@ -201,8 +215,8 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--seeds", nargs="+", type=_natural, default=[0], metavar="N", help="a picture each (default: 0)"
     )
-    sample.add_argument("--steps", type=_positive, metavar="N", help="network calls (default: the run's, else 28)")
-    sample.add_argument("--guidance", type=float, metavar="W", help="guidance scale (default: the run's, else 1)")
+    sample.add_argument("--steps", type=_positive, metavar="N", help="network calls (default: the run's, or as above)")
+    sample.add_argument("--guidance", type=float, metavar="W", help="guidance scale (default: the run's, or as above)")
     sample.add_argument("--negative", metavar="TEXT", help="negative prompt (default: the run's, else none)")
     sample.add_argument("--eta", type=float, metavar="X", help="DDIM's noise, 0 to 1 (default: the run's, else 0)")
     sample.add_argument("--height", type=_positive, metavar="PIXELS", help="default: the run's, else the pipeline's")

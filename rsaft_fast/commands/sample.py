@@ -4,52 +4,106 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from rsaft_fast.backbones import PipelineBackbone, add_lora
+from rsaft_fast.backbones.lora_files import has_text_part, load_lora
 from rsaft_fast.commands.output import output_folder
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation import save_grid, save_png
 from rsaft_fast.evaluation.grids import to_picture
+from rsaft_fast.sampling import Schedule
 from rsaft_fast.speed import SpeedSettings, apply_speed
 from rsaft_fast.train import checkpoint as checkpoints
-from rsaft_fast.train.check import check_device, check_path, pick_device
-from rsaft_fast.train.config import BackboneSettings, Config, SamplerSettings
-from rsaft_fast.train.data import EncodedPrompts, load_prompts
+from rsaft_fast.train.check import DTYPES, check_device, check_path, pick_device
+from rsaft_fast.train.config import PLAYGROUND, BackboneSettings, Config, SamplerSettings
+from rsaft_fast.train.data import EncodedPrompts, load_prompts, negative_texts
+from rsaft_fast.train.encodings import Encodings, load_shapes
 from rsaft_fast.train.logging import CONFIG
 from rsaft_fast.train.memory_errors import naming_the_phase
-from rsaft_fast.train.recipe import load_config
+from rsaft_fast.train.recipe import find_recipe, load_config
 from rsaft_fast.train.samples import sample_images
 from rsaft_fast.train.trainer import prepare_backbone
 
 
 def run(arguments: argparse.Namespace) -> int:
-    check_device(arguments.device)
-    check_path("PIPELINE", arguments.pipeline)
+    _check_arguments(arguments)
+    trained = _read_run(arguments.run) if arguments.run else None
+    settings = _backbone(arguments, trained)
+    check_path("PIPELINE", settings.path)
     prompts = arguments.prompts or load_prompts(arguments.prompts_file, held_out=True)
     output = output_folder(arguments.output, "samples")
-    trained = _read_run(arguments.run) if arguments.run else None
-    sampler = _sampler(arguments, trained)
-    backbone = prepare_backbone(_backbone(arguments, trained), pick_device(arguments.device))
-    schedule = backbone.schedule(sampler.steps, sampler.eta)
-    if trained is not None:
-        load_trained(backbone, trained, Path(arguments.run))
-    elif arguments.lora:
-        load_lora(backbone, arguments.lora)
-    apply_speed(backbone, trained.speed.portable() if trained else SpeedSettings())
+    return _draw(arguments, trained, settings, prompts, output)
+
+
+def _draw(
+    arguments: argparse.Namespace,
+    trained: Config | None,
+    settings: BackboneSettings,
+    prompts: list[str],
+    output: Path,
+) -> int:
+    device = pick_device(arguments.device)
+    shapes = load_shapes(settings, DTYPES[settings.dtype], device)
+    sampler = _sampler(arguments, trained, shapes, settings.path)
+    schedule = shapes.schedule(sampler.steps, sampler.eta)
     with naming_the_phase("sampling"):
-        encoded = EncodedPrompts.encode(backbone, prompts, sampler)
-        columns = {
-            f"seed {seed}": sample_images(
-                backbone, schedule, encoded(prompts), seed, arguments.batch_size, same_noise=True
-            )
-            for seed in dict.fromkeys(arguments.seeds)
-        }
-    _write(output, prompts, columns)
-    print(f"rsaft-fast: {len(prompts) * len(columns)} pictures and {output / 'grid.png'}")
+        backbone, encoded = _load(arguments, settings, device, shapes, prompts, sampler)
+        if trained is not None and not arguments.untrained:
+            load_trained(backbone, trained, Path(arguments.run), arguments.checkpoint)
+        apply_speed(backbone, trained.speed.portable() if trained else SpeedSettings())
+        columns = _pictures(arguments, backbone, schedule, encoded, prompts, output)
+    save_grid(output / "grid.png", prompts, columns)
+    print(
+        f"rsaft-fast: {len(prompts) * len(columns)} pictures and {output / 'grid.png'} "
+        f"({sampler.steps} steps, guidance {sampler.guidance_scale:g})"
+    )
     return 0
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    check_device(arguments.device)
+    if arguments.pipeline is None and not arguments.run:
+        raise UserError("sample needs a PIPELINE (folder, hub id, or playground), or --run FOLDER, which knows its own")
+    for option, given in (("--untrained", arguments.untrained), ("--checkpoint", arguments.checkpoint is not None)):
+        if given and not arguments.run:
+            raise UserError(f"{option} is of --run FOLDER, and there is none; leave it out, or name the run")
+    if arguments.untrained and arguments.checkpoint is not None:
+        raise UserError("--untrained leaves out what --checkpoint would load; give one of them")
+
+
+def _load(
+    arguments: argparse.Namespace,
+    settings: BackboneSettings,
+    device: torch.device,
+    shapes: PipelineBackbone,
+    prompts: list[str],
+    sampler: SamplerSettings,
+) -> tuple[PipelineBackbone, EncodedPrompts]:
+    """The model and its prompts, encoded first: text encoders and denoiser are never in memory together.
+
+    Unless a LoRA has a part of theirs, which peft attaches with the rest.
+    """
+    if arguments.lora and has_text_part(arguments.lora):
+        backbone = prepare_backbone(settings, device)
+        lines = [*backbone.notes, *load_lora(backbone, arguments.lora)]
+        encoded = EncodedPrompts.encode(backbone, prompts, sampler)
+        lines += backbone.cut_prompts([*prompts, sampler.negative_prompt])
+    else:
+        lines: list[str] = []
+        encodings = Encodings(shapes, settings, prompts + negative_texts(shapes, sampler), None, lines.append)
+        encodings.complete()
+        backbone = prepare_backbone(settings, device, text=False)
+        encoded = EncodedPrompts(backbone, encodings, sampler)
+        lines += [note for note in backbone.notes if note not in lines]
+        lines += load_lora(backbone, arguments.lora) if arguments.lora else []
+    for line in lines:
+        print(f"rsaft-fast: {line}", file=sys.stderr)
+    return backbone, encoded
 
 
 def _read_run(folder: str) -> Config:
@@ -59,9 +113,17 @@ def _read_run(folder: str) -> Config:
     return load_config(path)
 
 
-def _sampler(arguments: argparse.Namespace, trained: Config | None) -> SamplerSettings:
-    """The options given, over the run's settings, over the defaults."""
-    base = trained.sampler if trained else SamplerSettings(steps=28)
+def _sampler(
+    arguments: argparse.Namespace, trained: Config | None, shapes: PipelineBackbone, path: str
+) -> SamplerSettings:
+    """The options given, over the run's settings, over those that are usual for the model."""
+    if trained is not None:
+        base = trained.sampler
+    elif path == PLAYGROUND:
+        base = load_config(find_recipe(PLAYGROUND)).sampler
+    else:
+        steps, guidance = shapes.usual_sampling
+        base = SamplerSettings(steps=steps, guidance_scale=guidance)
     given = {
         "steps": arguments.steps,
         "eta": arguments.eta,
@@ -72,25 +134,30 @@ def _sampler(arguments: argparse.Namespace, trained: Config | None) -> SamplerSe
 
 
 def _backbone(arguments: argparse.Namespace, trained: Config | None) -> BackboneSettings:
-    base = trained.backbone if trained else BackboneSettings(path=arguments.pipeline)
+    path = arguments.pipeline or trained.backbone.path
+    base = trained.backbone if trained else BackboneSettings(path=path)
     given = {"height": arguments.height, "width": arguments.width, "dtype": arguments.dtype}
     return base.model_copy(
-        update={"path": arguments.pipeline, "checkpoint": ()}
-        | {name: value for name, value in given.items() if value is not None}
+        update={"path": path, "checkpoint": ()} | {name: value for name, value in given.items() if value is not None}
     )
 
 
 @torch.no_grad()
-def load_trained(backbone: PipelineBackbone, config: Config, folder: Path) -> None:
-    """Put a run's newest weights, or their running mean where it kept one, into the backbone.
+def load_trained(backbone: PipelineBackbone, config: Config, folder: Path, step: int | None = None) -> None:
+    """Put a run's newest weights, or those of a step, into the backbone: their running mean where it kept one.
 
     Raises:
         UserError: no complete checkpoint, or one of another model.
     """
     path, passed_over = checkpoints.newest(folder / "checkpoints")
+    if step is not None:
+        path = folder / "checkpoints" / f"step_{step}"
+        if not path.is_dir():
+            kept = sorted((place.name for place in path.parent.glob("step_*")), key=lambda name: (len(name), name))
+            raise UserError(f"--checkpoint {step}: {path} does not exist; the run kept {', '.join(kept) or 'none'}")
     if path is None:
         raise UserError(f"--run {folder} has no complete checkpoint{''.join(f' ({line})' for line in passed_over[:1])}")
-    saved = checkpoints.read(path, verify=False)
+    saved = checkpoints.read(path, verify=step is not None)
     if config.parameters.train == "lora":
         add_lora(backbone, config.parameters.lora, config.seed)
     else:
@@ -102,33 +169,35 @@ def load_trained(backbone: PipelineBackbone, config: Config, folder: Path) -> No
         parameter.copy_(weights[name])
 
 
-def load_lora(backbone: PipelineBackbone, path: str) -> None:
-    """Load a LoRA in diffusers' format, by diffusers.
+@torch.no_grad()
+def _pictures(
+    arguments: argparse.Namespace,
+    backbone: PipelineBackbone,
+    schedule: Schedule,
+    encoded: EncodedPrompts,
+    prompts: list[str],
+    output: Path,
+) -> dict[str, torch.Tensor]:
+    """Draw and write one PNG a picture, named by number: a prompt is never part of a file's name.
 
-    Raises:
-        UserError: nothing there, or not a LoRA of this pipeline.
+    Returns:
+        The pictures (N, 3, H, W) of each seed, for the grid.
     """
-    file = Path(path)
-    if not file.exists():
-        raise UserError(f"--lora {path} does not exist; give the file or folder that a run left in lora/")
-    if file.is_file() and file.suffix != ".safetensors":
-        raise UserError(f"--lora {path} is not a .safetensors file; other formats can run code when they are loaded")
-    name = {"weight_name": file.name} if file.is_file() else {}
-    try:
-        backbone.pipeline.load_lora_weights(
-            str(file.parent if file.is_file() else file), use_safetensors=True, local_files_only=True, **name
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"--lora {path} could not be loaded: {str(error).strip().splitlines()[0]}") from error
-
-
-def _write(output: Path, prompts: list[str], columns: dict[str, torch.Tensor]) -> None:
-    """One PNG a picture, named by number: a prompt is never part of a file's name."""
-    listed = []
-    for label, images in columns.items():
-        for index, (prompt, image) in enumerate(zip(prompts, images)):
-            name = f"{index:04d}_{label.replace(' ', '_')}.png"
-            save_png(to_picture(image), output / name)
-            listed.append({"file": name, "prompt": prompt, "seed": int(label.split()[1])})
-    save_grid(output / "grid.png", prompts, columns)
+    columns, listed = {}, []
+    seeds = list(dict.fromkeys(arguments.seeds))
+    bar = tqdm(total=len(prompts) * len(seeds), desc="drawing", unit="picture", leave=False, delay=1)
+    with bar:
+        for seed in seeds:
+            drawn = []
+            for first in range(0, len(prompts), arguments.batch_size):
+                batch = prompts[first : first + arguments.batch_size]
+                images = sample_images(backbone, schedule, encoded(batch), seed, len(batch), same_noise=True)
+                for index, (prompt, image) in enumerate(zip(batch, images), first):
+                    name = f"{index:04d}_seed_{seed}.png"
+                    save_png(to_picture(image), output / name)
+                    listed.append({"file": name, "prompt": prompt, "seed": seed})
+                drawn.append(images)
+                bar.update(len(batch))
+            columns[f"seed {seed}"] = torch.cat(drawn)
     (output / "pictures.json").write_text(json.dumps(listed, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return columns

@@ -152,6 +152,8 @@ class Encodings(Mapping[str, Row]):
         self._find()
         if self.missing:
             self._require_text_encoders()
+        for note in shapes.notes + tuple(shapes.cut_prompts(self.texts)):
+            say(note)
 
     def __getitem__(self, text: str) -> Row:
         if text in self._rows:

@@ -64,6 +64,8 @@ class Trainer:
             encodings.complete()
             self.reward = self._keep_prompts(reward)
             self.backbone = prepare_backbone(config.backbone, self.device, text=False)
+        for note in set(self.backbone.notes) - set(encodings.shapes.notes):
+            say(note)
         self.encoded = EncodedPrompts(self.backbone, encodings, config.sampler)
         if config.parameters.train == "lora":
             add_lora(self.backbone, config.parameters.lora, config.seed)

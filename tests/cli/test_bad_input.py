@@ -181,7 +181,7 @@ def test_sample_refuses_what_it_cannot_use(tiny, tmp_path, capsys, monkeypatch):
         ([tiny.sd15, *common, "--output", out, "--run", full], "not a run folder"),
         ([tiny.sd15, *common, "--output", out, "--lora", tmp_path / "no"], "does not exist"),
         ([tiny.sd15, *common, "--output", out, "--lora", tmp_path / "lora.bin"], "not a .safetensors file"),
-        ([tiny.sd15, *common, "--output", out, "--lora", tmp_path / "empty"], "could not be loaded"),
+        ([tiny.sd15, *common, "--output", out, "--lora", tmp_path / "empty"], "no LoRA"),
         ([tiny.sd15, *common, "--output", out, "--device", "cuda:9"], "cuda:9"),
         ([tiny.sd15, *common, "--output", out, "--height", "7"], "height is 7"),
     ):

@@ -85,7 +85,8 @@ def pictures(folder) -> dict[str, Image.Image]:
 
 
 def test_sample_draws_what_a_run_trained(tiny, trained, tmp_path):
-    common = [str(tiny.sd15), "--prompts", "a red circle", "one", "--seeds", "3", "4", "--steps", "3"]
+    common = [str(tiny.sd15), "--prompts", "a red circle", "one", "--seeds", "3", "4"]
+    common += ["--steps", "3", "--guidance", "1"]
     for name, extra in {"base": [], "run": ["--run", str(trained)], "lora": ["--lora", str(trained / "lora")]}.items():
         assert main(["sample", *common, *extra, "--output", str(tmp_path / "drawn" / name)]) == 0
     base, run, lora = (pictures(tmp_path / "drawn" / name) for name in ("base", "run", "lora"))

@@ -1,0 +1,96 @@
+"""`rsaft-fast sample`: before and after a run, what it refuses, and what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from builders.recipes import config
+
+from rsaft_fast.cli import main
+from rsaft_fast.train.loop import train
+
+
+def pixels(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("0*.png")}
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train(config(tiny, folder, sampler={"steps": 3}, checkpoint_every=1, keep_checkpoints=None, optimizer__lr=0.1))
+    return folder
+
+
+def draw(tmp_path, name, *arguments, prompts=("a red circle", "one")) -> dict[str, bytes]:
+    output = tmp_path / name
+    code = main(["sample", *map(str, arguments), "--prompts", *prompts, "--output", str(output)])
+    assert code == 0
+    return pixels(output)
+
+
+def test_before_and_after_a_run_that_knows_its_pipeline(tiny, run, tmp_path):
+    after = draw(tmp_path, "after", "--run", run)
+    assert after == draw(tmp_path, "named", tiny.sd15, "--run", run)
+    before = draw(tmp_path, "before", "--run", run, "--untrained")
+    assert before == draw(tmp_path, "plain", tiny.sd15, "--steps", 3, "--guidance", 1)
+    assert set(before) == set(after) and before != after
+    first, last = (draw(tmp_path, f"step {n}", "--run", run, "--checkpoint", n) for n in (1, 2))
+    assert last == after and first not in (before, after)
+
+
+def test_pictures_are_numbered_apart_for_every_prompt_and_seed(tiny, tmp_path):
+    drawn = draw(
+        tmp_path, "a", tiny.sd15, "--steps", 1, "--seeds", 0, 1, 0, "--batch-size", 2, prompts=["one", "one", "two"]
+    )
+    assert len(drawn) == 6
+    listed = json.loads((tmp_path / "a/pictures.json").read_text())
+    assert [(e["prompt"], e["seed"]) for e in listed] == [(p, s) for s in (0, 1) for p in ("one", "one", "two")]
+    assert drawn["0000_seed_1.png"] == drawn["0001_seed_1.png"] != drawn["0002_seed_1.png"]
+
+
+def test_cut_prompts_are_counted_and_one_is_named(tiny, tmp_path, capsys):
+    long = "x" * 90
+    for name, option in (("a", []), ("b", ["--guidance", "1"])):
+        draw(tmp_path, name, tiny.sd15, "--steps", 1, *option, prompts=["one", long])
+        said = [line for line in capsys.readouterr().err.splitlines() if "does not see the end" in line]
+        assert len(said) == 1 and "77" in said[0] and "1 of" in said[0] and "xxx" in said[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--prompts", "a"], "PIPELINE"),
+        (["playground", "--prompts", "a", "--untrained"], "--untrained"),
+        (["playground", "--prompts", "a", "--checkpoint", "3"], "--checkpoint"),
+        (["--prompts", "a", "--run", "RUN", "--checkpoint", "1", "--untrained"], "--untrained"),
+        (["--prompts", "a", "--run", "RUN", "--checkpoint", "9"], "step_1, step_2"),
+    ],
+)
+def test_options_that_do_not_belong_together_are_refused(run, tmp_path, capsys, arguments, words):
+    arguments = [str(run) if argument == "RUN" else argument for argument in arguments]
+    assert main(["sample", *arguments, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert words in error[-1] and error[-1].startswith("rsaft-fast: error:")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family, steps, guidance", [("sd15", 50, "7.5"), ("sd3", 28, "7")])
+def test_without_a_run_the_models_usual_settings_hold(tiny, tmp_path, capsys, family, steps, guidance):
+    if not hasattr(tiny, family):
+        pytest.skip(f"no tiny {family}")
+    draw(tmp_path, family, getattr(tiny, family), prompts=["one"])
+    assert f"({steps} steps, guidance {guidance})" in capsys.readouterr().out
+
+
+def test_the_playground_is_drawn_as_its_recipe_draws(tmp_path, capsys):
+    draw(tmp_path, "p", "playground", prompts=["a red circle"])
+    assert "(10 steps, guidance 1)" in capsys.readouterr().out
+
+
+def test_a_lora_of_another_family_is_an_error_and_nothing_is_drawn(tiny, run, tmp_path, capsys):
+    assert main(
+        ["sample", str(tiny.sd3), "--lora", str(run / "lora"), "--prompts", "a", "--output", str(tmp_path / "o")]
+    )
+    assert "LoRA" in capsys.readouterr().err and not (tmp_path / "o").exists()
