@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from pydantic import Field
 
 from rsaft_fast.settings import Settings
 
@@ -22,7 +23,7 @@ class Loss(Settings):
     map: Literal["linear", "hinge", "target"] = "linear"
     margin: float = 2.0
     target: float = 10.0
-    scale: float = 1.0
+    scale: float = Field(default=1.0, gt=0)
 
     def __call__(self, rewards: torch.Tensor) -> torch.Tensor:
         """Loss (B,) of rewards (B,)."""

@@ -37,7 +37,7 @@ class ImageSmoothing(Settings):
             the reading that makes the sharpness S1 of eq. 10 a property of the picture.
     """
 
-    radius: float = Field(default=1e-2, gt=0)
+    radius: float = Field(default=1e-2, gt=0, le=1e6)
     norm: Literal["l2", "rms"] = "l2"
     space: Space = "pixel01"
 
@@ -46,7 +46,7 @@ class ParameterGroup(Settings):
     """Parameters whose name matches `match` (a regular expression, searched) get a radius of their own."""
 
     match: str
-    rho: float = Field(gt=0)
+    rho: float = Field(gt=0, le=1e6)
 
 
 class ParameterSmoothing(Settings):
@@ -58,7 +58,7 @@ class ParameterSmoothing(Settings):
         groups: radii for parts of the network; the direction is still that of the one global norm.
     """
 
-    rho: float = Field(default=1e-2, gt=0)
+    rho: float = Field(default=1e-2, gt=0, le=1e6)
     adaptive: bool = False
     groups: tuple[ParameterGroup, ...] = ()
 

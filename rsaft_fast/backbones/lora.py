@@ -23,9 +23,9 @@ class LoRASettings(Settings):
         targets: names of the linear layers, matched from the end; null takes the backbone's attention projections.
     """
 
-    rank: int = Field(default=32, ge=1)
+    rank: int = Field(default=32, ge=1, le=4096)
     alpha: float | None = Field(default=None, gt=0)
-    targets: tuple[str, ...] | None = None
+    targets: tuple[str, ...] | None = Field(default=None, min_length=1)
 
     @property
     def scale(self) -> float:

@@ -19,7 +19,7 @@ class DRaFT(Method):
     """
 
     name: Literal["draft"] = "draft"
-    k: int = Field(default=1, ge=1)
+    k: int = Field(default=1, ge=1, le=1000)
 
     def draw(self, num_steps: int, rng: np.random.Generator) -> GradientPlan:
         require_at_most("method.k", self.k, num_steps)
@@ -35,7 +35,7 @@ class DRaFTLV(Method):
     """
 
     name: Literal["draft_lv"] = "draft_lv"
-    n_extra: int = Field(default=2, ge=1)
+    n_extra: int = Field(default=2, ge=1, le=1000)
 
     def draw(self, num_steps: int, rng: np.random.Generator) -> GradientPlan:
         last, endpoints = num_steps - 1, 1 + self.n_extra

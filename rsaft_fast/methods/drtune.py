@@ -23,7 +23,7 @@ class DRTune(Method):
     """
 
     name: Literal["drtune"] = "drtune"
-    k: int | None = Field(default=None, ge=1)
+    k: int | None = Field(default=None, ge=1, le=1000)
     early_stop: float = Field(default=0.4, ge=0.0, lt=1.0)
 
     def draw(self, num_steps: int, rng: np.random.Generator) -> GradientPlan:

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.paths import user_place
 from rsaft_fast.pretrained import first_sentence
 from rsaft_fast.rewards.aesthetic import load_aesthetic
 from rsaft_fast.rewards.base import Reward
@@ -27,7 +28,7 @@ from rsaft_fast.rewards.image_reward import load_image_reward
 from rsaft_fast.rewards.preprocess import Clamp
 from rsaft_fast.rewards.remote import load_remote
 from rsaft_fast.rewards.wire import TOKEN_VARIABLE
-from rsaft_fast.settings import Settings
+from rsaft_fast.settings import Settings, UserPath, UserPlace
 
 _PLAYGROUND = "playground/"
 
@@ -96,14 +97,14 @@ class SingleReward(Settings):
     clamp: Clamp = "hard"
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     checkpoint: bool = True
-    tokenizer: str | None = None
-    image_tower: str | None = None
+    tokenizer: UserPlace | None = None
+    image_tower: UserPlace | None = None
     token_variable: str = Field(default=TOKEN_VARIABLE, min_length=1)
     timeout: float = Field(default=60.0, gt=0)
-    instruction: str | None = None
+    instruction: UserPath | None = None
     substring: bool = True
     repeat_penalty: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    metadata: str | None = None
+    metadata: UserPath | None = None
     credit: Literal["partial", "strict", "benchmark"] = "partial"
 
     @field_validator("name")
@@ -121,7 +122,7 @@ class SingleReward(Settings):
         family = REWARDS.get(info.data.get("name"))
         if family is not None and family.needs_path and not path:
             raise PydanticCustomError("missing", "Field required")
-        return path
+        return user_place(path) if path else path
 
     @model_validator(mode="after")
     def _applies(self):
@@ -183,7 +184,7 @@ class RewardSettings(SingleReward):
     how: How = "weighted"
     penalty: float = Field(default=1.0, ge=0)
     parts: tuple[RewardPart, ...] = ()
-    calibration: str | None = None
+    calibration: UserPath | None = None
     calibrate: Scaling = "std"
 
     @model_validator(mode="after")

@@ -30,6 +30,8 @@ from rsaft_fast.train.samples import first_prompts
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TF32_ROUNDING = 2.0**-11
 """Half a unit in the last of TF32's 10 bits."""
+# torch knows more names, such as meta and mps, on which nothing here runs.
+_DEVICE = re.compile(r"cpu|cuda(:\d{1,2})?")
 
 
 @dataclass(frozen=True)
@@ -268,10 +270,9 @@ def check_device(name: str) -> None:
     """Refuse a device that torch does not have."""
     if name == "auto":
         return
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"backbone.device is {name!r}; it must be auto, cpu, cuda or cuda:N") from None
+    if not _DEVICE.fullmatch(name):
+        raise UserError(f"backbone.device is {name!r}; it must be auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"backbone.device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use auto or cpu "

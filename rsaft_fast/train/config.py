@@ -13,11 +13,16 @@ from rsaft_fast.losses import Loss
 from rsaft_fast.methods import AnyMethod
 from rsaft_fast.objective import ImageSmoothing, Smoothing
 from rsaft_fast.rewards import RewardSettings
-from rsaft_fast.settings import Settings
+from rsaft_fast.settings import Settings, UserPath, UserPlace
 from rsaft_fast.speed.settings import SpeedSettings
 
 PLAYGROUND = "playground"
 AUTO = "auto"
+MOST_PICTURES = 2**16
+"""Of an update: more is a typing error, and would be told by the machine's memory, slowly."""
+
+LONGEST_SIDE = 2**14
+"""Pixels; a picture of so many on each side has 3 GiB in fp32 before anything is computed."""
 
 
 class BackboneSettings(Settings):
@@ -50,9 +55,9 @@ class BackboneSettings(Settings):
             9 % (nf4), 2.6 % (fp8) or 0.9 % (int8) of their root mean square. null keeps all of it in dtype.
     """
 
-    path: str
-    height: int | None = Field(default=None, ge=1)
-    width: int | None = Field(default=None, ge=1)
+    path: UserPlace
+    height: int | None = Field(default=None, ge=1, le=LONGEST_SIDE)
+    width: int | None = Field(default=None, ge=1, le=LONGEST_SIDE)
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "auto"
     checkpoint: tuple[Literal["denoiser", "decoder", "decoder-strips"], ...] = ()
@@ -85,10 +90,10 @@ class SamplerSettings(Settings):
         negative_prompt: what guidance steers away from; empty is the model's own unconditional prompt.
     """
 
-    steps: int = Field(default=50, ge=1)
+    steps: int = Field(default=50, ge=1, le=1000)
     eta: float = Field(default=0.0, ge=0.0, le=1.0)
-    guidance_scale: float = Field(default=1.0, ge=0.0)
-    true_cfg_scale: float = Field(default=1.0, ge=0.0)
+    guidance_scale: float = Field(default=1.0, ge=0.0, le=1000.0)
+    true_cfg_scale: float = Field(default=1.0, ge=0.0, le=1000.0)
     negative_prompt: str = ""
 
 
@@ -112,12 +117,12 @@ class DataSettings(Settings):
             takes 0.1 or 0.3 MB there, of SD3 2.7, of FLUX.1 4.
     """
 
-    prompts: str
-    column: str | None = None
-    batch_size: int = Field(default=4, ge=1)
-    accumulate: int = Field(default=1, ge=1)
+    prompts: UserPlace
+    column: str | None = Field(default=None, min_length=1)
+    batch_size: int = Field(default=4, ge=1, le=MOST_PICTURES)
+    accumulate: int = Field(default=1, ge=1, le=MOST_PICTURES)
     plan_scope: Literal["batch", "micro-batch"] = "batch"
-    encoding_cache: str | None = Field(default=AUTO, min_length=1)
+    encoding_cache: UserPath | None = AUTO
 
 
 class OptimizerSettings(Settings):
@@ -149,10 +154,10 @@ class OptimizerSettings(Settings):
             1 s. For full fine-tuning.
     """
 
-    lr: float = Field(default=2e-5, gt=0)
+    lr: float = Field(default=2e-5, gt=0, le=100)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=1e-4, ge=0)
+    eps: float = Field(default=1e-8, gt=0, le=1)
+    weight_decay: float = Field(default=1e-4, ge=0, le=1000)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(default=0, ge=0)
@@ -185,7 +190,7 @@ class SampleSettings(Settings):
     """
 
     every: int = Field(default=50, ge=0)
-    prompts: str | None = None
+    prompts: UserPlace | None = None
     count: int = Field(default=8, ge=1, le=64)
     seed: int | None = Field(default=None, ge=0)
 
@@ -203,12 +208,12 @@ class DenoisingSettings(Settings):
         levels: number of noise levels, spread over the schedule as the sampler spreads its steps.
     """
 
-    images: str
+    images: UserPath
     weight: float = Field(default=1.0, gt=0)
-    batch_size: int = Field(default=4, ge=1)
+    batch_size: int = Field(default=4, ge=1, le=MOST_PICTURES)
     every: int = Field(default=1, ge=1)
     drop_caption: float = Field(default=0.1, ge=0, le=1)
-    levels: int = Field(default=250, ge=1)
+    levels: int = Field(default=250, ge=1, le=1000)
 
 
 class LogSettings(Settings):
@@ -258,9 +263,9 @@ class Config(Settings):
     """
 
     seed: int = Field(default=0, ge=0, lt=2**63)
-    output_dir: str
-    max_steps: int = Field(ge=1)
-    resume: str | None = None
+    output_dir: UserPath
+    max_steps: int = Field(ge=1, le=2**32 - 2)
+    resume: UserPath | None = None
     checkpoint_every: int = Field(default=50, ge=1)
     keep_checkpoints: int | None = Field(default=2, ge=1)
     backbone: BackboneSettings

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.paths import user_path
+from rsaft_fast.reading import read_text
+from rsaft_fast.settings import Settings
 from rsaft_fast.train.config import Config
-from rsaft_fast.train.schema import explain
+from rsaft_fast.train.schema import explain, shown, text_kinds
+from rsaft_fast.train.yaml_text import LARGEST_FILE, YAMLTextError, dump_yaml, parse_yaml
 
 _OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)=(.*)", re.DOTALL)
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a recipe, put `key.sub=value` overrides over it (values are YAML), and validate.
+    """Read a recipe, put `key.sub=value` overrides over it, and validate.
 
+    An override of a key that holds text is taken as typed; of any other it is YAML (`parse_override`).
     `resume=<run folder>` continues in that folder unless `output_dir=` is overridden too.
 
     Raises:
@@ -33,7 +38,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
         raw = _override(raw, key.split("."), value)
     commanded = {key for key, _ in given}
     if raw.get("resume") not in (None, "auto") and "output_dir" not in commanded:
-        raw = raw | {"output_dir": str(raw["resume"])}
+        raw = raw | {"output_dir": raw["resume"]}
     return validate(raw, where=path.name, commanded=commanded)
 
 
@@ -47,49 +52,72 @@ def validate(raw: Mapping[str, Any], where: str, commanded: set[str] = frozenset
 
 def find_recipe(recipe: str | Path) -> Path:
     """The file, or the recipe of that name that ships with the package."""
-    path = Path(recipe)
+    try:
+        path = Path(user_path(str(recipe)))
+    except ValueError as error:
+        raise UserError(f"the recipe {shown(str(recipe))}: {error}") from error
     if path.is_file():
         return path
     shipped = resources.files("rsaft_fast.recipes")
     names = sorted(entry.name for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
     for name in (path.name, f"{path.name}.yaml"):
         # A path that names a folder of its own and is not there is a typing error, not a shipped recipe.
-        if name in names and path.parent in (Path("."), Path("recipes")):
+        if not path.exists() and name in names and path.parent in (Path("."), Path("recipes")):
             return Path(str(shipped / name))
+    if path.exists() and not path.is_dir():
+        return path  # a pipe or device, which the reader refuses by its kind
     kind = "a folder" if path.is_dir() else "not a file"
-    raise UserError(f"the recipe {str(recipe)!r} is {kind}; give a YAML file or a shipped one: {', '.join(names)}")
+    near = difflib.get_close_matches(path.name, names, 1, cutoff=0.75)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"the recipe {str(recipe)!r} is {kind}{hint}; give a YAML file or a shipped one: {', '.join(names)}")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping, by the safe loader; a key given twice is refused rather than silently overwritten."""
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping (see `yaml_text`); a key given twice is refused rather than silently overwritten.
+
+    Raises:
+        UserError: no regular file, one of more than `LARGEST_FILE` bytes, not UTF-8, not YAML, or no mapping.
+    """
+    text = read_text(path, "recipe", LARGEST_FILE)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        content = parse_yaml(text)
+    except YAMLTextError as error:
+        raise UserError(f"recipe {str(path)!r} is not YAML: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds {_kind(content)}; a recipe is a mapping of keys to values")
+        raise UserError(f"recipe {str(path)!r} holds {_kind(content)}; a recipe is a mapping of keys to values")
     return content
 
 
-def parse_override(text: str) -> tuple[str, Any]:
-    """`key.sub=value` as the dotted key and the value that YAML reads."""
+def parse_override(text: str, root: type[Settings] = Config) -> tuple[str, Any]:
+    """`key.sub=value` as the dotted key and its value.
+
+    Where the key holds text, that is what stands behind the first `=`, to the letter: no quotes, comments or numbers
+    are seen in it, and only `null` is something else where the key may be null. Elsewhere it is YAML.
+
+    Args:
+        root: the settings that the key is one of.
+
+    Raises:
+        UserError: no key, or a value that is not YAML.
+    """
     match = _OVERRIDE.fullmatch(text)
     if match is None:
-        raise UserError(f"cannot read {text!r} as an override; write key=value or section.key=value")
+        raise UserError(f"cannot read {shown(text)} as an override; write key=value or section.key=value")
     key, value = match.groups()
+    accepted = text_kinds(root, key)
+    if accepted:
+        return key, None if value == "null" and "null" in accepted else value
     try:
-        return key, yaml.load(value, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"the value of {key}={value} is not YAML: {' '.join(str(error).split())}") from error
+        return key, parse_yaml(value)
+    except YAMLTextError as error:
+        raise UserError(f"{key} is {shown(value)} on the command line, which is not YAML: {error}") from error
 
 
 def to_yaml(config: Config) -> str:
     """The configuration with every default written out, a recipe of its own: whether this run went on from an earlier
     one is no part of it."""
     resolved = config.model_copy(update={"loss": config.training_loss, "resume": None})
-    return yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return dump_yaml(resolved.model_dump(mode="json"))
 
 
 def _override(raw: Any, keys: list[str], value: Any, section: str = "") -> dict[str, Any]:
@@ -105,22 +133,3 @@ def _override(raw: Any, keys: list[str], value: Any, section: str = "") -> dict[
 
 def _kind(value: Any) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if isinstance(key, str) and key in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice (line {line})")
-            if isinstance(key, str):
-                seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-# YAML 1.1 reads 1e-5 as a string unless it has a point; everyone who writes it means the number.
-_UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)

@@ -6,10 +6,12 @@ import difflib
 import inspect
 import json
 import re
+import reprlib
 import textwrap
+import types
 import typing
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -39,10 +41,20 @@ _LIMITS = {
     "less_than_equal": ("at most", "le"),
 }
 
+# Cuts a value before it is spelled out: ten lines of YAML can stand for more than memory holds.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 56
+_SHORT.maxlevel = 3
+_MOST_LINES = 20
+# A key as it is written; another is shown between quotes.
+_NAME = re.compile(r"[\w.\-]{1,60}")
+
 
 def explain(error: ValidationError, root: type[BaseModel], where: str, commanded: set[str]) -> list[str]:
     """One line for each thing that is wrong."""
-    return [_line(item, root, where, commanded) for item in error.errors()]
+    items = error.errors()
+    lines = [_line(item, root, where, commanded) for item in items[:_MOST_LINES]]
+    return lines + ([f"and {len(items) - len(lines)} more of {where}"] if len(items) > len(lines) else [])
 
 
 def _line(item: dict[str, Any], root: type[BaseModel], where: str, commanded: set[str]) -> str:
@@ -65,21 +77,41 @@ def _line(item: dict[str, Any], root: type[BaseModel], where: str, commanded: se
     if kind == "union_tag_not_found":
         return f"missing key {key} {where}: one of {', '.join(_tags(level))}"
     if kind == "union_tag_invalid":
-        return f"{key} is {context['tag']!r} {where}; {_choice(context['tag'], _tags(level))}"
+        tag = value.get("name") if isinstance(value, dict) else context["tag"]
+        return f"{key} is {shown(tag)} {where}; {_choice(tag, _tags(level))}"
     if kind == "literal_error":
         options = re.findall(r"'([^']*)'", context["expected"])
-        return f"{key} is {_shown(value)} {where}; {_choice(str(value), options)}"
+        return f"{key} is {shown(value)} {where}; {_choice(value, options)}"
+    if kind == "string_too_long":
+        return f"{key} is {shown(value)} {where}: {len(value)} characters; the limit is {context['max_length']}"
+    if kind == "string_too_short":
+        return f"{key} is empty {where}; give a value"
+    if kind in ("too_short", "too_long"):
+        limit = context.get("min_length", context.get("max_length"))
+        return f"{key} has {context['actual_length']} entries {where}; the limit is {limit}"
+    if kind == "string_unicode":
+        return f"{key} is {shown(value)} {where}, which holds half a character; write it as UTF-8"
     if kind == "value_error":
         text = str(context["error"])
-        return f"{key} {where}: {text}" if isinstance(value, dict) else f"{key} is {_shown(value)} {where}: {text}"
+        return f"{key} {where}: {text}" if isinstance(value, dict) else f"{key} is {shown(value)} {where}: {text}"
     mend = f"; {_MENDS[key]}" if key in _MENDS else ""
     if kind in _LIMITS:
         words, name = _LIMITS[kind]
-        return f"{key} is {_shown(value)} {where}; it must be {words} {context[name]:g}{mend}"
+        return f"{key} is {shown(value)} {where}; it must be {words} {context[name]:g}{mend}"
     wanted = next((words for prefix, words in _TYPES.items() if kind.startswith(prefix)), None)
+    if kind.startswith(("model", "dict")):
+        return f"{key} is {shown(value)} {where}; it must be a section of keys{_as_section(key, value, level)}{mend}"
     if wanted:
-        return f"{key} is {_shown(value)} {where}; it must be {wanted}{mend}"
-    return f"{key} is {_shown(value)} {where}: {item['msg']}{mend}"
+        return f"{key} is {shown(value)} {where}; it must be {wanted}{mend}"
+    return f"{key} is {shown(value)} {where}: {item['msg']}{mend}"
+
+
+def _as_section(key: str, value: Any, level: list[type[BaseModel]]) -> str:
+    """What was meant by a value in the place of a section."""
+    names = list(dict.fromkeys(name for model in level for name in model.model_fields))
+    if isinstance(value, str) and _NAME.fullmatch(value) and "name" in names:
+        return f"; did you mean {key}.name={value}?"
+    return f": {', '.join(names)}" if names else ""
 
 
 def _locate(root: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, list[type[BaseModel]]]:
@@ -89,6 +121,7 @@ def _locate(root: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str
         if isinstance(part, int):
             key += f"[{part}]"
             continue
+        part = part if _NAME.fullmatch(part) else shown(part)
         tagged = [model for model in inner if part in _tags([model])]
         if tagged and not any(part in model.model_fields for model in inner):
             inner = level = tagged
@@ -136,15 +169,46 @@ def _nearest(key: str, level: list[type[BaseModel]], root: type[BaseModel]) -> s
     return f"valid here: {', '.join(dict.fromkeys(dotted))}"
 
 
-def _choice(value: str, options: list[str]) -> str:
-    close = difflib.get_close_matches(value, options, 1, cutoff=0.5)
+def _choice(value: Any, options: list[str]) -> str:
+    text = value if isinstance(value, str) else shown(value)
+    close = difflib.get_close_matches(text[:60], options, 1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"{hint}it must be one of {', '.join(options)}"
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
+def shown(value: Any) -> str:
+    """A value as messages show it, in at most 60 characters, whatever is in it."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else _SHORT.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def text_kinds(root: type[BaseModel], key: str) -> set[str]:
+    """Of a dotted key that holds text: {"text"}, and "null" where it may be null; of any other key nothing."""
+    found: set[str] = set()
+    for field in (field for name, _, field in keys(root) if name == key):
+        kinds = set(_kinds(field.annotation))
+        if not kinds <= {"text", "null"}:
+            return set()
+        found |= kinds
+    return found if "text" in found else set()
+
+
+def _kinds(annotation: Any) -> Iterator[str]:
+    """What a key takes: "text", "null" or "other"."""
+    arguments = typing.get_args(annotation)
+    if annotation is str:
+        yield "text"
+    elif annotation is type(None):
+        yield "null"
+    elif typing.get_origin(annotation) is Literal:
+        yield from ("text" if isinstance(choice, str) else "other" for choice in arguments)
+    elif typing.get_origin(annotation) is Annotated:
+        yield from _kinds(arguments[0])
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for argument in arguments:
+            yield from _kinds(argument)
+    else:
+        yield "other"
 
 
 def describe(model: type[BaseModel], name: str) -> str:

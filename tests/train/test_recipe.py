@@ -53,11 +53,10 @@ def path(tiny, out, tmp_path) -> Path:
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas[1] is 1.0 on the command line; it must be less than 1"),
         ("optimizer.lr=.nan", "optimizer.lr is nan on the command line; it must be a finite number"),
         ("reward={}", "missing key reward.path on the command line: folder, file or hub id of the weights"),
-        ("samples.prompts=3", "samples.prompts is 3 on the command line; it must be a string (quote it)"),
         ("keep_checkpoints=0", "keep_checkpoints is 0 on the command line; it must be at least 1"),
         ("zzz.qqq=1", "unknown key zzz on the command line; valid here: seed, output_dir"),
         ("foo", "cannot read 'foo' as an override; write key=value"),
-        ("seed=[1", "the value of seed=[1 is not YAML"),
+        ("seed=[1", "seed is '[1' on the command line, which is not YAML"),
     ],
 )
 def test_a_wrong_key_or_value_is_one_line_that_names_it(path, override, line):
