@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import io
+import re
 import sys
+import textwrap
 from collections.abc import Sequence
 
+from rsaft_fast import __version__
 from rsaft_fast.errors import UserError
+from rsaft_fast.paths import require_text, user_path, user_place
 
 DESCRIPTION = """\
 Fine-tunes diffusion models by reward gradient, smoothed against reward hacking (RSA-FT, arXiv 2603.21175).
@@ -21,10 +27,12 @@ Fine-tunes diffusion models by reward gradient, smoothed against reward hacking 
   rsaft-fast estimate recipe.yaml          will it fit, and what would make it fit
   rsaft-fast bench                         how fast the SAM step is here, beside what others use
   rsaft-fast doctor                        what runs on this machine, and why
+  rsaft-fast help COMMAND                  what a command takes, with examples
 """
 
 TRAIN = """\
-Fine-tune as a recipe says. Keys on the command line replace the recipe's; their values are YAML.
+Fine-tune as a recipe says. Keys on the command line replace the recipe's. Where a key holds text, the value is taken
+as typed; elsewhere it is YAML.
 
 examples:
   rsaft-fast train playground.yaml                                  a shipped recipe, by name
@@ -34,6 +42,7 @@ examples:
   rsaft-fast train my.yaml resume=auto                              go on where output_dir stopped, or start
   rsaft-fast train my.yaml resume=runs/a max_steps=400              go on with that run
   rsaft-fast train --help-config                                    every key, its default and what it does
+  rsaft-fast train --help-config optimizer                          the keys of one section, or one key
 
 The run folder holds metrics.jsonl (one object an update), config.yaml as resolved, samples/, tensorboard/,
 checkpoints/, and in the end lora/ (or the whole denoiser) for diffusers. Ctrl-C and SIGTERM finish the update,
@@ -153,6 +162,7 @@ examples:
   rsaft-fast estimate sd15-lora-24gb.yaml                           a shipped recipe, by name
   rsaft-fast estimate my.yaml data.batch_size=1                     keys replaced, as for train
   rsaft-fast estimate my.yaml backbone.checkpoint=[]                what checkpointing saves
+  rsaft-fast estimate my.yaml --card 12                             will it fit into a card with 12 GB
   rsaft-fast estimate my.yaml --quick                               the table alone, in a third of the time
   rsaft-fast estimate my.yaml --json | jq .peak                     bytes, for scripts
 
@@ -173,41 +183,52 @@ example:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = _parser("rsaft-fast", DESCRIPTION)
+    parser = _Parser(prog="rsaft-fast", description=DESCRIPTION, formatter_class=_Help)
+    parser.add_argument("--version", action="version", version=f"rsaft-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     def add(name: str, summary: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name, help=summary, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        return commands.add_parser(name, help=summary, description=text, formatter_class=_Help)
 
     train = add("train", "fine-tune as a recipe says", TRAIN)
     train.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file, or the name of a shipped recipe")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="keys that replace the recipe's")
-    train.add_argument("--help-config", action="store_true", help="print every key, its default and what it does")
+    train.add_argument(
+        "--help-config",
+        nargs="?",
+        const="",
+        metavar="KEY",
+        help="print every key (or KEY, and those below it), its default and what it does",
+    )
 
     demo = add("demo", "see plain fine-tuning and RSA-FT side by side on the embedded playground", DEMO)
     demo.add_argument("--steps", type=_positive, metavar="N", help="updates of each run (default: the recipe's)")
     demo.add_argument("--seed", type=_natural, default=0, metavar="N", help="of both runs (default: 0)")
     demo.add_argument("--proxy", choices=("fair", "brittle"), default="fair", help="which proxy reward (default: fair)")
-    demo.add_argument("--output", metavar="FOLDER", help="where it writes (default: runs/demo, or the next free one)")
+    demo.add_argument(
+        "--output", type=_path, metavar="FOLDER", help="where it writes (default: runs/demo, or the next free one)"
+    )
 
     sample = add("sample", "draw pictures with a pipeline or a run", SAMPLE)
     sample.add_argument(
         "pipeline",
         nargs="?",
+        type=_place,
         metavar="PIPELINE",
         help="folder in diffusers' format, hub id, or playground (default: the run's)",
     )
     trained = sample.add_mutually_exclusive_group()
-    trained.add_argument("--run", metavar="FOLDER", help="a run folder: its newest checkpoint and its sampler settings")
-    trained.add_argument("--lora", metavar="PATH", help="a LoRA in diffusers' format, file or folder")
+    trained.add_argument(
+        "--run", type=_path, metavar="FOLDER", help="a run folder: its newest checkpoint and its sampler settings"
+    )
+    trained.add_argument("--lora", type=_path, metavar="PATH", help="a LoRA in diffusers' format, file or folder")
     sample.add_argument("--untrained", action="store_true", help="with --run: its settings, without its training")
     sample.add_argument("--checkpoint", type=_natural, metavar="STEP", help="with --run: the weights of that step")
     prompts = sample.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompts", nargs="+", metavar="TEXT", help="prompts, each in quotes")
     prompts.add_argument(
         "--prompts-file",
+        type=_place,
         metavar="FILE",
         help=".txt, .csv, .tsv, .json, .jsonl, .parquet, playground, or a set: drawbench, hpdv2, hpdv2-photo, "
         "partiprompts, geneval, ocr, pickapic, or NAME=PATH",
@@ -224,11 +245,13 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the run's, else fp32")
     sample.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     sample.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="pictures at a time (default: 8)")
-    sample.add_argument("--output", metavar="FOLDER", help="default: samples, or the next free one")
+    sample.add_argument("--output", type=_path, metavar="FOLDER", help="default: samples, or the next free one")
 
     score = add("score", "score pictures with reward models", SCORE)
-    score.add_argument("pictures", nargs="+", metavar="PICTURES", help="folders of pictures, or single files")
-    score.add_argument("--prompts", metavar="FILE", help="a file or set, as sample's --prompts-file")
+    score.add_argument(
+        "pictures", nargs="+", type=_path, metavar="PICTURES", help="folders of pictures, or single files"
+    )
+    score.add_argument("--prompts", type=_place, metavar="FILE", help="a file or set, as sample's --prompts-file")
     score.add_argument(
         "--reward",
         action="append",
@@ -236,8 +259,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME=PATH[,key=value]",
         help="once for each reward; or a recipe's file",
     )
-    score.add_argument("--calibration", metavar="FILE", help="also write each reward's centre and width to this file")
-    score.add_argument("--output", default="scores.csv", metavar="FILE", help="new CSV (default: scores.csv)")
+    score.add_argument(
+        "--calibration", type=_path, metavar="FILE", help="also write each reward's centre and width to this file"
+    )
+    score.add_argument(
+        "--output", default="scores.csv", type=_path, metavar="FILE", help="new CSV (default: scores.csv)"
+    )
     score.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     score.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="pictures at a time (default: 8)")
 
@@ -261,8 +288,8 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--timeout", type=_positive, default=300, metavar="S", help="of a request (default: 300)")
 
     convert = add("convert", "write a reward's pickle as safetensors", CONVERT)
-    convert.add_argument("source", metavar="SRC", help="what reward.path would be: file, folder or hub id")
-    convert.add_argument("folder", metavar="DST", help="folder to write into")
+    convert.add_argument("source", type=_place, metavar="SRC", help="what reward.path would be: file, folder or hub id")
+    convert.add_argument("folder", type=_path, metavar="DST", help="folder to write into")
     convert.add_argument("--reward", required=True, metavar="NAME", help="the family, such as hpsv2.1")
     convert.add_argument("--force", action="store_true", help="replace files that are there")
 
@@ -270,7 +297,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--cases", metavar="A,B", help="parameter lists, images, host (default: all that fit)")
     bench.add_argument("--dtypes", metavar="A,B", help="of fp32, bf16 (with an fp32 master), 8bit (default: all)")
     bench.add_argument("--providers", metavar="A,B", help="who is measured (default: all that are installed)")
-    bench.add_argument("--results", metavar="FOLDER", help="write FOLDER/<gpu>/<date>.json, row by row")
+    bench.add_argument("--results", type=_path, metavar="FOLDER", help="write FOLDER/<gpu>/<date>.json, row by row")
     bench.add_argument("--quick", action="store_true", help="two models' lists, five calls instead of twenty")
     bench.add_argument("--budget", type=_positive, metavar="SECONDS", help="begin nothing new after this long")
     bench.add_argument("--goals", action="store_true", help="also show the project's goals, and which are met")
@@ -281,21 +308,32 @@ def build_parser() -> argparse.ArgumentParser:
     estimate.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of a shipped recipe")
     estimate.add_argument("overrides", nargs="*", metavar="key=value", help="keys that replace the recipe's")
     estimate.add_argument("--quick", action="store_true", help="do not look for keys that would lower the peak")
+    estimate.add_argument(
+        "--card", type=_gigabytes, metavar="GB", help="memory of the card to compare with (default: the one here)"
+    )
     estimate.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
 
     add("doctor", "say what runs on this machine, and why", DOCTOR)
+    helper = add("help", "say what a command takes", "The same as COMMAND --help.\n")
+    helper.add_argument("topic", nargs="?", metavar="COMMAND", help="default: the whole")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 when it worked, 2 when the input is wrong, 130 or 143 when a signal stopped it."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    _say_all_characters()
     parser = build_parser()
-    arguments = parser.parse_args(argv)
+    if not argv:
+        parser.print_help()
+        return 0
     try:
-        return _run(arguments, parser)
+        for argument in argv:
+            _require_text(argument)
+        return _run(_parse(parser, argv), parser)
     except UserError as error:
-        for line in str(error).splitlines():
-            print(f"rsaft-fast: error: {line}", file=sys.stderr)
+        for line in str(error).split("\n"):
+            print(f"rsaft-fast: error: {_printable(line)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(
@@ -308,15 +346,70 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+def _say_all_characters() -> None:
+    """A terminal or file that lacks a character (`±` in ASCII) gets its number: no work is lost for want of it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _require_text(argument: str) -> None:
+    try:
+        require_text(argument)
+    except ValueError as error:
+        raise UserError(f"the argument {argument[:60]!r}: {error}") from error
+
+
+def _printable(line: str) -> str:
+    """Without what moves a terminal's cursor or colours it: names come from files of others."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    name = next((argument for argument in argv if not argument.startswith("-")), None)
+    if name is not None and name not in commands.choices:
+        raise UserError(f"there is no command {name!r}{_near(name, commands.choices)} (see rsaft-fast --help)")
+    arguments, unknown = parser.parse_known_args(argv)
+    if arguments.command == "help":
+        topic = arguments.topic
+        if topic is not None and topic not in commands.choices:
+            raise UserError(f"there is no command {topic!r}{_near(topic, commands.choices)} (see rsaft-fast --help)")
+        (commands.choices[topic] if topic else parser).print_help()
+        parser.exit(0)
+    if unknown:
+        raise UserError(_unknown(unknown, arguments.command, commands.choices[arguments.command]))
+    return arguments
+
+
+def _near(word: str, words: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, list(words), 1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(words)}"
+
+
+def _unknown(unknown: list[str], command: str, parser: argparse.ArgumentParser) -> str:
+    """What was meant by an option that the command does not have."""
+    option, _, value = unknown[0].partition("=")
+    options = [text for action in parser._actions for text in action.option_strings if text.startswith("--")]
+    if near := difflib.get_close_matches(option, options, 1, cutoff=0.7):
+        hint = f"; did you mean {near[0]}?"
+    elif command in ("train", "estimate") and option.startswith("--"):
+        value = value or next((word for word in unknown[1:] if not word.startswith("-")), "VALUE")
+        hint = f"; a key of the recipe is written without dashes: did you mean {option[2:].replace('-', '_')}={value}?"
+    else:
+        hint = f" (see {parser.prog} --help)"
+    return f"{command} does not take {unknown[0]!r}{hint}"
+
+
 def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    if arguments.command == "train" and arguments.recipe is None and not arguments.help_config:
+    if arguments.command == "train" and arguments.recipe is None and arguments.help_config is None:
         raise UserError("train needs a recipe: rsaft-fast train RECIPE.yaml [key=value ...]")
     from rsaft_fast.commands.process import prepare_process
 
     prepare_process(quieten=arguments.command != "bench")
     command = importlib.import_module(f"rsaft_fast.commands.{arguments.command}")
-    if arguments.command == "train" and arguments.help_config:
-        return command.print_keys()
+    if arguments.command == "train" and arguments.help_config is not None:
+        return command.print_keys(arguments.help_config)
     return command.run(arguments)
 
 
@@ -327,8 +420,56 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"rsaft-fast: error: {message} (see {self.prog} --help)\n")
 
 
-def _parser(prog: str, text: str) -> argparse.ArgumentParser:
-    return _Parser(prog=prog, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+class _Help(argparse.HelpFormatter):
+    """Fills paragraphs to the terminal's width; an example too long for it has its remark on a line below."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines: list[str] = []
+        paragraph: list[str] = []
+        for line in [*text.rstrip().splitlines(), ""]:
+            if line and not line.startswith("  "):
+                paragraph.append(line)
+                continue
+            lines += _filled(" ".join(paragraph), width)
+            lines += _example(line, width)
+            paragraph = []
+        return "\n".join(indent + line for line in lines[:-1])
+
+
+def _filled(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+
+
+def _example(line: str, width: int) -> list[str]:
+    if len(line) <= width:
+        return [line]
+    command, _, remark = line.strip().partition("   ")
+    return [f"  {command}", *(f"      {part}" for part in _filled(remark.strip(), width - 6))]
+
+
+def _path(text: str) -> str:
+    return _checked(user_path, text)
+
+
+def _place(text: str) -> str:
+    return _checked(user_place, text)
+
+
+def _checked(reader, text: str) -> str:
+    try:
+        return reader(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text[:60]!r}: {error}") from None
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        value = float(re.sub(r"(?i)\s*gi?b$", "", text.strip()))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a number of GB, such as 12") from None
+    if not 1 <= value <= 10_000:
+        raise argparse.ArgumentTypeError(f"{text[:60]} GB; it must be from 1 to 10000")
+    return value
 
 
 def _natural(text: str) -> int:
@@ -343,9 +484,11 @@ def _integer(text: str, least: int) -> int:
     try:
         value = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a whole number") from None
     if value < least:
         raise argparse.ArgumentTypeError(f"{value} is too small; it must be at least {least}")
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text[:60]} is too large; it must be below 2**63")
     return value
 
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.rewards import RewardSettings
-from rsaft_fast.train.recipe import read_yaml
+from rsaft_fast.train.recipe import parse_override, read_yaml
+from rsaft_fast.train.schema import explain
 
 _RECIPES = (".yaml", ".yml")
 
@@ -38,7 +38,7 @@ def parse_reward(text: str) -> tuple[str, RewardSettings]:
     path, *pairs = rest.split(",")
     if not name or not all("=" in pair for pair in pairs):
         raise UserError(_NOT_READ.format(text))
-    keys = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+    keys = dict(parse_override(pair, RewardSettings) for pair in pairs)
     return ",".join([name, *pairs]), _validated({"name": name, "path": path, **keys}, text)
 
 
@@ -52,5 +52,5 @@ def _validated(keys: Any, text: str) -> RewardSettings:
         first = error.errors()[0]
         if first["type"] == "missing" and first["loc"] == ("path",):
             raise UserError(_NOT_READ.format(text)) from error
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"--reward {text}: {f'{where}: ' if where else ''}{first['msg']}") from error
+        where = f"--reward {text if len(text) <= 100 else f'{text[:97]}...'}"
+        raise UserError("\n".join(explain(error, RewardSettings, where, set()))) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 
 from rsaft_fast.train.config import Config
@@ -17,7 +18,7 @@ def run(arguments: argparse.Namespace) -> int:
     return outcome.exit_code
 
 
-def print_keys() -> int:
-    """Every key of a recipe with its default and what it does."""
-    print(help_text(Config))
+def print_keys(key: str = "") -> int:
+    """Every key of a recipe, or `key` and those below it, with its default and what it does."""
+    print(help_text(Config, min(110, shutil.get_terminal_size((110, 24)).columns - 1), key))
     return 0

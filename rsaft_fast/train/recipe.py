@@ -69,7 +69,8 @@ def find_recipe(recipe: str | Path) -> Path:
     kind = "a folder" if path.is_dir() else "not a file"
     near = difflib.get_close_matches(path.name, names, 1, cutoff=0.75)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"the recipe {str(recipe)!r} is {kind}{hint}; give a YAML file or a shipped one: {', '.join(names)}")
+    listed = ", ".join(names)
+    raise UserError(f"the recipe {str(recipe)!r} is {kind}{hint}; give a YAML file or a shipped one: {listed}")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from rsaft_fast.errors import UserError
+
 # Where "larger than the limit" is not the whole mend.
 _MENDS = {
     "smoothing.parameters.rho": "smoothing.parameters=null turns parameter smoothing off",
@@ -93,6 +95,8 @@ def _line(item: dict[str, Any], root: type[BaseModel], where: str, commanded: se
         return f"{key} is {shown(value)} {where}, which holds half a character; write it as UTF-8"
     if kind == "value_error":
         text = str(context["error"])
+        if not key:  # of the whole
+            return f"{where.removeprefix('in ')}: {text}"
         return f"{key} {where}: {text}" if isinstance(value, dict) else f"{key} is {shown(value)} {where}: {text}"
     mend = f"; {_MENDS[key]}" if key in _MENDS else ""
     if kind in _LIMITS:
@@ -248,13 +252,30 @@ def _first_sentence(text: str) -> str:
     return re.split(r"(?<=[.;]) ", text)[0].rstrip(".;") or "it has no default"
 
 
-def help_text(root: type[BaseModel], width: int = 110) -> str:
-    """Every key with its default and its description, in a recipe's own order."""
-    return "\n".join(_help_lines(root, 0, width))
+def help_text(root: type[BaseModel], width: int = 110, key: str = "") -> str:
+    """Every key with its default and its description, in a recipe's own order; of `key` alone where one is given.
+
+    Raises:
+        UserError: there is no such key.
+    """
+    if not key:
+        return "\n".join(_help_lines(root, 0, width))
+    owners = list(dict.fromkeys(model for name, model, _ in keys(root) if name == key))
+    if not owners:
+        known = [name for name, _, _ in keys(root)]
+        near = difflib.get_close_matches(key, known, 1, 0.6) or [n for n in known if n.rpartition(".")[2] == key]
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(root.model_fields)}"
+        raise UserError(f"there is no key {shown(key)}; {hint}")
+    section, _, name = key.rpartition(".")
+    lines = [f"# of {section}"] if section else []
+    for model in owners:
+        lines += [f"# with name: {tag}" for tag in _tags([model])]
+        lines += _help_lines(model, 0, width, only=name)
+    return "\n".join(lines)
 
 
 def _help_lines(
-    model: type[BaseModel], indent: int, width: int, around: type[BaseModel] | None = None
+    model: type[BaseModel], indent: int, width: int, around: type[BaseModel] | None = None, only: str | None = None
 ) -> Iterator[str]:
     pad = "  " * indent
     # Keys that the section around this one has from the same class were described there.
@@ -262,10 +283,10 @@ def _help_lines(
     if known:
         text = f"the keys above that fit: {', '.join(known)}."
         yield from textwrap.wrap(text, width, initial_indent=f"{pad}# ", subsequent_indent=f"{pad}# ")
-    for tag in _tags([model]):
+    for tag in _tags([model]) if only is None else ():
         yield f"{pad}name: {tag}"
     for name, field in model.model_fields.items():
-        if (name == "name" and _tags([model])) or name in known:
+        if (only is None and name == "name" and _tags([model])) or name in known or only not in (None, name):
             continue
         sections = list(_sections(field.annotation))
         yield from textwrap.wrap(describe(model, name), width, initial_indent=f"{pad}# ", subsequent_indent=f"{pad}# ")

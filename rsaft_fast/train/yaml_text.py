@@ -94,7 +94,8 @@ class _Loader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=deep)
             if not isinstance(key, str):
-                raise ConstructorError(None, None, f"the key in line {line} is no text ({type(key).__name__}); quote it")
+                kind = type(key).__name__
+                raise ConstructorError(None, None, f"the key in line {line} is no text ({kind}); quote it")
             if key in seen:
                 raise ConstructorError(None, None, f"key {key!r} is given twice (line {line})")
             seen.add(key)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -151,8 +155,21 @@ def test_a_train_command_that_is_incomplete_is_refused(arguments, words, capsys,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "COMMAND"),
-        (["tarin"], "invalid choice"),
+        (["--verbose"], "COMMAND"),
+        (["trian", "playground"], "did you mean train?"),
+        (["frobnicate"], "there are train"),
+        (["help", "scroe"], "did you mean score?"),
+        (["train", "playground", "--max_steps", "5"], "max_steps=5?"),
+        (["train", "playground", "--max-steps=5"], "max_steps=5?"),
+        (["score", "a", "--reward", "clip=b", "--ouptut", "c"], "did you mean --output?"),
+        (["train", "--help-config", "lr"], "did you mean optimizer.lr?"),
+        (["train", "playground\udcff"], "half a character"),
+        (["sample", "playground", "--prompts", "a", "--output", "n" * 300], "255"),
+        (["sample", "playground", "--prompts", "a", "--output", "s3://x/y"], "address"),
+        (["sample", "playground", "--prompts", "a", "--steps", "9" * 5000], "not a whole number"),
+        (["estimate", "playground", "--card", "nan"], "from 1"),
+        (["score", "a", "--reward", "clip=b,scale=2024-13-45"], "scale is '2024-13-45'"),
+        (["score", "a", "--reward", "clip=b,metadata=x"], "metadata is a key of"),
         (["sample", "playground"], "--prompts"),
         (["sample", "playground", "--prompts", "a", "--seeds", "-1"], "at least 0"),
         (["demo", "--steps", "0"], "at least 1"),
@@ -160,11 +177,50 @@ def test_a_train_command_that_is_incomplete_is_refused(arguments, words, capsys,
     ],
 )
 def test_a_wrong_option_is_one_line_and_exit_code_2(arguments, words, capsys):
-    with pytest.raises(SystemExit) as raised:
-        main(arguments)
-    assert raised.value.code == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and error.startswith("rsaft-fast: error: ") and words in error
+    try:
+        code = main(arguments)
+    except SystemExit as left:  # argparse's own way
+        code = left.code
+    captured = capsys.readouterr()
+    assert code == 2 and captured.out == "" and "Value error" not in captured.err
+    assert len(captured.err.splitlines()) == 1 and captured.err.startswith("rsaft-fast: error: ")
+    assert words in captured.err
+
+
+@pytest.mark.parametrize("width", [60, 100, 200])
+def test_help_keeps_to_the_terminals_width(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    for arguments in ([], ["help"], ["help", "train"], ["score", "--help"]):
+        try:
+            assert main(arguments) == 0
+        except SystemExit as left:
+            assert left.code == 0
+        lines = capsys.readouterr().out.splitlines()
+        # An example's command stays whole, to be copied.
+        assert all(len(line) <= width or line.startswith("  rsaft-fast ") for line in lines), lines
+        assert len(lines) > 20
+
+
+def test_the_version_is_told_without_loading_torch(tmp_path):
+    code = "import sys, rsaft_fast.cli; print(rsaft_fast.__version__); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == metadata.version("rsaft_fast")
+    done = subprocess.run([sys.executable, "-m", "rsaft_fast", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"rsaft-fast {metadata.version('rsaft_fast')}\n"
+
+
+def test_a_terminal_without_a_character_does_not_end_the_command(tmp_path):
+    """As `score`, whose table has a plus-minus sign, after all its work."""
+    code = "import rsaft_fast.cli as c; c._run = lambda *_: print('0.5 \\u00b1 0.1') or 0; c.main(['doctor'])"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "0.5" in done.stdout and "0.1" in done.stdout, done.stderr
+
+
+def test_what_a_file_says_cannot_steer_the_terminal(path, out, tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text('output_dir: x\n"\\e[31mred\\nline": 1\n')
+    assert main(["train", str(tmp_path / "r.yaml")]) == 2
+    assert all(line.startswith("rsaft-fast: error: ") for line in capsys.readouterr().err.splitlines())
 
 
 def test_sample_refuses_what_it_cannot_use(tiny, tmp_path, capsys, monkeypatch):
