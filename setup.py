@@ -14,11 +14,19 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_ext import build_ext
-from setuptools.command.build_py import build_py
-from setuptools.errors import CompileError
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(
+        f"rsaft_fast needs setuptools 77 or later to be built, and this is {setuptools.__version__}: "
+        "pip install -U setuptools, or leave --no-build-isolation out"
+    )
+
+from setuptools import Extension, find_packages, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
+from setuptools.command.build_py import build_py  # noqa: E402
+from setuptools.errors import CompileError  # noqa: E402
 
 CSRC = Path("csrc")
 BESIDE = ("kernels", "recipes", "benchmarks")

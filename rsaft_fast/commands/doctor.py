@@ -108,6 +108,11 @@ def faults() -> Iterator[str]:
         yield fault
     if importlib.util.find_spec("kernels") is not None and version_of("kernels"):
         yield "the package kernels makes bitsandbytes look for kernels on the hub when it is imported: uninstall it"
+    if not torch.version.cuda:
+        yield (
+            f"torch {torch.__version__} is built without CUDA: with an NVIDIA GPU in this machine, install the build "
+            "with CUDA (pytorch.org/get-started); without one the demo runs, and real models are out of reach"
+        )
     if torch.version.cuda and not torch.cuda.is_available():
         yield f"torch was built for CUDA {torch.version.cuda} but finds no GPU: check the driver with nvidia-smi"
     if torch.cuda.is_available() and (version := version_of("xformers")) and not _xformers_loads():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 import torch
 
-from rsaft_fast.memory.estimate import GIB, NOT_COUNTED, Estimate, as_dict, estimate
-from rsaft_fast.memory.suggestions import Suggestion, suggest
+from rsaft_fast.memory.estimate import GIB, NOT_COUNTED, RESERVED, Estimate, as_dict, estimate, spare
+from rsaft_fast.memory.suggestions import Suggestion, fitting, suggest
 from rsaft_fast.train.config import Config
 from rsaft_fast.train.recipe import load_config
 
@@ -17,20 +18,25 @@ _WIDTH = 44
 
 def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.recipe, arguments.overrides)
-    found = estimate(config)
-    card = card_memory(config)
+    found = estimate(config, say=_say)
+    card = round(arguments.card * GIB) if arguments.card is not None else card_memory(config)
     if arguments.json:
-        suggestions = [] if arguments.quick else suggest(config, found, found.largest.name)
+        suggestions = [] if arguments.quick else suggest(config, found, found.largest.name, _say)
         print(json.dumps(_as_json(found, suggestions, card), indent=1))
         return 0
     print("\n".join(table(found)))
-    print(f"\n{verdict(found, card)}")
+    print(f"\n{verdict(found, card)}", flush=True)
     for note in found.notes:
         print(f"note: {note}")
     print("not counted: " + ";\n             ".join(NOT_COUNTED))
     if not arguments.quick:
-        print("\n" + "\n".join(_advice(config, found)), flush=True)
+        print("\n" + "\n".join(_advice(config, found, card)), flush=True)
     return 0
+
+
+def _say(line: str) -> None:
+    """What is being done, beside the table: it can take a minute."""
+    print(f"rsaft-fast: {line}", file=sys.stderr, flush=True)
 
 
 def card_memory(config: Config) -> int | None:
@@ -56,24 +62,32 @@ def table(found: Estimate) -> list[str]:
 
 
 def verdict(found: Estimate, card: int | None) -> str:
-    """The total in one line, against the card where there is one."""
+    """The total in one line, and whether it fits into the card where there is one."""
     line = f"estimated peak {_gib(found.peak)} GiB, in {found.largest.name}"
     if card is None:
-        return line
-    fits = "fits" if found.peak < card else "does not fit"
-    return f"{line}: {fits} into the card's {_gib(card)} GiB"
+        return f"{line} (--card GB says whether a card has that)"
+    free = spare(found.peak, card)
+    words = f"fits with {_short(free)} GiB to spare" if free >= 0 else f"does not fit: {_short(-free)} GiB too much"
+    return f"{line}: {words}, of {_short(card)} GiB less {_short(RESERVED)} for what is not counted"
 
 
-def _advice(config: Config, found: Estimate) -> list[str]:
-    """What lowers the largest phase; where nothing does, the next as well."""
+def _advice(config: Config, found: Estimate, card: int | None) -> list[str]:
+    """What lowers the largest phase; where nothing does, the next as well; what makes it fit where it does not."""
     lines = []
     for phase in sorted(found.phases, key=lambda phase: -phase.total)[:2]:
-        suggestions = suggest(config, found, phase.name)
+        suggestions = suggest(config, found, phase.name, _say)
         if not suggestions:
             lines.append(f"{phase.name}: no key of the recipe lowers it by 1 % or more")
             continue
         lines.append(f"{phase.name}: what would lower it, by estimating again")
         lines += [f"  {str(s):{_WIDTH + 16}} saves {_gib(s.saves):>6} GiB (peak {_gib(s.peak)})" for s in suggestions]
+        if card is not None and spare(found.peak, card) < 0:
+            fits = fitting(config, suggestions, card)
+            lines.append(
+                f"these keys make it fit: {fits} (peak {_gib(fits.peak)} GiB)"
+                if fits
+                else "all of these together do not make it fit"
+            )
         break
     return lines
 
@@ -81,6 +95,10 @@ def _advice(config: Config, found: Estimate) -> list[str]:
 def _as_json(found: Estimate, suggestions: list[Suggestion], card: int | None) -> dict:
     listed = [{"set": s.keys, "saves": s.saves, "peak": s.peak} for s in suggestions]
     return as_dict(found) | {"unit": "bytes", "card": card, "suggestions": listed}
+
+
+def _short(size: int) -> str:
+    return f"{size / GIB:.1f}"
 
 
 def _gib(size: int) -> str:

@@ -9,7 +9,7 @@ micro-batches of an update the last one is run, with what the others leave behin
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,6 +43,9 @@ NOT_COUNTED = (
     "what the allocator reserves beyond what is allocated (fragmentation; less with expandable segments)",
 )
 """What the card holds besides, which has not been measured."""
+
+RESERVED = GIB
+"""What is kept free for that when a card is judged."""
 
 _PROMPT = "a prompt"
 
@@ -91,11 +94,17 @@ class Estimate:
         return next((phase for phase in self.phases if phase.name == name), None)
 
 
-def estimate(config: Config, cuda: bool = True) -> Estimate:
+def spare(peak: int, card: int) -> int:
+    """Bytes of a card that stay free beside a peak and `RESERVED`; below 0, those that are missing."""
+    return card - RESERVED - peak
+
+
+def estimate(config: Config, cuda: bool = True, say: Callable[[str], None] = lambda line: None) -> Estimate:
     """Walk one update of the recipe on shapes alone.
 
     Args:
         cuda: as torch's CUDA allocator and attention kernels have it; else as on the CPU, byte by byte.
+        say: gets a line before each stage that takes a while.
 
     Raises:
         UserError: keys that do not go together or do not fit the model; a pipeline or reward that has no config files
@@ -113,15 +122,15 @@ def estimate(config: Config, cuda: bool = True) -> Estimate:
     )
     check_settings(config, type(backbone))
     reward, more = skeleton_reward(config.reward)
-    return _Walk(config, backbone, reward, cuda).estimate(tuple(notes + more))
+    return _Walk(config, backbone, reward, cuda, say).estimate(tuple(notes + more))
 
 
 class _Walk:
     """One update, its memory and its models."""
 
-    def __init__(self, config: Config, backbone: PipelineBackbone, reward: Reward, cuda: bool):
+    def __init__(self, config: Config, backbone: PipelineBackbone, reward: Reward, cuda: bool, say: Callable[[str], None]):
         self.config, self.backbone, self.reward = config, backbone, reward
-        self.cuda = cuda
+        self.cuda, self.say = cuda, say
         self.live = LiveBytes("meta", CUDA_BLOCK if cuda else 1)
         self.standing: dict[str, int] = {}
         self.retained = 0
@@ -134,6 +143,7 @@ class _Walk:
             self._keep_prompts()
         self._attach()
         self._score_once()
+        self.say("the models stand, as shapes; walking one update")
         with shapes_alone(self.cuda), self.live:
             self._check_reward()
             self._update(encoded, schedule)

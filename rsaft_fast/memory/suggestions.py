@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.memory.estimate import Estimate, estimate
+from rsaft_fast.memory.estimate import Estimate, estimate, spare
 from rsaft_fast.train.config import Config
 
 WORTH = 0.01
@@ -36,13 +36,16 @@ class Suggestion:
         return " ".join(f"{key}={_text(value)}" for key, value in self.keys.items())
 
 
-def suggest(config: Config, found: Estimate, phase: str) -> list[Suggestion]:
-    """What lowers the total of that phase, the most helpful first."""
+def suggest(
+    config: Config, found: Estimate, phase: str, say: Callable[[str], None] = lambda line: None
+) -> list[Suggestion]:
+    """What lowers the total of that phase, the most helpful first; `say` gets a line for each change tried."""
     before = found.phase(phase)
     if before is None:
         return []
     suggestions = []
     for keys in candidates(config):
+        say(f"estimating again with {Suggestion(keys, 0, 0)}")
         try:
             after = estimate(changed(config, keys))
         except UserError:
@@ -52,6 +55,27 @@ def suggest(config: Config, found: Estimate, phase: str) -> list[Suggestion]:
         if saves >= WORTH * before.total:
             suggestions.append(Suggestion(keys, saves, after.peak))
     return sorted(suggestions, key=lambda suggestion: -suggestion.saves)
+
+
+def fitting(config: Config, suggestions: list[Suggestion], card: int) -> Suggestion | None:
+    """The change that makes a recipe fit into so many bytes: the one that saves least and is enough, else several of
+    them together, the most helpful first; None where all of them are not enough."""
+    enough = [suggestion for suggestion in suggestions if spare(suggestion.peak, card) >= 0]
+    if enough:
+        # Smaller pictures are another task: they come last.
+        return min(enough, key=lambda suggestion: ("backbone.height" in suggestion.keys, suggestion.saves))
+    keys: dict[str, Any] = {}
+    for suggestion in suggestions:
+        if keys.keys() & suggestion.keys.keys():
+            continue
+        try:
+            peak = estimate(changed(config, keys | suggestion.keys)).peak
+        except UserError:
+            continue  # it does not go with those before it
+        keys |= suggestion.keys
+        if spare(peak, card) >= 0:
+            return Suggestion(keys, 0, peak)
+    return None
 
 
 def candidates(config: Config) -> Iterator[dict[str, Any]]:

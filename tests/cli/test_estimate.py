@@ -12,8 +12,8 @@ from builders.recipes import config, recipe, write_recipe
 from rsaft_fast.cli import main
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory import phases
-from rsaft_fast.memory.estimate import estimate
-from rsaft_fast.memory.suggestions import candidates, changed, suggest
+from rsaft_fast.memory.estimate import RESERVED, estimate, spare
+from rsaft_fast.memory.suggestions import candidates, changed, fitting, suggest
 from rsaft_fast.train import forecast as forecasts
 from rsaft_fast.train.check import check_config
 from rsaft_fast.train.forecast import announce, forecast
@@ -40,6 +40,26 @@ def test_the_table_adds_up_and_marks_the_largest(path, out, capsys):
     assert sum(bool(row[4]) for row in rows) == 1
     assert "standing throughout" in text and "adapters" in text and "not counted" in text
     assert "estimated peak" in text and "on this machine" not in text
+
+
+@pytest.mark.parametrize(("card", "words"), [("12", "fits with"), ("12 GB", "fits with"), ("1", "does not fit: ")])
+def test_a_card_is_judged_in_words(path, tiny, out, capsys, card, words):
+    text = output(["estimate", path, "--quick", "--card", card], capsys)
+    assert words in text
+    peak = estimate(config(tiny, out)).peak
+    assert f"{abs(float(card.split()[0]) - 1 - peak / 2**30):.1f} GiB" in text
+
+
+def test_keys_that_make_it_fit_do(tiny, out):
+    settings = config(tiny, out, data__batch_size=4)
+    found = estimate(settings)
+    suggestions = suggest(settings, found, found.largest.name)
+    card = RESERVED + suggestions[0].peak
+    single = fitting(settings, suggestions, card)
+    assert spare(found.peak, card) < 0 <= spare(estimate(changed(settings, single.keys)).peak, card)
+    together = fitting(settings, suggestions, card - 1)
+    assert together is None or spare(estimate(changed(settings, together.keys)).peak, card - 1) >= 0
+    assert fitting(settings, suggestions, RESERVED) is None
 
 
 def test_json_holds_the_same_in_bytes(path, tiny, out, capsys):
