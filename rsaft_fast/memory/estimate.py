@@ -128,7 +128,9 @@ def estimate(config: Config, cuda: bool = True, say: Callable[[str], None] = lam
 class _Walk:
     """One update, its memory and its models."""
 
-    def __init__(self, config: Config, backbone: PipelineBackbone, reward: Reward, cuda: bool, say: Callable[[str], None]):
+    def __init__(
+        self, config: Config, backbone: PipelineBackbone, reward: Reward, cuda: bool, say: Callable[[str], None]
+    ):
         self.config, self.backbone, self.reward = config, backbone, reward
         self.cuda, self.say = cuda, say
         self.live = LiveBytes("meta", CUDA_BLOCK if cuda else 1)
