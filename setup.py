@@ -1,15 +1,17 @@
-"""Maps the source layout onto the installed package and builds csrc/ where nvcc is found; pyproject.toml has the rest.
+"""Maps the source layout onto the installed package and builds csrc/ where compilers are; pyproject.toml has the rest.
 
 ``kernels/`` sits at the top of the repository and installs as ``rsaft_fast.kernels``, never as a top-level package;
 ``recipes/`` and ``benchmarks/`` install as ``rsaft_fast.recipes`` and ``rsaft_fast.benchmarks``, so that the commands
 find them without a checkout. What pytest collects in ``benchmarks/`` stays behind.
 
-The CUDA library is a plain shared object with a C ABI, free of torch and Python: it is built without a GPU and serves
-every version of both. RSAFT_CUDA=0 leaves it out, RSAFT_CUDA=1 makes a missing nvcc an error, unset builds if it can.
-RSAFT_ARCHITECTURES="90" builds for some architectures only, in less time.
+The libraries are plain shared objects with a C ABI, free of torch and Python: they serve every version of both. The one
+for CUDA is built without a GPU by nvcc; the one for host memory by the C++ compiler (CXX, else c++), on x86-64 twice:
+for processors with AVX2, and for all. RSAFT_CUDA=0 and RSAFT_CPU=0 leave them out, 1 makes a missing compiler an error,
+unset builds what can be built. RSAFT_ARCHITECTURES="90" builds for some GPU architectures only, in less time.
 """
 
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -72,8 +74,33 @@ class WithoutTests(build_py):
         return [entry for entry in found if entry[1] != "conftest" and not entry[1].startswith("test_")]
 
 
+def find_cxx() -> str | None:
+    wanted = os.environ.get("RSAFT_CPU", "")
+    if wanted == "0":
+        return None
+    cxx = shutil.which(os.environ.get("CXX") or "c++")
+    if wanted == "1" and cxx is None:
+        raise SystemExit("RSAFT_CPU=1, but no C++ compiler: put c++ on PATH or set CXX; without it, torch is used")
+    return cxx
+
+
+def cxx_command(cxx: str, output: Path) -> list[str]:
+    """One compilation of cpu.cpp, which includes the other sources; the output's name tells the instruction set."""
+    # Nobody asks for errno or traps; results do not change. -ffp-contract=off is nvcc's -fmad=false.
+    flags = [
+        *("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+        *("-fPIC", "-fvisibility=hidden", "-pthread", "-shared"),
+    ]
+    wide = ["-mavx2", "-mf16c"] if output.stem.endswith("_avx2") else []
+    return [cxx, *flags, *wide, str(CSRC / "cpu.cpp"), "-o", str(output)]
+
+
 class BuildLibrary(build_ext):
-    """Compiles csrc/ with nvcc. A failure leaves a working package without the library, unless RSAFT_CUDA=1."""
+    """Compiles csrc/. A failure leaves a working package without that library, unless its variable is 1."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or True
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"
@@ -81,29 +108,43 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
+        cuda = ext.name == CUDA_LIBRARY
         try:
-            subprocess.run(nvcc_command(NVCC, output), check=True)
+            subprocess.run(nvcc_command(NVCC, output) if cuda else cxx_command(CXX, output), check=True)
         except (OSError, subprocess.CalledProcessError) as error:
+            variable = "RSAFT_CUDA" if cuda else "RSAFT_CPU"
             raise CompileError(
-                f"{error}; the package works without the library (RSAFT_CUDA=0 leaves it out)"
+                f"{error}; the package works without the library ({variable}=0 leaves it out)"
             ) from error
 
 
 class PlatformWheel(bdist_wheel):
-    """The library depends on the platform and on no version of Python."""
+    """The libraries depend on the platform and on no version of Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         _, _, platform = super().get_tag()
         return ("py3", "none", platform)
 
 
-NVCC = find_nvcc()
-library = Extension(
-    "rsaft_fast.librsaft",
-    sources=[str(CSRC / name) for name in (CSRC / "sources.txt").read_text().split()],
-    depends=[str(path) for path in CSRC.iterdir()],
-    optional=os.environ.get("RSAFT_CUDA") != "1",
-)
+CUDA_LIBRARY = "rsaft_fast.librsaft"
+CPU_LIBRARIES = ["rsaft_fast.librsaft_cpu"]
+if platform.machine() in ("x86_64", "AMD64"):
+    CPU_LIBRARIES.append("rsaft_fast.librsaft_cpu_avx2")  # ops/library.py knows it by this name
+NVCC, CXX = find_nvcc(), find_cxx()
+
+
+def library(name: str, sources: list[str], variable: str) -> Extension:
+    """What build_ext is told of a library; what it depends on is all of csrc/."""
+    return Extension(
+        name,
+        sources=[str(CSRC / source) for source in sources],
+        depends=[str(path) for path in CSRC.iterdir()],
+        optional=os.environ.get(variable) != "1",
+    )
+
+
+libraries = [library(CUDA_LIBRARY, (CSRC / "sources.txt").read_text().split(), "RSAFT_CUDA")] if NVCC else []
+libraries += [library(name, ["cpu.cpp"], "RSAFT_CPU") for name in CPU_LIBRARIES] if CXX else []
 
 setup(
     packages=[*find_packages(include=["rsaft_fast", "rsaft_fast.*"]), *(f"rsaft_fast.{name}" for name in BESIDE)],
@@ -113,6 +154,7 @@ setup(
         "rsaft_fast.recipes": ["*.yaml"],
         "rsaft_fast.benchmarks": ["shapes.json"],
     },
-    ext_modules=[library] if NVCC else [],
-    cmdclass={"build_py": WithoutTests} | ({"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel} if NVCC else {}),
+    ext_modules=libraries,
+    cmdclass={"build_py": WithoutTests}
+    | ({"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel} if libraries else {}),
 )

@@ -151,6 +151,9 @@ int run(Samples s, O *out, const O *images, const G *grad, int64_t samples, doub
     }
     return cudaGetLastError();
 }
+#elif defined(RSAFT_CPU)
+template <class O, class G>
+int run(Samples s, O *out, const O *images, const G *grad, int64_t samples, double radius, bool sign, void *stream);
 #else
 template <class O, class G> void move_sample(const Samples &s, O *out, const O *images, const G *grad, int64_t sample,
                                              double radius, bool sign) {

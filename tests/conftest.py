@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -54,6 +55,19 @@ def host_library(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def cpu_libraries(tmp_path_factory):
+    """Folder of csrc/ compiled for the CPU as setup.py compiles it, from the sources as they are."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs c++")
+    folder = tmp_path_factory.mktemp("cpu")
+    environment = os.environ | {"RSAFT_CUDA": "0", "RSAFT_CPU": "1"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder / "temp"]
+    subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, check=True)
+    return folder / "rsaft_fast"
+
+
 GPU = pytest.mark.gpu
 
 
@@ -62,16 +76,23 @@ GPU = pytest.mark.gpu
         "torch",
         INTERPRETER,
         "cuda-host",
+        "cpu",
         pytest.param("triton-gpu", marks=GPU),
         pytest.param("cuda-gpu", marks=GPU),
     ]
 )
 def backend(request, monkeypatch):
-    """Forces one backend and gives its device: torch, Triton's interpreter and the host library on the CPU; GPU."""
+    """Forces one backend and gives its device: torch, Triton's interpreter, the CUDA library's kernels on the host, and
+    the CPU library on the CPU; GPU."""
     name, where = (request.param.split("-") + [""])[:2]
     monkeypatch.setenv("RSAFT_BACKEND", name)
     if where == "host":
         monkeypatch.setenv(library.ENV, str(request.getfixturevalue("host_library")))
+        library.forget()
+        request.addfinalizer(library.forget)
+    if name == "cpu":
+        built = request.getfixturevalue("cpu_libraries") / (library.CPU_AVX2 if library.has_avx2() else library.CPU_ANY)
+        monkeypatch.setenv(library.ENV, str(built))
         library.forget()
         request.addfinalizer(library.forget)
     return torch.device("cuda" if where == "gpu" else "cpu")

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from rsaft_fast.ops import library
 
@@ -34,7 +35,7 @@ def build_wheel(tmp_path: Path, **environment: str) -> Path:
 
 
 def test_wheel_without_a_compiler_is_pure_and_whole(tmp_path):
-    wheel = build_wheel(tmp_path, RSAFT_CUDA="0")
+    wheel = build_wheel(tmp_path, RSAFT_CUDA="0", RSAFT_CPU="0")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "rsaft_fast/kernels/global_norm.py" in names, "kernels/ installs inside the package"
@@ -46,22 +47,42 @@ def test_wheel_without_a_compiler_is_pure_and_whole(tmp_path):
     assert not any(name.startswith(outside) or name.endswith(".so") for name in names)
 
 
-def test_the_benchmarks_run_from_a_wheel(tmp_path):
-    zipfile.ZipFile(build_wheel(tmp_path, RSAFT_CUDA="0")).extractall(tmp_path / "site")
-    shutil.rmtree(tmp_path / "source")
+def run_from(wheel: Path, tmp_path: Path, *command: str, **environment: str) -> str:
+    """What the command line prints where nothing but the wheel's content is."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    shutil.rmtree(tmp_path / "source", ignore_errors=True)
     run = subprocess.run(
-        [sys.executable, "-m", "rsaft_fast.cli", "bench", "--list"],
+        [sys.executable, "-m", "rsaft_fast.cli", *command],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")} | environment,
         capture_output=True,
         text=True,
     )
-    assert run.returncode == 0 and "sdxl-full: 2,567,463,684 parameters" in run.stdout, run.stderr
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no c++")
+def test_a_wheel_made_with_a_compiler_computes_with_it_on_the_cpu(tmp_path):
+    wheel = build_wheel(tmp_path, RSAFT_CUDA="0", RSAFT_CPU="1")
+    assert "-py3-none-" in wheel.name and not wheel.name.endswith("any.whl"), "any Python, this platform"
+    assert "sdxl-full: 2,567,463,684 parameters" in run_from(wheel, tmp_path, "bench", "--list")
+    said = run_from(wheel, tmp_path, "doctor")
+    assert re.search(r"cpu +runs +librsaft_cpu", said), said
+    if not torch.cuda.is_available():
+        assert "used on cpu: cpu" in said
+        assert "used on cpu: torch (RSAFT_BACKEND=torch)" in run_from(wheel, tmp_path, "doctor", RSAFT_BACKEND="torch")
+
+
+def test_a_compiler_that_fails_leaves_a_package_that_computes_with_torch(tmp_path):
+    wheel = build_wheel(tmp_path, RSAFT_CUDA="0", CXX="false")
+    assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
+    assert re.search(r"cpu +no +the CPU library is not built", run_from(wheel, tmp_path, "doctor"))
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_wheel_with_a_compiler_holds_a_library_that_loads(tmp_path, monkeypatch):
-    wheel = build_wheel(tmp_path, RSAFT_CUDA="1", RSAFT_ARCHITECTURES="90")
+    wheel = build_wheel(tmp_path, RSAFT_CUDA="1", RSAFT_CPU="0", RSAFT_ARCHITECTURES="90")
     assert "-py3-none-" in wheel.name and not wheel.name.endswith("any.whl"), "any Python, this platform"
     zipfile.ZipFile(wheel).extract("rsaft_fast/librsaft.so", tmp_path)
     monkeypatch.setenv(library.ENV, str(tmp_path / "rsaft_fast/librsaft.so"))
@@ -102,17 +123,18 @@ def test_cmake_builds_the_same_library(tmp_path):
         capture_output=True,
     )
     subprocess.run(["cmake", "--build", tmp_path], check=True, capture_output=True)
-    built = ctypes.CDLL(str(tmp_path / "librsaft.so"))
-    assert built.rsaft_abi_version() == library.ABI_VERSION
+    for name in ("librsaft.so", "librsaft_cpu.so"):
+        assert ctypes.CDLL(str(tmp_path / name)).rsaft_abi_version() == library.ABI_VERSION
 
 
-def test_forcing_the_library_without_a_compiler_is_an_error(tmp_path):
+@pytest.mark.parametrize(("variable", "missing"), [("RSAFT_CUDA", "no nvcc"), ("RSAFT_CPU", "no C++ compiler")])
+def test_forcing_a_library_without_a_compiler_is_an_error(tmp_path, variable, missing):
     shutil.copy(ROOT / "setup.py", tmp_path)
     run = subprocess.run(
         [sys.executable, "setup.py", "--name"],
         cwd=tmp_path,
-        env={"PATH": "", "RSAFT_CUDA": "1"},
+        env={"PATH": "", variable: "1"},
         capture_output=True,
         text=True,
     )
-    assert run.returncode != 0 and "no nvcc" in run.stderr
+    assert run.returncode != 0 and missing in run.stderr

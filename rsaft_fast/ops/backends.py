@@ -1,4 +1,4 @@
-"""Which implementation of the operations runs: CUDA library, Triton kernels, or plain torch, in that order.
+"""Which implementation of the operations runs: CUDA library, Triton kernels, CPU library, plain torch, in that order.
 
 A missing backend never fails at import; it fails when it is forced with ``RSAFT_BACKEND`` and asked to run.
 """
@@ -14,10 +14,15 @@ import torch
 
 from . import library
 
-ORDER = ("cuda", "triton", "torch")
+ORDER = ("cuda", "triton", "cpu", "torch")
 ENV = "RSAFT_BACKEND"
 
-_MODULES = {"cuda": "rsaft_fast.ops.cuda", "triton": "rsaft_fast.kernels", "torch": "rsaft_fast.ops.reference"}
+_MODULES = {
+    "cuda": "rsaft_fast.ops.cuda",
+    "triton": "rsaft_fast.kernels",
+    "cpu": "rsaft_fast.ops.cuda",  # the same functions over another library
+    "torch": "rsaft_fast.ops.reference",
+}
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -53,8 +58,8 @@ def why_not(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...] 
     """The reason why ``backend`` cannot run on tensors of this device and these dtypes; None when it can."""
     if backend == "torch":
         return None
-    if backend == "cuda":
-        obstacle = library.why_not(device.type)
+    if backend in ("cuda", "cpu"):
+        obstacle = library.why_not(device.type, backend)
         if obstacle is not None:
             return obstacle
     elif not _has_triton():
@@ -79,9 +84,9 @@ def choose(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> str:
         if obstacle is not None:
             raise RuntimeError(f"{ENV}={name} is forced, but {obstacle}")
         return name
-    if device.type != "cuda":
-        return "torch"  # the interpreter is a test instrument: never picked by itself
-    return next(name for name in ORDER if why_not(name, device, dtypes) is None)
+    # On the CPU, Triton's interpreter and the kernels walking as on a GPU are tests' instruments: never picked.
+    order = ORDER if device.type == "cuda" else ("cpu", "torch")
+    return next(name for name in order if why_not(name, device, dtypes) is None)
 
 
 def implementation(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> ModuleType:
@@ -109,6 +114,8 @@ def _interpreting() -> bool:
 def _why(backend: str, gpu: torch.device) -> str:
     if backend == "torch":
         return f"plain torch {torch.__version__}, any device and dtype"
+    if backend == "cpu":
+        return f"compiled library {library.path_of('cpu').name} (csrc/), torch's {torch.get_num_threads()} thread(s)"
     if backend == "cuda":
         return f"compiled library (csrc/) on {torch.cuda.get_device_name() if gpu.type == 'cuda' else 'the CPU'}"
     where = torch.cuda.get_device_name() if gpu.type == "cuda" else "the interpreter on the CPU (TRITON_INTERPRET=1)"

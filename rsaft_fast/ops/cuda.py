@@ -100,10 +100,10 @@ def _prepared(table: TensorTable) -> _Prepared:
 
 
 def _call(device: torch.device, function: str, *arguments) -> None:
-    """Run on the tensors' device and PyTorch's current stream there."""
-    loaded = library.load()
+    """Run on the tensors' device and PyTorch's current stream there; on the CPU on as many threads as PyTorch uses."""
+    loaded = library.load(device.type)
     if device.type != "cuda":
-        error = getattr(loaded, function)(*arguments, None)
+        error = getattr(loaded, function)(*arguments, torch.get_num_threads())
     elif torch._C._cuda_getDevice() == device.index:
         error = getattr(loaded, function)(*arguments, torch._C._cuda_getCurrentRawStream(device.index))
     else:

@@ -1,9 +1,14 @@
-"""The compiled library (csrc/), through ctypes: found beside the package or at ``RSAFT_LIBRARY``, loaded once."""
+"""The compiled libraries (csrc/), through ctypes: found beside the package or at ``RSAFT_LIBRARY``, loaded once.
+
+The same sources serve tensors on GPUs, compiled by nvcc, and tensors in host memory, compiled by the C++ compiler.
+"""
 
 import ctypes
 import functools
 import os
 from pathlib import Path
+
+import torch
 
 ABI_VERSION = 3
 ENV = "RSAFT_LIBRARY"
@@ -23,20 +28,25 @@ _ARGUMENTS = {
 """Of the functions in csrc/rsaft.h: given once, so that a call converts plain integers and nothing else."""
 
 
+CPU_AVX2, CPU_ANY = "librsaft_cpu_avx2.so", "librsaft_cpu.so"
+"""The library for host memory, compiled for processors with AVX2 and for every one (setup.py)."""
+
+
 class LibraryError(RuntimeError):
     """The library cannot serve; the text says why and what mends it."""
 
 
 @functools.cache
-def load() -> ctypes.CDLL:
-    """The library, its ABI and the driver checked.
+def load(device_type: str = "cuda") -> ctypes.CDLL:
+    """The library for tensors on devices of this type, its ABI and the driver checked.
 
     Raises:
         LibraryError: not built, of another ABI, or newer than the driver.
     """
-    path = Path(os.environ.get(ENV) or Path(__file__).parents[1] / "librsaft.so")
+    path = path_of(device_type)
     if not path.is_file():
-        raise LibraryError("the CUDA library is not built: install again where nvcc is on PATH")
+        what, compiler = ("CUDA", "nvcc") if device_type == "cuda" else ("CPU", "a C++ compiler (g++)")
+        raise LibraryError(f"the {what} library is not built: install again where {compiler} is on PATH")
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -48,6 +58,25 @@ def load() -> ctypes.CDLL:
         getattr(library, name).argtypes = types
     library.rsaft_error_string.restype = ctypes.c_char_p
     return library
+
+
+def path_of(device_type: str) -> Path:
+    """Where the library for tensors on such devices is looked for: at ``RSAFT_LIBRARY``, else in the package.
+
+    On the CPU it is the one that this processor can run.
+    """
+    if os.environ.get(ENV):
+        return Path(os.environ[ENV])
+    package = Path(__file__).parents[1]
+    if device_type == "cuda":
+        return package / "librsaft.so"
+    fast = package / CPU_AVX2
+    return fast if has_avx2() and fast.is_file() else package / CPU_ANY
+
+
+def has_avx2() -> bool:
+    """Whether torch finds the instructions that ``CPU_AVX2`` is made of."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def cuda_versions(library: ctypes.CDLL) -> tuple[int, int]:
@@ -64,13 +93,13 @@ def check(library: ctypes.CDLL, error: int) -> None:
 
 
 @functools.cache
-def why_not(device_type: str = "cuda") -> str | None:
-    """Why the library cannot serve tensors on devices of this type; None when it can.
+def why_not(device_type: str = "cuda", wanted: str = "cuda") -> str | None:
+    """Why the library ``wanted`` ("cuda", "cpu") cannot serve tensors on devices of this type; None when it can.
 
-    Compiled by a C++ compiler instead of nvcc, the same sources walk host memory: the tests' instrument.
+    ``RSAFT_LIBRARY`` takes the place of either, even one for host memory that of "cuda": the tests' instrument.
     """
     try:
-        runtime, driver = cuda_versions(load())
+        runtime, driver = cuda_versions(load(wanted))
     except LibraryError as error:
         return str(error)
     made_for = "cuda" if runtime else "cpu"

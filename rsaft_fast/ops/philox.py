@@ -32,15 +32,15 @@ def philox(counter: tuple[torch.Tensor, ...], seed: int) -> tuple[torch.Tensor, 
     return c0, c1, c2, c3
 
 
-def random16(numel: int, seed: int, step: torch.Tensor, parameter: int, purpose: int) -> torch.Tensor:
-    """16 random bits for each element of a tensor, in memory order: int64 ``(numel,)``.
+def random16(numel: int, seed: int, step: torch.Tensor, parameter: int, purpose: int, start: int = 0) -> torch.Tensor:
+    """16 random bits for each of ``numel`` elements of a tensor, in memory order: int64 ``(numel,)``.
 
     Args:
         step: scalar on the device: steps that this tensor has taken, the one being made included for an update.
-        parameter: index of the tensor in its optimizer.
+        parameter: index of the tensor in its optimizer. start: the first element within it, a multiple of 8.
     """
     device = step.device
-    pack = torch.arange(-(-numel // 8), dtype=torch.int64, device=device)
+    pack = torch.arange(start // 8, -(-(start + numel) // 8), dtype=torch.int64, device=device)
     counter = (
         pack & _MASK,
         pack >> 32,

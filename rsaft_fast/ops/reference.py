@@ -10,9 +10,12 @@ from types import SimpleNamespace
 import torch
 
 from .philox import PERTURBATION, UPDATE, random16, round_stochastically
-from .quantize import dequantize_blocks, quantize_blocks
+from .quantize import BLOCK, dequantize_blocks, quantize_blocks
 from .scalars import GradientNorm, StepInputs, StepScalars
-from .table import LISTS, ROW, TensorTable
+from .table import ABSMAX, CHUNK, LISTS, ROW, TensorTable
+
+PIECE = 8 * CHUNK
+"""Elements worked on at once on the CPU: a MB of float32, so that one operation finds in a cache what another wrote."""
 
 
 def _compute_dtype(table: TensorTable) -> torch.dtype:
@@ -25,30 +28,44 @@ def _flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _rows(table: TensorTable, tensor: int | None = None) -> Iterator[SimpleNamespace]:
-    """Each tensor's lists by name, flat and None where absent, with its index; those with elements only."""
+    """Each tensor's lists by name, flat and None where absent, with its index; those with elements only.
+
+    On the CPU a tensor comes in pieces: ``start`` is where in the tensor one begins, ``slot`` its first chunk.
+    """
     for index in range(len(table)) if tensor is None else (tensor,):
-        if table.shapes[index].numel():
-            lists = {name: _flat(table[name][index]) if name in table else None for name in LISTS}
-            yield SimpleNamespace(index=index, **lists)
+        numel = table.shapes[index].numel()
+        lists = {name: _flat(table[name][index]) if name in table else None for name in LISTS}
+        size = PIECE if table.device.type == "cpu" else max(numel, 1)
+        for start in range(0, numel, size):
+            piece = lists if size >= numel else {name: _cut(name, x, start, size) for name, x in lists.items()}
+            slot = table.first_chunk[index] + start // CHUNK
+            yield SimpleNamespace(index=index, start=start, slot=slot, **piece)
 
 
-def _round(table: TensorTable, index: int, x: torch.Tensor, step: torch.Tensor, purpose: int) -> torch.Tensor:
+def _cut(name: str, flat: torch.Tensor | None, start: int, size: int) -> torch.Tensor | None:
+    if flat is None:
+        return None
+    each = BLOCK if name in ABSMAX else 1
+    return flat[start // each : (start + size) // each]
+
+
+def _round(table: TensorTable, row: SimpleNamespace, x: torch.Tensor, step: torch.Tensor, purpose: int) -> torch.Tensor:
     """To the weight's dtype."""
     if table.rounding_seed is None or "master" in table:
         return x.to(table.dtypes["weight"])
-    bits = random16(x.numel(), table.rounding_seed, step, table.parameters[index], purpose)
+    bits = random16(x.numel(), table.rounding_seed, step, table.parameters[row.index], purpose, row.start)
     return round_stochastically(x, bits)
 
 
 def sum_of_squares(table: TensorTable, adaptive: bool) -> None:
-    """Fills ``table.sum_sq``: each tensor's sum in the slot of its first chunk (the kernels use every chunk's slot)."""
+    """Fills ``table.sum_sq``: each piece's sum in the slot of its first chunk (the kernels use every chunk's slot)."""
     table.sum_sq.zero_()
     for row in _rows(table):
         if row.grad is None:
             continue
         grad = row.weight.to(_compute_dtype(table)) * row.grad if adaptive else row.grad
         norm = torch.linalg.vector_norm(grad, dtype=torch.float64)
-        table.sum_sq[table.first_chunk[row.index]] = norm * norm
+        table.sum_sq[row.slot] = norm * norm
 
 
 def finish_norm(
@@ -92,14 +109,14 @@ def sam_perturb_(table: TensorTable, norm: GradientNorm) -> None:
         wanted = scale[row.index] * row.grad.to(dtype)
         if table.adaptive:
             wanted = wanted * (base * base)
-        perturbed = _round(table, row.index, base + wanted, table.steps[row.index], PERTURBATION)
+        perturbed = _round(table, row, base + wanted, table.steps[row.index], PERTURBATION)
         row.weight.copy_(torch.where(finite, perturbed, old))
         # Last: the backup may be the gradient's own memory.
         if row.backup is not None:
             row.backup.copy_(torch.where(finite, old, row.backup))
         wanted = torch.where(finite, wanted, 0.0)
         applied = row.weight.to(dtype) - old.to(dtype)
-        table.perturbation_sums[table.first_chunk[row.index]] = torch.stack(
+        table.perturbation_sums[row.slot] = torch.stack(
             [(a * b).sum(dtype=torch.float64) for a, b in ((applied, applied), (applied, wanted), (wanted, wanted))]
         )
 
@@ -162,7 +179,8 @@ def sam_adamw_step_(
     intact = torch.ones_like(update) if first is None else first.found_inf == 0
     coefficients = table.coefficients.to(_compute_dtype(table))
     for row in _rows(table, tensor):
-        row.grad = row.grad if grad is None else _flat(grad)
+        if grad is not None:
+            row.grad = _flat(grad)[row.start : row.start + row.weight.numel()]
         kept = _unperturbed(row, intact) if restore else row.weight
         if row.grad is None:
             row.weight.copy_(kept)
@@ -178,7 +196,7 @@ def _step_row(table: TensorTable, row: SimpleNamespace, kept, coefficients: torc
     m = m + (grad - m) * beta1_c
     v = v * beta2 + (grad * grad) * beta2_c
     new = base * decay - step_size * (m / (v.sqrt() / bias2_sqrt + eps))
-    row.weight.copy_(torch.where(update, _round(table, row.index, new, step, UPDATE), kept))
+    row.weight.copy_(torch.where(update, _round(table, row, new, step, UPDATE), kept))
     if row.master is not None:
         row.master.copy_(torch.where(update, new, row.master))
     for target, value in _stored(row, m, v):

@@ -19,6 +19,12 @@ def _implementation(table: TensorTable):
     return backends.implementation(table.device, table.float_dtypes)
 
 
+def _common(tables: Sequence[TensorTable]):
+    """What takes all of these tables in one call: plain torch where one of them needs it (float64)."""
+    found = [_implementation(table) for table in tables]
+    return reference if reference in found else found[0]
+
+
 def _written(weights: Sequence[torch.Tensor]) -> None:
     """Autograd must notice the write; of state and backups it keeps none."""
     torch.autograd.graph.increment_version(weights)
@@ -67,7 +73,7 @@ def global_norm(
         _check(table, out, "grad")
         _implementation(table).sum_of_squares(table, table.adaptive and not plain)
     slots = [table.sum_sq for table in tables]
-    backend = backends.implementation(device)
+    backend = _common(tables)
     if process_group is None and inputs is not None:
         backend.finish_norm(slots, out, rho, tables, inputs)
         return out
@@ -121,7 +127,7 @@ def adamw_coefficients_(tables: TensorTable | Sequence[TensorTable], norm: Gradi
         tables: all tables of the step. norm: of the gradients as they are in memory; clipping follows it.
     """
     tables = [tables] if isinstance(tables, TensorTable) else list(tables)
-    backends.implementation(tables[0].device).adamw_coefficients(tables, norm, inputs)
+    _common(tables).adamw_coefficients(tables, norm, inputs)
 
 
 @eager_only

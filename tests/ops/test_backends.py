@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from rsaft_fast import ops
-from rsaft_fast.ops import backends, library
+from rsaft_fast.ops import backends, library, reference
+
+from .tables import SIZES, bits, random_table, same_bits
+from .test_adamw import scalars_for, take_step
 
 CPU = torch.device("cpu")
 
@@ -29,15 +32,74 @@ def no_library(monkeypatch, tmp_path):
 
 def test_describe_lists_every_backend_in_order(no_library):
     rows = backends.describe()
-    assert [row.backend for row in rows] == ["cuda", "triton", "torch"]
+    assert [row.backend for row in rows] == ["cuda", "triton", "cpu", "torch"]
     assert all(row.why for row in rows)
     assert rows[-1].available
-    assert not rows[0].available and "not built" in rows[0].why
+    for row, compiler in ((rows[0], "nvcc"), (rows[2], "C++ compiler")):
+        assert not row.available and "not built" in row.why and compiler in row.why
 
 
-def test_the_cpu_takes_torch_by_itself(monkeypatch):
+@pytest.fixture
+def free_choice(cpu_libraries, monkeypatch):
+    """As if the CPU library were built for any processor, and nothing forced."""
+    monkeypatch.setenv(library.ENV, str(cpu_libraries / library.CPU_ANY))
     monkeypatch.delenv("RSAFT_BACKEND", raising=False)
-    assert backends.choose(CPU, (torch.float64,)) == "torch"
+    library.forget()
+    yield
+    library.forget()
+
+
+def test_the_cpu_takes_its_library_where_it_is_and_torch_for_float64(free_choice):
+    assert backends.choose(CPU, (torch.float32, torch.bfloat16)) == backends.choose(CPU) == "cpu"
+    assert backends.choose(CPU, (torch.float64,)) == backends.choose(torch.device("meta")) == "torch"
+    assert "on cpu" in backends.why_not("cpu", torch.device("cuda"))
+
+
+def test_the_cpu_takes_torch_by_itself_where_nothing_is_built(monkeypatch, no_library):
+    monkeypatch.delenv("RSAFT_BACKEND", raising=False)
+    assert backends.choose(CPU, (torch.float32,)) == "torch"
+
+
+def test_a_float64_table_beside_others_steps_in_torch(free_choice):
+    """One norm over both, made by what takes both."""
+    grads = [torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0], dtype=torch.float64)]
+    tables = [ops.TensorTable([torch.ones_like(g)]) for g in grads]
+    for table, grad in zip(tables, grads):
+        table.bind(grad=[grad], exp_avg=[torch.zeros_like(grad)], exp_avg_sq=[torch.zeros_like(grad)])
+    scalars = ops.StepScalars("cpu")
+    scalars.hyper.copy_(torch.tensor([[0.1, 0.9, 0.999, 0.0, 0.0, float("inf")]]))
+    norm = ops.global_norm(tables, inputs=ops.StepInputs(scalars))
+    ops.sam_adamw_step_(tables[0], scalars)
+    ops.adamw_coefficients_(tables[1], norm, ops.StepInputs(scalars))
+    assert norm.norm.item() == pytest.approx(5.0, rel=1e-12)
+    assert tables[0]["weight"][0][0].item() == pytest.approx(0.9, rel=1e-6)
+
+
+def test_processors_and_threads_agree_to_the_bit(cpu_libraries, monkeypatch):
+    """The library for any processor and the one for AVX2, on one thread and on more: norm, sums, weights, codes."""
+    seen = []
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("RSAFT_BACKEND", "cpu")
+    for path in sorted(cpu_libraries.glob("*.so")):
+        if path.name == library.CPU_AVX2 and not library.has_avx2():
+            continue
+        monkeypatch.setenv(library.ENV, str(path))
+        library.forget()
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            generator = torch.Generator().manual_seed(50)
+            table, _ = random_table(
+                "cpu", torch.bfloat16, generator, (*SIZES, (4 * ops.CHUNK + 9,)), state_bits=8, rounding_seed=3
+            )
+            first = ops.global_norm(table, rho=1.0)
+            ops.sam_perturb_(table, first)
+            take_step(table, scalars_for("cpu"), first=first, restore=True)
+            lists = ("weight", "exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
+            tensors = [t for name in lists for t in table[name]]
+            seen.append(bits([first.values, table.perturbation_sums, *tensors]))
+    torch.set_num_threads(threads)
+    library.forget()
+    assert len(seen) >= 2 and all(same_bits(seen[0], other) for other in seen[1:])
 
 
 def test_a_forced_backend_that_cannot_run_says_why(monkeypatch, no_library):
@@ -56,7 +118,7 @@ def test_a_forced_backend_that_cannot_run_says_why(monkeypatch, no_library):
 
 def test_an_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv("RSAFT_BACKEND", "tritton")
-    with pytest.raises(ValueError, match="'tritton'.*cuda, triton, torch"):
+    with pytest.raises(ValueError, match="'tritton'.*cuda, triton, cpu, torch"):
         ops.image_delta(torch.randn(2, 3), 0.1)
 
 
@@ -78,3 +140,29 @@ def test_importing_loads_neither_triton_nor_dynamo():
         "print([m for m in ('triton', 'torch._dynamo') if m in sys.modules])"
     )
     assert out.strip() == "[]"
+
+
+@pytest.mark.parametrize("options", [{"state_bits": 8, "rounding_seed": 3}, {"master": True}, {"adaptive": True}])
+def test_pieces_of_a_tensor_are_the_tensor(options, monkeypatch):
+    """What torch does on the CPU piece by piece, to keep it in a cache, is what it does at once."""
+    monkeypatch.setenv("RSAFT_BACKEND", "torch")
+    seen = []
+    for piece in (ops.CHUNK, 1 << 30):
+        monkeypatch.setattr(reference, "PIECE", piece)
+        table, _ = random_table(
+            "cpu", torch.bfloat16, torch.Generator().manual_seed(51), (*SIZES, (2 * ops.CHUNK + 300,)), **options
+        )
+        table.steps.fill_(2)
+        norm = ops.GradientNorm("cpu")
+        norm.norm.fill_(1.0)
+        norm.scale.fill_(1e-2)
+        ops.sam_perturb_(table, norm)
+        scalars = scalars_for("cpu")
+        ops.adamw_coefficients_(table, norm, ops.StepInputs(scalars))
+        grads = table["grad"]
+        ops.sam_adamw_step_(table, scalars, first=norm, restore=True)
+        ops.sam_adamw_step_tensor_(table, len(grads) - 1, grads[-1], scalars, first=norm, restore=False)
+        written = [name for name in ("weight", "master", "exp_avg", "exp_avg_sq", "exp_avg_absmax") if name in table]
+        seen.append((bits([t for name in written for t in table[name]]), table.perturbation_sums.sum(0)))
+    assert same_bits(seen[0][0], seen[1][0])
+    torch.testing.assert_close(seen[0][1], seen[1][1], rtol=1e-9, atol=0)
