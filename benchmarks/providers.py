@@ -103,6 +103,7 @@ PROVIDERS: dict[str, Provider] = {
         {"fp32": 25, "bf16": 27},
         notes={"bf16": _SAME_WORK},
     ),
+    "ours-cpu": Provider("SAMAdamW on csrc/ compiled for the CPU", partial(Ours, backend="cpu"), _OURS_HELD),
     "ours-torch": Provider("SAMAdamW in plain torch", partial(Ours, backend="torch"), _OURS_HELD, late=True),
     "torchao": Provider(
         "the usual SAM loop, clipping, torchao AdamW8bit",

@@ -16,11 +16,13 @@ from pathlib import Path
 from rsaft_fast.benchmarks import goals, memory_goals, memory_results, memory_tables, plots, results, tables
 from rsaft_fast.benchmarks.floors import PASSES, floor
 from rsaft_fast.benchmarks.images import EAGER, WHAT
+from rsaft_fast.benchmarks.jobs import CPU_LISTS
 from rsaft_fast.benchmarks.results import Row
 from rsaft_fast.benchmarks.tables import View, markdown, milliseconds, percent
 from rsaft_fast.errors import UserError
 
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
+CPU_BEGIN, CPU_END = "<!-- cpu: begin -->", "<!-- cpu: end -->"
 MEMORY_BEGIN, MEMORY_END = "<!-- memory: begin -->", "<!-- memory: end -->"
 NOTHING = (
     "No GPU figures have been recorded yet. `rsaft-fast bench --results benchmarks/results` measures this machine;\n"
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         metavar="FILE",
         help=f"rewrite what lies between {BEGIN} and {END}, "
-        f"and, where they are, between {MEMORY_BEGIN} and {MEMORY_END}",
+        f"and, where they are, between {MEMORY_BEGIN} and {MEMORY_END}, and {CPU_BEGIN} and {CPU_END}",
     )
     parser.add_argument("--goals", action="store_true", help="show the goals and which are met, not all figures")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write bars.png and roofline.png")
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         found, memory = _find(arguments.results)
         if arguments.readme is not None:
-            _write_readme(arguments.readme, section(found), memory_section(memory))
+            _write_readme(arguments.readme, section(found), memory_section(memory), cpu_section(arguments.results))
         if found is None and memory is None:
             print(f"no GPU results under {arguments.results}")
             return 0
@@ -94,6 +96,14 @@ def section(found: Row | None) -> str:
     return "\n\n".join(block for block in blocks if block)
 
 
+def cpu_section(folder: Path) -> str | None:
+    """The newest figures of a CPU under a folder as a table of whole updates; None without any."""
+    found = results.newest(folder, lambda row: not results.is_gpu(row)) if folder.is_dir() else None
+    view = View(found) if found is not None else None
+    table = _updates(view, CPU_LISTS) if view is not None else ""
+    return f"On the CPU: {tables.machine_line(found)}.\n\n{table}" if table else None
+
+
 def _passes(view: View) -> str:
     rows = []
     for case, dtype, what, _ in view.groups():
@@ -125,8 +135,8 @@ def _passes(view: View) -> str:
     return markdown(header, rows) if rows else ""
 
 
-def _updates(view: View) -> str:
-    pairs = [(case, dtype) for case, dtype, what, _ in view.groups() if what == "update" and case in README_CASES]
+def _updates(view: View, cases: Sequence[str] = README_CASES) -> str:
+    pairs = [(case, dtype) for case, dtype, what, _ in view.groups() if what == "update" and case in cases]
     rows = []
     for name in README_PEERS:
         cells = [_times(view, "update", case, dtype, name) for case, dtype in pairs]
@@ -166,7 +176,7 @@ def _find(path: Path) -> tuple[Row | None, Row | None]:
     return results.load(path), None
 
 
-def _write_readme(path: Path, speed: str, memory: str) -> None:
+def _write_readme(path: Path, speed: str, memory: str, cpu: str | None) -> None:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -174,6 +184,8 @@ def _write_readme(path: Path, speed: str, memory: str) -> None:
     text = _between(path, text, BEGIN, END, speed)
     if MEMORY_BEGIN in text or MEMORY_END in text:
         text = _between(path, text, MEMORY_BEGIN, MEMORY_END, memory)
+    if cpu is not None and (CPU_BEGIN in text or CPU_END in text):
+        text = _between(path, text, CPU_BEGIN, CPU_END, cpu)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

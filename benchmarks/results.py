@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 
 from rsaft_fast.errors import UserError
 
-CPU_NOTE = "CPU figures: they show that the suite runs, and are not to be quoted"
+CPU_NOTE = "CPU figures: ratios hold on such a processor; they are not to be quoted of a GPU"
 FIELDS = ("gpu", "driver", "torch", "triton", "cuda", "commit", "date", "copy_gbps", "read_gbps", "rows")
 KEY = ("what", "case", "dtype", "provider")
 
@@ -113,15 +114,15 @@ def load(path: str | Path) -> Row:
     return found
 
 
-def newest(folder: str | Path) -> Row | None:
-    """The latest GPU results under a folder, by the date within them; None where there are none."""
+def newest(folder: str | Path, wanted: Callable[[Row], bool] | None = None) -> Row | None:
+    """The latest results under a folder, by the date within them, of those wanted (a GPU's); None without any."""
     found = []
     for path in Path(folder).rglob("*.json"):
         try:
             results = load(path)
         except UserError:  # other figures live in the same folder
             continue
-        if is_gpu(results):
+        if (wanted or is_gpu)(results):
             found.append(results)
     return max(found, key=lambda results: results["date"], default=None)
 
@@ -136,7 +137,7 @@ def describe_machine(device: torch.device) -> Row:
     on_gpu = device.type == "cuda"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}"]
     found: Row = {
-        "gpu": torch.cuda.get_device_name(device) if on_gpu else f"cpu {platform.machine()}",
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else _processor(),
         "driver": (_said(query) or "unknown") if on_gpu else None,
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -146,6 +147,15 @@ def describe_machine(device: torch.device) -> Row:
         "rsaft_fast": _version("rsaft_fast"),
     }
     return found if on_gpu else found | {"note": CPU_NOTE}
+
+
+def _processor() -> str:
+    """Its model where the system tells, and how many threads torch uses of it."""
+    try:
+        told = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        told = None
+    return f"cpu {told.group(1).strip() if told else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def file_name(text: object) -> str:

@@ -18,7 +18,8 @@ FILE = Path(__file__).with_name("shapes.json")
 RANK = 32
 NAMES = ("sd15", "sdxl", "sd35-medium", "flux1")
 TINY = "tiny"  # for machines without a GPU
-CASES = (TINY, *(f"{name}-{kind}" for name in NAMES for kind in ("lora32", "full")))
+PLAIN = "plain-100m"  # a list of few and large matrices, as a language model of that size has, to time a CPU with
+CASES = (TINY, PLAIN, *(f"{name}-{kind}" for name in NAMES for kind in ("lora32", "full")))
 
 Shape = tuple[int, ...]
 
@@ -33,6 +34,8 @@ def shapes_of(case: str) -> tuple[Shape, ...]:
     check_names([case], CASES, "case")
     if case == TINY:
         return tuple((64, 257 + i % 4) for i in range(20))
+    if case == PLAIN:
+        return ((4096, 1024), (1024, 4096)) * 12
     return parse(json.loads(FILE.read_text(encoding="utf-8"))[case])
 
 

@@ -66,6 +66,19 @@ def test_a_readme_without_markers_is_refused_and_left_alone(tmp_path, capsys):
     assert readme.read_text() == "text\n"
 
 
+def test_the_readme_shows_a_cpu_beside_the_gpu(tmp_path):
+    """Between markers of its own, from the newest run without a GPU, and only where the README asks for it."""
+    found = synthetic.results(tmp_path, cases=(), gpu="cpu X, 2 threads", driver=None, cuda=None)
+    for provider, slowness in (("ours-cpu", 2.0), ("usual-fused", 3.0), ("foreach", 2.5)):
+        synthetic.add_pass(found, "update", "plain-100m", "fp32", provider, slowness)
+    speed, cpu = f"{report.BEGIN}\n{report.END}\n", f"{report.CPU_BEGIN}\n{report.CPU_END}\n"
+    readme = tmp_path / "README.md"
+    for text, shown in ((speed, False), (speed + cpu, True)):
+        readme.write_text(text)
+        assert report.main([str(tmp_path), "--readme", str(readme)]) == 0
+        assert ("| usual-fused | 1.50 |" in readme.read_text()) == ("cpu X, 2 threads" in readme.read_text()) == shown
+
+
 def test_late_peers_are_held_against_ours_beside_them():
     found = synthetic.results(cases=(("sdxl-full", "8bit"),))
     synthetic.add_pass(found, "update", "sdxl-full", "8bit", "torchao", 3.0, ours_ms_p50=10.0)

@@ -10,12 +10,12 @@ from builders.benchmark_results import HEAD
 
 from rsaft_fast.benchmarks import providers, suite
 from rsaft_fast.benchmarks.host import LISTS
-from rsaft_fast.benchmarks.jobs import HEADLINE, HOST, IMAGES, Job, plan
+from rsaft_fast.benchmarks.jobs import CPU_LISTS, HEADLINE, HOST, IMAGES, Job, plan
 from rsaft_fast.benchmarks.results import Results
 from rsaft_fast.benchmarks.shapes import parameters_of
 from rsaft_fast.benchmarks.suite import Suite
 from rsaft_fast.benchmarks.timing import Part, Timer
-from rsaft_fast.ops import library
+from rsaft_fast.ops import backends, library
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -46,7 +46,13 @@ def test_the_plan_follows_what_was_asked():
     assert [(j.case, j.layout) for j in plan(CPU, ["tiny"], ["bf16"])] == [("tiny", "bf16")]
     assert {j.layout for j in plan(CUDA, ["sdxl-lora32"])} == {"fp32", "bf16"}
     assert {j.layout for j in plan(CUDA, ["sdxl-lora32"], ["8bit"])} == {"8bit"}
-    assert {j.case for j in plan(CPU)} == {"tiny", IMAGES, HOST}
+    assert {j.case for j in plan(CPU, quick=True)} == {"tiny", IMAGES, HOST}
+    real = [j for j in plan(CPU) if j.case in CPU_LISTS]
+    assert {(j.case, j.layout) for j in real} >= {(case, layout) for case in CPU_LISTS for layout in ("fp32", "bf16")}
+    assert ("plain-100m", "8bit") in {(j.case, j.layout) for j in real}
+    ours = f"ours-{backends.choose(CPU)}"
+    assert all(set(j.providers) == {ours, "usual-fused", "foreach", "bitsandbytes"} for j in real)
+    assert "ours-torch" in plan(CPU, CPU_LISTS[:1], providers=["ours-torch"])[0].providers, "when asked for"
     assert all(j.providers == ("usual-fused",) for j in plan(CPU, providers=["usual-fused"]))
     assert plan(CPU, [HOST], ["bf16"]) == []
 
