@@ -1,4 +1,4 @@
-"""The operations of a sharpness-aware step. Each picks a backend: cuda, then triton, then torch (``backends``)."""
+"""The operations of a sharpness-aware step. Each picks a backend (``backends``)."""
 
 from . import backends
 from .images import image_delta, perturb_images

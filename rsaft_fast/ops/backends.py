@@ -39,7 +39,7 @@ def describe() -> list[BackendRow]:
     gpu = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     rows = []
     for backend in ORDER:
-        obstacle = why_not(backend, gpu)
+        obstacle = why_not(backend, torch.device("cpu") if backend == "cpu" else gpu)
         rows.append(BackendRow(backend, obstacle is None, obstacle or _why(backend, gpu)))
     return rows
 

@@ -41,7 +41,7 @@ def image_delta(grad: torch.Tensor, radius: float, norm: str = "l2", dtype: torc
 
     It minimises the linearised reward over the ball of that norm: ``-radius * g / ||g||_2`` for ``l2``; the same
     direction with a root mean square of ``radius`` an element for ``rms``; ``-radius * sign(g)`` for ``linf``.
-    Norms are accumulated in float32 (float64 on the torch path). A sample whose gradient is zero, or holds a
+    Norms are accumulated in float32 (float64 on CPUs and in plain torch). A sample whose gradient is zero, or holds a
     non-finite value, gets a delta of zero; the other samples are untouched by it.
 
     Args:

@@ -44,7 +44,7 @@ def global_norm(
 
     Squares are summed in float32 within a chunk (float64 on the torch path for float64), the chunks in float64 and in
     fixed order: the same bits on every run. Float32 squares overflow above 1.8e19 (counted as non-finite) and vanish
-    below 1e-23 on the kernels; the torch path sums in float64 throughout.
+    below 1e-23 on GPU kernels; on CPUs, and in plain torch, they are summed in float64 throughout.
 
     Args:
         tables: with ``grad`` bound. Absent gradients count as zero. A table with ``adaptive`` sums ``(w * g)**2``,
