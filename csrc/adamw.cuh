@@ -34,14 +34,14 @@ RSAFT_HD float adamw(float base, float m, float v, const Row &row) {
 }
 
 // Beside 8-bit moments: square root and reciprocal in one instruction each instead of twelve, at most 3e-7 of the
-// update off, where the moments themselves are known to a hundredth. At 10 bytes an element, arithmetic would be the
-// limit.
+// update off, where the moments themselves are known to a hundredth; the last two roundings are one. At 10 bytes an
+// element, arithmetic would be the limit.
 RSAFT_HD float adamw_nearly(float base, float m, float v, const Row &row) {
 #if defined(__CUDA_ARCH__)
     float root, inverse;
     asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(v));
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(__fmaf_rn(root, row.bias2_inverse, row.eps)));
-    return base * row.decay - row.step_size * (m * inverse);
+    return __fmaf_rn(-row.step_size, m * inverse, base * row.decay);
 #else
     return adamw(base, m, v, row);
 #endif
@@ -54,6 +54,7 @@ template <class W, class G, bool MASTER, bool STOCHASTIC> struct Weights {
     using Gradient = G;
     using S = std::conditional_t<MASTER, float, W>;
     using Undo = Restore<W, MASTER>;
+    using Keys = typename Rounding<STOCHASTIC>::Keys;
     W *weight;
     const G *grad; // null: this chunk is restored, not updated
     S *source;
@@ -61,6 +62,8 @@ template <class W, class G, bool MASTER, bool STOCHASTIC> struct Weights {
     Rounding<STOCHASTIC> rounding;
     int count;
     bool aligned;
+
+    static Keys keys_of(const rsaft_table &t) { return Rounding<STOCHASTIC>::keys_of(t); }
 
     // False where there is nothing to do.
     RSAFT_HD bool begin(const rsaft_table &t, const Span &s, const StepFlags &flags) {
@@ -90,25 +93,27 @@ template <class W, class G, bool MASTER, bool STOCHASTIC> struct Weights {
 
     // Eight weights from what has been loaded; the moments become the new ones.
     template <bool EXACT>
-    RSAFT_HD Pack<W> updated(int i, Pack<S> &base, const Pack<G> &g, float (&m)[VECTOR], float (&v)[VECTOR]) const {
-        const auto drawn = rounding.draw(i);
-        Pack<W> out;
+    RSAFT_HD Pack<W> updated(int i, Pack<S> &base, const Pack<G> &g, Pack<float> &m, Pack<float> &v,
+                             const Keys &keys) const {
+        const Pack<float> old = to_floats(base), gradient = to_floats(g);
+        Pack<float> w;
 #pragma unroll
         for (int k = 0; k < VECTOR; ++k) {
-            const float old = to_float(base.v[k]);
-            update_moments(to_float(g.v[k]), m[k], v[k], row);
-            const float w = EXACT ? adamw(old, m[k], v[k], row) : adamw_nearly(old, m[k], v[k], row);
-            out.v[k] = rounding.template round<W>(w, drawn, k);
-            if constexpr (MASTER) base.v[k] = w;
+            update_moments(gradient.v[k], m.v[k], v.v[k], row);
+            w.v[k] = EXACT ? adamw(old.v[k], m.v[k], v.v[k], row) : adamw_nearly(old.v[k], m.v[k], v.v[k], row);
         }
-        return out;
+        if constexpr (MASTER) base = w;
+        return rounding.template round<W>(w, rounding.draw(i, keys));
     }
 
-    RSAFT_HD void update_one(int i, float &m, float &v) const {
-        update_moments(to_float(grad[i]), m, v, row);
-        const float w = adamw(to_float(source[i]), m, v, row);
-        if constexpr (MASTER) source[i] = w;
-        weight[i] = rounding.template round<W>(w, rounding.draw(i), i);
+    RSAFT_HD void update_one(int i, float *exp_avg, float *exp_avg_sq, const Keys &keys) const {
+        float m = load_one(exp_avg + i), v = load_one(exp_avg_sq + i);
+        update_moments(to_float(load_one(grad + i)), m, v, row);
+        const float w = adamw(to_float(load_one(source + i)), m, v, row);
+        store_one(exp_avg + i, m);
+        store_one(exp_avg_sq + i, v);
+        if constexpr (MASTER) store_one(source + i, w);
+        store_one(weight + i, rounding.template round<W>(w, rounding.draw(i, keys), i));
     }
 };
 

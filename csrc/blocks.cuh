@@ -3,9 +3,10 @@
 // An operation is a struct with
 //     begin(table, chunk, here)      what this chunk needs; returns false to leave the chunk alone
 //     updates(here)                  false: the chunk is restored, by undo<N>(here, i, none), as walk() calls it
-//     update(here, book, ...)        a lane's elements of a block; returns the lane's largest
-//     store(here, book, ..., most)   the same lane again, with the block's largest
-// On the host a warp is its 32 lanes in turn, first all updates, then all stores: maxima do not depend on the order.
+//     update<WHOLE>(here, book, ...) a lane's elements of a block; returns the lane's largest
+//     finish<WHOLE>(here, book, ...) the same lane again, with the block's largest
+// WHOLE: all 256 elements are there and every list is aligned to its pack. On the host a warp is its 32 lanes in turn,
+// first all updates, then the rest: maxima do not depend on the order.
 #pragma once
 
 #include "chunks.cuh"
@@ -15,85 +16,72 @@ namespace rsaft {
 
 static_assert(WARP * VECTOR == BLOCK, "a warp's lanes hold a block of elements, a pack each");
 
-// The value of every code and the encoding of every binade, made once a thread block, in shared memory: looked up, they
-// cost a third of what they do computed for each element, which would make this kernel wait for arithmetic, not memory.
-struct Codebook {
-    float exp_avg[CODES], exp_avg_sq[CODES];
-    Binade binades[BINADES], binades_sq[BINADES];
-
-    RSAFT_HD void fill(int i) {
-        if (i < CODES) {
-            exp_avg[i] = decode<true>(i);
-            exp_avg_sq[i] = decode<false>(i);
-        } else if (i < CODES + BINADES) {
-            binades[i - CODES] = binade<true>(i - CODES);
-            binades_sq[i - CODES] = binade<false>(i - CODES);
-        }
-    }
-};
-static_assert(CODES + BINADES <= THREADS, "one entry a thread");
-
 // Largest magnitudes, as bits: they order like the magnitudes, and a NaN comes out on top, as torch's amax has it.
 struct Largest {
     uint32_t m = 0, v = 0;
 
-    RSAFT_HD void take(uint32_t other_m, uint32_t other_v) {
-        m = m > other_m ? m : other_m;
-        v = v > other_v ? v : other_v;
-    }
-    RSAFT_HD void take(float other_m, float other_v) {
-        take(float_bits(other_m) & 0x7fffffffu, float_bits(other_v) & 0x7fffffffu);
+    RSAFT_HD void take(const Largest &other) {
+        m = m > other.m ? m : other.m;
+        v = v > other.v ? v : other.v;
     }
 };
 
-// A pack as the words that it was loaded in. Two branches that meet must agree on those: else the compiler takes the
-// elements apart in both, for three instructions and a register more for each.
-template <class T> struct alignas(alignof(Pack<T>)) Words32 {
-    uint32_t v[sizeof(Pack<T>) / 4];
-};
-
-template <class T> RSAFT_HD void keep([[maybe_unused]] Words32<T> &words) {
+RSAFT_HD Largest largest_of(const Pack<float> &m, const Pack<float> &v) {
+    Largest most;
 #if defined(__CUDA_ARCH__)
+    // |m| costs nothing to a maximum of floats; no v has a sign, not even a NaN of the GPU's making.
+    float top = fabsf(m.v[0]);
 #pragma unroll
-    for (uint32_t &word : words.v) asm("" : "+r"(word));
+    for (int k = 1; k < VECTOR; ++k) asm("max.NaN.f32 %0, %0, %1;" : "+f"(top) : "f"(fabsf(m.v[k])));
+    most.m = float_bits(top);
+#pragma unroll
+    for (int k = 0; k < VECTOR; ++k) most.v = max(most.v, float_bits(v.v[k]));
+#else
+    for (int k = 0; k < VECTOR; ++k) most.take({float_bits(fabsf(m.v[k])), float_bits(fabsf(v.v[k]))});
 #endif
+    return most;
 }
 
-template <class T> RSAFT_HD Pack<T> as_pack(const Words32<T> &words) {
+// Where a lane's elements begin in the chunk, and how many there are.
+struct Place {
+    uint32_t i;
+    int n;
+
+    RSAFT_HD Place(int i, int count)
+        : i(static_cast<uint32_t>(i)), n(count - i < 0 ? 0 : count - i < VECTOR ? count - i : VECTOR) {}
+};
+
+// WHOLE: in one access; else element by element, those that are not there `otherwise`.
+template <bool WHOLE, class T> RSAFT_HD Pack<T> load(const T *list, const Place &at, T otherwise) {
+    list += at.i;
+    if constexpr (WHOLE) return load_pack(list);
+    assume_global(list);
     Pack<T> x;
-    memcpy(x.v, words.v, sizeof words.v);
+#pragma unroll
+    for (int k = 0; k < VECTOR; ++k) x.v[k] = k < at.n ? list[k] : otherwise;
     return x;
 }
 
-// Elements i to i + n - 1, those beyond them `otherwise`.
-template <class T> RSAFT_HD Words32<T> load_words(const T *p, int n, bool whole, T otherwise) {
-    assume_global(p);
-    if (whole) return *reinterpret_cast<const Words32<T> *>(p);
-    Pack<T> x;
-#pragma unroll
-    for (int k = 0; k < VECTOR; ++k) x.v[k] = k < n ? p[k] : otherwise;
-    Words32<T> words;
-    memcpy(words.v, x.v, sizeof words.v);
-    keep(words);
-    return words;
+template <bool WHOLE> RSAFT_HD CodeWords load_codes(const uint8_t *list, const Place &at, uint8_t otherwise) {
+    assume_global(list);
+    if constexpr (WHOLE) return *reinterpret_cast<const CodeWords *>(list + at.i);
+    return words_of(load<false>(list, at, otherwise));
 }
 
-template <class T> RSAFT_HD void store_some(T *p, int n, const Pack<T> &x) {
-    assume_global(p);
+template <bool WHOLE, class T> RSAFT_HD void store(T *list, const Place &at, const Pack<T> &x) {
+    list += at.i;
+    if constexpr (WHOLE) return store_pack(list, x);
+    assume_global(list);
 #pragma unroll
     for (int k = 0; k < VECTOR; ++k)
-        if (k < n) p[k] = x.v[k];
+        if (k < at.n) list[k] = x.v[k];
 }
 
-// A lane's elements of a block: where they begin, and how many there are.
-struct Place {
-    int i, n;
-    bool whole; // the block is, and may be accessed in packs
-
-    RSAFT_HD Place(int block, int lane, int count, bool aligned)
-        : i(block * BLOCK + lane * VECTOR), n(count - i < 0 ? 0 : count - i < VECTOR ? count - i : VECTOR),
-          whole(aligned && (block + 1) * BLOCK <= count) {}
-};
+template <bool WHOLE> RSAFT_HD void store_codes(uint8_t *list, const Place &at, const CodeWords &x) {
+    assume_global(list);
+    if constexpr (WHOLE) *reinterpret_cast<CodeWords *>(list + at.i) = x;
+    else store<false>(list, at, as_pack(x));
+}
 
 #if defined(__CUDACC__)
 
@@ -106,27 +94,39 @@ template <class Op> struct AsWalk {
     }
 };
 
+template <bool WHOLE, class Op>
+__device__ __forceinline__ void one_block(const Op &op, const typename Op::Here &here, const Codebook &book, int i) {
+    const Place at(i, here.count);
+    typename Op::Lane values;
+    Largest most = op.template update<WHOLE>(here, book, at, values);
+    most.m = __reduce_max_sync(0xffffffffu, most.m);
+    most.v = __reduce_max_sync(0xffffffffu, most.v);
+    op.template finish<WHOLE>(here, book, at, most, values);
+}
+
 template <class Op> __global__ void __launch_bounds__(THREADS, 2) over_blocks(const rsaft_table t, const Op op) {
     __shared__ Codebook book;
     typename Op::Here here;
-    if (!op.begin(t, span_of(t, blockIdx.x), here)) return;
+    if (!op.begin(t, span_of(t, op.chunk_of(blockIdx.x, t.chunks)), here)) return;
     if (!op.updates(here)) {
         Sums<0> none;
         walk(AsWalk<Op>{op}, here, here.count, here.aligned, threadIdx.x, none);
         return;
     }
-    book.fill(threadIdx.x);
+    constexpr int COPIES = sizeof(Codebook) / sizeof(uint4);
+#pragma unroll
+    for (int i = 0; i < COPIES; i += THREADS)
+        reinterpret_cast<uint4 *>(&book)[i + threadIdx.x] = reinterpret_cast<const uint4 *>(&CODEBOOK)[i + threadIdx.x];
+    static_assert(COPIES % THREADS == 0, "as many copies a thread");
     __syncthreads();
-    const int lane = threadIdx.x % WARP, blocks = (here.count + BLOCK - 1) / BLOCK;
+    // Whole blocks in a loop of their own: what the others ask for every element is not asked here.
+    const int whole = here.aligned ? here.count / BLOCK * BLOCK : 0;
+    const int end = (here.count + BLOCK - 1) / BLOCK * BLOCK;
+    int i = threadIdx.x * VECTOR;
 #pragma unroll 1
-    for (int block = threadIdx.x / WARP; block < blocks; block += THREADS / WARP) {
-        const Place at(block, lane, here.count, here.aligned);
-        typename Op::Lane values;
-        Largest most = op.update(here, book, block, at.i, at.n, at.whole, values);
-        most.m = __reduce_max_sync(0xffffffffu, most.m);
-        most.v = __reduce_max_sync(0xffffffffu, most.v);
-        op.store(here, book, block, at.i, at.n, at.whole, most, values);
-    }
+    for (; i < whole; i += THREADS * VECTOR) one_block<true>(op, here, book, i);
+#pragma unroll 1
+    for (; i < end; i += THREADS * VECTOR) one_block<false>(op, here, book, i);
 }
 
 template <class Op> int launch_blocks(const rsaft_table &t, const Op &op, void *stream) {
@@ -137,31 +137,27 @@ template <class Op> int launch_blocks(const rsaft_table &t, const Op &op, void *
 
 #else
 
-template <class Op> void block_on_host(const Op &op, const typename Op::Here &here, const Codebook &book, int block) {
+template <bool WHOLE, class Op> void block_on_host(const Op &op, const typename Op::Here &here, int first) {
     typename Op::Lane values[WARP];
     Largest most;
-    for (int lane = 0; lane < WARP; ++lane) {
-        const Place at(block, lane, here.count, here.aligned);
-        const Largest lanes = op.update(here, book, block, at.i, at.n, at.whole, values[lane]);
-        most.take(lanes.m, lanes.v);
-    }
-    for (int lane = 0; lane < WARP; ++lane) {
-        const Place at(block, lane, here.count, here.aligned);
-        op.store(here, book, block, at.i, at.n, at.whole, most, values[lane]);
-    }
+    for (int lane = 0; lane < WARP; ++lane)
+        most.take(op.template update<WHOLE>(here, CODEBOOK, Place(first + lane * VECTOR, here.count), values[lane]));
+    for (int lane = 0; lane < WARP; ++lane)
+        op.template finish<WHOLE>(here, CODEBOOK, Place(first + lane * VECTOR, here.count), most, values[lane]);
 }
 
 template <class Op> int launch_blocks(const rsaft_table &t, const Op &op, void *) {
-    Codebook book;
-    for (int i = 0; i < THREADS; ++i) book.fill(i);
     Sums<0> none;
-    for (int chunk = 0; chunk < t.chunks; ++chunk) {
+    for (int block = 0; block < t.chunks; ++block) {
         typename Op::Here here{};
-        if (!op.begin(t, span_of(t, chunk), here)) continue;
-        if (!op.updates(here))
+        if (!op.begin(t, span_of(t, op.chunk_of(block, t.chunks)), here)) continue;
+        if (!op.updates(here)) {
             for (int i = 0; i < here.count; ++i) op.template undo<1>(here, i, none);
-        else
-            for (int block = 0; block * BLOCK < here.count; ++block) block_on_host(op, here, book, block);
+            continue;
+        }
+        const int whole = here.aligned ? here.count / BLOCK * BLOCK : 0;
+        for (int i = 0; i < here.count; i += BLOCK)
+            i < whole ? block_on_host<true>(op, here, i) : block_on_host<false>(op, here, i);
     }
     return 0;
 }

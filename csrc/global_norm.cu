@@ -26,13 +26,13 @@ template <class W, class G, bool ADAPTIVE> struct SumOfSquares {
 
     template <int N> RSAFT_HD void at(const Here &here, int i, Sums<1> &sums) const {
         if constexpr (N == VECTOR) {
-            const Pack<G> g = load_pack(here.grad + i);
-            Pack<W> w;
-            if constexpr (ADAPTIVE) w = load_pack(here.weight + i);
+            const Pack<float> g = to_floats(load_pack(here.grad + i));
+            Pack<float> w{};
+            if constexpr (ADAPTIVE) w = to_floats(load_pack(here.weight + i));
 #pragma unroll
-            for (int k = 0; k < VECTOR; ++k) add(to_float(g.v[k]), ADAPTIVE ? to_float(w.v[k]) : 1.0f, sums);
+            for (int k = 0; k < VECTOR; ++k) add(g.v[k], w.v[k], sums);
         } else {
-            add(to_float(here.grad[i]), ADAPTIVE ? to_float(here.weight[i]) : 1.0f, sums);
+            add(to_float(load_one(here.grad + i)), ADAPTIVE ? to_float(load_one(here.weight + i)) : 1.0f, sums);
         }
     }
 

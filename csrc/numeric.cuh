@@ -1,6 +1,7 @@
 // Element types and 16-byte packs, the same on device and host: tests compile this for the CPU and hold it to float64.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -80,10 +81,87 @@ template <class T> struct alignas(sizeof(T) == 1 ? 8 : 16) Pack {
     T v[VECTOR];
 };
 
+// A pack as 32-bit words, two elements of 16 bits in each: taken apart and put together in half the instructions that
+// it takes element by element.
+template <class T> struct alignas(alignof(Pack<T>)) Words32 {
+    uint32_t v[sizeof(Pack<T>) / 4];
+};
+
+template <class T> RSAFT_HD Words32<T> words_of(const Pack<T> &x) {
+    Words32<T> words;
+    memcpy(words.v, x.v, sizeof words.v);
+    return words;
+}
+
+template <class T> RSAFT_HD Pack<T> as_pack(const Words32<T> &words) {
+    Pack<T> x;
+    memcpy(x.v, words.v, sizeof words.v);
+    return x;
+}
+
+// Four bytes of the eight in (low, high): byte k is the one that hexadecimal digit k of `selector` numbers, 8 more: its
+// sign, 0 or 0xff.
+RSAFT_HD uint32_t bytes_of(uint32_t low, uint32_t high, uint32_t selector) {
+#if defined(__CUDA_ARCH__)
+    return __byte_perm(low, high, selector);
+#else
+    const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
+    uint32_t out = 0;
+    for (int k = 0; k < 4; ++k) {
+        const uint32_t digit = selector >> 4 * k & 15, byte = static_cast<uint32_t>(both >> 8 * (digit & 7)) & 0xffu;
+        out |= (digit & 8 ? (byte & 0x80u ? 0xffu : 0u) : byte) << 8 * k;
+    }
+    return out;
+#endif
+}
+
+template <class T> RSAFT_HD Pack<float> to_floats(const Pack<T> &x) {
+    Pack<float> out;
+    if constexpr (std::is_same_v<T, bf16>) {
+        const Words32<T> words = words_of(x);
+#pragma unroll
+        for (int k = 0; k < VECTOR; k += 2) {
+            out.v[k] = bits_float(words.v[k / 2] << 16);
+            out.v[k + 1] = bits_float(words.v[k / 2] & 0xffff0000u);
+        }
+    } else {
+#pragma unroll
+        for (int k = 0; k < VECTOR; ++k) out.v[k] = to_float(x.v[k]);
+    }
+    return out;
+}
+
+// Round to nearest even.
+template <class T> RSAFT_HD Pack<T> from_floats(const Pack<float> &x) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (std::is_same_v<T, bf16>) { // two a conversion, which runs at a fraction of an addition's rate
+        Words32<T> words;
+#pragma unroll
+        for (int k = 0; k < VECTOR; k += 2)
+            asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words.v[k / 2]) : "f"(x.v[k + 1]), "f"(x.v[k]));
+        return as_pack(words);
+    } else
+#endif
+    {
+        Pack<T> out;
+#pragma unroll
+        for (int k = 0; k < VECTOR; ++k) out.v[k] = from_float<T>(x.v[k]);
+        return out;
+    }
+}
+
 // Addresses come from a table: without the hint the compiler issues generic accesses.
 template <class T> RSAFT_HD void assume_global([[maybe_unused]] const T *p) {
 #if defined(__CUDA_ARCH__)
     __builtin_assume(__isGlobal(p));
+#endif
+}
+
+// Keeps a list's address in registers of the thread. What is the same for all threads the compiler would hold
+// elsewhere, and take several instructions an access to add what is not.
+template <class T> RSAFT_HD void hold([[maybe_unused]] T *&p) {
+#if defined(__CUDA_ARCH__)
+    asm("" : "+l"(p));
 #endif
 }
 
@@ -92,11 +170,26 @@ template <class T> RSAFT_HD Pack<T> load_pack(const T *p) {
     return *reinterpret_cast<const Pack<T> *>(p);
 }
 
-#if defined(__CUDA_ARCH__)
-template <bool ONCE, class T> __device__ __forceinline__ void store_16(T *p, const uint4 &x) {
+template <class T> RSAFT_HD T load_one(const T *p) {
     assume_global(p);
-    if constexpr (ONCE) __stcs(reinterpret_cast<uint4 *>(p), x);
-    else *reinterpret_cast<uint4 *>(p) = x;
+    return *p;
+}
+
+template <class T> RSAFT_HD void store_one(T *p, T x) {
+    assume_global(p);
+    *p = x;
+}
+
+#if defined(__CUDA_ARCH__)
+// In PTX, for the compiler takes a store of selected words apart into four of 4 bytes.
+template <bool ONCE, class T> __device__ __forceinline__ void store_16(T *p, const uint4 &x) {
+    const size_t at = __cvta_generic_to_global(p);
+    if constexpr (ONCE)
+        asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                     : "memory");
+    else
+        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                     : "memory");
 }
 
 __device__ __forceinline__ uint4 of_neighbour(const uint4 &x) {
@@ -104,17 +197,22 @@ __device__ __forceinline__ uint4 of_neighbour(const uint4 &x) {
             __shfl_xor_sync(~0u, x.w, 1)};
 }
 
-// A pack of floats is two 16-byte stores, and a lane's own two halves lie side by side: each store of the warp would write
-// half of every 32-byte sector, and the L2 take twice the writes. So two lanes exchange halves, and together write whole
-// ones. The warp must be complete, and its lanes' packs consecutive. It waits until all of its lanes have read: what is
+// Word by word: a conditional between two structs selects an address, and puts both of them into local memory.
+__device__ __forceinline__ uint4 select(bool first, const uint4 &a, const uint4 &b) {
+    return {first ? a.x : b.x, first ? a.y : b.y, first ? a.z : b.z, first ? a.w : b.w};
+}
+
+// A pack of floats is two 16-byte stores, and a lane's own two halves lie side by side: each store of the warp would
+// write half of every 32-byte sector, and the L2 take twice the writes. So two lanes exchange halves, and together write
+// whole ones. The warp must be complete, and its lanes' packs consecutive. It waits until all of its lanes have read: what is
 // written may be, elsewhere, what a neighbour reads (a backup in the gradient's memory).
 template <bool ONCE> __device__ __forceinline__ void store_paired(float *p, const Pack<float> &x) {
     const bool odd = threadIdx.x & 1;
     const uint4 *halves = reinterpret_cast<const uint4 *>(&x);
-    const uint4 low = halves[0], high = halves[1], other = of_neighbour(odd ? low : high);
+    const uint4 low = halves[0], high = halves[1], other = of_neighbour(select(odd, low, high));
     __syncwarp();
-    store_16<ONCE>(odd ? p - 4 : p, odd ? other : low);
-    store_16<ONCE>(odd ? p + 4 : p + 8, odd ? high : other);
+    store_16<ONCE>(p - (odd ? 4 : 0), select(odd, other, low));
+    store_16<ONCE>(p + (odd ? 4 : 8), select(odd, high, other));
 }
 #endif
 

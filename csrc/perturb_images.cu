@@ -1,6 +1,6 @@
 // Image perturbation: a norm a sample, then one pass that writes images + delta, or delta alone. The second launch
-// adds a sample's slots again, in order, so no third is needed. Samples are taken in groups whose gradients stay in
-// the L2 from one launch to the other. Floor: 12 bytes an element in float32, 6 in bf16; 16 and 8 for what does not
+// adds a sample's slots again, in a fixed order, so no third is needed. Samples are taken in groups whose gradients
+// stay in the L2 from one launch to the other. Floor: 12 bytes an element in float32, 6 in bf16; 16 and 8 for what does not
 // fit.
 
 #include <cmath>
@@ -33,9 +33,9 @@ template <class G> struct SampleNorm {
 
     template <int N> RSAFT_HD void at(const Here &here, int i, Sums<1> &sums) const {
         if constexpr (N == VECTOR) {
-            const Pack<G> g = load_pack(here.grad + i);
+            const Pack<float> g = to_floats(load_pack(here.grad + i));
 #pragma unroll
-            for (int k = 0; k < VECTOR; ++k) sums.v[0] += to_float(g.v[k]) * to_float(g.v[k]);
+            for (int k = 0; k < VECTOR; ++k) sums.v[0] += g.v[k] * g.v[k];
         } else {
             sums.v[0] += to_float(here.grad[i]) * to_float(here.grad[i]);
         }
@@ -44,33 +44,51 @@ template <class G> struct SampleNorm {
 
 // `images` may be null. Everything passes once: no access may push out of the L2 what the next blocks read again.
 template <class O, class G> struct Move {
-    static constexpr int SUMS = 0;
-    struct Here {
-        O *out;
-        const O *images;
-        const G *grad;
-        float scale;
-        bool sign;
+    O *out;
+    const O *images;
+    const G *grad;
+    bool sign;
+
+    struct Loaded {
+        Pack<O> image;
+        Pack<G> grad;
     };
 
-    template <int N> RSAFT_HD void at(const Here &here, int i, Sums<0> &) const {
-        if constexpr (N == VECTOR) {
-            const Pack<G> g = load_pack_once(here.grad + i);
-            Pack<O> x{};
-            if (here.images) x = load_pack_once(here.images + i);
-#pragma unroll
-            for (int k = 0; k < VECTOR; ++k) x.v[k] = moved(here, to_float(x.v[k]), to_float(g.v[k]));
-            store_pack_once(here.out + i, x);
-        } else {
-            here.out[i] = moved(here, here.images ? to_float(here.images[i]) : 0.0f, to_float(here.grad[i]));
-        }
+    RSAFT_HD bool aligned() const { return is_aligned(out) && is_aligned(images) && is_aligned(grad); }
+
+    RSAFT_HD Loaded load(int i) const {
+        Loaded x{};
+        x.grad = load_pack_once(grad + i);
+        if (images) x.image = load_pack_once(images + i);
+        return x;
     }
 
-    RSAFT_HD static O moved(const Here &here, float x, float g) {
-        if (here.sign) g = g > 0.0f ? 1.0f : g < 0.0f ? -1.0f : 0.0f;
+    // One thread's share of a chunk. The scale comes from a function: while that waits for a sum, loads are under way.
+    template <class F> RSAFT_HD void share(int count, int thread, F scale_now) const {
+        const int whole = aligned() ? count / (WARP * VECTOR) * (WARP * VECTOR) : 0;
+        int i = thread * VECTOR;
+        Loaded next{};
+        if (i < whole) next = load(i);
+        const float scale = scale_now();
+        while (i < whole) {
+            const Pack<float> image = to_floats(next.image), g = to_floats(next.grad);
+            Pack<float> x;
+#pragma unroll
+            for (int k = 0; k < VECTOR; ++k) x.v[k] = moved(image.v[k], g.v[k], scale);
+            const int here = i;
+            i += THREADS * VECTOR;
+            if (i < whole) next = load(i);
+            store_pack_once(out + here, from_floats<O>(x));
+        }
+        for (i = whole + thread; i < count; i += THREADS)
+            out[i] = from_float<O>(moved(images ? to_float(images[i]) : 0.0f, to_float(grad[i]), scale));
+    }
+
+    RSAFT_HD float moved(float x, float g, float scale) const {
+        if (sign) g = g > 0.0f ? 1.0f : g < 0.0f ? -1.0f : 0.0f;
         // A sample without a usable gradient has scale 0; a product would turn its infinities into NaN.
-        const float delta = here.scale == 0.0f ? 0.0f : g * here.scale;
-        return from_float<O>(here.images ? x + delta : delta);
+        const float delta = scale == 0.0f ? 0.0f : g * scale;
+        return images ? x + delta : delta;
     }
 };
 
@@ -95,6 +113,13 @@ RSAFT_HD float scale_of(double sum, double radius, bool sign) {
     return static_cast<float>(sign ? radius : radius / sqrt(sum));
 }
 
+// A sample's slots are added by a warp: lane after lane every 32nd, then the lanes in a fixed tree.
+RSAFT_HD double sum_of_lane(const double *slots, int count, int lane) {
+    double sum = 0.0;
+    for (int i = lane; i < count; i += WARP) sum += slots[i];
+    return sum;
+}
+
 #if defined(__CUDACC__)
 template <class G> __global__ void __launch_bounds__(THREADS) sample_norms(const Samples s, const G *grad) {
     const Span span = sample_span(s, blockIdx.x, blockIdx.y);
@@ -105,35 +130,24 @@ template <class G> __global__ void __launch_bounds__(THREADS) sample_norms(const
     if (threadIdx.x == 0) s.slots[static_cast<int64_t>(blockIdx.y) * s.chunks + blockIdx.x] = sums.v[0];
 }
 
-// The sum of a sample's slots, in order, in thread 0: fetched by all threads at once, for the blocks wait for it.
-__device__ __forceinline__ double sum_in_order(const double *slots, int count) {
-    __shared__ double fetched[THREADS];
-    double sum = 0.0;
-    for (int first = 0; first < count; first += THREADS) {
-        const int here = count - first < THREADS ? count - first : THREADS;
-        __syncthreads();
-        if (threadIdx.x < here) fetched[threadIdx.x] = slots[first + threadIdx.x];
-        __syncthreads();
-        if (threadIdx.x == 0)
-            for (int i = 0; i < here; ++i) sum += fetched[i];
-    }
+// Every warp adds them all: shorter than waiting for one that does.
+__device__ __forceinline__ double sum_of_slots(const double *slots, int count) {
+    double sum = sum_of_lane(slots, count, threadIdx.x % WARP);
+#pragma unroll
+    for (int offset = WARP / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     return sum;
 }
 
+// As many blocks at once as a group has for each of 132 multiprocessors: two, and three where everything is of one
+// 16-bit type and twice the elements are in a group.
 template <class O, class G>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, std::is_same_v<O, G> && sizeof(G) == 2 ? 3 : 2)
     move_images(const Samples s, O *out, const O *images, const G *grad, double radius, bool sign) {
-    __shared__ float scale;
-    const double sum = sum_in_order(s.slots + static_cast<int64_t>(blockIdx.y) * s.chunks, s.chunks);
-    if (threadIdx.x == 0) scale = scale_of(sum, radius, sign);
-    __syncthreads();
     // Last chunk first: of a sample too large for the L2, its end is what is left there.
     const Span span = sample_span(s, s.chunks - 1 - blockIdx.x, blockIdx.y);
-    const typename Move<O, G>::Here here{out + span.start, images ? images + span.start : nullptr, grad + span.start,
-                                         scale, sign};
-    const bool aligned = is_aligned(here.out) && is_aligned(here.grad) && is_aligned(here.images);
-    Sums<0> none;
-    walk(Move<O, G>{}, here, span.count, aligned, threadIdx.x, none);
+    const Move<O, G> move{out + span.start, images ? images + span.start : nullptr, grad + span.start, sign};
+    const double *slots = s.slots + static_cast<int64_t>(blockIdx.y) * s.chunks;
+    move.share(span.count, threadIdx.x, [&] { return scale_of(sum_of_slots(slots, s.chunks), radius, sign); });
 }
 
 template <class O, class G>
@@ -155,17 +169,21 @@ int run(Samples s, O *out, const O *images, const G *grad, int64_t samples, doub
 template <class O, class G>
 int run(Samples s, O *out, const O *images, const G *grad, int64_t samples, double radius, bool sign, void *stream);
 #else
+double sum_of_slots(const double *slots, int count) {
+    double lanes[WARP];
+    for (int lane = 0; lane < WARP; ++lane) lanes[lane] = sum_of_lane(slots, count, lane);
+    for (int offset = WARP / 2; offset > 0; offset /= 2)
+        for (int lane = 0; lane < offset; ++lane) lanes[lane] += lanes[lane + offset];
+    return lanes[0];
+}
+
 template <class O, class G> void move_sample(const Samples &s, O *out, const O *images, const G *grad, int64_t sample,
                                              double radius, bool sign) {
-    double sum = 0.0;
-    for (int i = 0; i < s.chunks; ++i) sum += s.slots[sample * s.chunks + i];
+    const float scale = scale_of(sum_of_slots(s.slots + sample * s.chunks, s.chunks), radius, sign);
     for (int chunk = s.chunks - 1; chunk >= 0; --chunk) {
         const Span span = sample_span(s, chunk, sample);
-        const typename Move<O, G>::Here here{out + span.start, images ? images + span.start : nullptr,
-                                             grad + span.start, scale_of(sum, radius, sign), sign};
-        const bool aligned = is_aligned(here.out) && is_aligned(here.grad) && is_aligned(here.images);
-        Sums<0> none;
-        for (int thread = 0; thread < THREADS; ++thread) walk(Move<O, G>{}, here, span.count, aligned, thread, none);
+        const Move<O, G> move{out + span.start, images ? images + span.start : nullptr, grad + span.start, sign};
+        for (int thread = 0; thread < THREADS; ++thread) move.share(span.count, thread, [&] { return scale; });
     }
 }
 

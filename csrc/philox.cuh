@@ -14,23 +14,31 @@ struct Words {
     uint32_t v[4];
 };
 
-RSAFT_HD uint32_t high_product(uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__)
-    return __umulhi(a, b);
-#else
-    return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
-#endif
-}
+// The key of each round. They follow from the seed alone: made once on the host, so that a round reads its own from the
+// launch's parameters instead of adding them up for every pack.
+struct RoundKeys {
+    uint32_t v[10][2];
+};
 
-RSAFT_HD Words philox(Words c, uint64_t seed) {
+inline RoundKeys round_keys(uint64_t seed) {
+    RoundKeys keys;
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-#pragma unroll
-    for (int round = 0; round < 10; ++round) {
-        constexpr uint32_t M0 = 0xd2511f53u, M1 = 0xcd9e8d57u;
-        const uint32_t high0 = high_product(M0, c.v[0]), high1 = high_product(M1, c.v[2]);
-        c = {{high1 ^ c.v[1] ^ k0, M1 * c.v[2], high0 ^ c.v[3] ^ k1, M0 * c.v[0]}};
+    for (auto &round : keys.v) {
+        round[0] = k0, round[1] = k1;
         k0 += 0x9e3779b9u;
         k1 += 0xbb67ae85u;
+    }
+    return keys;
+}
+
+RSAFT_HD Words philox(Words c, const RoundKeys &keys) {
+#pragma unroll
+    for (int round = 0; round < 10; ++round) {
+        // Both halves of a product by one multiplication.
+        const uint64_t p0 = static_cast<uint64_t>(0xd2511f53u) * c.v[0];
+        const uint64_t p1 = static_cast<uint64_t>(0xcd9e8d57u) * c.v[2];
+        c = {{static_cast<uint32_t>(p1 >> 32) ^ c.v[1] ^ keys.v[round][0], static_cast<uint32_t>(p1),
+              static_cast<uint32_t>(p0 >> 32) ^ c.v[3] ^ keys.v[round][1], static_cast<uint32_t>(p0)}};
     }
     return c;
 }
@@ -48,31 +56,58 @@ RSAFT_HD bf16 round_stochastically(float x, uint32_t bits16) {
     return {static_cast<uint16_t>((bits + bits16) >> 16)};
 }
 
+// Eight at once: an infinity stays one under any addition below 2^16, so that a NaN alone is looked for. The GPU's
+// arithmetic knows one NaN, 0x7fffffff, the largest of all integers; the smaller one stays a NaN under the addition.
+RSAFT_HD Pack<bf16> round_stochastically(const Pack<float> &x, const Words &random) {
+#if defined(__CUDA_ARCH__)
+    Words32<bf16> out;
+#pragma unroll
+    for (int k = 0; k < VECTOR; k += 2) {
+        const int low = min(__float_as_int(x.v[k]), 0x7fff0000), high = min(__float_as_int(x.v[k + 1]), 0x7fff0000);
+        out.v[k / 2] = bytes_of(low + (random.v[k / 2] & 0xffffu), high + (random.v[k / 2] >> 16), 0x7632);
+    }
+    return as_pack(out);
+#else
+    Pack<bf16> out;
+    for (int k = 0; k < VECTOR; ++k) out.v[k] = round_stochastically(x.v[k], random16(random, k));
+    return out;
+#endif
+}
+
 template <bool STOCHASTIC> struct Rounding {
+    struct Keys {};
     struct Drawn {};
+    static Keys keys_of(const rsaft_table &) { return {}; }
     RSAFT_HD static Rounding of(const rsaft_table &, int, int64_t, double, int) { return {}; }
-    RSAFT_HD Drawn draw(int) const { return {}; }
+    RSAFT_HD Drawn draw(int, const Keys &) const { return {}; }
     template <class W> RSAFT_HD static W round(float x, const Drawn &, int) { return from_float<W>(x); }
+    template <class W> RSAFT_HD static Pack<W> round(const Pack<float> &x, const Drawn &) { return from_floats<W>(x); }
 };
 
 template <> struct Rounding<true> {
+    using Keys = RoundKeys;
     using Drawn = Words;
-    int64_t start; // element, within its tensor, from which draw() counts; a multiple of VECTOR
-    uint64_t seed;
+    uint32_t low, high; // pack of eight elements, within its tensor, from which draw() counts
     uint32_t parameter, step_and_purpose;
 
+    static Keys keys_of(const rsaft_table &t) { return round_keys(t.seed); }
+    // `start`, an element within its tensor, is a multiple of VECTOR.
     RSAFT_HD static Rounding of(const rsaft_table &t, int tensor, int64_t start, double step, int purpose) {
-        return {start, t.seed, static_cast<uint32_t>(t.parameter[tensor]),
+        const uint64_t first = static_cast<uint64_t>(start) / VECTOR;
+        return {static_cast<uint32_t>(first), static_cast<uint32_t>(first >> 32),
+                static_cast<uint32_t>(t.parameter[tensor]),
                 static_cast<uint32_t>(2 * static_cast<uint64_t>(step) + purpose)};
     }
     // The bits of the pack that element i is in.
-    RSAFT_HD Words draw(int i) const {
-        const uint64_t pack = static_cast<uint64_t>(start + i) / VECTOR;
-        return philox({{static_cast<uint32_t>(pack), static_cast<uint32_t>(pack >> 32), parameter, step_and_purpose}},
-                      seed);
+    RSAFT_HD Words draw(int i, const Keys &keys) const {
+        const uint32_t pack = low + static_cast<uint32_t>(i) / VECTOR;
+        return philox({{pack, high + (pack < low), parameter, step_and_purpose}}, keys);
     }
     template <class W> RSAFT_HD static W round(float x, const Words &words, int k) {
         return round_stochastically(x, random16(words, k % VECTOR));
+    }
+    template <class W> RSAFT_HD static Pack<W> round(const Pack<float> &x, const Words &words) {
+        return round_stochastically(x, words);
     }
 };
 

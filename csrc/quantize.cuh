@@ -1,8 +1,7 @@
-// The 8-bit codes of optimizer state (bitsandbytes' dynamic map), in closed form: rsaft_fast/ops/quantize.py explains
-// it, and these are its float32 operations in its order, so that codes agree to the bit.
+// The 8-bit codes of optimizer state (bitsandbytes' dynamic map). rsaft_fast/ops/quantize.py explains it in closed
+// form; here that form, its float32 operations in its order, is evaluated by the compiler, and the kernels look up what
+// came out: codes agree to the bit.
 #pragma once
-
-#include <cmath>
 
 #include "numeric.cuh"
 
@@ -12,93 +11,156 @@ constexpr int BLOCK = 256; // elements that share an absmax
 constexpr int CODES = 256;
 constexpr float SMALLEST_ABSMAX = 1.17549435e-38f; // below it the reciprocal would overflow
 
-// The fraction of the absmax that a code stands for.
-template <bool SIGNED> RSAFT_HD float decode(int code) {
-    if (code == 255) return 1.0f;
-    if (code == (SIGNED ? 127 : 0)) return 0.0f;
-    const int q = !SIGNED ? code + 1 : code < 127 ? 127 - code : code - 127;
-    // 2q + 1 = 2^(n + 1) (1 + (f + 0.5) / 2^n) for q = 2^n + f: exponent and mantissa are what is wanted, exactly.
-    const uint32_t bits = float_bits(static_cast<float>(2 * q + 1));
-    const int n = static_cast<int>(bits >> 23) - 128, d = (SIGNED ? 6 : 7) - n;
-    const float part = bits_float((bits & 0x7fffffu) | 0x3f800000u) - 1.0f;
-    const float power = (d & 1 ? 0.1f : 1.0f) * (d & 2 ? 0.01f : 1.0f) * (d & 4 ? 1e-4f : 1.0f);
-    const float value = power * (0.1f + 0.9f * part);
-    return SIGNED && code < 127 ? -value : value;
+// float_bits and bits_float for the compiler, which may not copy memory: of magnitudes from 2^-126 to 1.
+constexpr float float_of(uint32_t bits) {
+    float x = 1.0f + static_cast<float>(bits & 0x7fffffu) / 8388608.0f;
+    for (uint32_t exponent = bits >> 23; exponent < 127; ++exponent) x /= 2.0f;
+    return x;
 }
 
-// A magnitude is on one of nine levels: 0 rounds to zero, 1 to 7 are the decades, 8 rounds to one. Where level j ends:
-template <bool SIGNED> RSAFT_HD float level_end(int level) {
-    constexpr double END[] = {0.5e-6 * (0.1 + (SIGNED ? 0.45 : 0.225)),
-                              1e-6 * (1 + 0.9 / (SIGNED ? 1 : 2)),
+constexpr uint32_t bits_of(float magnitude) {
+    if (magnitude == 0.0f) return 0;
+    uint32_t exponent = 127;
+    for (; magnitude < 1.0f; --exponent) magnitude *= 2.0f;
+    return (exponent << 23) + static_cast<uint32_t>((magnitude - 1.0f) * 8388608.0f);
+}
+
+// The fraction of the absmax that q stands for, q = |code - 127| (signed) or code + 1, not the last: 0 < q < 128 (256).
+template <bool SIGNED> constexpr float value_of(int q) {
+    int n = 0; // q = 2^n + f
+    while (q >> (n + 1)) ++n;
+    const int d = (SIGNED ? 6 : 7) - n;
+    const float part = static_cast<float>(2 * q + 1) / static_cast<float>(2 << n) - 1.0f; // (f + 0.5) / 2^n
+    const float power = (d & 1 ? 0.1f : 1.0f) * (d & 2 ? 0.01f : 1.0f) * (d & 4 ? 1e-4f : 1.0f);
+    return power * (0.1f + 0.9f * part);
+}
+
+// The fraction of the absmax that a code stands for, as bits.
+template <bool SIGNED> constexpr uint32_t decoded(int code) {
+    if (code == (SIGNED ? 127 : 0)) return 0;
+    if (code == 255) return bits_of(1.0f);
+    if (!SIGNED) return bits_of(value_of<false>(code + 1));
+    return code < 127 ? 0x80000000u | bits_of(value_of<true>(127 - code)) : bits_of(value_of<true>(code - 127));
+}
+
+// How far from zero's code the code of a magnitude a <= 1 is; the last, of 1, is 128 (signed) or 255.
+template <bool SIGNED> constexpr int distance_of(float a) {
+    constexpr double END[] = {1e-6 * (1 + 0.9 / (SIGNED ? 1 : 2)),
                               1e-5 * (1 + 0.9 / (SIGNED ? 2 : 4)),
                               1e-4 * (1 + 0.9 / (SIGNED ? 4 : 8)),
                               1e-3 * (1 + 0.9 / (SIGNED ? 8 : 16)),
                               1e-2 * (1 + 0.9 / (SIGNED ? 16 : 32)),
-                              1e-1 * (1 + 0.9 / (SIGNED ? 32 : 64)),
-                              1 - 0.225 / (SIGNED ? 64 : 128)};
-    return static_cast<float>(END[level]);
+                              1e-1 * (1 + 0.9 / (SIGNED ? 32 : 64))};
+    constexpr float POWER[] = {1e6f, 1e5f, 1e4f, 1e3f, 1e2f, 1e1f, 1.0f};
+    if (a < static_cast<float>(0.5e-6 * (0.1 + (SIGNED ? 0.45 : 0.225)))) return 0;
+    if (a >= static_cast<float>(1 - 0.225 / (SIGNED ? 64 : 128))) return SIGNED ? 128 : 255;
+    int decade = 0;
+    for (const double end : END) decade += a >= static_cast<float>(end);
+    const int steps = 1 << (decade + !SIGNED);
+    const float f = (a * POWER[decade] - 0.1f) * static_cast<float>(1 / 0.9) * static_cast<float>(steps);
+    return steps + (f < 0.0f ? 0 : f < static_cast<float>(steps) ? static_cast<int>(f) : steps - 1) - !SIGNED;
 }
 
-// What the magnitudes of one binade are encoded by. Levels are wider than three binades, so one may end in it, and the
-// next begins there, with twice the steps.
-struct alignas(16) Binade {
-    float end;          // of the level that the binade begins on; infinite where it does not end here
-    float power, above; // 10^(6 - decade) on that level and on the next
-    float steps;        // (1 / 0.9) 2^n on that level
+// Magnitudes are told apart by cells of 2^16 neighbouring floats, 128 in a binade, from 2^-23 to 1: narrow enough that
+// at most one code begins in each. A cell's entry, added to the bits of a magnitude in it, carries where that code
+// begins, and has the code in byte 2. Cells are numbered by twelve bits of a float, so that no bit pattern leads out of
+// the array; the numbers of what is below 2^-23 are not needed for cells, and hold the values of the codes.
+constexpr int CELLS = 4096, CELL_BITS = 16;
+constexpr uint32_t FIRST_CELL = 0x3400, LAST_CELL = 0x3f80; // upper halves of 2^-23 and of 1
+constexpr uint32_t NEVER = 0xffffffffu;
+
+// Bits of the smallest magnitude whose code is this far from zero's.
+template <bool SIGNED> constexpr uint32_t begin_of(int distance) {
+    uint32_t low = FIRST_CELL << CELL_BITS, high = LAST_CELL << CELL_BITS;
+    while (low < high) {
+        const uint32_t middle = (low + high) / 2;
+        if (distance_of<SIGNED>(float_of(middle)) >= distance) high = middle;
+        else low = middle + 1;
+    }
+    return low;
+}
+
+template <bool SIGNED> constexpr void fill(uint32_t (&book)[CELLS]) {
+    for (int code = 0; code < CODES; ++code) book[code] = decoded<SIGNED>(code);
+    constexpr uint32_t ZERO = SIGNED ? 127 : 0, ONE = CODES - 1;
+    uint32_t code = ZERO, next = begin_of<SIGNED>(1);
+    for (uint32_t cell = FIRST_CELL; cell <= LAST_CELL; ++cell) {
+        uint32_t begins = 0;
+        if (next >> CELL_BITS == cell) {
+            begins = next - (cell << CELL_BITS);
+            ++code;
+            next = code < ONE ? begin_of<SIGNED>(static_cast<int>(code - ZERO + 1)) : NEVER;
+        }
+        book[cell % CELLS] = (code << CELL_BITS) - begins - (cell << CELL_BITS);
+    }
+}
+
+struct alignas(16) Codebook {
+    uint32_t exp_avg[CELLS], exp_avg_sq[CELLS];
 };
 
-// The last level's power only has to bring [end, 1] into its first step; level 0's, everything below it.
-RSAFT_HD float power_of(int level) {
-    constexpr float POWER[] = {0.0f, 1e6f, 1e5f, 1e4f, 1e3f, 1e2f, 1e1f, 1.0f, 0.102f};
-    return POWER[level];
+constexpr Codebook codebook() {
+    Codebook book{};
+    fill<true>(book.exp_avg);
+    fill<false>(book.exp_avg_sq);
+    return book;
 }
 
-constexpr int BINADES = 128; // up to 1
-
-template <bool SIGNED> RSAFT_HD Binade binade(int exponent) {
-    const float begin = bits_float(static_cast<uint32_t>(exponent) << 23), end = bits_float((exponent + 1u) << 23);
-    int level = 0;
-    float ends = bits_float(0x7f800000u);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-        const float limit = level_end<SIGNED>(j);
-        level += begin >= limit;
-        ends = begin < limit && limit < end ? limit : ends;
-    }
-    const float steps = bits_float(static_cast<uint32_t>(126 + level + !SIGNED) << 23);
-    return {ends, power_of(level), power_of(level < 8 ? level + 1 : 8), static_cast<float>(1 / 0.9) * steps};
-}
-
-RSAFT_HD float add_towards_zero(float a, float b) {
-#if defined(__CUDA_ARCH__)
-    return __fadd_rz(a, b);
-#else
-    const double sum = static_cast<double>(a) + b;
-    const float nearest = static_cast<float>(sum);
-    return std::fabs(static_cast<double>(nearest)) > std::fabs(sum) ? std::nextafterf(nearest, 0.0f) : nearest;
+// In the kernels' memory; each block copies it into shared memory.
+#if defined(__CUDACC__)
+__device__
 #endif
+constexpr Codebook CODEBOOK = codebook();
+
+// Eight codes, four a word from first to last: never single bytes, which the compiler would pull apart one by one.
+using CodeWords = Words32<uint8_t>;
+
+// Their values.
+RSAFT_HD Pack<float> decode(const CodeWords &codes, float absmax, const uint32_t (&book)[CELLS]) {
+    Pack<float> out;
+#pragma unroll
+    for (int k = 0; k < VECTOR; ++k) out.v[k] = bits_float(book[codes.v[k / 4] >> 8 * (k % 4) & 0xffu]) * absmax;
+    return out;
 }
 
-// The code nearest to a fraction x of the absmax, |x| <= 1, in its low byte.
-template <bool SIGNED> RSAFT_HD uint32_t encode(float x, const Binade *binades) {
-    // Only +1 has a code of its own: -1 goes the way of what is just short of it, to the same code as ever.
-    if (SIGNED) x = x > -0.996f ? x : -0.996f;
-    const float a = SIGNED ? fabsf(x) : x;
-    // Without the exponent's highest bit: no x, were it NaN, leads out of the table.
-    const Binade row = binades[float_bits(x) >> 23 & (BINADES - 1)];
-    const bool above = a >= row.end;
-    const float power = above ? row.above : row.power, scale = above ? row.steps + row.steps : row.steps;
-    const float f = (a * power - 0.1f) * scale;
-    // q = 2^n + f cut to an integer, short of 2^(n + 1): 2^n is the scale without its mantissa, the other with a
-    // full one.
-    const float steps = bits_float(float_bits(scale) & 0xff800000u), most = bits_float(float_bits(scale) | 0x7fffffu);
-    // Cut by additions that round towards zero: conversions run at a fraction of their rate.
-    const float sum = add_towards_zero(f, steps), q = sum < most ? sum : most;
-    if (!SIGNED) return float_bits(add_towards_zero(q > 1.0f ? q : 1.0f, 8388607.0f));
-    const uint32_t whole = float_bits(add_towards_zero(q, 8388608.0f));
-    return x < 0.0f ? 127 - whole : 127 + whole;
+// The codes nearest to eight fractions of the absmax, value * inverse, in [-1, 1] or [0, 1].
+template <bool SIGNED>
+RSAFT_HD CodeWords encode(const Pack<float> &values, float inverse, const uint32_t (&book)[CELLS]) {
+    CodeWords words;
+#pragma unroll
+    for (int first = 0; first < VECTOR; first += 4) {
+        uint32_t x[4], code[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            float fraction = values.v[first + k] * inverse;
+            // Only +1 has a code of its own: -1 takes that of what is just short of it.
+            if (SIGNED) fraction = fraction > -0.996f ? fraction : -0.996f;
+            x[k] = float_bits(fraction);
+            // All that is this small rounds to zero; and so does a NaN, which would not know its cell.
+            constexpr float LEAST = 1.1920929e-7f; // 2^-23
+            const float a = fabsf(fraction) > LEAST ? fabsf(fraction) : LEAST;
+            code[k] = book[float_bits(a) >> CELL_BITS & (CELLS - 1)] + float_bits(a);
+        }
+        uint32_t codes = bytes_of(bytes_of(code[0], code[1], 0x62), bytes_of(code[2], code[3], 0x62), 0x5410);
+        if (SIGNED) { // 254 - code where the sign is set, four at once
+            const uint32_t minus = bytes_of(bytes_of(x[0], x[1], 0xfb), bytes_of(x[2], x[3], 0xfb), 0x5410);
+            codes = (codes + (minus & 0x01010101u)) ^ minus;
+        }
+        words.v[first / 4] = codes;
+    }
+    return words;
 }
 
-RSAFT_HD float inverse_of(float absmax) { return absmax >= SMALLEST_ABSMAX ? 1.0f / absmax : 0.0f; }
+// 0 for a subnormal absmax, whose reciprocal would overflow.
+RSAFT_HD float inverse_of(float absmax) {
+#if defined(__CUDA_ARCH__)
+    // What a division does between 2^-126 and 2^126, without a look at its other operand.
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(absmax));
+    inverse = __fmaf_rn(inverse, __fmaf_rn(-absmax, inverse, 1.0f), inverse);
+    if (float_bits(absmax) - 0x00800000u < 0x7e000000u) return inverse;
+#endif
+    return absmax >= SMALLEST_ABSMAX ? 1.0f / absmax : 0.0f;
+}
 
 } // namespace rsaft

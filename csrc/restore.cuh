@@ -34,16 +34,14 @@ template <class W, bool MASTER> struct Restore {
     template <int N> RSAFT_HD void at(const Here &here, int i, Sums<0> &) const {
         if constexpr (N == VECTOR) {
             const Pack<S> source = load_pack(here.source + i);
-            Pack<W> weight;
-#pragma unroll
-            for (int k = 0; k < VECTOR; ++k) weight.v[k] = back(source.v[k]);
-            store_pack(here.weight + i, weight);
+            // A backup is copied as it is: NaN payloads survive.
+            if constexpr (std::is_same_v<S, W>) store_pack(here.weight + i, source);
+            else store_pack(here.weight + i, from_floats<W>(source));
         } else {
-            here.weight[i] = back(here.source[i]);
+            store_one(here.weight + i, back(load_one(here.source + i)));
         }
     }
 
-    // A backup is copied as it is: NaN payloads survive.
     RSAFT_HD static W back(S source) {
         if constexpr (std::is_same_v<S, W>) return source;
         else return from_float<W>(to_float(source));

@@ -9,12 +9,14 @@ template <class Target> struct Step {
     static constexpr int SUMS = 0;
     static constexpr int BLOCKS = 2;
     StepFlags flags;
+    typename Target::Keys keys;
 
     struct Here : Target {
         float *exp_avg, *exp_avg_sq;
     };
 
-    RSAFT_HD static int chunk_of(int block, int) { return block; }
+    // Last chunk first: the norm has just read the gradients in order, and the last of them may still be in L2.
+    RSAFT_HD static int chunk_of(int block, int chunks) { return chunks - 1 - block; }
 
     RSAFT_HD bool begin(const rsaft_table &t, const Span &s, Here &here) const {
         if (!here.Target::begin(t, s, flags)) return false;
@@ -32,13 +34,13 @@ template <class Target> struct Step {
             auto source = load_pack(here.source + i);
             const auto grad = load_pack(here.grad + i);
             Pack<float> m = load_pack(here.exp_avg + i), v = load_pack(here.exp_avg_sq + i);
-            const auto weight = here.template updated<true>(i, source, grad, m.v, v.v);
+            const auto weight = here.template updated<true>(i, source, grad, m, v, keys);
             store_pack(here.exp_avg + i, m);
             store_pack(here.exp_avg_sq + i, v);
             if constexpr (Target::HAS_MASTER) store_pack(here.source + i, source);
             store_pack(here.weight + i, weight);
         } else {
-            here.update_one(i, here.exp_avg[i], here.exp_avg_sq[i]);
+            here.update_one(i, here.exp_avg, here.exp_avg_sq, keys);
         }
     }
 
@@ -63,6 +65,7 @@ extern "C" int rsaft_sam_adamw_step(const rsaft_table *table, const float *skip,
     }
     if (moments != RSAFT_F32) return INVALID;
     return with_weights(*table, [&](auto *target) {
-        return launch(*table, Step<std::remove_pointer_t<decltype(target)>>{flags}, stream);
+        using Target = std::remove_pointer_t<decltype(target)>;
+        return launch(*table, Step<Target>{flags, Target::keys_of(*table)}, stream);
     });
 }

@@ -16,6 +16,7 @@ template <class Target> struct Step8 {
     using G = typename Target::Gradient;
     using S = typename Target::S;
     StepFlags flags;
+    typename Target::Keys keys;
 
     struct Here : Target {
         uint8_t *exp_avg, *exp_avg_sq;
@@ -23,8 +24,11 @@ template <class Target> struct Step8 {
     };
 
     struct Lane {
-        float m[VECTOR], v[VECTOR];
+        Pack<float> m, v;
     };
+
+    // Last chunk first: the norm has just read the gradients in order, and the last of them may still be in L2.
+    RSAFT_HD static int chunk_of(int block, int chunks) { return chunks - 1 - block; }
 
     RSAFT_HD bool begin(const rsaft_table &t, const Span &s, Here &here) const {
         if (!here.Target::begin(t, s, flags)) return false;
@@ -35,6 +39,13 @@ template <class Target> struct Step8 {
         here.absmax = element<float>(address_of(t, RSAFT_EXP_AVG_ABSMAX, s.tensor), first_block);
         here.absmax_sq = element<float>(address_of(t, RSAFT_EXP_AVG_SQ_ABSMAX, s.tensor), first_block);
         if (here.grad != nullptr) here.aligned = here.aligned && ((m | v) & 7) == 0;
+        hold(here.weight);
+        hold(here.grad);
+        hold(here.source);
+        hold(here.exp_avg);
+        hold(here.exp_avg_sq);
+        hold(here.absmax);
+        hold(here.absmax_sq);
         return true;
     }
 
@@ -44,80 +55,42 @@ template <class Target> struct Step8 {
         here.template undo<N>(i, none);
     }
 
-    // Elements i to i + n - 1 of the chunk, n <= 8, fewer in its last block: the weights, and the lane's largest
-    // moments.
-    RSAFT_HD Largest update(const Here &here, const Codebook &book, int block, int i, int n, bool whole,
-                            Lane &lane) const {
-        Words32<S> source_words;
-        Words32<G> grad_words;
-        Words32<uint8_t> m_words, v_words;
-        // One branch for all four, so that they are in flight together. Elements that are not there count as zero and
-        // decide no absmax.
-        if (whole) {
-            source_words = load_words(here.source + i, n, true, S{});
-            grad_words = load_words(here.grad + i, n, true, G{});
-            m_words = load_words(here.exp_avg + i, n, true, uint8_t{127});
-            v_words = load_words(here.exp_avg_sq + i, n, true, uint8_t{0});
-        } else {
-            source_words = load_words(here.source + i, n, false, S{});
-            grad_words = load_words(here.grad + i, n, false, G{});
-            m_words = load_words(here.exp_avg + i, n, false, uint8_t{127});
-            v_words = load_words(here.exp_avg_sq + i, n, false, uint8_t{0});
-        }
-        Pack<S> source = as_pack(source_words);
-        const Pack<G> grad = as_pack(grad_words);
-        const Pack<uint8_t> m = as_pack(m_words), v = as_pack(v_words);
+    // A lane's weights, and its largest moments. Elements that are not there count as zero and decide no absmax.
+    template <bool WHOLE>
+    RSAFT_HD Largest update(const Here &here, const Codebook &book, const Place &at, Lane &lane) const {
+        Pack<S> source = load<WHOLE>(here.source, at, S{});
+        const Pack<G> grad = load<WHOLE>(here.grad, at, G{});
+        const CodeWords m = load_codes<WHOLE>(here.exp_avg, at, 127), v = load_codes<WHOLE>(here.exp_avg_sq, at, 0);
         assume_global(here.absmax);
         assume_global(here.absmax_sq);
-        const float scale = here.absmax[block], scale_sq = here.absmax_sq[block];
-#pragma unroll
-        for (int k = 0; k < VECTOR; ++k) {
-            lane.m[k] = book.exp_avg[m.v[k]] * scale;
-            lane.v[k] = book.exp_avg_sq[v.v[k]] * scale_sq;
-        }
-        const Pack<W> weight = here.template updated<false>(i, source, grad, lane.m, lane.v);
-        if (whole) {
-            store_pack(here.weight + i, weight);
-            if constexpr (Target::HAS_MASTER) store_pack(here.source + i, source);
-        } else {
-            store_some(here.weight + i, n, weight);
-            if constexpr (Target::HAS_MASTER) store_some(here.source + i, n, source);
-        }
-        Largest most{};
-#pragma unroll
-        for (int k = 0; k < VECTOR; ++k) most.take(lane.m[k], lane.v[k]);
-        return most;
-    }
-
-    template <bool SIGNED>
-    RSAFT_HD static void store_codes(uint8_t *to, const Binade *binades, int n, bool whole, float inverse,
-                                     const float (&values)[VECTOR]) {
-        Pack<uint8_t> codes;
-#pragma unroll
-        for (int k = 0; k < VECTOR; ++k)
-            codes.v[k] = static_cast<uint8_t>(encode<SIGNED>(values[k] * inverse, binades));
-        if (whole) store_pack(to, codes);
-        else store_some(to, n, codes);
+        lane.m = decode(m, here.absmax[at.i / BLOCK], book.exp_avg);
+        lane.v = decode(v, here.absmax_sq[at.i / BLOCK], book.exp_avg_sq);
+        const Pack<W> weight = here.template updated<false>(static_cast<int>(at.i), source, grad, lane.m, lane.v, keys);
+        store<WHOLE>(here.weight, at, weight);
+        if constexpr (Target::HAS_MASTER) store<WHOLE>(here.source, at, source);
+        return largest_of(lane.m, lane.v);
     }
 
     // The lane's codes, once the block's absmax are known.
-    RSAFT_HD void store(const Here &here, const Codebook &book, int block, int i, int n, bool whole,
-                        const Largest &most, const Lane &lane) const {
+    template <bool WHOLE>
+    RSAFT_HD void finish(const Here &here, const Codebook &book, const Place &at, const Largest &most,
+                         const Lane &lane) const {
         const float absmax = bits_float(most.m), absmax_sq = bits_float(most.v);
-        store_codes<true>(here.exp_avg + i, book.binades, n, whole, inverse_of(absmax), lane.m);
-        store_codes<false>(here.exp_avg_sq + i, book.binades_sq, n, whole, inverse_of(absmax_sq), lane.v);
-        if (i % BLOCK == 0) {
+        store_codes<WHOLE>(here.exp_avg, at, encode<true>(lane.m, inverse_of(absmax), book.exp_avg));
+        store_codes<WHOLE>(here.exp_avg_sq, at, encode<false>(lane.v, inverse_of(absmax_sq), book.exp_avg_sq));
+        if (at.i % BLOCK == 0) {
             assume_global(here.absmax);
             assume_global(here.absmax_sq);
-            here.absmax[block] = absmax;
-            here.absmax_sq[block] = absmax_sq;
+            here.absmax[at.i / BLOCK] = absmax;
+            here.absmax_sq[at.i / BLOCK] = absmax_sq;
         }
     }
 };
 
 int step_8bit(const rsaft_table &table, const StepFlags &flags, void *stream) {
     return with_weights(table, [&](auto *target) {
-        return launch_blocks(table, Step8<std::remove_pointer_t<decltype(target)>>{flags}, stream);
+        using Target = std::remove_pointer_t<decltype(target)>;
+        return launch_blocks(table, Step8<Target>{flags, Target::keys_of(table)}, stream);
     });
 }
 

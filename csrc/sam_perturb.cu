@@ -12,10 +12,16 @@ namespace rsaft {
 template <class W, class G, bool MASTER, bool STOCHASTIC> struct Perturb {
     static constexpr int SUMS = 3;
     // Three where the registers do: exchanging halves of float32 weights takes more than a third allows.
+    // And on sm_100 two values of the stochastic one would lie in local memory.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+    static constexpr int BLOCKS = sizeof(W) == 2 && !STOCHASTIC ? 3 : 2;
+#else
     static constexpr int BLOCKS = sizeof(W) == 2 ? 3 : 2;
+#endif
     using S = std::conditional_t<MASTER, float, W>;
     const double *scales;
     const float *found_inf;
+    typename Rounding<STOCHASTIC>::Keys keys;
 
     struct Here {
         W *weight;
@@ -56,26 +62,35 @@ template <class W, class G, bool MASTER, bool STOCHASTIC> struct Perturb {
             if (here.grad != nullptr) grad = load_pack(here.grad + i);
             if constexpr (!MASTER) store_pack(here.source + i, weight);
             if (here.grad == nullptr) return;
-            const auto drawn = here.rounding.draw(i);
+            const Pack<float> gradient = to_floats(grad);
+            Pack<float> base, wanted, moved;
+            if constexpr (MASTER) {
+                base = source;
+                weight = from_floats<W>(source);
+            } else {
+                base = to_floats(weight);
+            }
 #pragma unroll
             for (int k = 0; k < VECTOR; ++k) {
-                const W old = MASTER ? from_float<W>(to_float(source.v[k])) : weight.v[k];
-                const float base = MASTER ? to_float(source.v[k]) : to_float(weight.v[k]);
-                const float wanted = wanted_of(here, base, to_float(grad.v[k]));
-                weight.v[k] = here.rounding.template round<W>(base + wanted, drawn, k);
-                add(to_float(weight.v[k]) - to_float(old), wanted, sums);
+                wanted.v[k] = wanted_of(here, base.v[k], gradient.v[k]);
+                moved.v[k] = base.v[k] + wanted.v[k];
             }
+            const Pack<float> old = to_floats(weight);
+            weight = here.rounding.template round<W>(moved, here.rounding.draw(i, keys));
+            const Pack<float> now = to_floats(weight);
+#pragma unroll
+            for (int k = 0; k < VECTOR; ++k) add(now.v[k] - old.v[k], wanted.v[k], sums);
             store_pack(here.weight + i, weight);
         } else {
-            const S source = MASTER ? here.source[i] : S{};
-            const W old = MASTER ? from_float<W>(to_float(source)) : here.weight[i];
-            const float grad = here.grad ? to_float(here.grad[i]) : 0.0f;
-            if constexpr (!MASTER) here.source[i] = old;
+            const S source = MASTER ? load_one(here.source + i) : S{};
+            const W old = MASTER ? from_float<W>(to_float(source)) : load_one(here.weight + i);
+            const float grad = here.grad ? to_float(load_one(here.grad + i)) : 0.0f;
+            if constexpr (!MASTER) store_one(here.source + i, old);
             if (here.grad == nullptr) return;
             const float base = MASTER ? to_float(source) : to_float(old);
             const float wanted = wanted_of(here, base, grad);
-            const W out = here.rounding.template round<W>(base + wanted, here.rounding.draw(i), i);
-            here.weight[i] = out;
+            const W out = here.rounding.template round<W>(base + wanted, here.rounding.draw(i, keys), i);
+            store_one(here.weight + i, out);
             add(to_float(out) - to_float(old), wanted, sums);
         }
     }
@@ -109,10 +124,14 @@ extern "C" int rsaft_sam_perturb(const rsaft_table *table, const double *scales,
             using W = decltype(w);
             using G = decltype(g);
             if constexpr (sizeof(W) == 2)
-                if (has_master(*table)) return launch(*table, Perturb<W, G, true, false>{scales, found_inf}, stream);
+                if (has_master(*table))
+                    return launch(*table, Perturb<W, G, true, false>{scales, found_inf, {}}, stream);
             if constexpr (std::is_same_v<W, bf16>)
-                if (table->stochastic) return launch(*table, Perturb<W, G, false, true>{scales, found_inf}, stream);
-            return launch(*table, Perturb<W, G, false, false>{scales, found_inf}, stream);
+                if (table->stochastic) {
+                    const RoundKeys keys = round_keys(table->seed);
+                    return launch(*table, Perturb<W, G, false, true>{scales, found_inf, keys}, stream);
+                }
+            return launch(*table, Perturb<W, G, false, false>{scales, found_inf, {}}, stream);
         });
     });
 }

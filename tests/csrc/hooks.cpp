@@ -11,19 +11,32 @@ using namespace rsaft;
 
 extern "C" {
 
+void hook_codebook(uint32_t *words) { memcpy(words, &CODEBOOK, sizeof CODEBOOK); }
+
+int64_t hook_codebook_size() { return sizeof CODEBOOK; }
+
 void hook_decode(int is_signed, float *values) {
-    for (int code = 0; code < CODES; ++code) values[code] = is_signed ? decode<true>(code) : decode<false>(code);
+    for (int code = 0; code < CODES; code += VECTOR) {
+        Pack<uint8_t> codes;
+        for (int k = 0; k < VECTOR; ++k) codes.v[k] = static_cast<uint8_t>(code + k);
+        const Pack<float> x = decode(words_of(codes), 1.0f, is_signed ? CODEBOOK.exp_avg : CODEBOOK.exp_avg_sq);
+        memcpy(values + code, x.v, sizeof x.v);
+    }
 }
 
 void hook_encode(int is_signed, const float *x, int64_t count, uint8_t *codes) {
-    Codebook book;
-    for (int i = 0; i < THREADS; ++i) book.fill(i);
-    for (int64_t i = 0; i < count; ++i)
-        codes[i] = is_signed ? encode<true>(x[i], book.binades) & 0xff : encode<false>(x[i], book.binades_sq) & 0xff;
+    for (int64_t i = 0; i < count; i += VECTOR) {
+        const int64_t n = count - i < VECTOR ? count - i : VECTOR;
+        Pack<float> values{};
+        memcpy(values.v, x + i, n * sizeof *x);
+        const CodeWords out = is_signed ? encode<true>(values, 1.0f, CODEBOOK.exp_avg)
+                                        : encode<false>(values, 1.0f, CODEBOOK.exp_avg_sq);
+        memcpy(codes + i, as_pack(out).v, n);
+    }
 }
 
 void hook_philox(const uint32_t *counter, uint64_t seed, uint32_t *words) {
-    const Words out = philox({{counter[0], counter[1], counter[2], counter[3]}}, seed);
+    const Words out = philox({{counter[0], counter[1], counter[2], counter[3]}}, round_keys(seed));
     for (int i = 0; i < 4; ++i) words[i] = out.v[i];
 }
 
@@ -33,7 +46,7 @@ void hook_random16(int64_t start, int count, uint64_t seed, int parameter, doubl
     t.seed = seed;
     t.parameter = &parameter;
     const auto rounding = Rounding<true>::of(t, 0, start, step, purpose);
-    for (int i = 0; i < count; ++i) bits[i] = random16(rounding.draw(i), i % VECTOR);
+    for (int i = 0; i < count; ++i) bits[i] = random16(rounding.draw(i, Rounding<true>::keys_of(t)), i % VECTOR);
 }
 
 void hook_round(const float *x, const uint32_t *bits, int64_t count, uint16_t *stochastic, uint16_t *nearest) {
