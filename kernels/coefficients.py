@@ -89,7 +89,7 @@ def write_coefficients(
 
 
 @unspecialised
-def adamw_coefficients_kernel(
+def rsaft_adamw_coefficients_kernel(
     norm,
     norm_inf,
     first_inf,
@@ -143,7 +143,7 @@ def constants(released: bool) -> dict:
 
 
 def variant(first_inf, scaler_inf, grad_scale, released: bool, count: bool) -> tuple:
-    return adamw_coefficients_kernel, constants(released) | dict(COUNT=count)
+    return rsaft_adamw_coefficients_kernel, constants(released) | dict(COUNT=count)
 
 
 def adamw_coefficients(tables: list[TensorTable], norm, inputs, count: bool = True) -> None:

@@ -45,7 +45,8 @@ class Launcher:
 
     Triton looks at every argument of every launch to find the compiled form, which takes longer than small launches
     run. Here the form follows from the constants alone: kernels are ``unspecialised``, and run-time arguments, which
-    come first in their signatures, keep their types.
+    come first in their signatures, keep their types. Tensors are passed as addresses: of a tensor Triton asks the
+    driver, again in every launch, whether it is on the device, which the first launch has settled.
     """
 
     def __init__(self, kernel, constants: dict):
@@ -57,7 +58,8 @@ class Launcher:
         if self.compiled is None:  # always so in the interpreter, which returns nothing
             self.compiled = self.kernel[grid](*arguments, **self.constants)
         else:
-            self.compiled[grid](*arguments, *self.values)
+            addresses = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+            self.compiled[grid](*addresses, *self.values)
 
 
 @cache

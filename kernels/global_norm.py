@@ -47,7 +47,7 @@ def _squares(grad, weight, offsets, count, ADAPTIVE: tl.constexpr, VECTOR: tl.co
 
 
 @unspecialised
-def sum_of_squares_kernel(
+def rsaft_sum_of_squares_kernel(
     addresses,
     numel,
     chunk_tensor,
@@ -104,14 +104,14 @@ def _finish(slots, count, values, rho, found_inf, groups, FIRST: tl.constexpr, L
 
 
 @unspecialised
-def finish_norm_kernel(
+def rsaft_finish_norm_kernel(
     slots, values, rho, found_inf, count, groups, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
 ):
     _finish(slots, count, values, rho, found_inf, groups, FIRST, LAST, BLOCK)
 
 
 @unspecialised
-def finish_step_kernel(
+def rsaft_finish_step_kernel(
     slots,
     values,
     rho,
@@ -137,7 +137,7 @@ def finish_step_kernel(
     RELEASED: tl.constexpr,
     TENSORS_BLOCK: tl.constexpr,
 ):
-    """``finish_norm_kernel``, then ``adamw_coefficients_kernel`` for a table, in one program."""
+    """``rsaft_finish_norm_kernel``, then ``rsaft_adamw_coefficients_kernel`` for a table, in one program."""
     norm, skip = _finish(slots, count, values, rho, found_inf, groups, FIRST, True, BLOCK)
     skip = skip_flag(skip, first_inf, scaler_inf)
     note_skip(skip, skip_out, skipped)
@@ -152,7 +152,7 @@ def finish_step_kernel(
 def variant(weight: torch.dtype, grad: torch.dtype, adaptive: bool, block: int) -> tuple:
     rows = dict(ROW_WEIGHT=ROW["weight"], ROW_GRAD=ROW["grad"])
     dtypes = dict(WEIGHT=DTYPES[weight], GRAD=DTYPES[grad])
-    return sum_of_squares_kernel, rows | dtypes | dict(ADAPTIVE=adaptive, CHUNK=CHUNK, BLOCK=block) | OPTIONS
+    return rsaft_sum_of_squares_kernel, rows | dtypes | dict(ADAPTIVE=adaptive, CHUNK=CHUNK, BLOCK=block) | OPTIONS
 
 
 def sum_of_squares(table: TensorTable, adaptive: bool) -> None:
@@ -172,11 +172,11 @@ def sum_of_squares(table: TensorTable, adaptive: bool) -> None:
 
 
 def norm_variant(first: bool, last: bool) -> tuple:
-    return finish_norm_kernel, dict(FIRST=first, LAST=last, BLOCK=SLOT_BLOCK) | OPTIONS
+    return rsaft_finish_norm_kernel, dict(FIRST=first, LAST=last, BLOCK=SLOT_BLOCK) | OPTIONS
 
 
 def step_variant(first_inf, scaler_inf, grad_scale, released: bool, first: bool) -> tuple:
-    return finish_step_kernel, constants(released) | dict(FIRST=first, BLOCK=SLOT_BLOCK)
+    return rsaft_finish_step_kernel, constants(released) | dict(FIRST=first, BLOCK=SLOT_BLOCK)
 
 
 def finish_norm(slots: list[torch.Tensor], norm, rho: torch.Tensor, tables=None, inputs=None) -> None:

@@ -22,7 +22,7 @@ GRID_LIMIT = 65535  # of a grid's second dimension
 
 
 @unspecialised
-def sample_sums_kernel(
+def rsaft_sample_sums_kernel(
     grad, slots, elements: tl.int64, first_sample, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):
     i_sample, i_chunk = first_sample + tl.program_id(1), tl.program_id(0)
@@ -65,7 +65,7 @@ def _move(
 
 
 @unspecialised
-def perturb_images_kernel(
+def rsaft_perturb_images_kernel(
     out,
     images,
     grad,
@@ -82,7 +82,8 @@ def perturb_images_kernel(
     BLOCK: tl.constexpr,
 ):
     """``radius``: already negative and, for rms, times the square root of the elements."""
-    i_sample, i_chunk = first_sample + tl.program_id(1), tl.program_id(0)
+    # Backwards: of a sample too large for the L2 cache, its end is what is left there after the norm.
+    i_sample, i_chunk = first_sample + tl.program_id(1), tl.num_programs(0) - 1 - tl.program_id(0)
     i_slot = tl.arange(0, SLOTS)
     p_slots = slots + i_sample * tl.num_programs(0)
     sum_sq = tl.sum(tl.load(p_slots + i_slot, mask=i_slot < tl.num_programs(0), other=0.0))
@@ -104,7 +105,7 @@ def perturb_images_kernel(
 
 
 def sums_variant(grad: torch.dtype, aligned: bool, block: int) -> tuple:
-    return sample_sums_kernel, dict(ALIGNED=aligned, CHUNK=CHUNK, BLOCK=block) | OPTIONS
+    return rsaft_sample_sums_kernel, dict(ALIGNED=aligned, CHUNK=CHUNK, BLOCK=block) | OPTIONS
 
 
 def variant(
@@ -112,7 +113,7 @@ def variant(
 ) -> tuple:
     """``slots``: a power of two that is not below the chunks of a sample."""
     kinds = dict(OUT=DTYPES[out], IMAGES=images is not None, SIGN=sign, SLOTS=slots, ALIGNED=aligned)
-    return perturb_images_kernel, kinds | dict(CHUNK=CHUNK, BLOCK=block) | OPTIONS
+    return rsaft_perturb_images_kernel, kinds | dict(CHUNK=CHUNK, BLOCK=block) | OPTIONS
 
 
 def step_against_(out: torch.Tensor, images: torch.Tensor | None, grad: torch.Tensor, radius: float, norm: str) -> None:

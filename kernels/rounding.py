@@ -9,7 +9,7 @@ import triton.language as tl
 
 from rsaft_fast.ops import philox
 
-from .common import nearest_bf16, rounded
+from .common import rounded
 
 PERTURBATION, UPDATE = tl.constexpr(philox.PERTURBATION), tl.constexpr(philox.UPDATE)
 
@@ -33,11 +33,10 @@ def random16(seed, parameter, step, PURPOSE: tl.constexpr, first, BLOCK: tl.cons
 
 @triton.jit
 def round_stochastically(b_x, b_random):
-    """float32 to bf16: up with the probability of the part cut off; what is not finite, to nearest."""
-    b_bits = b_x.to(tl.uint32, bitcast=True)
-    b_finite = (b_bits & 0x7F800000) != 0x7F800000
-    b_bf16 = tl.where(b_finite, (b_bits + b_random) >> 16, nearest_bf16(b_bits))
-    return b_bf16.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    """float32 to bf16: up with the probability of the part cut off. An infinity stays one under any addition below
+    2^16; all NaN become one."""
+    b_bits = (b_x.to(tl.uint32, bitcast=True) + b_random) >> 16
+    return tl.where(b_x == b_x, b_bits, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit

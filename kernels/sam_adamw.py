@@ -96,7 +96,7 @@ def _update(
 
 
 @unspecialised
-def sam_adamw_kernel(
+def rsaft_sam_adamw_kernel(
     addresses,
     numel,
     chunk_tensor,
@@ -191,10 +191,10 @@ def variant(
     fixed = rows | dtypes | choices | dict(N_COEFFICIENTS=N_COEFFICIENTS, CHUNK=CHUNK) | OPTIONS
     if state is torch.uint8:
         # 96 registers: five blocks of 128 threads on a multiprocessor, where 256 threads would fit twice.
-        return sam_adamw_kernel, fixed | dict(BLOCK=block // 2, TAIL=block // 2, num_warps=4, maxnreg=96)
+        return rsaft_sam_adamw_kernel, fixed | dict(BLOCK=block // 2, TAIL=block // 2, num_warps=4, maxnreg=96)
     # A tail is masked element by element: half a block of it needs no more registers than a whole block elsewhere.
     registers = 80 if source == "master" or stochastic else 64
-    return sam_adamw_kernel, fixed | dict(BLOCK=block, TAIL=block // 2, maxnreg=registers)
+    return rsaft_sam_adamw_kernel, fixed | dict(BLOCK=block, TAIL=block // 2, maxnreg=registers)
 
 
 def sam_adamw_step_(

@@ -84,7 +84,7 @@ def _back_up(a_weight, a_backup, start, count, WEIGHT: tl.constexpr, BLOCK: tl.c
 
 
 @unspecialised
-def sam_perturb_kernel(
+def rsaft_sam_perturb_kernel(
     addresses,
     numel,
     chunk_tensor,
@@ -154,7 +154,7 @@ def variant(
     rows = dict(ROW_WEIGHT=ROW["weight"], ROW_GRAD=ROW["grad"], ROW_SOURCE=ROW["master" if master else "backup"])
     choices = dict(MASTER=master, ADAPTIVE=adaptive, STOCHASTIC=stochastic)
     sizes = dict(CHUNK=CHUNK, BLOCK=block, maxnreg=80)  # registers for three blocks on a multiprocessor
-    return sam_perturb_kernel, rows | choices | dict(WEIGHT=DTYPES[weight], GRAD=DTYPES[grad]) | sizes | OPTIONS
+    return rsaft_sam_perturb_kernel, rows | choices | dict(WEIGHT=DTYPES[weight], GRAD=DTYPES[grad]) | sizes | OPTIONS
 
 
 def sam_perturb_(table: TensorTable, norm) -> None:

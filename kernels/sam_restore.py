@@ -11,7 +11,7 @@ BLOCK = 4096
 
 
 @unspecialised
-def sam_restore_kernel(
+def rsaft_sam_restore_kernel(
     addresses,
     numel,
     chunk_tensor,
@@ -36,7 +36,7 @@ def sam_restore_kernel(
 def variant(weight: torch.dtype, source: str, source_dtype: torch.dtype, block: int) -> tuple:
     rows = dict(ROW_WEIGHT=ROW["weight"], ROW_SOURCE=ROW[source])
     dtypes = dict(WEIGHT=DTYPES[weight], SOURCE=DTYPES[source_dtype])
-    return sam_restore_kernel, rows | dtypes | dict(CHUNK=CHUNK, BLOCK=block) | OPTIONS
+    return rsaft_sam_restore_kernel, rows | dtypes | dict(CHUNK=CHUNK, BLOCK=block) | OPTIONS
 
 
 def sam_restore_(table: TensorTable, norm, tensor: int | None = None) -> None:

@@ -30,7 +30,7 @@ def _choose(b_high, b_middle, b_low, PART: tl.constexpr):
 
 
 @unspecialised
-def split_kernel(
+def rsaft_split_kernel(
     out,
     wide,
     columns,
@@ -58,7 +58,7 @@ def split_kernel(
 def variant(order: tuple[int, ...], block: int) -> tuple:
     """The order as one number, two bits an entry, the first in the lowest."""
     code = sum(part << (2 * i) for i, part in enumerate(order))
-    return split_kernel, dict(ORDER=code, COUNT=len(order), BLOCK=block) | OPTIONS
+    return rsaft_split_kernel, dict(ORDER=code, COUNT=len(order), BLOCK=block) | OPTIONS
 
 
 def split(wide: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:

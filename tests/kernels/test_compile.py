@@ -15,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from rsaft_fast.benchmarks.instructions import functions, main_loop  # noqa: E402
 from rsaft_fast.kernels import (  # noqa: E402
     coefficients,
     global_norm,
@@ -151,6 +152,26 @@ def test_streaming_kernels(tmp_path, name, architecture):
     for instruction, widths in (("LDG", loads), ("STG", stores)):
         for width in widths:
             assert re.search(rf"\b{instruction}\.E[.\w]*\{width}\b", code)
+
+
+MOST_INSTRUCTIONS = {
+    # name: (of 256 elements, bytes of each in wide accesses), about what is counted: more is a step back
+    "perturb bf16 stochastically": (240, 8),
+    "adamw bf16 stochastically": (540, 22),
+    "adamw bf16 stochastically, 8 bit": (1330, 10),
+}
+
+
+@pytest.mark.skipif(is_old() or not CUOBJDUMP.exists(), reason="counted of Triton 3.8's code")
+@pytest.mark.parametrize("name", MOST_INSTRUCTIONS)
+def test_no_more_instructions_than_there_were(tmp_path, name):
+    most, size = MOST_INSTRUCTIONS[name]
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(compile_for(90, *STREAMS[name][0]).asm["cubin"])
+    ((title, code),) = functions(path).items()
+    loop = main_loop(code)
+    assert title.startswith("rsaft_") and loop.elements(size) == 256
+    assert loop.per_block(size) <= most and loop.local == 0
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
