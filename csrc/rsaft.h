@@ -22,13 +22,20 @@ extern "C" {
 #endif
 
 /* Raised whenever a signature or a struct below changes; Python refuses a library of another number. */
-#define RSAFT_ABI_VERSION 3
+#define RSAFT_ABI_VERSION 4
 
 RSAFT_API int rsaft_abi_version(void);
 
 /* CUDA versions as 1000 * major + 10 * minor: of the runtime linked in, and of the newest that the driver serves
  * (0 without a driver), to host memory. A driver of an older major version cannot run this library. */
 RSAFT_API int rsaft_cuda_versions(int *runtime, int *driver);
+
+/* Whether there is code in the library for the calling thread's current device: 0, or the error that a launch would end
+ * in. Makes the device's context where there is none. */
+RSAFT_API int rsaft_cuda_serves_device(void);
+
+/* Compute capabilities that the library was built for, as "800,900,1000"; empty where it was not built by nvcc. */
+RSAFT_API const char *rsaft_cuda_architectures(void);
 
 /* Text of an error code; never NULL, not to be freed. */
 RSAFT_API const char *rsaft_error_string(int error);

@@ -59,7 +59,7 @@ def why_not(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...] 
     if backend == "torch":
         return None
     if backend in ("cuda", "cpu"):
-        obstacle = library.why_not(device.type, backend)
+        obstacle = library.why_not(device.type, backend, device.index)
         if obstacle is not None:
             return obstacle
     elif not _has_triton():

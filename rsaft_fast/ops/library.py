@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 ENV = "RSAFT_LIBRARY"
 
 _P, _I, _L, _D = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
 _ARGUMENTS = {
     "rsaft_cuda_versions": (_P, _P),
+    "rsaft_cuda_serves_device": (),
+    "rsaft_cuda_architectures": (),
     "rsaft_error_string": (_I,),
     "rsaft_sum_of_squares": (_P, _I, _P),
     "rsaft_finish_norm": (_P, _P, _I, _P, _I, _P, _P, _P, _P, _P),
@@ -30,6 +32,9 @@ _ARGUMENTS = {
 
 CPU_AVX2, CPU_ANY = "librsaft_cpu_avx2.so", "librsaft_cpu.so"
 """The library for host memory, compiled for processors with AVX2 and for every one (setup.py)."""
+
+_NO_KERNEL_IMAGE = 209  # cudaErrorNoKernelImageForDevice
+_LEAST_CAPABILITY = (8, 0)  # the kernels' reductions over a warp, and their bf16
 
 
 class LibraryError(RuntimeError):
@@ -56,7 +61,7 @@ def load(device_type: str = "cuda") -> ctypes.CDLL:
         raise LibraryError(f"{path.name} has ABI {found}, this package speaks {ABI_VERSION}: build it again")
     for name, types in _ARGUMENTS.items():
         getattr(library, name).argtypes = types
-    library.rsaft_error_string.restype = ctypes.c_char_p
+    library.rsaft_error_string.restype = library.rsaft_cuda_architectures.restype = ctypes.c_char_p
     return library
 
 
@@ -93,8 +98,11 @@ def check(library: ctypes.CDLL, error: int) -> None:
 
 
 @functools.cache
-def why_not(device_type: str = "cuda", wanted: str = "cuda") -> str | None:
-    """Why the library ``wanted`` ("cuda", "cpu") cannot serve tensors on devices of this type; None when it can.
+def why_not(device_type: str = "cuda", wanted: str = "cuda", index: int | None = None) -> str | None:
+    """Why the library ``wanted`` ("cuda", "cpu") cannot serve tensors on this device; None when it can.
+
+    Args:
+        index: which GPU; None is the current one.
 
     ``RSAFT_LIBRARY`` takes the place of either, even one for host memory that of "cuda": the tests' instrument.
     """
@@ -115,7 +123,25 @@ def why_not(device_type: str = "cuda", wanted: str = "cuda") -> str | None:
             f"the CUDA library holds CUDA {_dotted(runtime)} and the driver serves up to {_dotted(driver)}: "
             "update the driver"
         )
-    return None
+    return _why_not_card(load(wanted), index)
+
+
+def _why_not_card(library: ctypes.CDLL, index: int | None) -> str | None:
+    """Asks the driver, as a launch would: machine code for this card, or PTX that it can be made from."""
+    with torch.cuda.device(torch.cuda.current_device() if index is None else index):
+        error = library.rsaft_cuda_serves_device()
+        if not error:
+            return None
+        said = library.rsaft_error_string(error).decode()
+        if error != _NO_KERNEL_IMAGE:
+            return f"the CUDA library cannot run on this GPU: CUDA error {error}, {said}"
+        major, minor = torch.cuda.get_device_capability()
+    built = ", ".join(f"{int(each) / 100:.1f}" for each in library.rsaft_cuda_architectures().decode().split(","))
+    if (major, minor) < _LEAST_CAPABILITY:
+        mend = f"it needs {'.'.join(map(str, _LEAST_CAPABILITY))} or newer"
+    else:
+        mend = f"build it again with RSAFT_ARCHITECTURES={major}{minor}"
+    return f"the CUDA library is built for compute capability {built}, and this GPU has {major}.{minor}: {mend}"
 
 
 _search = 0

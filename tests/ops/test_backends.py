@@ -1,5 +1,8 @@
 """Choosing a backend: order, forcing, and imports that survive without the optional ones."""
 
+import contextlib
+import importlib.util
+import re
 import subprocess
 import sys
 
@@ -13,6 +16,7 @@ from .tables import SIZES, bits, random_table, same_bits
 from .test_adamw import scalars_for, take_step
 
 CPU = torch.device("cpu")
+NEXT = [name for name in ("triton", "torch") if name == "torch" or importlib.util.find_spec("triton")]
 
 
 def run(code: str) -> str:
@@ -37,6 +41,53 @@ def test_describe_lists_every_backend_in_order(no_library):
     assert rows[-1].available
     for row, compiler in ((rows[0], "nvcc"), (rows[2], "C++ compiler")):
         assert not row.available and "not built" in row.why and compiler in row.why
+
+
+class LibraryOfAnotherCard:
+    """Built and served by its driver, but without code for the card; or with a card that fails."""
+
+    def __init__(self, error: int):
+        self.error = error
+
+    def rsaft_cuda_versions(self, runtime, driver) -> int:
+        runtime._obj.value, driver._obj.value = 13000, 13010
+        return 0
+
+    def rsaft_cuda_serves_device(self) -> int:
+        return self.error
+
+    def rsaft_cuda_architectures(self) -> bytes:
+        return b"800,900,1000"
+
+    def rsaft_error_string(self, error: int) -> bytes:
+        return b"no kernel image" if error == 209 else b"out of memory"
+
+
+@pytest.mark.parametrize(
+    ("error", "capability", "index", "why"),
+    [
+        (209, (7, 5), 0, "8.0, 9.0, 10.0, .*has 7.5: it needs 8.0 or newer"),
+        (209, (12, 0), None, "8.0, 9.0, 10.0, .*has 12.0: .*RSAFT_ARCHITECTURES=120"),
+        (2, (9, 0), 1, "error 2, out of memory"),
+        (0, (9, 0), 0, None),
+    ],
+)
+def test_a_card_that_the_library_has_no_code_for_falls_to_the_next(monkeypatch, error, capability, index, why):
+    asked = []
+    monkeypatch.delenv("RSAFT_BACKEND", raising=False)
+    monkeypatch.setattr(library, "load", lambda wanted: LibraryOfAnotherCard(error))
+    monkeypatch.setattr(torch.cuda, "device", lambda index: asked.append(index) or contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    library.why_not.cache_clear()
+    try:
+        device = torch.device("cuda" if index is None else f"cuda:{index}")
+        obstacle = backends.why_not("cuda", device)
+        assert (obstacle is None) == (why is None) and (why is None or re.search(why, obstacle))
+        assert backends.choose(device) == ("cuda" if why is None else NEXT[0])
+        assert set(asked) == {3 if index is None else index}
+    finally:
+        library.why_not.cache_clear()
 
 
 @pytest.fixture
