@@ -26,7 +26,8 @@ CPU_BEGIN, CPU_END = "<!-- cpu: begin -->", "<!-- cpu: end -->"
 MEMORY_BEGIN, MEMORY_END = "<!-- memory: begin -->", "<!-- memory: end -->"
 NOTHING = (
     "No GPU figures have been recorded yet. `rsaft-fast bench --results benchmarks/results` measures this machine;\n"
-    "`benchmarks/gpu_suite.sh OUT` builds, tests and measures within 9 minutes."
+    "`benchmarks/gpu_suite.sh OUT` builds and tests it within 9 minutes, and `benchmarks/gpu_suite.sh OUT benchmarks`\n"
+    "measures within another 9."
 )
 NO_MEMORY = (
     "No GPU figures have been recorded yet. `rsaft-fast bench --memory --results benchmarks/results` measures whole\n"
