@@ -203,9 +203,9 @@ __device__ __forceinline__ uint4 select(bool first, const uint4 &a, const uint4 
 }
 
 // A pack of floats is two 16-byte stores, and a lane's own two halves lie side by side: each store of the warp would
-// write half of every 32-byte sector, and the L2 take twice the writes. So two lanes exchange halves, and together write
-// whole ones. The warp must be complete, and its lanes' packs consecutive. It waits until all of its lanes have read: what is
-// written may be, elsewhere, what a neighbour reads (a backup in the gradient's memory).
+// write half of every 32-byte sector, and the L2 take twice the writes. So two lanes exchange halves, and together
+// write whole ones. The warp must be complete, and its lanes' packs consecutive. It waits until all of its lanes have
+// read: what is written may be, elsewhere, what a neighbour reads (a backup in the gradient's memory).
 template <bool ONCE> __device__ __forceinline__ void store_paired(float *p, const Pack<float> &x) {
     const bool odd = threadIdx.x & 1;
     const uint4 *halves = reinterpret_cast<const uint4 *>(&x);

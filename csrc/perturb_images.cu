@@ -1,7 +1,7 @@
 // Image perturbation: a norm a sample, then one pass that writes images + delta, or delta alone. The second launch
 // adds a sample's slots again, in a fixed order, so no third is needed. Samples are taken in groups whose gradients
-// stay in the L2 from one launch to the other. Floor: 12 bytes an element in float32, 6 in bf16; 16 and 8 for what does not
-// fit.
+// stay in the L2 from one launch to the other. Floor: 12 bytes an element in float32, 6 in bf16; 16 and 8 for what does
+// not fit.
 
 #include <cmath>
 #include <cstddef>
