@@ -228,6 +228,23 @@ template <class T> RSAFT_HD void store_pack(T *p, const Pack<T> &x) {
     *reinterpret_cast<Pack<T> *>(p) = x;
 }
 
+// A pack as it is. Of floats a lane may copy other elements than its own, and no lane needs its neighbour's.
+template <class T> RSAFT_HD void copy_pack(T *to, const T *from) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (std::is_same_v<T, float>) {
+        const int lane = threadIdx.x % 32;
+        assume_global(from);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int at = 128 * half - 4 * lane; // from the lane's pack to its four elements of this half of the warp's
+            store_16<false>(to + at, *reinterpret_cast<const uint4 *>(from + at));
+        }
+        return;
+    }
+#endif
+    store_pack(to, load_pack(from));
+}
+
 // The same for memory that is not touched again soon: it leaves the L2 first, and what will be read again stays.
 template <class T> RSAFT_HD Pack<T> load_pack_once(const T *p) {
 #if defined(__CUDA_ARCH__)

@@ -63,23 +63,23 @@ template <class O, class G> struct Move {
         return x;
     }
 
+    RSAFT_HD void store(int i, const Loaded &from, float scale) const {
+        const Pack<float> image = to_floats(from.image), g = to_floats(from.grad);
+        Pack<float> x;
+#pragma unroll
+        for (int k = 0; k < VECTOR; ++k) x.v[k] = moved(image.v[k], g.v[k], scale);
+        store_pack_once(out + i, from_floats<O>(x));
+    }
+
     // One thread's share of a chunk. The scale comes from a function: while that waits for a sum, loads are under way.
     template <class F> RSAFT_HD void share(int count, int thread, F scale_now) const {
         const int whole = aligned() ? count / (WARP * VECTOR) * (WARP * VECTOR) : 0;
         int i = thread * VECTOR;
-        Loaded next{};
-        if (i < whole) next = load(i);
+        Loaded first{};
+        if (i < whole) first = load(i);
         const float scale = scale_now();
-        while (i < whole) {
-            const Pack<float> image = to_floats(next.image), g = to_floats(next.grad);
-            Pack<float> x;
-#pragma unroll
-            for (int k = 0; k < VECTOR; ++k) x.v[k] = moved(image.v[k], g.v[k], scale);
-            const int here = i;
-            i += THREADS * VECTOR;
-            if (i < whole) next = load(i);
-            store_pack_once(out + here, from_floats<O>(x));
-        }
+        if (i < whole) store(i, first, scale);
+        for (i += THREADS * VECTOR; i < whole; i += THREADS * VECTOR) store(i, load(i), scale);
         for (i = whole + thread; i < count; i += THREADS)
             out[i] = from_float<O>(moved(images ? to_float(images[i]) : 0.0f, to_float(grad[i]), scale));
     }
@@ -138,10 +138,8 @@ __device__ __forceinline__ double sum_of_slots(const double *slots, int count) {
     return sum;
 }
 
-// As many blocks at once as a group has for each of 132 multiprocessors: two, and three where everything is of one
-// 16-bit type and twice the elements are in a group.
 template <class O, class G>
-__global__ void __launch_bounds__(THREADS, std::is_same_v<O, G> && sizeof(G) == 2 ? 3 : 2)
+__global__ void __launch_bounds__(THREADS, 3)
     move_images(const Samples s, O *out, const O *images, const G *grad, double radius, bool sign) {
     // Last chunk first: of a sample too large for the L2, its end is what is left there.
     const Span span = sample_span(s, s.chunks - 1 - blockIdx.x, blockIdx.y);

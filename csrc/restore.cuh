@@ -33,10 +33,9 @@ template <class W, bool MASTER> struct Restore {
 
     template <int N> RSAFT_HD void at(const Here &here, int i, Sums<0> &) const {
         if constexpr (N == VECTOR) {
-            const Pack<S> source = load_pack(here.source + i);
             // A backup is copied as it is: NaN payloads survive.
-            if constexpr (std::is_same_v<S, W>) store_pack(here.weight + i, source);
-            else store_pack(here.weight + i, from_floats<W>(source));
+            if constexpr (std::is_same_v<S, W>) copy_pack(here.weight + i, here.source + i);
+            else store_pack(here.weight + i, from_floats<W>(load_pack(here.source + i)));
         } else {
             store_one(here.weight + i, back(load_one(here.source + i)));
         }
