@@ -3,9 +3,9 @@
 // C++ compiler, once for each instruction set; `stream` is how many threads a call may use, as an integer.
 //
 // A tile is 256 elements in arrays of float32, each step of the arithmetic a function with a loop over it that compilers
-// turn into vector instructions: compiled once for each type, not for each combination of types. The formulas are those of the headers, multiply-adds unfused: every backend rounds alike. Sums
-// are float64 from tile to tile, lane by lane, and a slot a chunk: their bits depend on no thread and on no instruction
-// set.
+// turn into vector instructions: compiled once for each type, not for each combination of types. The formulas are those
+// of the headers, multiply-adds unfused: every backend rounds alike. Sums are float64 from tile to tile, lane by lane,
+// and a slot a chunk: their bits depend on no thread and on no instruction set.
 
 #define RSAFT_CPU
 
@@ -111,15 +111,17 @@ template <class T> inline void store(T *p, int n, const T (&x)[TILE]) {
 }
 
 // To the weight's type. Element i is the tile's first, counted from where `rounding` counts.
-template <class W> RSAFT_ONCE void round(const Rounding<false> &, int, const Tile &x, W (&out)[TILE]) {
+template <class W>
+RSAFT_ONCE void round(const Rounding<false> &, const Rounding<false>::Keys &, int, const Tile &x, W (&out)[TILE]) {
     for (int k = 0; k < TILE; ++k) out[k] = from_float<W>(x[k]);
 }
 
-RSAFT_ONCE inline void round(const Rounding<true> &rounding, int i, const Tile &x, bf16 (&out)[TILE]) {
+RSAFT_ONCE inline void round(const Rounding<true> &rounding, const RoundKeys &keys, int i, const Tile &x,
+                             bf16 (&out)[TILE]) {
     constexpr int PACKS = TILE / VECTOR;
     uint32_t words[4][PACKS], drawn[TILE];
     for (int p = 0; p < PACKS; ++p) {
-        const Words of_pack = rounding.draw(i + p * VECTOR);
+        const Words of_pack = rounding.draw(i + p * VECTOR, keys);
         for (int w = 0; w < 4; ++w) words[w][p] = of_pack.v[w];
     }
     for (int p = 0; p < PACKS; ++p)
@@ -204,7 +206,7 @@ int launch(const rsaft_table &t, const Perturb<W, G, MASTER, STOCHASTIC> &op, vo
                 if (here.grad != nullptr) load(here.grad + i, n, grad);
                 if constexpr (MASTER) {
                     load(here.source + i, n, base);
-                    round(Rounding<false>{}, i, base, old);
+                    round(Rounding<false>{}, {}, i, base, old);
                 } else {
                     memcpy(old, here.weight + i, n * sizeof(W));
                     load(old, TILE, base);
@@ -212,7 +214,7 @@ int launch(const rsaft_table &t, const Perturb<W, G, MASTER, STOCHASTIC> &op, vo
                 }
                 if (here.grad == nullptr) return;
                 move_tile(base, grad, here.scale, here.adaptive, wanted, moved);
-                round(here.rounding, i, moved, out);
+                round(here.rounding, op.keys, i, moved, out);
                 store(here.weight + i, n, out);
                 Tile applied;
                 subtract(out, old, applied);
@@ -243,13 +245,14 @@ RSAFT_ONCE inline void adamw_tile(Tile &base, const Tile &grad, Tile &m, Tile &v
 }
 
 // New moments and weights of a tile, from moments in float32.
-template <class Target> inline void update_tile(const Target &here, int i, int n, Tile &m, Tile &v) {
+template <class Target>
+inline void update_tile(const Target &here, const typename Target::Keys &keys, int i, int n, Tile &m, Tile &v) {
     Tile base, grad;
     load(here.source + i, n, base);
     load(here.grad + i, n, grad);
     adamw_tile(base, grad, m, v, here.row);
     typename Target::Weight out[TILE];
-    round(here.rounding, i, base, out);
+    round(here.rounding, keys, i, base, out);
     store(here.weight + i, n, out);
     if constexpr (Target::HAS_MASTER) store(here.source + i, n, base);
 }
@@ -266,49 +269,38 @@ template <class Target> int launch(const rsaft_table &t, const Step<Target> &op,
             Tile m, v;
             load(here.exp_avg + i, n, m);
             load(here.exp_avg_sq + i, n, v);
-            update_tile(here, i, n, m, v);
+            update_tile(here, op.keys, i, n, m, v);
             store(here.exp_avg + i, n, m);
             store(here.exp_avg_sq + i, n, v);
         });
     });
 }
 
-// encode() of quantize.cuh without its table, and cut by conversions: lanes that look up by themselves are slow here.
-template <bool SIGNED> inline uint8_t encode_by_comparing(float x) {
-    if (SIGNED) x = x > -0.996f ? x : -0.996f;
-    const float a = SIGNED ? fabsf(x) : x;
-    float power = power_of(0);
-    int level = 0;
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
-        const bool above = a >= level_end<SIGNED>(j);
-        power = above ? power_of(j + 1) : power;
-        level += above;
-    }
-    const float steps = bits_float(static_cast<uint32_t>(126 + level + !SIGNED) << 23);
-    const float f = (a * power - 0.1f) * (static_cast<float>(1 / 0.9) * steps), last = steps - 0.5f;
-    const int q = static_cast<int>(steps) + static_cast<int>(f < last ? f : last);
-    return static_cast<uint8_t>(!SIGNED ? q - 1 : x < 0.0f ? 127 - q : 127 + q);
-}
-
-RSAFT_ONCE inline void decode_tile(const uint8_t *codes, int n, const float *book, float scale, Tile &x) {
-    for (int k = 0; k < n; ++k) x[k] = book[codes[k]] * scale;
+RSAFT_ONCE inline void decode_tile(const uint8_t *codes, int n, const uint32_t (&book)[CELLS], float scale, Tile &x) {
+    for (int k = 0; k < n; ++k) x[k] = bits_float(book[codes[k]]) * scale;
     for (int k = n; k < TILE; ++k) x[k] = 0.0f;
 }
 
-template <bool SIGNED> RSAFT_ONCE void encode_tile(uint8_t *codes, int n, float &absmax, const Tile &x) {
+// encode() of quantize.cuh, an element at a time: a processor has no instruction that picks bytes of four at once.
+template <bool SIGNED> inline uint8_t encode_one(float fraction, const uint32_t (&book)[CELLS]) {
+    if (SIGNED) fraction = fraction > -0.996f ? fraction : -0.996f;
+    const float magnitude = fabsf(fraction), a = magnitude > LEAST_FRACTION ? magnitude : LEAST_FRACTION;
+    const uint32_t code = (book[float_bits(a) >> CELL_BITS & (CELLS - 1)] + float_bits(a)) >> CELL_BITS & 0xffu;
+    return static_cast<uint8_t>(SIGNED && float_bits(fraction) >> 31 ? 254 - code : code);
+}
+
+template <bool SIGNED>
+RSAFT_ONCE void encode_tile(uint8_t *codes, int n, const uint32_t (&book)[CELLS], float &absmax, const Tile &x) {
     uint32_t most = 0; // as bits, magnitudes keep their order, and a NaN comes out on top
     for (int k = 0; k < TILE; ++k) most = std::max(most, float_bits(x[k]) & 0x7fffffffu);
     absmax = bits_float(most);
     const float inverse = inverse_of(absmax);
     uint8_t out[TILE];
-    for (int k = 0; k < TILE; ++k) out[k] = encode_by_comparing<SIGNED>(x[k] * inverse);
+    for (int k = 0; k < TILE; ++k) out[k] = encode_one<SIGNED>(x[k] * inverse, book);
     store(codes, n, out);
 }
 
 template <class Target> int launch_blocks(const rsaft_table &t, const Step8<Target> &op, void *stream) {
-    float book[CODES], book_sq[CODES];
-    for (int code = 0; code < CODES; ++code) book[code] = decode<true>(code), book_sq[code] = decode<false>(code);
     return over_chunks(t, stream, [&](int chunk) {
         typename Step8<Target>::Here here{};
         if (!op.begin(t, span_of(t, chunk), here)) return;
@@ -319,12 +311,12 @@ template <class Target> int launch_blocks(const rsaft_table &t, const Step8<Targ
         over_tiles(here.count, [&](int i, int n) {
             Tile m, v;
             const int block = i / BLOCK;
-            decode_tile(here.exp_avg + i, n, book, here.absmax[block], m);
-            decode_tile(here.exp_avg_sq + i, n, book_sq, here.absmax_sq[block], v);
-            update_tile(here, i, n, m, v);
+            decode_tile(here.exp_avg + i, n, CODEBOOK.exp_avg, here.absmax[block], m);
+            decode_tile(here.exp_avg_sq + i, n, CODEBOOK.exp_avg_sq, here.absmax_sq[block], v);
+            update_tile(here, op.keys, i, n, m, v);
             for (int k = n; k < TILE; ++k) m[k] = v[k] = 0.0f; // what is not there decides no absmax
-            encode_tile<true>(here.exp_avg + i, n, here.absmax[block], m);
-            encode_tile<false>(here.exp_avg_sq + i, n, here.absmax_sq[block], v);
+            encode_tile<true>(here.exp_avg + i, n, CODEBOOK.exp_avg, here.absmax[block], m);
+            encode_tile<false>(here.exp_avg_sq + i, n, CODEBOOK.exp_avg_sq, here.absmax_sq[block], v);
         });
     });
 }
@@ -347,10 +339,10 @@ int run(Samples s, O *out, const O *images, const G *grad, int64_t samples, doub
         double sum = 0.0;
         for (int i = 0; i < s.chunks; ++i) sum += s.slots[sample * s.chunks + i];
         const Span span = sample_span(s, static_cast<int>(item % s.chunks), sample);
-        const typename Move<O, G>::Here here{out + span.start, images ? images + span.start : nullptr,
-                                             grad + span.start, scale_of(sum, radius, sign), sign};
-        Sums<0> none;
-        for (int i = 0; i < span.count; ++i) Move<O, G>{}.template at<1>(here, i, none);
+        const float scale = scale_of(sum, radius, sign);
+        const Move<O, G> move{out + span.start, images ? images + span.start : nullptr, grad + span.start, sign};
+        for (int i = 0; i < span.count; ++i)
+            move.out[i] = from_float<O>(move.moved(images ? to_float(move.images[i]) : 0.0f, to_float(move.grad[i]), scale));
     });
 }
 

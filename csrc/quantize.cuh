@@ -68,6 +68,8 @@ template <bool SIGNED> constexpr int distance_of(float a) {
 constexpr int CELLS = 4096, CELL_BITS = 16;
 constexpr uint32_t FIRST_CELL = 0x3400, LAST_CELL = 0x3f80; // upper halves of 2^-23 and of 1
 constexpr uint32_t NEVER = 0xffffffffu;
+// 2^-23. All that is no larger rounds to zero; and so does a NaN, which would not know its cell.
+constexpr float LEAST_FRACTION = 1.1920929e-7f;
 
 // Bits of the smallest magnitude whose code is this far from zero's.
 template <bool SIGNED> constexpr uint32_t begin_of(int distance) {
@@ -136,9 +138,7 @@ RSAFT_HD CodeWords encode(const Pack<float> &values, float inverse, const uint32
             // Only +1 has a code of its own: -1 takes that of what is just short of it.
             if (SIGNED) fraction = fraction > -0.996f ? fraction : -0.996f;
             x[k] = float_bits(fraction);
-            // All that is this small rounds to zero; and so does a NaN, which would not know its cell.
-            constexpr float LEAST = 1.1920929e-7f; // 2^-23
-            const float a = fabsf(fraction) > LEAST ? fabsf(fraction) : LEAST;
+            const float a = fabsf(fraction) > LEAST_FRACTION ? fabsf(fraction) : LEAST_FRACTION;
             code[k] = book[float_bits(a) >> CELL_BITS & (CELLS - 1)] + float_bits(a);
         }
         uint32_t codes = bytes_of(bytes_of(code[0], code[1], 0x62), bytes_of(code[2], code[3], 0x62), 0x5410);

@@ -68,7 +68,7 @@ def test_a_wheel_made_with_a_compiler_computes_with_it_on_the_cpu(tmp_path):
     assert "-py3-none-" in wheel.name and not wheel.name.endswith("any.whl"), "any Python, this platform"
     assert "sdxl-full: 2,567,463,684 parameters" in run_from(wheel, tmp_path, "bench", "--list")
     said = run_from(wheel, tmp_path, "doctor")
-    assert re.search(r"cpu +runs +librsaft_cpu", said), said
+    assert re.search(r"cpu +runs .*librsaft_cpu", said), said
     if not torch.cuda.is_available():
         assert "used on cpu: cpu" in said
         assert "used on cpu: torch (RSAFT_BACKEND=torch)" in run_from(wheel, tmp_path, "doctor", RSAFT_BACKEND="torch")
