@@ -7,6 +7,7 @@ import difflib
 import importlib
 import io
 import re
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -335,11 +336,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(error).split("\n"):
             print(f"rsaft-fast: error: {_printable(line)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print(
             "rsaft-fast: interrupted at once; a run's newest complete checkpoint stays (resume=auto)", file=sys.stderr
         )
-        return 130
+        return 128 + getattr(interrupt, "signal", signal.SIGINT)
     except BrokenPipeError:
         # The reader (head, less) has gone; what it wanted to see, it saw.
         sys.stderr.close()

@@ -64,9 +64,13 @@ class Measured:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    started = time.perf_counter()
     _require_assets(arguments.proxy)
-    output = output_folder(arguments.output, os.path.join("runs", "demo"))
+    with output_folder(arguments.output, os.path.join("runs", "demo")) as output:
+        return _compare(arguments, output)
+
+
+def _compare(arguments: argparse.Namespace, output: Path) -> int:
+    started = time.perf_counter()
     config = _config(arguments)
     pictures = len(playground.eval_prompts())
     print(

@@ -2,25 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.train.check import check_writable
+from rsaft_fast.train.files import describe_io_error, mend_of
+from rsaft_fast.train.lock import LOCK, FolderHeldError, sole_writer
+from rsaft_fast.train.progress import tell
 
 
-def output_folder(asked: str | None, default: str) -> Path:
-    """The folder asked for, which must be new or empty, or the first free one of `default`, `default-2`, ...
+@contextmanager
+def output_folder(asked: str | None, default: str) -> Iterator[Path]:
+    """The folder asked for, which must be new or empty, or the first free one of `default`, `default-2`, ...; held
+    against other commands meanwhile.
 
     Raises:
-        UserError: it holds something, or cannot be made.
+        UserError: it holds something, another process writes there, or it cannot be made.
     """
-    if asked is None:
-        names = (default if n == 1 else f"{default}-{n}" for n in count(1))
-        folder = next(path for path in map(Path, names) if not path.exists())
-    else:
+    with ExitStack() as held:
+        if asked is None:
+            yield _first_free(held, default)
+            return
         folder = Path(asked)
+        _hold(held, folder)
+        if not _is_empty(folder):
+            raise UserError(f"--output {folder} is not empty; give a new folder")
+        yield folder
+
+
+def _first_free(held: ExitStack, default: str) -> Path:
+    for n in count(1):
+        folder = Path(default if n == 1 else f"{default}-{n}")
+        if folder.exists() and not (folder / LOCK).exists():
+            continue
+        with suppress(FolderHeldError):
+            _hold(held, folder)
+            if _is_empty(folder):
+                return folder
+
+
+def _hold(held: ExitStack, folder: Path) -> None:
     check_writable(folder, "--output")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--output {folder} is not empty; give a new folder")
-    return folder
+    try:
+        held.enter_context(sole_writer(folder, "--output", tell))
+    except OSError as error:
+        raise UserError(f"--output {describe_io_error(error)}; {mend_of(error)}, or give another folder") from error
+
+
+def _is_empty(folder: Path) -> bool:
+    return all(path.name == LOCK for path in folder.iterdir())

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import sys
 import warnings
 
 
@@ -29,3 +30,6 @@ def prepare_process(quieten: bool = True) -> None:
     for name in ("transformers", "diffusers") if quieten else ():
         if importlib.util.find_spec(name) is not None:
             importlib.import_module(f"{name}.utils.logging").disable_progress_bar()
+    if quieten and sys.stderr is not None and sys.stderr.isatty() and importlib.util.find_spec("huggingface_hub"):
+        # transformers turns the hub's bars off with its own; a download of gigabytes is to be seen.
+        importlib.import_module("huggingface_hub.utils").enable_progress_bars()

@@ -36,8 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
     settings = _backbone(arguments, trained)
     check_path("PIPELINE", settings.path)
     prompts = arguments.prompts or load_prompts(arguments.prompts_file, held_out=True)
-    output = output_folder(arguments.output, "samples")
-    return _draw(arguments, trained, settings, prompts, output)
+    with output_folder(arguments.output, "samples") as output:
+        return _draw(arguments, trained, settings, prompts, output)
 
 
 def _draw(

@@ -14,7 +14,8 @@ from rsaft_fast.train.schema import help_text
 
 def run(arguments: argparse.Namespace) -> int:
     outcome = train(load_config(arguments.recipe, arguments.overrides))
-    print(f"rsaft-fast: {outcome.message}", file=sys.stderr if outcome.stopped_by else sys.stdout)
+    for line in (outcome.message, *outcome.further):
+        print(f"rsaft-fast: {line}", file=sys.stderr if outcome.stopped_by else sys.stdout)
     return outcome.exit_code
 
 

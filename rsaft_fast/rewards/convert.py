@@ -7,6 +7,7 @@ and scores are the same to the bit. Where they came from stands in the file's ow
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from rsaft_fast.rewards.clip import load_clip_model
 from rsaft_fast.rewards.files import checkpoint_file, checkpoint_folder, digests_of, weight_files
 from rsaft_fast.rewards.text import CLIP_FILES
 from rsaft_fast.rewards.weights import State, is_safetensors, read_state
-from rsaft_fast.train.files import fsync_folder
+from rsaft_fast.train.files import fsync_folder, io_errors_of, usual_mode
 
 WEIGHTS = "model.safetensors"
 _INDEX = "pytorch_model.bin.index.json"
@@ -179,7 +180,8 @@ def _state(files: list[Path], reward: str, source: str | Path) -> State:
 
 
 def _write(state: State, path: Path, header: dict[str, str]) -> None:
-    save_file(state, path, header)
+    with io_errors_of(path):
+        save_file(state, path, header)
     written = load_file(path)
     different = [
         name
@@ -196,10 +198,11 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _place(target: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the target, then rename: a reader sees the old file or the new one."""
-    temporary = target.with_name(f".{target.name}.tmp")
+    """Write beside the target, then rename: a reader sees the old file or the new one, and so does a second writer."""
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
         write(temporary)
+        temporary.chmod(usual_mode(target.parent))  # safetensors makes its files 0600
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, target)

@@ -24,7 +24,7 @@ from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train.config import PLAYGROUND, Config
 from rsaft_fast.train.data import load_prompts
 from rsaft_fast.train.denoising import CaptionedImage, load_folder
-from rsaft_fast.train.logging import CONFIG, METRICS
+from rsaft_fast.train.logging import CHECKPOINTS, CONFIG, METRICS, SAMPLES, TENSORBOARD
 from rsaft_fast.train.samples import first_prompts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -303,6 +303,7 @@ def _find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, and that the output folder may be written."""
     folder = config.run_folder
     check_writable(folder)
+    _check_run_folder(config)
     if config.resume is None:
         if has_run(folder):
             raise UserError(
@@ -317,13 +318,42 @@ def _find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
             f"resume={source} into output_dir {folder}, which holds a run already; give an output_dir of its own, or "
             "none to go on in place"
         )
-    found, passed_over = checkpoints.newest(source / "checkpoints")
+    found, passed_over = checkpoints.newest(source / CHECKPOINTS)
+    reasons = "".join(f" ({line})" for line in passed_over[:1])
     if found is None and config.resume != "auto":
-        reasons = "".join(f" ({line})" for line in passed_over[:1])
         raise UserError(f"resume: {source} has no complete checkpoint{reasons}; leave resume out to start anew")
+    if found is None and (damaged := checkpoints.find_damaged(source / CHECKPOINTS)) is not None:
+        raise UserError(
+            f"resume: {source} has no checkpoint that is whole{reasons}; put {damaged} right, move "
+            f"{source / CHECKPOINTS} away to start from the beginning, or give another output_dir"
+        )
     if found is None and has_run(folder):
         passed_over.append(f"{folder} has no complete checkpoint: the run starts from the beginning")
     return found, passed_over
+
+
+def _check_run_folder(config: Config) -> None:
+    """That everything the run will write there, the model in the end included, can be written."""
+    folder = config.run_folder
+    lora = config.parameters.train == "lora"
+    export = "lora" if lora else adapter_for(config.backbone.path, text=False).denoiser_name
+    for name in (CONFIG, METRICS):
+        path = folder / name
+        if path.exists() and not path.is_file():
+            raise UserError(f"output_dir: {path} is no file, and the run writes one of that name; move it away")
+    for name in (export, CHECKPOINTS, SAMPLES, TENSORBOARD):
+        path = folder / name
+        if not os.path.lexists(path):
+            continue
+        if not path.is_dir() or (name == export and path.is_symlink()):
+            kind = "a link" if path.is_symlink() else "no folder"
+            raise UserError(f"output_dir: {path} is {kind}, and the run writes a folder of that name; move it away")
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise UserError(f"output_dir: you may not write to {path}; make it writable, or give another output_dir")
+    if not has_run(folder) and (folder / export).is_dir() and any((folder / export).iterdir()):
+        raise UserError(
+            f"output_dir: {folder / export} is not a run's, and the model will be written there; give another output_dir"
+        )
 
 
 def has_run(folder: Path) -> bool:
@@ -333,8 +363,8 @@ def has_run(folder: Path) -> bool:
 
 def check_writable(folder: Path, key: str = "output_dir") -> None:
     """Refuse an output folder that could not be made."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{key} {folder} is a file; give a folder")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"{key} {folder} is {'a link to nothing' if folder.is_symlink() else 'a file'}; give a folder")
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent

@@ -3,6 +3,7 @@
 A checkpoint is a folder of safetensors and JSON files. It is written under a temporary name, every file and folder
 fsynced, renamed to `step_N`, and only then marked by a `COMPLETE` file that lists the size and SHA-256 of every other.
 Whatever interrupts this leaves a folder that `newest` passes over; so does a file that is cut short or altered later.
+config.yaml is there for people: a comment in it makes no checkpoint worthless.
 """
 
 from __future__ import annotations
@@ -13,16 +14,27 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.train.files import replace_folder, write_atomically
+from rsaft_fast.train.files import (
+    describe_io_error,
+    io_errors_of,
+    remove_tree,
+    replace_folder,
+    write_atomically,
+)
 
-MARKER = "COMPLETE"
+FORMAT = 1
+"""Of the folder's layout. Checkpoints from before there was a number are laid out as 1 is."""
+
+MARKER, STATE, CONFIG = "COMPLETE", "state.json", "config.yaml"
+WEIGHTS, OPTIMIZER, EMA = "weights.safetensors", "optimizer.safetensors", "ema.safetensors"
 _STEP = re.compile(r"step_(\d+)")
 _BLOCK = 1 << 22
 
@@ -54,31 +66,46 @@ def write(
     config: str,
     export: Callable[[Path], None] | None = None,
     keep: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Write `root/step_N` and prune older ones once it is complete.
+    """Write `root/step_N` and prune older ones once it is complete. What fails before leaves nothing of it.
 
     Args:
         config: the run's configuration as YAML, stored beside the weights.
         export: writes files for other programs (a diffusers LoRA) into a folder it is given.
         keep: how many of the newest complete checkpoints stay; None keeps all.
+        say: takes a line about older ones that could not be deleted.
+
+    Raises:
+        OSError: it cannot be written.
     """
     root.mkdir(parents=True, exist_ok=True)
     temporary, final = root / f".step_{checkpoint.step}.tmp", root / f"step_{checkpoint.step}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    optimizer, tree = pack(checkpoint.optimizer)
-    _save_tensors(temporary / "weights.safetensors", checkpoint.weights)
-    _save_tensors(temporary / "optimizer.safetensors", optimizer)
-    if checkpoint.ema is not None:
-        _save_tensors(temporary / "ema.safetensors", checkpoint.ema)
-    state = {"step": checkpoint.step, "info": checkpoint.info, "optimizer": tree}
-    (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    (temporary / "config.yaml").write_text(config, encoding="utf-8")
-    if export is not None:
-        export(temporary)
-    replace_folder(temporary, final)
-    write_atomically(final / MARKER, json.dumps(_inventory(final), indent=1))
-    prune(root, checkpoint.step, keep)
+    remove_tree(temporary)
+    try:
+        temporary.mkdir()
+        optimizer, tree = pack(checkpoint.optimizer)
+        _save_tensors(temporary / WEIGHTS, checkpoint.weights)
+        _save_tensors(temporary / OPTIMIZER, optimizer)
+        if checkpoint.ema is not None:
+            _save_tensors(temporary / EMA, checkpoint.ema)
+        state = {"format": FORMAT, "step": checkpoint.step, "info": checkpoint.info, "optimizer": tree}
+        for name, text in ((STATE, json.dumps(state, indent=1)), (CONFIG, config)):
+            with io_errors_of(temporary / name):
+                (temporary / name).write_text(text, encoding="utf-8")
+        if export is not None:
+            export(temporary)
+        replace_folder(temporary, final)
+        write_atomically(final / MARKER, json.dumps(_inventory(final), indent=1))
+    except BaseException:
+        remove_tree(temporary)
+        if final.is_dir() and not (final / MARKER).exists():
+            remove_tree(final)
+        raise
+    try:
+        prune(root, checkpoint.step, keep)
+    except OSError as error:
+        say(f"warning: {final} is complete, but what it replaces could not be deleted: {describe_io_error(error)}")
     return final
 
 
@@ -89,23 +116,48 @@ def read(folder: Path, verify: bool = True) -> Checkpoint:
         verify: look for faults first; what `newest` returned has been looked at.
 
     Raises:
-        UserError: it is incomplete or damaged.
+        UserError: it is incomplete, damaged, of a newer format, or does not hold what a checkpoint holds.
     """
     if verify and (fault := find_fault(folder)):
         raise UserError(f"the checkpoint {folder} cannot be used: {fault}")
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    ema = folder / "ema.safetensors"
+    try:
+        return _read(folder)
+    except OSError as error:
+        reason = describe_io_error(error)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    raise UserError(f"the checkpoint {folder} cannot be used: it does not hold what a checkpoint holds ({reason})")
+
+
+def _read(folder: Path) -> Checkpoint:
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    step, info = state["step"], state["info"]
+    if type(step) is not int or step < 0 or not isinstance(info, dict):
+        raise ValueError(f"{STATE} says step {step!r} and info of type {type(info).__name__}")
+    named = _STEP.fullmatch(folder.name)
+    if named and int(named[1]) != step:
+        raise ValueError(f"{STATE} is of step {step}")
+    tensors = load_file(folder / OPTIMIZER)
+    optimizer = unpack(state["optimizer"], tensors)
+    # Every tensor has its place, or one of the two files is another checkpoint's.
+    if surplus := tensors.keys() - pack(optimizer)[0].keys():
+        raise ValueError(f"{OPTIMIZER} has {min(surplus)}, which {STATE} does not name")
     return Checkpoint(
-        step=state["step"],
-        weights=load_file(folder / "weights.safetensors"),
-        optimizer=unpack(state["optimizer"], load_file(folder / "optimizer.safetensors")),
-        ema=load_file(ema) if ema.is_file() else None,
-        info=state["info"],
+        step=step,
+        weights=load_file(folder / WEIGHTS),
+        optimizer=optimizer,
+        ema=load_file(folder / EMA) if (folder / EMA).is_file() else None,
+        info=info,
     )
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint below `root`, and a line for each newer one that was passed over."""
+    """The newest complete checkpoint below `root`, and a line for each newer one that was passed over.
+
+    Raises:
+        UserError: one cannot be read now, or is of a newer format: that is no reason to go on from an older one, and to
+            overwrite it.
+    """
     passed_over = []
     for _, folder in sorted(_folders(root), reverse=True):
         fault = find_fault(folder)
@@ -115,27 +167,71 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Whether a checkpoint was never complete: a kill cut its writing short."""
+    return not (folder / MARKER).exists()
+
+
+def find_damaged(root: Path) -> Path | None:
+    """The newest checkpoint that was complete once and is not to be used now."""
+    folders = (folder for _, folder in sorted(_folders(root), reverse=True))
+    return next((folder for folder in folders if not is_unfinished(folder) and find_fault(folder)), None)
+
+
 def find_fault(folder: Path) -> str | None:
-    """Why a checkpoint must not be loaded, or None."""
-    marker = folder / MARKER
-    if not marker.is_file():
-        return f"it has no {MARKER} marker, so writing it was cut short"
+    """Why a checkpoint must not be loaded, or None.
+
+    Raises:
+        UserError: whether it may cannot be told: it cannot be read now, or is of a newer format.
+    """
     try:
-        expected: dict[str, dict] = json.loads(marker.read_text(encoding="utf-8"))
+        return _find_fault(folder)
+    except OSError as error:
+        raise UserError(
+            f"the checkpoint {folder} cannot be read: {describe_io_error(error)}; mend that, or move the checkpoint "
+            "away to go on from an older one"
+        ) from error
+
+
+def _find_fault(folder: Path) -> str | None:
+    if is_unfinished(folder):
+        return f"it has no {MARKER} marker, so writing it was cut short"
+    _refuse_newer_format(folder)
+    try:
+        expected: dict[str, dict] = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in expected.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"its {MARKER} marker is damaged"
     if not entries:
         return f"its {MARKER} marker is empty"
     for name, (size, digest) in entries.items():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            return f"its {MARKER} marker names {name!r}, which lies outside"
         path = folder / name
+        if name == CONFIG:
+            continue
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
         if _sha256(path) != digest:
             return f"{name} has been altered (SHA-256 differs)"
+    for name in (STATE, WEIGHTS, OPTIMIZER, EMA):
+        if name not in entries and ((folder / name).exists() or name != EMA):
+            return f"{name} is not in its {MARKER} marker"
     return None
+
+
+def _refuse_newer_format(folder: Path) -> None:
+    try:
+        written = json.loads((folder / STATE).read_text(encoding="utf-8")).get("format", FORMAT)
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError):
+        return  # damaged: the marker will tell
+    if type(written) is int and written > FORMAT:
+        raise UserError(
+            f"the checkpoint {folder} is of format {written}, and this rsaft_fast reads formats up to {FORMAT}: use "
+            "the version that wrote it, or a newer one"
+        )
 
 
 def prune(root: Path, current: int, keep: int | None) -> None:
@@ -153,11 +249,6 @@ def prune(root: Path, current: int, keep: int | None) -> None:
             shutil.rmtree(folder)
     for unfinished in root.glob(".step_*.tmp"):
         shutil.rmtree(unfinished)
-
-
-def read_info(folder: Path) -> dict[str, Any]:
-    """What wrote a checkpoint, by `Checkpoint.info`."""
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))["info"]
 
 
 def _folders(root: Path) -> list[tuple[int, Path]]:
@@ -189,7 +280,8 @@ def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         pointer = tensor.untyped_storage().data_ptr()
         plain[name] = tensor.clone() if pointer in seen else tensor
         seen.add(pointer)
-    save_file(plain, path)
+    with io_errors_of(path):
+        save_file(plain, path)
 
 
 def pack(tree: Any) -> tuple[Tensors, Any]:
@@ -224,4 +316,4 @@ def unpack(document: Any, tensors: Tensors) -> Any:
         return {key: unpack(value, tensors) for key, value in content}
     if kind == "value":
         return content
-    return (tuple if kind == "tuple" else list)(unpack(value, tensors) for value in content)
+    return {"tuple": tuple, "list": list}[kind](unpack(value, tensors) for value in content)

@@ -101,7 +101,9 @@ class PromptBatches:
 
     def visited(self, steps: range) -> list[str]:
         """Every prompt that these updates see, once."""
-        return list(dict.fromkeys(text for step in steps for text in self.texts(step)))
+        # Two epochs' worth of draws holds a whole one, wherever it begins: whoever sees that many sees them all.
+        enough = 2 * len(self.prompts) // self.size + 2
+        return list(dict.fromkeys(text for step in steps[:enough] for text in self.texts(step)))
 
     def __call__(self, backbone: Backbone, encoded: EncodedPrompts, step: int) -> list[MicroBatch]:
         """The micro-batches of update `step`, their noise and plans drawn."""

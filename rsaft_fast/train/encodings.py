@@ -11,7 +11,6 @@ import gc
 import hashlib
 import json
 import os
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -20,13 +19,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load, save
-from tqdm import tqdm
 
 from rsaft_fast.backbones import PipelineBackbone, adapter_for, load_backbone, local_path
 from rsaft_fast.backbones.turns import encode_in_turns
 from rsaft_fast.errors import UserError
 from rsaft_fast.train.config import AUTO, BackboneSettings
-from rsaft_fast.train.files import replace_file
+from rsaft_fast.train.files import describe_io_error, replace_file
+from rsaft_fast.train.progress import watched
 from rsaft_fast.train.text_files import TextFiles
 
 FORMAT = 1
@@ -59,6 +58,10 @@ class EncodingCache:
             content = path.read_bytes()
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise UserError(
+                f"data.encoding_cache: {describe_io_error(error)}; mend that, give another folder, or set it to null"
+            ) from error
         try:
             header, payload = _split(content)
             if int(header["__metadata__"]["crc32"]) != zlib.crc32(payload):
@@ -177,18 +180,24 @@ class Encodings(Mapping[str, Row]):
     def __len__(self) -> int:
         return len(self.texts)
 
-    def complete(self) -> None:
+    def complete(self, stage: Callable[[str], None] = lambda line: None) -> None:
         """Encode what is missing; the text encoders, one at a time on the device, are loaded for it and freed.
+
+        Args:
+            stage: takes a line about what begins now.
 
         Raises:
             UserError: they cannot be loaded, or do not fit the denoiser.
         """
         if not self.missing:
+            stage(f"encodings of all {len(self.texts)} prompts are there: no text encoder is loaded")
             return
+        stage(f"loading the text encoders: {len(self.missing)} of {len(self.texts)} prompts are to be encoded")
         backbone = load_text_encoders(self.settings, self.shapes)
         texts = list(self.missing)
+        stage(f"encoding {len(texts)} prompts")
         rows = encode_in_turns(backbone, [text or None for text in texts])
-        for text, row in zip(texts, progress(rows, "encoding prompts", len(texts))):
+        for text, row in zip(texts, watched(rows, "encoding prompts", len(texts))):
             self._keep(text, row)
         self.files.remember()
         del backbone, rows
@@ -209,7 +218,7 @@ class Encodings(Mapping[str, Row]):
             return
         common = hashlib.sha256(json.dumps(self._circumstances(identity), sort_keys=True).encode()).hexdigest()
         self._keys = {text: hashlib.sha256(f"{common} {text}".encode()).hexdigest() for text in self.texts}
-        for text in progress(self.texts, "reading encodings", len(self.texts)):
+        for text in watched(self.texts, "reading encodings", len(self.texts)):
             try:
                 row = self.cache.read(self._keys[text])
             except DamagedEncodingError as error:
@@ -265,13 +274,7 @@ class Watched(list):
         self.what = what
 
     def __iter__(self) -> Iterator[str]:
-        return iter(progress(super().__iter__(), self.what, len(self)))
-
-
-def progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-    """A bar beside an iteration that takes longer than moments."""
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(items, desc=what, total=total, unit="prompt", delay=3, mininterval=interval, leave=False)
+        return iter(watched(super().__iter__(), self.what, len(self)))
 
 
 def free_memory(device: torch.device) -> None:

@@ -5,87 +5,140 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation import save_png
 from rsaft_fast.train.background import BackgroundWriter
-from rsaft_fast.train.files import write_atomically
+from rsaft_fast.train.files import describe_io_error, io_errors_of, write_atomically
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
+CHECKPOINTS, SAMPLES, TENSORBOARD = "checkpoints", "samples", "tensorboard"
+
+LONGEST_LINE = 2**20
+"""Bytes of a record; one has about 700."""
+LARGEST_LOG = 2**32
+"""Bytes of a metrics.jsonl: five million updates."""
 
 
 class RunLog:
     """Writes into a run folder that it makes when told to, not before: a run that fails at once leaves nothing.
 
-    Lines of metrics.jsonl are written at once, in microseconds. Drawing and encoding grids and feeding TensorBoard
-    takes up to seconds, and happens in a thread beside the next updates; an error there is raised by the next call.
+    Lines of metrics.jsonl are written at once, in microseconds, and an error there is raised: without them a resumed
+    run would not be the unbroken one. Drawing and encoding grids and feeding TensorBoard takes up to seconds, happens
+    in a thread beside the next updates, and is not worth a run: what fails there is said once.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool):
+    def __init__(self, folder: Path, tensorboard: bool, say: Callable[[str], None] = lambda line: None):
         self.folder = folder
         self._wants_tensorboard = tensorboard
+        self._say = say
         self._metrics = None
         self._board = None
         self._writer = BackgroundWriter()
+        self._failed: set[str] = set()
 
     @property
     def is_open(self) -> bool:
         return self._metrics is not None
 
     def open(self, config: str, step: int, earlier: list[dict[str, Any]]) -> None:
-        """Make the folder; the metrics then hold `earlier`, the records of updates 1 to `step`, and no others."""
+        """Make the folder; the metrics then hold `earlier`, the records of updates 1 to `step`, and no others.
+
+        Raises:
+            OSError: config or metrics cannot be written.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / CONFIG, config)
         write_atomically(self.folder / METRICS, "".join(_line(record) for record in earlier))
         self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
         if self._wants_tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            self._aside("TensorBoard", lambda: self._open_board(step))
 
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+    def _open_board(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=step + 1)
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        """One update's figures; on the disk's cache before this returns, so that a kill loses none of them."""
-        self._metrics.write(_line(record))
-        self._metrics.flush()
+        """One update's figures; on the disk's cache before this returns, so that a kill loses none of them.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        with io_errors_of(self.folder / METRICS):
+            self._metrics.write(_line(record))
+            self._metrics.flush()
         if self._board is not None:
-            self._writer.submit(lambda: self._plot(record))
+            self._writer.submit(lambda: self._aside("TensorBoard", lambda: self._plot(record)))
 
     def samples(self, draw: Callable[[], Image.Image], step: int) -> None:
         """A sample grid, drawn and written as PNG, then to TensorBoard, in the background."""
-        self._writer.submit(lambda: self._write_grid(draw(), step))
+        self._writer.submit(lambda: self._write_grid(draw, step))
+
+    def has_samples(self, step: int) -> bool:
+        """Whether the grid of that update is on the disk."""
+        return self._grid(step).is_file()
 
     def flush(self) -> None:
-        """Return when everything logged so far would survive a power cut."""
+        """Return when everything logged so far would survive a power cut.
+
+        Raises:
+            OSError: the metrics would not.
+        """
         self._writer.flush()
         if self._metrics is not None:
-            os.fsync(self._metrics.fileno())
-        if self._board is not None:
-            self._board.flush()
+            with io_errors_of(self.folder / METRICS):
+                os.fsync(self._metrics.fileno())
+        self._aside("TensorBoard", lambda: self._board and self._board.flush())
 
     def close(self) -> None:
         """Write what is left, and end. A second call does nothing."""
         try:
             self._writer.close()
         finally:
-            for stream in (self._metrics, self._board):
-                if stream is not None:
-                    stream.close()
+            self._aside("TensorBoard", lambda: self._board and self._board.close())
+            if self._metrics is not None:
+                self._metrics.close()
 
     def _plot(self, record: Mapping[str, Any]) -> None:
+        if self._board is None:
+            return
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 self._board.add_scalar(name, value, record["step"])
 
-    def _write_grid(self, image: Image.Image, step: int) -> None:
-        save_png(image, self.folder / "samples" / f"step_{step}.png")
-        if self._board is not None:
-            self._board.add_image("samples", np.asarray(image), step, dataformats="HWC")
+    def _write_grid(self, draw: Callable[[], Image.Image], step: int) -> None:
+        drawn: list[Image.Image] = []
+        self._aside("sample grids", lambda: drawn.append(draw()) or save_png(drawn[0], self._grid(step)))
+        if self._board is not None and drawn:
+            self._aside(
+                "TensorBoard",
+                lambda: self._board.add_image("samples", np.asarray(drawn[0]), step, dataformats="HWC"),
+            )
+
+    def _grid(self, step: int) -> Path:
+        return self.folder / SAMPLES / f"step_{step}.png"
+
+    def _aside(self, what: str, job: Callable[[], object]) -> None:
+        """Do what a run is not ended for."""
+        try:
+            job()
+        except Exception as error:
+            if what == "TensorBoard":
+                self._board = None  # its own thread has ended, too
+            if what not in self._failed:
+                self._failed.add(what)
+                reason = describe_io_error(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+                self._say(f"warning: {what} cannot be written ({reason}); training goes on without")
 
     def __enter__(self) -> RunLog:
         return self
@@ -99,20 +152,71 @@ class RunLog:
                 raise
 
 
-def read_metrics(folder: Path, until: int | None = None) -> list[dict[str, Any]]:
-    """The records of a run up to update `until`; a last line cut short is left out."""
+def read_metrics(
+    folder: Path, until: int | None = None, say: Callable[[str], None] = lambda line: None
+) -> list[dict[str, Any]]:
+    """The records of a run up to update `until`; lines that are none are left out, and said.
+
+    A last line cut short is what a kill leaves, and nothing to speak of.
+
+    Raises:
+        UserError: metrics.jsonl is there and cannot be read as a file of lines.
+    """
     path = folder / METRICS
-    if not path.is_file():
+    records, damaged = [], []
+    try:
+        kind = path.stat()
+    except FileNotFoundError:
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if until is None or record["step"] <= until:
-            records.append(record)
+    if not stat.S_ISREG(kind.st_mode) or kind.st_size > LARGEST_LOG:
+        what = f"has {kind.st_size} bytes" if stat.S_ISREG(kind.st_mode) else "is no file"
+        raise UserError(f"{path} {what}, and is to hold a line for each update; move it away")
+    try:
+        for number, line in _lines(path):
+            if (record := _record(line)) is None:
+                damaged.append((number, line))
+            elif until is None or record["step"] <= until:
+                records.append(record)
+    except OSError as error:
+        raise UserError(f"{describe_io_error(error)}; mend that, or move the file away") from error
+    if damaged and not damaged[-1][1].endswith(b"\n"):
+        del damaged[-1]
+    if damaged:
+        numbers = ", ".join(str(number) for number, _ in damaged[:3]) + ", ..." * (len(damaged) > 3)
+        say(f"warning: {path}: {len(damaged)} damaged lines are left out (line {numbers})")
     return records
+
+
+def set_aside(folder: Path, names: Iterable[str]) -> Path | None:
+    """Move what there is of `names` into a new `superseded-N` of the folder; None where there is nothing."""
+    there = [folder / name for name in names if (folder / name).exists()]
+    if not there:
+        return None
+    aside = next(path for n in count(1) if not (path := folder / f"superseded-{n}").exists())
+    aside.mkdir()
+    for path in there:
+        path.rename(aside / path.name)
+    return aside
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines, each with its end; of one that is too long for a record, as much as tells that it is."""
+    with io_errors_of(path), path.open("rb") as stream:
+        number = 0
+        while line := stream.readline(LONGEST_LINE):
+            number += 1
+            rest = line
+            while not rest.endswith(b"\n") and (rest := stream.readline(LONGEST_LINE)):
+                line = line[:1] + rest[-1:]
+            yield number, line
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+        return record if type(record["step"]) is int and record["step"] > 0 else None
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return None
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -11,16 +12,19 @@ from typing import Any
 
 import torch
 import yaml
-from tqdm import tqdm
 
+from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation import compose_grid
 from rsaft_fast.train import checkpoint as checkpoints
-from rsaft_fast.train.check import check_config
+from rsaft_fast.train.check import check_config, check_writable, has_run
 from rsaft_fast.train.config import Config
+from rsaft_fast.train.files import describe_io_error, mend_of
 from rsaft_fast.train.forecast import announce
-from rsaft_fast.train.logging import RunLog, read_metrics
-from rsaft_fast.train.recipe import to_yaml
-from rsaft_fast.train.signals import StopSignals
+from rsaft_fast.train.lock import sole_writer
+from rsaft_fast.train.logging import CHECKPOINTS, CONFIG, METRICS, SAMPLES, TENSORBOARD, RunLog, read_metrics, set_aside
+from rsaft_fast.train.progress import Progress, tell
+from rsaft_fast.train.recipe import read_yaml, to_yaml
+from rsaft_fast.train.signals import Interrupted, StopSignals
 from rsaft_fast.train.trainer import Trainer, describe_software
 
 # Keys that may differ after a resume without a word.
@@ -38,6 +42,7 @@ class Outcome:
         export: the model for other programs; None when the run was stopped before its last update.
         message: the same in a line for the user.
         stopped_by: the signal that stopped it.
+        further: lines about what changed, and what to do next.
     """
 
     folder: Path
@@ -45,6 +50,7 @@ class Outcome:
     export: Path | None
     message: str
     stopped_by: Signals | None = None
+    further: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -55,12 +61,12 @@ class Outcome:
 def train(
     config: Config,
     *,
-    say: Callable[[str], None] = lambda line: tqdm.write(line, file=sys.stderr),
+    say: Callable[[str], None] = tell,
     on_samples: Callable[[Trainer, torch.Tensor, int], None] = lambda trainer, images, step: None,
     title: str | None = None,
 ) -> Outcome:
     """Fine-tune as the recipe says. The run folder appears with the first finished update: what fails before, at a
-    missing file or for lack of memory, leaves nothing behind.
+    missing file or for lack of memory, leaves nothing behind. Until the end no other process trains in it.
 
     Args:
         say: takes lines for the user.
@@ -69,66 +75,91 @@ def train(
         title: of the progress bar.
 
     Raises:
-        UserError: something is wrong with the recipe, its inputs, a reward, or memory.
+        UserError: something is wrong with the recipe, its inputs, a reward, memory or a disk, or another process trains
+            in the run folder.
+        Interrupted: a second signal, at once.
     """
-    inputs = check_config(config)
-    for note in inputs.notes:
-        say(note)
-    forecast = announce(config, say)
-    trainer = Trainer(config, inputs, say)
-    if forecast is not None:
-        trainer.advise = forecast.advise
-    saved = checkpoints.read(inputs.checkpoint, verify=False) if inputs.checkpoint else None
-    if saved is not None:
-        trainer.check_fit(saved)
-        say(f"resuming from {inputs.checkpoint}, after update {saved.step}")
-        for line in what_changed(config, inputs.checkpoint):
-            say(line)
-    run = _Run(config, trainer, inputs.checkpoint, say, title)
-    with StopSignals() as stop, run:
-        # Drawn before a checkpoint is loaded: every grid shows what the model drew before any training.
-        run.baseline = run.sample(stop)
-        if not stop:
-            trainer.check_reward(run.baseline)
-        if run.baseline is not None:
-            on_samples(trainer, run.baseline, 0)
-        if saved is not None:
-            trainer.load(saved)
-            del saved
-        run.begin()
-        while trainer.step < config.max_steps and not stop:
-            try:
-                record = trainer.update()
-            except BaseException:
-                if trainer.optimizer.half_stepped:
-                    run.roll_back()
+    check_writable(config.run_folder)
+    with StopSignals() as stop, _in_one_line(run := _Run(config, say, title)):
+        stop.finishing = None
+        try:
+            with sole_writer(config.run_folder, "output_dir", say), run:
+                run.load()
+                return _train(config, run, stop, on_samples)
+        except Interrupted as interrupted:
+            if stop.finishing is not None:
                 raise
-            run.note(record)
-            if run.is_due(config.samples.every) and (images := run.sample(stop)) is not None:
-                run.log_samples(images)
-                on_samples(trainer, images, trainer.step)
-            if run.is_due(config.checkpoint_every):
-                run.save()
-        if trainer.step > run.saved:
+            # While it was loading: there was nothing to finish.
+            return Outcome(config.run_folder, run.start, None, run.farewell(interrupted.signal), interrupted.signal)
+
+
+def _train(config: Config, run: _Run, stop: StopSignals, on_samples: Callable) -> Outcome:
+    trainer = run.trainer
+    stop.finishing = "finishing the batch of pictures"
+    # Drawn before a checkpoint is loaded: every grid shows what the model drew before any training.
+    run.baseline = run.sample(stop, "the grid of the untrained model")
+    if not stop:
+        trainer.check_reward(run.baseline)
+    if run.baseline is not None:
+        on_samples(trainer, run.baseline, 0)
+    run.begin()
+    # A run that was stopped in an update has not drawn the grid after it.
+    if not stop and run.owes_a_grid():
+        images = run.sample(stop, f"the grid after update {trainer.step}, which is not there")
+        if images is not None:
+            run.log_samples(images)
+            on_samples(trainer, images, trainer.step)
+    while trainer.step < config.max_steps and not stop:
+        stop.finishing = f"finishing update {trainer.step + 1}, then saving"
+        try:
+            record = trainer.update()
+        except BaseException:
+            if trainer.optimizer.half_stepped:
+                run.roll_back()
+            raise
+        run.note(record)
+        if run.is_due(config.samples.every) and (images := run.sample(stop)) is not None:
+            run.log_samples(images)
+            on_samples(trainer, images, trainer.step)
+        if run.is_due(config.checkpoint_every):
             run.save()
-        if trainer.step < config.max_steps:
-            return Outcome(config.run_folder, trainer.step, None, run.farewell(stop.received), stop.received)
-        export = trainer.export(config.run_folder)
-    return Outcome(config.run_folder, trainer.step, export, run.result(export))
+    if trainer.step > run.saved:
+        run.save()
+    if trainer.step < config.max_steps:
+        return Outcome(config.run_folder, trainer.step, None, run.farewell(stop.received), stop.received)
+    stop.finishing = "the model is being written"
+    export = trainer.export(config.run_folder)
+    return Outcome(config.run_folder, trainer.step, export, run.result(export), further=tuple(run.further()))
+
+
+@contextmanager
+def _in_one_line(run: _Run) -> Iterator[None]:
+    """An I/O error is an error like others: path, reason, what is safe, and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{describe_io_error(error)}; {run.what_is_safe()}; {mend_of(error)}, {run.how_to_go_on()}"
+        ) from error
 
 
 class _Run:
     """A run folder being written."""
 
-    def __init__(
-        self, config: Config, trainer: Trainer, resumed: Path | None, say: Callable[[str], None], title: str | None
-    ):
-        self.config, self.trainer, self.say, self.title = config, trainer, say, title
+    def __init__(self, config: Config, say: Callable[[str], None], title: str | None = None):
+        self.config, self.say, self.title = config, say, title
         self.folder = config.run_folder
-        self.resumed = resumed
+        self.trainer: Trainer | None = None
+        self.resumed: Path | None = None
         self.baseline: torch.Tensor | None = None
-        self.log = RunLog(self.folder, config.logging.tensorboard)
-        self.bar: tqdm | None = None
+        self.latest: torch.Tensor | None = None
+        self.log = RunLog(self.folder, config.logging.tensorboard, say)
+        self.progress: Progress | None = None
+        self.start = self.saved = 0
+        self.complete: Path | None = None
+        self._began = time.monotonic()
+        self._earlier: list[dict[str, Any]] = []
+        self._has_gaps = False
         self._warned = False
         self._skipped = 0
 
@@ -139,29 +170,82 @@ class _Run:
         try:
             self.log.__exit__(*exc)
         finally:
-            if self.bar is not None:
-                self.bar.close()
+            if self.progress is not None:
+                self.progress.close()
+
+    def stage(self, what: str) -> None:
+        """Say what begins now, and when."""
+        self.say(f"[{time.monotonic() - self._began:4.0f} s] {what}")
+
+    def load(self) -> None:
+        """Check the recipe, find what to go on from, load everything.
+
+        Raises:
+            UserError: something is wrong with one of them.
+        """
+        config = self.config
+        inputs = check_config(config)
+        for note in inputs.notes:
+            self.say(note)
+        self.resumed = self.complete = inputs.checkpoint
+        self._saved = None
+        if self.resumed is not None:
+            self._saved = checkpoints.read(self.resumed, verify=False)
+            self.start = self.saved = self._saved.step
+            self._read_earlier()
+        forecast = announce(config, self.say)
+        self.trainer = Trainer(config, inputs, self.say, self.stage)
+        if forecast is not None:
+            self.trainer.advise = forecast.advise
+        if self._saved is not None:
+            self.trainer.check_fit(self._saved)
+            self.say(f"resuming from {self.resumed}, after update {self.start}")
+            for line in what_changed(config, self.resumed, self._saved.info):
+                self.say(line)
+
+    def _read_earlier(self) -> None:
+        self._earlier = read_metrics(self.resumed.parents[1], self.start, self.say)
+        missing = self.start - len({record["step"] for record in self._earlier})
+        self._has_gaps = missing > 0
+        if missing:
+            self.say(f"warning: {missing} of the {self.start} updates before have no record in {METRICS}")
 
     def begin(self) -> None:
-        """Everything is loaded, the first update is next."""
-        self.start = self.saved = self.trainer.step
-        # On a terminal the bar is there from the start; in a file it begins with the first update.
-        if sys.stderr.isatty():
-            self.bar = self._new_bar()
+        """Go on from the checkpoint, if there is one; the first update is next."""
+        if self._saved is not None:
+            self.trainer.load(self._saved)
+            self._saved = None
+        if self.trainer.step < self.config.max_steps:
+            self.stage(
+                f"update {self.trainer.step + 1} of {self.config.max_steps} begins; shown are means over up to 20 "
+                f"updates, every figure of each is in {self.folder / METRICS} (eps_norm: length of the weight "
+                "perturbation; projection: share of it that rounding leaves)"
+            )
+            self.progress = Progress(self.trainer.step, self.config.max_steps, self.title, self.say, self._earlier)
+
+    def open(self) -> None:
+        """The first thing worth keeping is there: make the run folder."""
+        if self.log.is_open:
+            return
+        in_place = self.resumed is not None and self.resumed.parents[1].resolve() == self.folder.resolve()
+        aside = None
+        if self.resumed is None and has_run(self.folder):
+            # What a run left that was ended before its first checkpoint.
+            exports = ("lora", "unet", "transformer")
+            aside = set_aside(self.folder, (METRICS, CONFIG, SAMPLES, TENSORBOARD, *exports))
+        elif in_place and self._has_gaps:
+            aside = set_aside(self.folder, (METRICS,))
+        if aside is not None:
+            self.say(f"what was there is in {aside} now")
+        self.log.open(to_yaml(self.config), self.start, self._earlier)
+        if self.baseline is not None:
+            self._log_grid({"before": self.baseline}, 0)
 
     def note(self, record: dict[str, Any]) -> None:
         """One update's figures, to the log and beside the bar; the first one makes the run folder."""
-        if not self.log.is_open:
-            earlier = read_metrics(self.resumed.parents[1], until=self.start) if self.resumed else []
-            self.log.open(to_yaml(self.config), self.start, earlier)
-            if self.baseline is not None:
-                self._log_grid({"before": self.baseline}, 0)
+        self.open()
         self.log.metrics(record)
-        self.bar = self.bar or self._new_bar()
-        names = {"reward": "reward", "s1": "S1", "eps_norm": "|eps|", "projection": "proj", "seconds": "s/step"}
-        shown = {label: f"{record[name]:.4g}" for name, label in names.items() if record[name] is not None}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(self.trainer.step - self.bar.n)
+        self.progress.update(record)
         self._warn(record)
 
     def is_due(self, every: int) -> bool:
@@ -169,11 +253,22 @@ class _Run:
         step = self.trainer.step
         return every > 0 and (step % every == 0 or step == self.config.max_steps)
 
-    def sample(self, stop: StopSignals) -> torch.Tensor | None:
+    def owes_a_grid(self) -> bool:
+        """Whether the grid after the update that the run goes on from was due and is not there."""
+        step = self.trainer.step
+        return step > 0 and self.is_due(self.config.samples.every) and not self.log.has_samples(step)
+
+    def sample(self, stop: StopSignals, what: str | None = None) -> torch.Tensor | None:
         """The sample grid's pictures; None without a grid, or when a signal came meanwhile."""
-        return self.trainer.sample(stop.__bool__) if self.config.samples.every else None
+        if not self.config.samples.every:
+            return None
+        if what is not None:
+            self.stage(f"drawing {what}: {len(self.trainer.sample_prompts)} pictures")
+        return self.trainer.sample(stop.__bool__)
 
     def log_samples(self, images: torch.Tensor) -> None:
+        self.open()
+        self.latest = images
         columns = {"before": self.baseline, f"after {self.trainer.step} updates": images}
         self._log_grid(columns, self.trainer.step)
 
@@ -181,12 +276,13 @@ class _Run:
         self.log.samples(lambda: compose_grid(self.trainer.sample_prompts, columns), step)
 
     def save(self) -> None:
-        self.checkpoint = checkpoints.write(
-            self.folder / "checkpoints",
+        self.complete = checkpoints.write(
+            self.folder / CHECKPOINTS,
             self.trainer.checkpoint(),
             to_yaml(self.config),
             self._finish_checkpoint,
             self.config.keep_checkpoints,
+            self.say,
         )
         self.saved = self.trainer.step
 
@@ -197,25 +293,13 @@ class _Run:
 
     def roll_back(self) -> None:
         """An update broke off inside its backward pass: leave the model as the last checkpoint has it."""
-        found, _ = checkpoints.newest(self.folder / "checkpoints")
-        found = found or self.resumed
-        if found is None:
+        if self.complete is None:
             self.say("the update broke off half done, and there is no checkpoint yet: the run starts anew")
             return
-        self.trainer.load(checkpoints.read(found, verify=False))
+        self.trainer.load(checkpoints.read(self.complete, verify=False))
         self.say(
-            f"the update broke off half done: back at {found}, after update {self.trainer.step}; resume goes on there"
-        )
-
-    def _new_bar(self) -> tqdm:
-        # A log file needs no ten lines a second.
-        return tqdm(
-            initial=self.start,
-            total=self.config.max_steps,
-            desc=self.title,
-            unit="update",
-            mininterval=0.1 if sys.stderr.isatty() else 5.0,
-            dynamic_ncols=True,
+            f"the update broke off half done: back at {self.complete}, after update {self.trainer.step}; resume goes "
+            "on there"
         )
 
     def _warn(self, record: dict[str, Any]) -> None:
@@ -235,33 +319,62 @@ class _Run:
                 "backbone.dtype=fp32, or raise smoothing.parameters.rho"
             )
 
+    def what_is_safe(self) -> str:
+        """What an error leaves."""
+        if self.complete is None:
+            return "no update of this run is saved yet" if self.log.is_open else "nothing was written"
+        return f"safe: {self.complete}, after update {self.saved} of {self.config.max_steps}"
+
+    def how_to_go_on(self) -> str:
+        """What to do after an error."""
+        return "then go on with resume=auto" if self.complete or self.log.is_open else "then start again"
+
     def farewell(self, received: Signals) -> str:
         if not self.log.is_open and self.resumed is None:
             return f"stopped by {received.name} before the first update was finished; nothing was written"
+        step = self.trainer.step if self.log.is_open else self.start
         return (
-            f"stopped by {received.name} after update {self.trainer.step} of {self.config.max_steps}; "
+            f"stopped by {received.name} after update {step} of {self.config.max_steps}; "
             f"go on with resume={self.folder if self.log.is_open else self.resumed.parents[1]}"
         )
 
     def result(self, export: Path) -> str:
-        if not self.log.is_open:
+        if self.start == self.trainer.step:
             return (
                 f"the run has {self.trainer.step} updates already, and max_steps is {self.config.max_steps}: raise it "
                 f"to train on; the model is in {export}"
             )
         return f"{self.trainer.step} updates; the model is in {export}"
 
+    def further(self) -> list[str]:
+        """What the run changed, and what to look at next."""
+        lines = []
+        if self.baseline is not None and self.latest is not None:
+            with suppress(UserError):  # the model is trained and written, whatever its pictures' scores are
+                before, after = (self.trainer.grid_reward(images) for images in (self.baseline, self.latest))
+                shown = f"the {len(self.latest)} pictures of {self.folder / SAMPLES}"
+                lines.append(f"reward of {shown}: {before:.4g} before, {after:.4g} after")
+        lines.append(f'next: rsaft-fast sample --run {self.folder} --prompts "..." --output after')
+        lines.append("      rsaft-fast score after --reward NAME=PATH    by a reward that was not trained on")
+        return lines
 
-def what_changed(config: Config, checkpoint: Path) -> list[str]:
-    """Lines about what may keep a resumed run from repeating bit for bit: other settings, other versions."""
-    before = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8"))
-    now = yaml.safe_load(to_yaml(config))
+
+def what_changed(config: Config, checkpoint: Path, info: dict[str, Any]) -> list[str]:
+    """Lines about what may keep a resumed run from repeating bit for bit: other settings, other versions.
+
+    Args:
+        info: the checkpoint's.
+    """
+    try:
+        before = _flat(read_yaml(checkpoint / checkpoints.CONFIG))
+    except UserError as error:
+        return [f"what has changed since cannot be said: {error}"]
+    now = _flat(yaml.safe_load(to_yaml(config)))
     lines = [
-        f"{key} was {_flat(before).get(key)!r} and is {value!r} now"
-        for key, value in _flat(now).items()
-        if _flat(before).get(key) != value and not _FREE_KEYS & {key, key.partition(".")[0]}
+        f"{key} was {before.get(key)!r} and is {value!r} now"
+        for key, value in now.items()
+        if before.get(key) != value and not _FREE_KEYS & {key, key.partition(".")[0]}
     ]
-    info = checkpoints.read_info(checkpoint)
     lines += [
         f"{name} was {info[name]} and is {version} now: the last bits may differ"
         for name, version in describe_software().items()

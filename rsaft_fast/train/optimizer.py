@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.objective import ParameterSmoothing
 from rsaft_fast.optim import SAMAdamW
+from rsaft_fast.optim.moments import MOMENTS
 from rsaft_fast.train.config import OptimizerSettings
 
 
@@ -67,3 +69,53 @@ def learning_rate(settings: OptimizerSettings, step: int, max_steps: int) -> flo
     if settings.schedule == "linear":
         return settings.lr * (1 - progress)
     return settings.lr * (1 + math.cos(math.pi * progress)) / 2
+
+
+def check_state(
+    optimizer: SAMAdamW, names: Sequence[str], saved: Mapping[str, Any], saved_names: Sequence[str] | None
+) -> None:
+    """Refuse the state of another optimizer: torch would take a state by its place and broadcast what does not fit.
+
+    Args:
+        names: of the parameters, in the optimizer's order.
+        saved: a state dict.
+        saved_names: the names in its order; None where the checkpoint is from before they were noted.
+
+    Raises:
+        UserError: the first thing that does not fit.
+    """
+    own = [len(group["params"]) for group in optimizer.param_groups]
+    try:
+        found = [len(group["params"]) for group in saved["param_groups"]]
+        states = saved["state"]
+        if own != found or (saved_names is not None and list(saved_names) != list(names)):
+            raise UserError(
+                f"resume: the checkpoint's optimizer has {sum(found)} parameters in groups of {found}, and this "
+                f"recipe's {sum(own)} in groups of {own}, or in another order; set smoothing.parameters.groups as the "
+                "run had it"
+            )
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if not states.keys() <= set(range(len(parameters))):
+            raise KeyError(f"state of parameter {min(states.keys() - set(range(len(parameters))), key=str)!r}")
+        for index, state in states.items():
+            for moment in MOMENTS:
+                if state[moment].shape != parameters[index].shape:
+                    raise ValueError(f"{moment} of {names[index]} is {tuple(state[moment].shape)}")
+            if "master" in state and state["master"].shape != parameters[index].shape:
+                raise ValueError(f"the master of {names[index]} is {tuple(state['master'].shape)}")
+            if torch.as_tensor(state["step"]).numel() != 1:
+                raise ValueError(f"step of {names[index]} is no number")
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"resume: the checkpoint's optimizer state cannot be used ({type(error).__name__}: {error}); it is not "
+            "what a run wrote"
+        ) from error
+
+
+def load_state(optimizer: SAMAdamW, saved: Mapping[str, Any]) -> None:
+    """Take over a checked state dict's moments and counters. Rates and radii are the recipe's: a resumed run has said
+    which of them changed."""
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, settings in zip(optimizer.param_groups, own):
+        group.update(settings)

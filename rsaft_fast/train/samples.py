@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -23,14 +23,16 @@ def sample_images(
     batch_size: int = 8,
     stop: Callable[[], bool] = lambda: False,
     same_noise: bool = False,
+    watch: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> torch.Tensor | None:
     """Images (B, 3, H, W) on the host, nominally 0 to 1, one for each row of `conditioning`; None when `stop` says so.
 
     Picture i depends on (seed, i) and its prompt alone, whatever the batch size; with `same_noise` on (seed, prompt).
+    `watch` goes through the indices of the batches' first pictures, and may tell how far it is.
     """
     plan = DRaFT(k=1).draw(len(schedule), derive_rng(seed, SAMPLE_STEP, "plan"))
     pictures = []
-    for first in range(0, len(conditioning), batch_size):
+    for first in watch(range(0, len(conditioning), batch_size)):
         if stop():
             return None
         rows = range(first, min(first + batch_size, len(conditioning)))

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal that is not to wait; `signal` is which."""
+
+    def __init__(self, received: signal.Signals):
+        super().__init__(received.name)
+        self.signal = received
+
+
 class StopSignals:
-    """While entered, SIGTERM and the first Ctrl-C only set `received`; a second Ctrl-C interrupts at once.
+    """While entered, the first SIGTERM or Ctrl-C sets `received` and says what is finished first; a second one, of
+    either, raises `Interrupted` at once.
 
     A handler that saved by itself could run in the middle of an update, with perturbed weights. The previous handlers
     come back on exit. Outside the main thread, where Python allows no handlers, nothing is installed.
+
+    Attributes:
+        received: the first signal, or None.
+        finishing: what will be finished first, in words; None: there is nothing to save yet, and the first signal
+            raises too.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.finishing: str | None = "stopping soon"
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -29,9 +46,21 @@ class StopSignals:
         self._previous = {}
 
     def _note(self, number: int, frame) -> None:
-        if number == signal.SIGINT and self.received is not None:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        received = signal.Signals(number)
+        at_once = self.received is not None or self.finishing is None
+        self.received = self.received or received
+        if at_once:
+            raise Interrupted(received)
+        _tell(f"{received.name}: {self.finishing}; again to stop at once")
 
     def __bool__(self) -> bool:
         return self.received is not None
+
+
+def _tell(line: str) -> None:
+    """Past the stream's buffer: the handler may have interrupted a write to it."""
+    try:
+        descriptor = sys.stderr.fileno()
+        os.write(descriptor, f"{chr(10) * os.isatty(descriptor)}rsaft-fast: {line}\n".encode())
+    except (AttributeError, OSError, ValueError):
+        pass  # no terminal, or none any more

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -69,9 +70,10 @@ class TextFiles:
             for name in self.components
             if is_text_encoder(name)
         }
-        self._note.parent.mkdir(parents=True, exist_ok=True)
         note = json.dumps({"folder": str(self.folder.resolve()), "encoders": noted}, indent=1)
-        replace_file(self._note, note.encode())
+        with suppress(OSError):  # it saves an encoding one day, and is no reason to end a run
+            self._note.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(self._note, note.encode())
 
     @property
     def _note(self) -> Path:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import platform
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from rsaft_fast.backbones import PipelineBackbone, add_lora, load_backbone, save_lora
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory import checkpoint_networks
-from rsaft_fast.rewards import Reward, load_reward
+from rsaft_fast.rewards import Reward, RewardSettings, load_reward
 from rsaft_fast.rewards.precision import check_precision
 from rsaft_fast.speed import apply_speed
 from rsaft_fast.step import StepReport, rsaft_step
@@ -28,9 +27,10 @@ from rsaft_fast.train.data import EncodedPrompts, PromptBatches, negative_texts
 from rsaft_fast.train.denoising import DenoisingLoss, captions
 from rsaft_fast.train.ema import EMA
 from rsaft_fast.train.encodings import Encodings, Watched, free_memory, load_shapes, open_cache
-from rsaft_fast.train.files import replace_folder
+from rsaft_fast.train.files import io_errors_of, remove_tree, replace_folder
 from rsaft_fast.train.memory_errors import naming_the_phase
-from rsaft_fast.train.optimizer import build_optimizer, learning_rate
+from rsaft_fast.train.optimizer import build_optimizer, check_state, learning_rate, load_state
+from rsaft_fast.train.progress import watched
 from rsaft_fast.train.samples import sample_images
 
 PACKAGES = ("rsaft_fast", "torch", "diffusers", "transformers", "peft", "safetensors")
@@ -49,20 +49,35 @@ class Trainer:
         advise: what lowers the memory that a phase needs, for the message when there is too little; None if unknown.
     """
 
-    def __init__(self, config: Config, inputs: Inputs, say: Callable[[str], None] = lambda line: None):
+    def __init__(
+        self,
+        config: Config,
+        inputs: Inputs,
+        say: Callable[[str], None] = lambda line: None,
+        stage: Callable[[str], None] = lambda line: None,
+    ):
+        """
+        Args:
+            say: takes what the user should know.
+            stage: takes a line about what begins now and may take long.
+        """
         self.config = config
         self.device = pick_device(config.backbone.device)
         self.batches = PromptBatches(config.data, inputs.prompts, config.method, config.sampler.steps, config.seed)
         self.sample_prompts = inputs.sample_prompts
+        stage(f"looking for the prompts' encodings ({config.backbone.path})")
         encodings = self._find_encodings(inputs, say)
         self.schedule = encodings.shapes.schedule(config.sampler.steps, config.sampler.eta)
         # On the host, before what takes long: one that cannot be loaded is known at once, and takes no memory yet.
+        stage(f"loading the reward {_named(config.reward)}")
         reward = load_reward(config.reward)
         for note in reward.prompt_notes(self.scored_prompts):
             say(note)
         with naming_the_phase("preparing the run"):
-            encodings.complete()
+            encodings.complete(stage)
+            stage("the reward takes in the prompts")
             self.reward = self._keep_prompts(reward)
+            stage(f"loading the denoiser and the VAE of {config.backbone.path}")
             self.backbone = prepare_backbone(config.backbone, self.device, text=False)
         for note in set(self.backbone.notes) - set(encodings.shapes.notes):
             say(note)
@@ -183,7 +198,21 @@ class Trainer:
     def _draw(self, prompts: list[str], stop: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
         seed = self.config.seed if self.config.samples.seed is None else self.config.samples.seed
         batch_size = self.config.data.batch_size
-        return sample_images(self.backbone, self.schedule, self.encoded(prompts), seed, batch_size, stop)
+        watch = lambda firsts: watched(firsts, "batches of the grid", len(firsts), "batch")  # noqa: E731
+        return sample_images(self.backbone, self.schedule, self.encoded(prompts), seed, batch_size, stop, watch=watch)
+
+    @torch.no_grad()
+    def grid_reward(self, images: torch.Tensor) -> float:
+        """The reward's mean over a sample grid's pictures, (N, 3, H, W).
+
+        Raises:
+            UserError: no memory left, or scores that are not finite.
+        """
+        size = self.config.data.batch_size
+        with naming_the_phase("scoring the sample grid"):
+            parts = [slice(first, first + size) for first in range(0, len(images), size)]
+            scores = [self.reward.score(images[part].to(self.device), self.sample_prompts[part]) for part in parts]
+        return float(torch.cat(scores).double().mean())
 
     def final_weights(self):
         """A context in which the model has the weights that a user would take away."""
@@ -196,21 +225,33 @@ class Trainer:
             weights={name: p.detach() for name, p in self.parameters.items()},
             optimizer=self.optimizer.state_dict(),
             ema=self.ema.means if self.ema is not None else None,
-            info=describe_software() | {"seed": self.config.seed, "reward": self.reward.spec.sha256},
+            info=describe_software()
+            | {"seed": self.config.seed, "reward": self.reward.spec.sha256, "optimizer": self._ordered_names()},
         )
 
     def check_fit(self, saved: Checkpoint) -> None:
-        """Raise `UserError` if a checkpoint is another model's."""
+        """Raise `UserError` if a checkpoint is another model's, or its optimizer state another optimizer's."""
+        self._check_tensors("weights", saved.weights)
+        if (saved.ema is None) != (self.ema is None):
+            raise UserError("resume: the checkpoint and the recipe disagree on ema; set it as the run had it")
+        if saved.ema is not None:
+            self._check_tensors("ema", saved.ema)
+        check_state(self.optimizer, self._ordered_names(), saved.optimizer, saved.info.get("optimizer"))
+
+    def _check_tensors(self, what: str, tensors: Mapping[str, torch.Tensor]) -> None:
         wanted = {name: tuple(p.shape) for name, p in self.parameters.items()}
-        found = {name: tuple(tensor.shape) for name, tensor in saved.weights.items()}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if wanted != found:
             odd = next(name for name in wanted | found if wanted.get(name) != found.get(name))
             raise UserError(
-                f"resume: the checkpoint's weights do not fit this recipe: {odd} is {found.get(odd, 'missing')} there "
+                f"resume: the checkpoint's {what} do not fit this recipe: {odd} is {found.get(odd, 'missing')} there "
                 f"and {wanted.get(odd, 'missing')} here; resume with the run's own backbone and parameters"
             )
-        if (saved.ema is None) != (self.ema is None):
-            raise UserError("resume: the checkpoint and the recipe disagree on ema; set it as the run had it")
+
+    def _ordered_names(self) -> list[str]:
+        """Names of the parameters in the optimizer's order, which its state dict counts by."""
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
 
     @torch.no_grad()
     def load(self, saved: Checkpoint) -> None:
@@ -218,7 +259,7 @@ class Trainer:
         self.check_fit(saved)
         for name, parameter in self.parameters.items():
             parameter.copy_(saved.weights[name])
-        self.optimizer.load_state_dict(saved.optimizer)
+        load_state(self.optimizer, saved.optimizer)
         if self.ema is not None:
             self.ema.load(saved.ema)
         self.step = saved.step
@@ -228,10 +269,14 @@ class Trainer:
         lora = self.config.parameters.train == "lora"
         final = folder / ("lora" if lora else self.backbone.denoiser_name)
         temporary = folder / f".{final.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        with self.final_weights():
-            self._save(temporary)
-        replace_folder(temporary, final)
+        remove_tree(temporary)
+        try:
+            with self.final_weights():
+                self._save(temporary)
+            replace_folder(temporary, final)
+        except BaseException:
+            remove_tree(temporary)
+            raise
         return final
 
     def export_lora(self, folder: Path) -> None:
@@ -241,10 +286,11 @@ class Trainer:
                 self._save(folder / "lora")
 
     def _save(self, folder: Path) -> None:
-        if self.config.parameters.train == "lora":
-            save_lora(self.backbone, folder, self.config.parameters.lora)
-        else:
-            self.backbone.denoiser.save_pretrained(folder)
+        with io_errors_of(folder):
+            if self.config.parameters.train == "lora":
+                save_lora(self.backbone, folder, self.config.parameters.lora)
+            else:
+                self.backbone.denoiser.save_pretrained(folder)
 
 
 def prepare_backbone(settings: BackboneSettings, device: torch.device, text: bool = True) -> PipelineBackbone:
@@ -261,6 +307,12 @@ def prepare_backbone(settings: BackboneSettings, device: torch.device, text: boo
     )
     checkpoint_networks(backbone.denoiser, backbone.pipeline.vae, settings.checkpoint, settings.keep_blocks)
     return backbone
+
+
+def _named(reward: RewardSettings) -> str:
+    """A reward as a recipe names it; a combination by its parts."""
+    parts = " and ".join(part.shown for part in reward.parts)
+    return f"{reward.name} of {parts}" if parts else f"{reward.name} ({reward.path})"
 
 
 def describe_software() -> dict[str, str]:
