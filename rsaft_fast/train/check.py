@@ -352,7 +352,7 @@ def _check_run_folder(config: Config) -> None:
             raise UserError(f"output_dir: you may not write to {path}; make it writable, or give another output_dir")
     if not has_run(folder) and (folder / export).is_dir() and any((folder / export).iterdir()):
         raise UserError(
-            f"output_dir: {folder / export} is not a run's, and the model will be written there; give another output_dir"
+            f"output_dir: {folder / export} is not a run's, and the model is to be written there; give another one"
         )
 
 

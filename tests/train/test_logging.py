@@ -9,6 +9,7 @@ import pytest
 from builders.recipes import config
 from PIL import Image
 
+from rsaft_fast.errors import UserError
 from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train import loop
 from rsaft_fast.train.background import BackgroundWriter
@@ -64,30 +65,44 @@ def broken() -> Image.Image:
     raise OSError("no space left on device")
 
 
-@pytest.mark.parametrize("call", ["metrics", "samples", "flush", "close"])
-def test_an_error_in_the_background_is_raised_by_the_next_call_and_once(log, out, call):
-    log.samples(broken, 1)
-    log._writer._jobs.join()
-    following = {
-        "metrics": lambda: log.metrics({"step": 1, "reward": 1.0}),
-        "samples": lambda: log.samples(picture, 2),
-        "flush": log.flush,
-        "close": log.close,
-    }[call]
-    with pytest.raises(OSError, match="no space left"):
-        following()
-    if call != "close":
+def test_what_fails_beside_the_training_is_said_once_and_ends_nothing(out):
+    said = []
+    with RunLog(out, tensorboard=False, say=said.append) as log:
+        log.open("seed: 0\n", 0, [])
+        for step in (1, 2):
+            log.samples(broken, step)
+            log.metrics({"step": step, "reward": 1.0})
         log.samples(picture, 3)
         log.flush()
-        assert (out / "samples/step_3.png").is_file()
+    assert len(said) == 1 and "sample grids" in said[0] and "no space left" in said[0]
+    assert [record["step"] for record in read_metrics(out)] == [1, 2]
+    assert [path.name for path in (out / "samples").iterdir()] == ["step_3.png"]
 
 
-def test_a_line_of_figures_is_written_although_the_grid_before_it_failed(log, out):
-    log.samples(broken, 1)
-    log._writer._jobs.join()
-    with pytest.raises(OSError):
+def test_a_tensorboard_that_cannot_be_written_ends_nothing(out):
+    said = []
+    out.mkdir()
+    (out / "tensorboard").write_text("a file")
+    with RunLog(out, tensorboard=True, say=said.append) as log:
+        log.open("seed: 0\n", 0, [])
         log.metrics({"step": 1, "reward": 1.0})
-    assert read_metrics(out) == [{"step": 1, "reward": 1.0}]
+        log.samples(picture, 1)
+        log.flush()
+    assert len(said) == 1 and "TensorBoard" in said[0]
+    assert read_metrics(out) and (out / "samples/step_1.png").is_file()
+
+
+@pytest.mark.parametrize("call", ["submit", "flush", "close"])
+def test_an_error_in_the_background_is_raised_by_the_next_call_and_once(call):
+    writer = BackgroundWriter()
+    writer.submit(broken)
+    writer._jobs.join()
+    with pytest.raises(OSError, match="no space left"):
+        writer.submit(lambda: None) if call == "submit" else getattr(writer, call)()
+    done = []
+    writer.submit(lambda: done.append(1))
+    writer.close()
+    assert done == [1]
 
 
 def test_what_ends_a_run_is_not_hidden_by_the_log(out):
@@ -132,8 +147,59 @@ def test_a_checkpoint_is_complete_only_when_the_log_before_it_is_on_the_disk(tin
     assert seen == [(1, True, 1, 1), (2, True, 2, 2)]
 
 
-def test_a_grid_that_cannot_be_written_ends_the_run_with_its_own_error(tiny, out, monkeypatch):
-    monkeypatch.setattr(loop, "compose_grid", lambda *arguments: broken())
-    with pytest.raises(OSError, match="no space left"):
-        train(config(tiny, out, max_steps=2, checkpoint_every=1, samples={"every": 1, "count": 1}))
-    assert checkpoints.newest(out / "checkpoints")[0] is None, "nothing was declared complete"
+def test_a_run_whose_grids_cannot_be_drawn_goes_on_and_draws_the_last_one_when_it_is_resumed(tiny, out, monkeypatch):
+    grids = {"every": 1, "count": 1}
+    said = []
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "compose_grid", lambda *arguments: broken())
+        assert train(config(tiny, out, checkpoint_every=1, samples=grids), say=said.append).step == 2
+    assert sum("no space left" in line for line in said) == 1
+    assert checkpoints.newest(out / "checkpoints")[0].name == "step_2" and not (out / "samples").exists()
+    train(config(tiny, out, checkpoint_every=1, samples=grids, resume="auto"))
+    assert {path.name for path in (out / "samples").iterdir()} == {"step_0.png", "step_2.png"}
+
+
+@pytest.mark.parametrize(
+    ("content", "steps", "damaged"),
+    [
+        (b'{"step": 1}\n{"step": 2, "rew\n{"step": 3}\n', [1, 3], 1),
+        (b'{"step": 1}\n\0\0\0\n\xff\xfe{}\n{"step": 4}\n', [1, 4], 2),
+        (b'{"step": 1}\n' + b"\0" * (3 << 20) + b'\n{"step": 3}\n', [1, 3], 1),
+        (b'[]\n"x"\n{"step": "1"}\n{"step": true}\n{"step": -1}\n{}\n{"step": 7}\n', [7], 6),
+        (b"[" * 100_000 + b'\n{"step": 2}\n', [2], 1),
+        (b'{"step": 1}\n{"step": 2, "re', [1], 0),
+        (b"", [], 0),
+    ],
+)
+def test_a_damaged_line_loses_no_other(out, content, steps, damaged):
+    out.mkdir()
+    (out / "metrics.jsonl").write_bytes(content)
+    said = []
+    assert [record["step"] for record in read_metrics(out, say=said.append)] == steps
+    assert ([f"{damaged} damaged lines" in line for line in said] == [True]) if damaged else not said
+
+
+def test_metrics_that_are_no_file_of_lines_are_refused_before_anything_is_loaded(tiny, out, monkeypatch):
+    train(config(tiny, out))
+    (out / "metrics.jsonl").unlink()
+    (out / "metrics.jsonl").mkdir()
+    monkeypatch.setattr(loop, "Trainer", lambda *arguments: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="metrics.jsonl is no file"):
+        train(config(tiny, out, max_steps=3, resume="auto"))
+    (out / "metrics.jsonl").rmdir()
+    with (out / "metrics.jsonl").open("wb") as stream:
+        stream.truncate(2**40)
+    with pytest.raises(UserError, match="metrics.jsonl has 1099511627776 bytes"):
+        train(config(tiny, out, max_steps=3, resume="auto"))
+
+
+def test_a_resumed_run_keeps_a_copy_of_a_log_with_gaps(tiny, out):
+    train(config(tiny, out))
+    log = out / "metrics.jsonl"
+    first, second = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(first[:40] + b"\n" + second)
+    said = []
+    train(config(tiny, out, max_steps=3, resume="auto"), say=said.append)
+    assert [record["step"] for record in read_metrics(out)] == [2, 3]
+    assert (out / "superseded-1/metrics.jsonl").read_bytes() == first[:40] + b"\n" + second
+    assert any("1 of the 2 updates" in line for line in said)

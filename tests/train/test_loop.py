@@ -28,6 +28,11 @@ def without_time(records: list[dict]) -> list[dict]:
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
+def notes(said: list[str]) -> list[str]:
+    """What was said of the run itself, without what tells how far it is."""
+    return [line for line in said if not line.startswith(("[", "update "))]
+
+
 def same_files(a: Path, b: Path, names=("weights", "optimizer")) -> None:
     for name in names:
         one, two = load_file(a / f"{name}.safetensors"), load_file(b / f"{name}.safetensors")
@@ -57,7 +62,9 @@ def test_a_run_leaves_a_log_grids_checkpoints_and_a_lora(tiny, out, family, caps
     assert any((out / "tensorboard").iterdir())
     assert outcome.step == 3 and outcome.export == out / "lora" and outcome.stopped_by is None
     assert not list(out.glob(".*"))
-    assert "reward=" in capsys.readouterr().err
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    mean = sum(record["reward"] for record in records) / 3
+    assert last.startswith(f"update 3/3, reward {mean:.4g} (mean of 3), ")
     # The weights did move.
     first, last = (load_file(out / f"checkpoints/step_{n}/weights.safetensors") for n in (2, 3))
     assert any(not torch.equal(first[name], last[name]) for name in first)
@@ -89,7 +96,7 @@ def test_resuming_repeats_the_unbroken_run_bit_for_bit(tiny, tmp_path, overrides
         config(tiny, broken, max_steps=5, checkpoint_every=2, keep_checkpoints=None, resume="auto", **overrides),
         say=said.append,
     )
-    assert said == [f"resuming from {broken / 'checkpoints' / 'step_2'}, after update 2"]
+    assert notes(said) == [f"resuming from {broken / 'checkpoints' / 'step_2'}, after update 2"]
     for step in (4, 5):
         same_files(whole / f"checkpoints/step_{step}", broken / f"checkpoints/step_{step}")
     if "ema" in overrides:
@@ -132,6 +139,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(tiny, out):
     weights.write_bytes(good[:-1])
     said = []
     train(config(tiny, out, max_steps=4, checkpoint_every=2, resume="auto"), say=said.append)
+    said = notes(said)
     assert "step_4 is passed over: weights.safetensors has" in said[0] and "step_2, after update 2" in said[1]
     assert weights.read_bytes() == good
 
@@ -140,7 +148,7 @@ def test_what_changed_since_the_checkpoint_is_said(tiny, out):
     train(config(tiny, out))
     said = []
     train(config(tiny, out, max_steps=3, resume="auto", optimizer__lr=5e-3), say=said.append)
-    assert said[1:] == ["optimizer.lr was 0.01 and is 0.005 now"]
+    assert notes(said)[1:] == ["optimizer.lr was 0.01 and is 0.005 now"]
 
 
 @pytest.mark.parametrize(
@@ -170,13 +178,38 @@ def test_resume_auto_without_a_run_starts_one(tiny, out):
     assert train(config(tiny, out, resume="auto")).step == 2
 
 
-def test_resume_auto_of_a_run_without_a_checkpoint_starts_over_and_says_so(tiny, out):
-    out.mkdir()
+def test_resume_auto_of_a_run_without_a_checkpoint_starts_over_says_so_and_keeps_what_was_there(tiny, out):
+    (out / "checkpoints/step_1").mkdir(parents=True)  # a kill cut it short
     (out / "metrics.jsonl").write_text('{"step": 1}\n')
     said = []
     train(config(tiny, out, resume="auto"), say=said.append)
-    assert "starts from the beginning" in said[0]
+    assert "step_1 is passed over" in said[0] and "starts from the beginning" in said[1]
     assert [set(record) >= KEYS for record in read_metrics(out)] == [True, True]
+    assert (out / "superseded-1/metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_2"]
+
+
+def test_resume_auto_never_replaces_a_run_whose_only_checkpoint_is_damaged(tiny, out):
+    train(config(tiny, out))
+    with (out / "checkpoints/step_2/weights.safetensors").open("ab") as stream:
+        stream.write(b"x")
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="no checkpoint that is whole.*step_2.*another output_dir"):
+        train(config(tiny, out, max_steps=3, resume="auto"))
+    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def test_a_comment_in_the_copied_config_makes_no_checkpoint_worthless(tiny, out):
+    train(config(tiny, out))
+    copied = out / "checkpoints/step_2/config.yaml"
+    copied.write_text("# the good one\n" + copied.read_text())
+    said = []
+    assert train(config(tiny, out, max_steps=3, resume="auto"), say=said.append).step == 3
+    assert notes(said) == [f"resuming from {out / 'checkpoints/step_2'}, after update 2"]
+    copied = out / "checkpoints/step_3/config.yaml"
+    copied.write_text("{")
+    assert train(config(tiny, out, max_steps=4, resume="auto"), say=said.append).step == 4
+    assert any("cannot be said" in line and "config.yaml" in line for line in said)
 
 
 def gradients_after_one_update(tiny, out, **overrides) -> tuple[dict, dict]:
@@ -350,7 +383,7 @@ def test_a_perturbation_that_rounding_swallows_is_warned_of_once(tiny, out):
 
     said = []
     settings = config(tiny, out)
-    run = _Run(settings, Trainer(settings, check_config(settings)), None, said.append, None)
+    run = _Run(settings, said.append)
     for step, projection in enumerate((0.9, 0.2, 0.1), 1):
         run._warn({"step": step, "projection": projection, "skipped": 0})
     assert len(said) == 1 and "only 20% of the weight perturbation survives" in said[0]
