@@ -50,7 +50,7 @@ def describe_io_error(error: OSError) -> str:
     if error.errno is None:  # an exception of a library's that only counts as one of the system's
         return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
     code = errno.errorcode.get(error.errno, str(error.errno))
-    return f"{error.filename or 'a file'}: {error.strerror or os.strerror(error.errno)} ({code})"
+    return f"{os.fsdecode(error.filename or 'a file')}: {error.strerror or os.strerror(error.errno)} ({code})"
 
 
 def mend_of(error: OSError) -> str:

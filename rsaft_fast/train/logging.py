@@ -6,6 +6,7 @@ import json
 import math
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
@@ -45,6 +46,7 @@ class RunLog:
         self._board = None
         self._writer = BackgroundWriter()
         self._failed: set[str] = set()
+        self._hook = None
 
     @property
     def is_open(self) -> bool:
@@ -66,6 +68,9 @@ class RunLog:
     def _open_board(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        # Its thread dies of an error with a traceback on the terminal; the next call raises the same error, to be said.
+        self._hook = threading.excepthook
+        threading.excepthook = self._quiet
         self._board = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=step + 1)
 
     def metrics(self, record: Mapping[str, Any]) -> None:
@@ -106,8 +111,14 @@ class RunLog:
             self._writer.close()
         finally:
             self._aside("TensorBoard", lambda: self._board and self._board.close())
+            if self._hook is not None:
+                threading.excepthook, self._hook = self._hook, None
             if self._metrics is not None:
                 self._metrics.close()
+
+    def _quiet(self, failed: threading.ExceptHookArgs) -> None:
+        if not type(failed.thread).__module__.startswith("tensorboard."):
+            self._hook(failed)
 
     def _plot(self, record: Mapping[str, Any]) -> None:
         if self._board is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,13 +18,15 @@ from safetensors.torch import load_file, save_file
 
 from rsaft_fast.cli import main
 
+STAGE = re.compile(r"\[ *\d+ s\] ")
+
 
 def attempt(arguments, capsys, *, out: Path) -> str:
-    """Run the command line in this process; the one line it must leave on stderr."""
+    """Run the command line in this process; the one line it must leave on stderr, below what tells how far it came."""
     code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     assert code == 2
-    lines = captured.err.strip().splitlines()
+    lines = [line for line in captured.err.strip().splitlines() if not STAGE.match(line)]
     assert len(lines) == 1 and lines[0].startswith("rsaft-fast: error: "), captured.err
     assert captured.out == ""
     assert not out.exists()
@@ -251,7 +254,8 @@ def test_as_a_process_of_its_own_it_says_one_line_and_nothing_else(tiny, tmp_pat
     for override, words in (("methd.k=1", "did you mean method?"), (f"reward.path={poisoned}", "not finite")):
         done = run_cli(["train", path, override], cwd=tmp_path)
         assert done.returncode == 2
-        assert len(done.stderr.splitlines()) == 1 and words in done.stderr, done.stderr
+        lines = [line for line in done.stderr.splitlines() if not STAGE.match(line)]
+        assert len(lines) == 1 and words in lines[0], done.stderr
         assert done.stdout == "" and not out.exists()
 
 

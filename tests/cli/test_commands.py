@@ -124,14 +124,31 @@ def test_signal_handlers_come_back_after_a_run(tiny, out):
     assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
 
-def test_the_first_signal_is_noted_and_a_second_ctrl_c_interrupts():
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_noted_and_a_second_interrupts(second):
     with StopSignals() as stop:
+        stop.finishing = "finishing update 7, then saving"
         assert not stop
         signal.raise_signal(signal.SIGTERM)
         assert stop and stop.received == signal.SIGTERM
-        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt) as raised:
+            signal.raise_signal(second)
+        assert raised.value.signal == second and stop.received == signal.SIGTERM
+
+
+def test_a_signal_interrupts_at_once_while_there_is_nothing_to_finish():
+    with StopSignals() as stop:
+        stop.finishing = None
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_while_loading_nothing_is_written(tiny, out, monkeypatch, number, code):
+    monkeypatch.setattr("rsaft_fast.train.trainer.load_reward", lambda settings: signal.raise_signal(number))
+    outcome = train(config(tiny, out))
+    assert outcome.exit_code == code and "nothing was written" in outcome.message
+    assert not out.exists()
 
 
 def test_stopped_during_the_baseline_nothing_is_written(tiny, out, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import signal
 import subprocess
 import time
@@ -81,6 +82,7 @@ def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(tiny, tmp_path
     assert 2 <= stopped < STEPS
     folder, passed_over = checkpoints.newest(out / "checkpoints")
     assert folder.name == f"step_{stopped}" and not passed_over
+    assert re.search(rf"rsaft-fast: {number.name}: finishing update \d, then saving; again to stop", error), error
     said = error.strip().splitlines()[-1]
     assert said == (f"rsaft-fast: stopped by {number.name} after update {stopped} of {STEPS}; go on with resume={out}")
     done = run_cli(["train", file, f"resume={out}"], cwd=tmp_path)
@@ -89,18 +91,19 @@ def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(tiny, tmp_path
     assert_same_end(out, unbroken)
 
 
-def test_a_second_ctrl_c_ends_at_once_and_leaves_whole_checkpoints(tiny, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_at_once_and_leaves_whole_checkpoints(tiny, tmp_path, number, code):
     # Updates long enough to be caught inside, which is where the one after a checkpoint is.
     out, _, process = start(tiny, tmp_path, "aborted", sampler={"steps": 150})
     wait_for_update(process, out, 2)
     while checkpoints.newest(out / "checkpoints")[0] is None:
         time.sleep(0.01)
     time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, error
+    assert process.returncode == code, error
     assert "interrupted at once" in error and "Traceback" not in error
     folder, passed_over = checkpoints.newest(out / "checkpoints")
     assert folder.name == "step_2" and not passed_over
