@@ -21,7 +21,7 @@ from rsaft_fast.sampling import GradientPlan, derive_rng
 from rsaft_fast.speed import check as speed
 from rsaft_fast.speed.apply import require_unet
 from rsaft_fast.train import checkpoint as checkpoints
-from rsaft_fast.train.config import PLAYGROUND, Config
+from rsaft_fast.train.config import MOST_PICTURES, PLAYGROUND, Config
 from rsaft_fast.train.data import load_prompts
 from rsaft_fast.train.denoising import CaptionedImage, load_folder
 from rsaft_fast.train.logging import CHECKPOINTS, CONFIG, METRICS, SAMPLES, TENSORBOARD
@@ -116,6 +116,11 @@ def _check_agreement(config: Config) -> None:
         raise UserError(
             f"backbone.keep_blocks is {backbone.keep_blocks}, but backbone.checkpoint has no denoiser, so that all of "
             "its blocks keep their activations; add denoiser to checkpoint, or leave keep_blocks out"
+        )
+    if config.pictures_per_update > MOST_PICTURES:
+        raise UserError(
+            f"data.batch_size {config.data.batch_size} times data.accumulate {config.data.accumulate} is "
+            f"{config.pictures_per_update} pictures an update; at most {MOST_PICTURES}"
         )
     if config.sharpness is not None and config.sharpness.space not in ("pixel01", "pixel11"):
         raise UserError(f"sharpness.space is {config.sharpness.space!r}; S1 is measured in pixel01 or pixel11")

@@ -354,7 +354,7 @@ class _Run:
                 before, after = (self.trainer.grid_reward(images) for images in (self.baseline, self.latest))
                 shown = f"the {len(self.latest)} pictures of {self.folder / SAMPLES}"
                 lines.append(f"reward of {shown}: {before:.4g} before, {after:.4g} after")
-        lines.append(f'next: rsaft-fast sample --run {self.folder} --prompts "..." --output after')
+        lines.append(f"next: rsaft-fast sample --run {self.folder} --prompts-file FILE --output after")
         lines.append("      rsaft-fast score after --reward NAME=PATH    by a reward that was not trained on")
         return lines
 

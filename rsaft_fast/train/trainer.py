@@ -206,7 +206,7 @@ class Trainer:
         """The reward's mean over a sample grid's pictures, (N, 3, H, W).
 
         Raises:
-            UserError: no memory left, or scores that are not finite.
+            UserError: no memory left.
         """
         size = self.config.data.batch_size
         with naming_the_phase("scoring the sample grid"):

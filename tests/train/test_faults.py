@@ -226,6 +226,12 @@ def test_numbers_that_nothing_could_hold_are_errors_at_once(tiny, out, section, 
     assert time.perf_counter() - started < 1
 
 
+def test_so_are_two_that_multiply_to_one(tiny, out):
+    with pytest.raises(UserError, match="131072 pictures an update; at most 65536"):
+        train(config(tiny, out, data__batch_size=4096, data__accumulate=32))
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("first_step", [0, 3])
 def test_a_run_without_end_begins_at_once_with_every_prompt(tiny, out, first_step):
     settings = config(tiny, out, max_steps=10**9, data__batch_size=3)
