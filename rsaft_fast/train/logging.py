@@ -207,7 +207,7 @@ def set_aside(folder: Path, names: Iterable[str]) -> Path | None:
     aside.mkdir()
     for path in there:
         path.rename(aside / path.name)
-    for crumb in aside.rglob(".*.tmp"):  # of whoever was killed while writing
+    for crumb in aside.glob("*/.*.png.tmp"):  # of a run that was killed while writing
         crumb.unlink()
     return aside
 
