@@ -102,7 +102,7 @@ def _train(config: Config, run: _Run, stop: StopSignals, on_samples: Callable) -
         trainer.check_reward(run.baseline)
     if run.baseline is not None:
         on_samples(trainer, run.baseline, 0)
-    run.begin()
+    run.begin(stop)
     # A run that was stopped in an update has not drawn the grid after it.
     if not stop and run.owes_a_grid():
         images = run.sample(stop, f"the grid after update {trainer.step}, which is not there")
@@ -210,12 +210,12 @@ class _Run:
         if missing:
             self.say(f"warning: {missing} of the {self.start} updates before have no record in {METRICS}")
 
-    def begin(self) -> None:
+    def begin(self, stop: StopSignals) -> None:
         """Go on from the checkpoint, if there is one; the first update is next."""
         if self._saved is not None:
             self.trainer.load(self._saved)
             self._saved = None
-        if self.trainer.step < self.config.max_steps:
+        if self.trainer.step < self.config.max_steps and not stop:
             self.stage(
                 f"update {self.trainer.step + 1} of {self.config.max_steps} begins; shown are means over up to 20 "
                 f"updates, every figure of each is in {self.folder / METRICS} (eps_norm: length of the weight "
