@@ -108,7 +108,11 @@ examples:
 
 The server listens on this machine alone unless --host says otherwise, and then warns: HTTP is not encrypted. Every
 request needs the token, which RSAFT_SERVER_TOKEN gives to the server or the server prints. Requests that wait
-together are scored together. Ctrl-C and SIGTERM end it after the requests that are being scored.
+together are scored together. Who sends nothing for 15 seconds, or a header or body too slowly, is hung up on; a prompt
+longer than --max-prompt is refused. Ctrl-C and SIGTERM end it after the requests that are being scored.
+
+Clients wait two minutes for a server that restarts (reward.patience). Their token is read from a variable that begins
+with RSAFT_, and they warn when it travels unencrypted to another machine.
 """
 
 CONVERT = """\
@@ -285,6 +289,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     serve.add_argument(
         "--max-bytes", type=_positive, default=256 * 2**20, metavar="N", help="of a request (default: 268435456)"
+    )
+    serve.add_argument(
+        "--max-prompt", type=_positive, default=10_000, metavar="N", help="characters of a prompt (default: 10000)"
     )
     serve.add_argument("--timeout", type=_positive, default=300, metavar="S", help="of a request (default: 300)")
 

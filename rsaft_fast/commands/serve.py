@@ -12,7 +12,7 @@ from urllib.parse import quote
 from rsaft_fast.commands.reward_options import parse_rewards
 from rsaft_fast.errors import UserError
 from rsaft_fast.rewards import load_reward
-from rsaft_fast.rewards.wire import TOKEN_VARIABLE
+from rsaft_fast.rewards.wire import TOKEN_VARIABLE, check_token
 from rsaft_fast.train.check import check_device, pick_device
 
 MIN_TOKEN = 16
@@ -20,9 +20,7 @@ MIN_TOKEN = 16
 
 def run(arguments: argparse.Namespace) -> int:
     try:
-        import uvicorn
-
-        from rsaft_fast.server import Limits, make_app
+        from rsaft_fast.server import Limits, connections_that_fit, make_app, make_server
     except ImportError as error:
         raise UserError(f"rsaft-fast serve needs fastapi and uvicorn ({error}): pip install fastapi uvicorn") from error
     check_device(arguments.device)
@@ -32,18 +30,20 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("--reward names two rewards of one family; a server's addresses end in the family: start two")
     token, generated = _token()
     device = pick_device(arguments.device)
-    # The port before the weights: that it is taken shall not be found out after minutes of loading.
+    limits = Limits(
+        max_pictures=arguments.max_pictures,
+        max_bytes=arguments.max_bytes,
+        max_prompt=arguments.max_prompt,
+        timeout=float(arguments.timeout),
+    )
+    # These before the weights: that the port is taken shall not be found out after minutes of loading.
+    connections_that_fit(limits)
     listener = _listen(arguments.host, arguments.port)
     try:
         rewards = {names[label]: load_reward(settings, device) for label, settings in chosen.items()}
-        limits = Limits(
-            max_pictures=arguments.max_pictures, max_bytes=arguments.max_bytes, timeout=float(arguments.timeout)
-        )
-        config = uvicorn.Config(
-            make_app(rewards, token, device, limits), log_level="warning", server_header=False, date_header=False
-        )
+        server = make_server(make_app(rewards, token, device, limits), limits, log_level="warning")
         _announce(listener, rewards, token if generated else None)
-        uvicorn.Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
     finally:
         listener.close()
     return 0
@@ -54,11 +54,11 @@ def _token() -> tuple[str, bool]:
     given = os.environ.get(TOKEN_VARIABLE, "")
     if not given:
         return secrets.token_urlsafe(32), True
-    if len(given) < MIN_TOKEN or not given.isascii() or not given.isprintable() or " " in given:
+    if len(given) < MIN_TOKEN:
         raise UserError(
-            f"{TOKEN_VARIABLE} has {len(given)} characters; a token has at least {MIN_TOKEN}, printable ASCII without "
-            "spaces. Unset it to have one made"
+            f"{TOKEN_VARIABLE} has {len(given)} characters; a token has at least {MIN_TOKEN}. Unset it to have one made"
         )
+    check_token(given, TOKEN_VARIABLE)
     return given, False
 
 

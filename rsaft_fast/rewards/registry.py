@@ -26,7 +26,7 @@ from rsaft_fast.rewards.files import sha256_of
 from rsaft_fast.rewards.hps import Resize, load_hps
 from rsaft_fast.rewards.image_reward import load_image_reward
 from rsaft_fast.rewards.preprocess import Clamp
-from rsaft_fast.rewards.remote import load_remote
+from rsaft_fast.rewards.remote import check_token_variable, load_remote
 from rsaft_fast.rewards.wire import TOKEN_VARIABLE
 from rsaft_fast.settings import Settings, UserPath, UserPlace
 
@@ -79,8 +79,9 @@ class SingleReward(Settings):
             (bert-base-uncased's: folder, hub id or vocab.txt) and hpsv3 (Qwen2-VL-7B-Instruct's). null is the one
             beside the weights, else the hub's.
         image_tower: of aesthetic and geneval-hf: folder or hub id of OpenAI's CLIP ViT-L/14. null is the hub's.
-        token_variable: of remote: the environment variable that holds the server's token.
-        timeout: of remote: seconds to wait for one answer; four tries are made.
+        token_variable: of remote: the environment variable that holds the server's token; its name begins with RSAFT_.
+        timeout: of remote: seconds to wait for one answer.
+        patience: of remote: seconds during which a server that does not answer is tried again.
         instruction: of hpsv3: the text of its authors that goes with every prompt, as the hpsv3 package's wheel or
             source file, or a .txt. null is that of an installed hpsv3.
         substring: of ocr: a quoted text that stands whole within other text counts as exact, as published.
@@ -101,6 +102,7 @@ class SingleReward(Settings):
     image_tower: UserPlace | None = None
     token_variable: str = Field(default=TOKEN_VARIABLE, min_length=1)
     timeout: float = Field(default=60.0, gt=0)
+    patience: float = Field(default=120.0, ge=0)
     instruction: UserPath | None = None
     substring: bool = True
     repeat_penalty: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -123,6 +125,15 @@ class SingleReward(Settings):
         if family is not None and family.needs_path and not path:
             raise PydanticCustomError("missing", "Field required")
         return user_place(path) if path else path
+
+    @field_validator("token_variable")
+    @classmethod
+    def _ours(cls, name: str) -> str:
+        try:
+            check_token_variable(name)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return name
 
     @model_validator(mode="after")
     def _applies(self):
@@ -323,6 +334,6 @@ REWARDS: dict[str, Family] = {
         _later("geneval", "load_geneval"), ("metadata", "credit", "image_tower"), differentiable=False
     ),
     "counting": Family(_later("counting", "load_counting"), ("metadata",), differentiable=False),
-    "remote": Family(load_remote, ("token_variable", "timeout"), differentiable=False),
+    "remote": Family(load_remote, ("token_variable", "timeout", "patience"), differentiable=False),
     "combination": Family(_load_combination, ("how", "penalty", "parts", "calibration", "calibrate"), needs_path=False),
 }

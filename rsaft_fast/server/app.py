@@ -3,67 +3,56 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import hmac
-import io
-import json
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import re
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
 import torch
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.evaluation.pictures import read_picture
 from rsaft_fast.rewards import wire
 from rsaft_fast.rewards.base import Reward
-from rsaft_fast.server.batching import Batcher, Busy
+from rsaft_fast.server.batching import Batcher
+from rsaft_fast.server.bodies import Busy, Room, Slow, receive, unpack_json, unpack_tensors
+from rsaft_fast.server.limits import Limits
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one client may ask of the server.
-
-    Attributes:
-        max_pictures: of one request, and of one call of the reward.
-        max_bytes: of a request's body, and of the pictures that it unpacks to.
-        max_waiting: requests that may wait; the next is told to come back.
-        timeout: seconds for a body to arrive, and again for its scores.
-    """
-
-    max_pictures: int = 64
-    max_bytes: int = 256 * 2**20
-    max_waiting: int = 64
-    timeout: float = 300.0
+_UNPACK = {wire.TENSORS: unpack_tensors, wire.JSON: unpack_json}
+# Where in memory something lies helps who attacks the server, and nobody else.
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+_LONGEST_DETAIL = 500
 
 
 def make_app(rewards: Mapping[str, Reward], token: str, device: torch.device, limits: Limits | None = None) -> FastAPI:
     """The application that serves these rewards by name; every request needs the token."""
     limits = limits or Limits()
-    executor = ThreadPoolExecutor(1, "reward")
+    scoring, unpacking = ThreadPoolExecutor(1, "reward"), ThreadPoolExecutor(2, "unpack")
     batchers: dict[str, Batcher] = {}
+    prints = {name: wire.fingerprint(asdict(reward.spec)) for name, reward in rewards.items()}
+    room = Room(limits.max_held_bytes)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         for name, reward in rewards.items():
-            batchers[name] = Batcher(reward, device, executor, limits.max_pictures, limits.max_waiting)
+            batchers[name] = Batcher(reward, device, scoring, limits.max_pictures, limits.max_waiting)
         tasks = [asyncio.create_task(batcher.run()) for batcher in batchers.values()]
         yield
         for task in tasks:
             task.cancel()
-        executor.shutdown(wait=False, cancel_futures=True)
+        for executor in (scoring, unpacking):
+            executor.shutdown(wait=False, cancel_futures=True)
 
     # No pages of its own: documentation would answer without the token.
     app = FastAPI(lifespan=lifespan, openapi_url=None)
@@ -78,24 +67,30 @@ def make_app(rewards: Mapping[str, Reward], token: str, device: torch.device, li
             "rewards": {name: asdict(reward.spec) for name, reward in rewards.items()},
             "max_pictures": limits.max_pictures,
             "max_bytes": limits.max_bytes,
+            "max_prompt": limits.max_prompt,
         }
 
     @app.post("/{name}")
     async def score(name: str, request: Request) -> Response:
         if name not in batchers:
-            raise HTTPException(404, f"no reward {name!r} here; there are {', '.join(batchers)}")
+            return _refused(404, f"no reward {name[:80]!r} here; there are {', '.join(batchers)}")
         kind = request.headers.get("content-type", "").partition(";")[0].strip()
-        if kind not in (wire.TENSORS, wire.JSON):
-            raise HTTPException(400, f"a body of type {kind or 'none'}; send {wire.TENSORS} or {wire.JSON}")
-        body = await _in_time(_body(request, limits), limits.timeout, 408, "the body took too long to arrive")
+        if kind not in _UNPACK:
+            return _refused(400, f"a body of type {kind[:80] or 'none'}; send {wire.TENSORS} or {wire.JSON}")
+        if request.headers.get(wire.REWARD_HEADER, prints[name]) != prints[name]:
+            return _refused(409, f"{name} is another reward than it was for this client; start the client anew")
+        body = bytearray()
+        try:
+            await receive(request, body, limits, room)
+            parts = _scores(batchers[name], kind, bytes(body), limits, unpacking)
+            scores = await _in_time(_while_connected(request, parts), limits.timeout)
+        except Exception as error:
+            return _answer_to(error)
+        finally:
+            room.give_back(len(body))
         if kind == wire.TENSORS:
-            scores = await _scores(batchers[name], *_understood(wire.decode_request, body), limits)
             return Response(wire.encode_scores(scores), media_type=wire.TENSORS)
-        pictures, prompts = _understood(_decode_json, body, limits)
-        # Pictures of a JSON request may differ in size.
-        parts = [await _scores(batchers[name], image, [prompt], limits) for image, prompt in zip(pictures, prompts)]
-        values = [value if math.isfinite(value) else None for part in parts for value in part.tolist()]
-        return JSONResponse({"scores": values})
+        return JSONResponse({"scores": [value if math.isfinite(value) else None for value in scores.tolist()]})
 
     return app
 
@@ -121,76 +116,79 @@ def _refusal(request: Request, token: str) -> Response | None:
     # Over bytes and in constant time: how long it takes must not tell how much of the token was right.
     if not hmac.compare_digest(given.encode("utf-8"), f"Bearer {token}".encode()):
         detail = "the token is missing or wrong; send the one that the server printed or was given"
-        return JSONResponse({"detail": detail}, 401, {"WWW-Authenticate": "Bearer"})
+        return _refused(401, detail, {"WWW-Authenticate": "Bearer"})
     spoken = request.headers.get(wire.PROTOCOL_HEADER, "none")
     if spoken != str(wire.PROTOCOL):
-        detail = (
+        return _refused(
+            409,
             f"this server speaks protocol {wire.PROTOCOL} (rsaft_fast {metadata.version('rsaft_fast')}), the client "
-            f"{spoken[:20]}; install the same version of rsaft_fast on both sides"
+            f"{spoken[:20]}; install the same version of rsaft_fast on both sides",
         )
-        return JSONResponse({"detail": detail}, 409)
     return None
 
 
-async def _body(request: Request, limits: Limits) -> bytes:
-    too_large = HTTPException(413, f"the body is larger than this server's limit of {limits.max_bytes} bytes")
-    announced = request.headers.get("content-length", "0")
-    if announced.isdigit() and int(announced) > limits.max_bytes:
-        raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limits.max_bytes:
-            raise too_large
-    return bytes(body)
+def _answer_to(error: Exception) -> Response:
+    """What the client learns of what went wrong with its request."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=400)  # nobody reads it
+    if isinstance(error, Slow):
+        return _refused(408, str(error))
+    if isinstance(error, wire.TooLarge):
+        return _refused(413, str(error))
+    if isinstance(error, _Malformed):
+        return _refused(400, str(error))
+    if isinstance(error, UserError):
+        return _refused(422, str(error))
+    if isinstance(error, Busy):
+        return _refused(503, f"{error}; try again", {"Retry-After": "1"})
+    if isinstance(error, asyncio.TimeoutError):
+        return _refused(503, str(error))
+    # What went wrong inside belongs into this server's log; a client learns its kind.
+    log.error("scoring failed", exc_info=error)
+    return _refused(500, f"scoring failed ({type(error).__name__}); the server's log says more")
 
 
-async def _scores(batcher: Batcher, images: torch.Tensor, prompts: list[str], limits: Limits) -> torch.Tensor:
-    if len(images) > limits.max_pictures:
-        raise HTTPException(413, f"{len(images)} pictures; this server's limit is {limits.max_pictures} a request")
+def _refused(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
+    line = _ADDRESS.sub("", " ".join(detail.split()))
+    return JSONResponse({"detail": line[:_LONGEST_DETAIL]}, status, dict(headers or {}))
+
+
+class _Malformed(UserError):
+    """The body is not what the protocol says; a reward's own `UserError` is about what it holds."""
+
+
+async def _scores(
+    batcher: Batcher, kind: str, body: bytes, limits: Limits, unpacking: ThreadPoolExecutor
+) -> torch.Tensor:
     try:
-        return await _in_time(batcher.score(images, prompts), limits.timeout, 503, "the scores took too long")
-    except HTTPException:
+        parts = await asyncio.get_running_loop().run_in_executor(unpacking, _UNPACK[kind], body, limits)
+    except wire.TooLarge:
         raise
-    except Busy as error:
-        raise HTTPException(503, f"{error}; try again", {"Retry-After": "1"}) from error
     except UserError as error:
-        raise HTTPException(422, str(error)) from error
-    except Exception as error:
-        # What went wrong inside belongs into this server's log; a client learns its kind.
-        log.exception("scoring failed")
-        raise HTTPException(500, f"scoring failed ({type(error).__name__}); the server's log says more") from error
+        raise _Malformed(str(error)) from error
+    return torch.cat([await batcher.score(images, prompts) for images, prompts in parts] or [torch.zeros(0)])
 
 
-async def _in_time(awaited: Awaitable, timeout: float, status: int, detail: str) -> Any:
+async def _while_connected(request: Request, awaited: Awaitable[torch.Tensor]) -> torch.Tensor:
+    """What is awaited; given up when the client goes, who would else be computed for while others wait."""
+    answer, gone = asyncio.ensure_future(awaited), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        return answer.result()
+    finally:
+        answer.cancel()
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _in_time(awaited: Awaitable[torch.Tensor], timeout: float) -> torch.Tensor:
     try:
         return await asyncio.wait_for(awaited, timeout)
     except asyncio.TimeoutError as error:
-        raise HTTPException(status, f"{detail} (the limit is {timeout:g} s)") from error
-
-
-def _understood(decode: Callable, *arguments) -> tuple:
-    try:
-        return decode(*arguments)
-    except UserError as error:
-        raise HTTPException(400, str(error)) from error
-
-
-def _decode_json(body: bytes, limits: Limits) -> tuple[list[torch.Tensor], list[str]]:
-    try:
-        content = json.loads(body)
-        files = [base64.b64decode(text, validate=True) for text in content["images"]]
-        prompts = content["prompts"]
-    except (ValueError, KeyError, TypeError, RecursionError, binascii.Error) as error:
-        raise UserError(
-            f"the body is not {{'prompts': [...], 'images': [base64, ...]}} ({type(error).__name__}: {error})"
-        ) from error
-    prompts = wire.checked_prompts(prompts, len(files))
-    if len(files) > limits.max_pictures:
-        raise HTTPException(413, f"{len(files)} pictures; this server's limit is {limits.max_pictures} a request")
-    room, pictures = limits.max_bytes, []
-    for number, file in enumerate(files):
-        # In fp32, three channels.
-        pictures.append(read_picture(io.BytesIO(file), f"number {number}", max_pixels=room // 12))
-        room -= pictures[-1].numel() * 4
-    return pictures, prompts
+        raise asyncio.TimeoutError(f"the scores took too long (the limit is {timeout:g} s)") from error

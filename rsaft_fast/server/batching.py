@@ -13,14 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from rsaft_fast.rewards.base import Reward
+from rsaft_fast.server.bodies import Busy
 
 log = logging.getLogger(__name__)
 # Prompts that were looked at for what is cut.
 _REMEMBERED = 8192
-
-
-class Busy(Exception):
-    """Not now: too many requests wait, or the server is ending."""
 
 
 @dataclass(eq=False)
