@@ -29,6 +29,7 @@ from rsaft_fast.train.ema import EMA
 from rsaft_fast.train.encodings import Encodings, Watched, free_memory, load_shapes, open_cache
 from rsaft_fast.train.files import io_errors_of, remove_tree, replace_folder
 from rsaft_fast.train.memory_errors import naming_the_phase
+from rsaft_fast.train.model_card import describe_export
 from rsaft_fast.train.optimizer import build_optimizer, check_state, learning_rate, load_state
 from rsaft_fast.train.progress import watched
 from rsaft_fast.train.samples import sample_images
@@ -271,8 +272,9 @@ class Trainer:
         temporary = folder / f".{final.name}.tmp"
         remove_tree(temporary)
         try:
-            with self.final_weights():
+            with self.final_weights(), io_errors_of(temporary):
                 self._save(temporary)
+                describe_export(temporary, final.name, self.config, self.backbone, self.step, self.reward.spec)
             replace_folder(temporary, final)
         except BaseException:
             remove_tree(temporary)

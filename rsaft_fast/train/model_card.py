@@ -1,0 +1,210 @@
+"""The README.md beside exported weights: what they are, what made them, how to load them.
+
+People publish that folder. Of a local path only the last name is shown, of a reward server nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rsaft_fast.backbones import PipelineBackbone
+from rsaft_fast.backbones.lora_formats import KOHYA_FILE, save_kohya
+from rsaft_fast.rewards.base import RewardSpec
+from rsaft_fast.train.config import PLAYGROUND, Config
+
+CARD = "README.md"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
+# A repository in the hub's cache: models--OWNER--NAME/snapshots/REVISION.
+_CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
+
+
+def describe_export(
+    folder: Path, name: str, config: Config, backbone: PipelineBackbone, steps: int, reward: RewardSpec
+) -> None:
+    """Beside weights in diffusers' format, write a LoRA in kohya's too, and the card.
+
+    Args:
+        folder: of the weights; `name` is what it will be called.
+    """
+    kohya = None
+    if config.parameters.train == "lora":
+        kohya = save_kohya(backbone, folder, config.parameters.lora, public_name(config.backbone.path))
+    card = model_card(config, backbone, steps, reward, name, kohya is not None)
+    (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def public_name(path: str) -> str:
+    """What may be told of where something was loaded from: a hub id, or the last name of a local path."""
+    if "://" in path:
+        return "a server"
+    place = Path(path).expanduser()
+    for text in (path, str(place.resolve())):
+        if found := _CACHED.search(text.replace("\\", "/")):
+            return f"{found[1]}/{found[2]}"
+    # A hub id that is also a folder here was loaded from the folder.
+    if path.startswith(f"{PLAYGROUND}/") or (_HUB_ID.fullmatch(path) and not place.exists()):
+        return path
+    name = place.name if place.name not in ("", "..") else place.resolve().name
+    return "a local folder" if place.resolve() == Path.home() else name or "a local folder"
+
+
+def model_card(
+    config: Config, backbone: PipelineBackbone, steps: int, reward: RewardSpec, folder: str, kohya: bool
+) -> str:
+    """The card's text.
+
+    Args:
+        steps: updates done.
+        reward: as it was loaded; a combination's names its parts.
+        folder: name of the folder that holds the weights.
+        kohya: whether the file in kohya's format is beside the other.
+    """
+    lora = config.parameters.train == "lora"
+    base = public_name(config.backbone.path)
+    sections = [
+        _front_matter(base, lora),
+        f"# {'LoRA' if lora else 'Fine-tuned ' + backbone.denoiser_name} for {_plain(base)}",
+        "Fine-tuned against a reward model with Reward Sharpness-Aware Fine-Tuning (RSA-FT, arXiv 2603.21175) by "
+        "rsaft_fast. It needs no trigger word.",
+        _table(_facts(config, backbone, steps, base) + _reward_facts(reward)),
+        "## Licence",
+        f"The weights derive from {_link(base)} and from the scores of the reward named above; the licence of the base "
+        "model binds whoever publishes them. Fill in `license` at the top of this file before you do.",
+        "## diffusers",
+        _code(_loading(config, backbone, base, folder, lora)),
+        *(_lora_sections(backbone, folder, kohya) if lora else _full_sections(backbone, folder)),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(base: str, lora: bool) -> str:
+    content = {
+        "base_model": base,
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["text-to-image", "diffusers", *(["lora"] if lora else []), "rsa-ft", "reward-fine-tuning"],
+    }
+    if lora:
+        content["base_model_relation"] = "adapter"
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return f"---\n{text}# license: that of the base model, which is not known here\n---"
+
+
+def _facts(config: Config, backbone: PipelineBackbone, steps: int, base: str) -> list[tuple[str, str]]:
+    sampler, parameters, smoothing = config.sampler, config.parameters, config.smoothing
+    smoothed = []
+    if smoothing.image is not None:
+        image = smoothing.image
+        smoothed.append(f"pictures (rho {image.radius:g}, {image.norm} in {image.space})")
+    if smoothing.parameters is not None:
+        smoothed.append(f"weights (rho {smoothing.parameters.rho:g})")
+    trained = "all weights of the denoiser"
+    if parameters.train == "lora":
+        trained = f"LoRA of rank {parameters.lora.rank}, alpha {parameters.lora.scale * parameters.lora.rank:g}"
+    scale = "" if sampler.true_cfg_scale == 1 else f", true guidance {sampler.true_cfg_scale:g}"
+    return [
+        ("base model", base),
+        ("trained", trained),
+        ("method", config.method.name),
+        ("smoothing", " and ".join(smoothed) or "none"),
+        ("prompts", public_name(config.data.prompts)),
+        ("updates", f"{steps} of {config.pictures_per_update} pictures"),
+        ("seed", str(config.seed)),
+        ("resolution", f"{backbone.width}x{backbone.height}"),
+        ("sampling in training", f"{sampler.steps} steps, guidance {sampler.guidance_scale:g}{scale}"),
+        *([("negative prompt", sampler.negative_prompt)] if sampler.negative_prompt else []),
+        *([("weights", f"running mean, decay {config.ema.decay:g}")] if config.ema is not None else []),
+    ]
+
+
+def _reward_facts(reward: RewardSpec) -> list[tuple[str, str]]:
+    parts: Sequence[Any] = reward.preprocessing.get("parts", ()) if reward.name == "combination" else ()
+    described = [(p["name"], p["source"], p["sha256"], p["licence"]) for p in parts]
+    described = described or [(reward.name, reward.source, reward.sha256, reward.licence)]
+    rows = []
+    for name, source, digest, licence in described:
+        origin = f" of {public_name(source)}" if source else ""
+        known = f", sha256 {digest[:16]}" if digest else ""
+        rows.append(("reward", f"{name}{origin}{known}, licence {licence or 'unknown'}"))
+    return rows
+
+
+def _loading(config: Config, backbone: PipelineBackbone, base: str, folder: str, lora: bool) -> str:
+    pipeline, sampler = backbone.pipeline_class.__name__, config.sampler
+    denoiser, name = type(backbone.denoiser).__name__, backbone.denoiser_name
+    unet = name == "unet"
+    classes = sorted([pipeline, *(["DDIMScheduler"] if unet else []), *([] if lora else [denoiser])])
+    lines = ["import torch", f"from diffusers import {', '.join(classes)}", ""]
+    options = "torch_dtype=torch.bfloat16"
+    if not lora:
+        lines.append(f'{name} = {denoiser}.from_pretrained("{folder}", {options})')
+        options = f"{name}={name}, {options}"
+    lines.append(f"pipeline = {pipeline}.from_pretrained({base!r}, {options})")
+    if lora:
+        lines.append(f'pipeline.load_lora_weights("{folder}", weight_name="{DIFFUSERS_FILE}")')
+    if unet:
+        # The sampler that it was trained with.
+        lines.append(
+            "pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)  # as trained"
+        )
+    lines += [
+        'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")',
+        "image = pipeline(",
+        '    "a photo of an astronaut riding a horse",',
+        f"    num_inference_steps={sampler.steps},",
+        f"    guidance_scale={sampler.guidance_scale:g},",
+        f"    height={backbone.height},",
+        f"    width={backbone.width},",
+        ").images[0]",
+        'image.save("image.png")',
+    ]
+    return "\n".join(lines)
+
+
+def _lora_sections(backbone: PipelineBackbone, folder: str, kohya: bool) -> list[str]:
+    unet = backbone.denoiser_name == "unet"
+    file = KOHYA_FILE if kohya else DIFFUSERS_FILE
+    web = f"AUTOMATIC1111 and Forge: copy it to `models/Lora/` and write `<lora:{Path(file).stem}:1>` into the prompt."
+    both = f" ComfyUI reads `{DIFFUSERS_FILE}` of this model as well." if kohya and not unet else ""
+    programs = [
+        f"ComfyUI: copy `{file}` to `ComfyUI/models/loras/` and choose it in a Load LoRA node, strength 1. It has no "
+        f"part for the text encoder.{both}",
+        *([web if unet else web.replace("AUTOMATIC1111 and Forge", "Forge")] if kohya else []),
+        "Rename the file as you like.",
+    ]
+    merging = _code('pipeline.fuse_lora()\npipeline.unload_lora_weights()\npipeline.save_pretrained("merged")')
+    return ["## ComfyUI and others", "\n\n".join(programs), "## Merging into the base model", merging]
+
+
+def _full_sections(backbone: PipelineBackbone, folder: str) -> list[str]:
+    name = backbone.denoiser_name
+    return [
+        "## Other programs",
+        f"This folder replaces the base model's `{name}/`: copy the base model's folder and put this one in the place "
+        f"of its `{name}/`, and whatever loads the base model loads this one. ComfyUI reads the safetensors file here, "
+        "where it is one, with a Load Diffusion Model node (from `ComfyUI/models/diffusion_models/`); text encoders "
+        "and VAE are the base model's.",
+    ]
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {_plain(value)} |" for key, value in rows)])
+
+
+def _plain(text: str) -> str:
+    """On one line, and without what Markdown or HTML would make something of."""
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(text.split()))
+
+
+def _link(base: str) -> str:
+    return f"[{_plain(base)}](https://huggingface.co/{base})" if _HUB_ID.fullmatch(base) else f"`{_plain(base)}`"
+
+
+def _code(text: str) -> str:
+    return f"```python\n{text}\n```"

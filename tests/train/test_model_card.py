@@ -1,0 +1,97 @@
+"""What lies beside exported weights: the LoRA in other programs' format, and a card that can be published."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from builders.recipes import config
+from safetensors import safe_open
+
+from rsaft_fast.backbones.lora_formats import KOHYA_FILE
+from rsaft_fast.train.loop import train
+from rsaft_fast.train.model_card import CARD, DIFFUSERS_FILE, public_name
+
+FULL = {"parameters": {"train": "full"}}
+
+
+def exported(tiny, out, family="sd15", **changes):
+    outcome = train(config(tiny, out, family, max_steps=1, **changes))
+    return outcome.export, (outcome.export / CARD).read_text(encoding="utf-8")
+
+
+def front_matter(card):
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+@pytest.mark.parametrize("family, changes", [("sd15", {}), ("sdxl", {}), ("sd3", {}), ("sd15", FULL)])
+def test_the_card_says_what_made_the_weights_and_its_code_loads_them(tiny, out, family, changes, tmp_path, monkeypatch):
+    folder, card = exported(tiny, out, family, **changes)
+    base, lora = getattr(tiny, family), not changes
+    names = {file.name for file in folder.iterdir()}
+    assert ({DIFFUSERS_FILE, KOHYA_FILE, CARD} == names) if lora else (CARD in names and KOHYA_FILE not in names)
+    head = front_matter(card)
+    assert head["base_model"] == base.name and head["library_name"] == "diffusers"
+    assert ("lora" in head["tags"]) == lora and "license" not in head and "# license:" in card
+    facts = dict(re.findall(r"^\| ([\w ]+) \| (.*) \|$", card, re.MULTILINE))
+    assert facts["updates"].startswith("1 of ") and facts["resolution"] == "32x32" and facts["seed"] == "0"
+    assert facts["method"] and facts["reward"] and facts["prompts"]
+    # Nothing of where this was made.
+    home = str(Path.home())
+    for private in (str(tmp_path), str(base.parent), str(out.parent), *([home] if len(home) > 1 else [])):
+        assert private not in card
+    assert ("ComfyUI/models/loras/" in card and "models/Lora/" in card and KOHYA_FILE in card) == lora
+    # Its first block of code, in a folder that holds base model and weights under the names that it gives.
+    place = tmp_path / "elsewhere"
+    shutil.copytree(base, place / base.name)
+    shutil.copytree(folder, place / folder.name)
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(blocks) == (2 if lora else 1)
+    inside = {}
+    for block in blocks:
+        exec(compile(block, "card", "exec"), inside)
+    assert inside["image"].size == (32, 32) and (place / "image.png").is_file()
+    assert (place / "merged" / "model_index.json").is_file() == lora
+
+
+def test_checkpoints_keep_the_one_format(tiny, out):
+    folder, _ = exported(tiny, out)
+    found = sorted(file.name for file in (out / "checkpoints").glob("*/lora/*"))
+    assert found == [DIFFUSERS_FILE]
+    with safe_open(folder / KOHYA_FILE, "pt") as opened:
+        assert opened.metadata()["ss_sd_model_name"] == tiny.sd15.name
+
+
+@pytest.mark.parametrize(
+    "path, shown",
+    [
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        ("/home/alice/secret-project/sd15", "sd15"),
+        ("/home/alice/secret-project/sd15/", "sd15"),
+        ("~/models/sdxl", "sdxl"),
+        ("~", "a local folder"),
+        ("../sdxl", "sdxl"),
+        ("/root/.cache/huggingface/hub/models--owner--FLUX.1-dev/snapshots/0ef5", "owner/FLUX.1-dev"),
+        ("http://10.1.2.3:8765/hpsv3", "a server"),
+        ("playground", "playground"),
+        ("playground/fair", "playground/fair"),
+        ("drawbench=/home/alice/drawbench.csv", "drawbench.csv"),
+        ("hpdv2-anime", "hpdv2-anime"),
+    ],
+)
+def test_no_path_is_published(path, shown):
+    assert public_name(path) == shown
+
+
+def test_a_folder_named_like_a_hub_id_is_that_folder(tmp_path, monkeypatch):
+    (tmp_path / "alice" / "private").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert public_name("alice/private") == "private"
+    monkeypatch.chdir(tmp_path / "alice" / "private")
+    assert public_name(".") == "private" and public_name("..") == "alice"
