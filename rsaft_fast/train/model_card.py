@@ -86,12 +86,11 @@ def model_card(
 def _front_matter(base: str, lora: bool) -> str:
     content = {
         "base_model": base,
+        "base_model_relation": "adapter" if lora else "finetune",
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": ["text-to-image", "diffusers", *(["lora"] if lora else []), "rsa-ft", "reward-fine-tuning"],
     }
-    if lora:
-        content["base_model_relation"] = "adapter"
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     return f"---\n{text}# license: that of the base model, which is not known here\n---"
 
