@@ -14,12 +14,12 @@ import yaml
 
 from rsaft_fast.backbones import PipelineBackbone
 from rsaft_fast.backbones.lora_formats import KOHYA_FILE, save_kohya
+from rsaft_fast.hub import is_hub_id
 from rsaft_fast.rewards.base import RewardSpec
 from rsaft_fast.train.config import PLAYGROUND, Config
 
 CARD = "README.md"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
 # A repository in the hub's cache: models--OWNER--NAME/snapshots/REVISION.
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
 
@@ -48,7 +48,7 @@ def public_name(path: str) -> str:
         if found := _CACHED.search(text.replace("\\", "/")):
             return f"{found[1]}/{found[2]}"
     # A hub id that is also a folder here was loaded from the folder.
-    if path.startswith(f"{PLAYGROUND}/") or (_HUB_ID.fullmatch(path) and not place.exists()):
+    if path.startswith(f"{PLAYGROUND}/") or (is_hub_id(path) and not place.exists()):
         return path
     name = place.name if place.name not in ("", "..") else place.resolve().name
     return "a local folder" if place.resolve() == Path.home() else name or "a local folder"
@@ -202,7 +202,7 @@ def _plain(text: str) -> str:
 
 
 def _link(base: str) -> str:
-    return f"[{_plain(base)}](https://huggingface.co/{base})" if _HUB_ID.fullmatch(base) else f"`{_plain(base)}`"
+    return f"[{_plain(base)}](https://huggingface.co/{base})" if is_hub_id(base) else f"`{_plain(base)}`"
 
 
 def _code(text: str) -> str:
