@@ -22,6 +22,8 @@ from rsaft_fast.server.limits import Limits, accepted_at_once, connections_that_
 IDLE, HEAD, BODY, SCORING, ENDING = "idle", "head", "body", "scoring", "ending"
 # Those in whose states no request is being served.
 _SPARE = (IDLE, HEAD, ENDING)
+# Connections that the system keeps until they are accepted.
+_WAITING = 1024
 
 
 class Connection(H11Protocol):
@@ -102,6 +104,15 @@ class Connection(H11Protocol):
             min(spare, key=lambda connection: connection.since, default=self).transport.abort()
 
 
+class _Server(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        # asyncio takes one number for how many it accepts at once and for how many the system lets wait. A client for
+        # which there is no room to wait tries again after a second.
+        for listener in sockets or []:
+            listener.listen(_WAITING)
+
+
 def make_server(app: Any, limits: Limits, **options: Any) -> uvicorn.Server:
     """A uvicorn that serves `app` within `limits`; `options` are further ones of `uvicorn.Config`.
 
@@ -112,6 +123,7 @@ def make_server(app: Any, limits: Limits, **options: Any) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
         http=partial(Connection, limits=limits, most=most),  # type: ignore[arg-type]
+        loop="asyncio",
         ws="none",
         lifespan="on",
         proxy_headers=False,
@@ -123,4 +135,4 @@ def make_server(app: Any, limits: Limits, **options: Any) -> uvicorn.Server:
         timeout_graceful_shutdown=math.ceil(limits.timeout),
         **options,
     )
-    return uvicorn.Server(config)
+    return _Server(config)
