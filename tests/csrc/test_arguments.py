@@ -26,7 +26,8 @@ class Problem:
             exp_avg=[torch.zeros_like(w, dtype=state) for w in self.weight],
             exp_avg_sq=[torch.zeros_like(w, dtype=state) for w in self.weight],
         )
-        self.lists["master" if master else "backup"] = [w.to(torch.float32 if master else dtype, copy=True) for w in self.weight]
+        name, kept_in = ("master", torch.float32) if master else ("backup", dtype)
+        self.lists[name] = [w.to(kept_in, copy=True) for w in self.weight]
         if state is torch.uint8:
             for name in ("exp_avg_absmax", "exp_avg_sq_absmax"):
                 self.lists[name] = [torch.zeros(-(-w.numel() // 256)) for w in self.weight]
