@@ -6,8 +6,11 @@ import importlib
 import importlib.util
 import logging
 import os
+import stat
 import sys
+import tempfile
 import warnings
+from pathlib import Path
 
 
 def prepare_process(quieten: bool = True) -> None:
@@ -17,6 +20,7 @@ def prepare_process(quieten: bool = True) -> None:
         quieten: import diffusers and transformers, where they are installed, to hide their progress bars. A command
             that uses neither starts without them in a fraction of the time.
     """
+    _place_caches()
     # By default an OpenMP thread that is done spins until the others are. Where another process holds one of the cores,
     # that is most of the time: updates of the playground on two shared cores took 45 s spinning and 2 s waiting.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -33,3 +37,28 @@ def prepare_process(quieten: bool = True) -> None:
     if quieten and sys.stderr is not None and sys.stderr.isatty() and importlib.util.find_spec("huggingface_hub"):
         # transformers turns the hub's bars off with its own; a download of gigabytes is to be seen.
         importlib.import_module("huggingface_hub.utils").enable_progress_bars()
+
+
+def _place_caches() -> None:
+    """Where no home folder is known (a container's bare user id), caches go beside the temporary files.
+
+    The libraries would make a folder named `~` where the command was started.
+    """
+    if os.path.expanduser("~") != "~":
+        return
+    folder = Path(tempfile.gettempdir()) / f"rsaft_fast-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            # Somebody else was there first: what he puts into a cache would run as ours.
+            folder = Path(tempfile.mkdtemp(prefix="rsaft_fast-"))
+    except OSError:
+        return  # every cache says itself that it cannot be written
+    if "XDG_CACHE_HOME" not in os.environ:
+        print(
+            f"rsaft-fast: no home folder is known here: caches are in {folder}; set HOME to keep them", file=sys.stderr
+        )
+    os.environ.setdefault("XDG_CACHE_HOME", str(folder))
+    for variable in ("TRITON_HOME", "MPLCONFIGDIR"):
+        os.environ.setdefault(variable, str(folder))

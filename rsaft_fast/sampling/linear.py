@@ -75,6 +75,12 @@ def ddim_schedule(scheduler: DDIMScheduler, num_steps: int, eta: float = 0.0) ->
     _place(scheduler, num_steps)
     timesteps = [int(t) for t in scheduler.timesteps]
     cumulative = scheduler.alphas_cumprod.double()
+    if len(cumulative) == config.num_train_timesteps <= max(timesteps):
+        raise UserError(
+            f"sampler.steps is {num_steps}, which timestep_spacing {config.timestep_spacing} with steps_offset "
+            f"{config.steps_offset} begins at timestep {max(timesteps)}, and the last is {len(cumulative) - 1}; take "
+            "fewer steps"
+        )
     if len(cumulative) <= max(timesteps):
         raise UserError(f"the scheduler has {len(cumulative)} betas for timestep {max(timesteps)}; give all of them")
     stride = config.num_train_timesteps // num_steps
@@ -147,7 +153,9 @@ def flow_schedule(
         raise UserError(
             "this flow scheduler shifts dynamically and needs mu, which its pipeline computes from the image size"
         )
-    _check_num_steps(num_steps, config.num_train_timesteps)
+    # Stretched to end at a given sigma, the last one cannot be the first as well.
+    terminal = config.get("shift_terminal")
+    _check_num_steps(num_steps, config.num_train_timesteps, least=2 if terminal else 1)
     shift = {"mu": mu} if config.get("use_dynamic_shifting") else {}
     _place(scheduler, num_steps, sigmas=None if sigmas is None else list(sigmas), **shift)
     sigmas = scheduler.sigmas.double().tolist()
@@ -180,6 +188,6 @@ def _checked(steps: Iterable[LinearStep]) -> Schedule:
     return steps
 
 
-def _check_num_steps(num_steps: int, limit: int) -> None:
-    if not 1 <= num_steps <= limit:
-        raise UserError(f"steps is {num_steps}; this scheduler takes 1 to {limit}")
+def _check_num_steps(num_steps: int, limit: int, least: int = 1) -> None:
+    if not least <= num_steps <= limit:
+        raise UserError(f"sampler.steps is {num_steps}; this scheduler takes {least} to {limit}")

@@ -125,7 +125,10 @@ class DenoisingLoss:
     def __init__(self, backbone: PipelineBackbone, settings: DenoisingSettings, items: list[CaptionedImage], seed: int):
         self.backbone, self.settings, self.items, self.seed = backbone, settings, items, seed
         # The sampler's own spacing (SD3's shift included): the levels that sampling will visit.
-        self.levels = backbone.schedule(settings.levels)
+        try:
+            self.levels = backbone.schedule(settings.levels)
+        except UserError as error:
+            raise UserError(f"denoising.levels is {settings.levels}, placed as so many steps: {error}") from error
 
     def backward(self, encoded: EncodedPrompts, step: int) -> float:
         """Accumulate the loss's gradient for update `step`, one picture after the other; return the loss.

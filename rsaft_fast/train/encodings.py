@@ -99,7 +99,11 @@ def _split(content: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def default_folder() -> Path:
-    """`rsaft_fast/encodings` in the user's cache (XDG base directories)."""
+    """`rsaft_fast/encodings` in the user's cache (XDG base directories).
+
+    Raises:
+        RuntimeError: nothing says where that is: no XDG_CACHE_HOME, no HOME, and a user id without an entry.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rsaft_fast" / "encodings"
 
 
@@ -111,12 +115,12 @@ def open_cache(setting: str | None, say: Callable[[str], None]) -> EncodingCache
     """
     if setting is None:
         return None
-    folder = default_folder() if setting == AUTO else Path(setting).expanduser()
     try:
+        folder = default_folder() if setting == AUTO else Path(setting).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError("you may not write to it")
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         if setting != AUTO:
             raise UserError(f"data.encoding_cache {setting} cannot be made: {error}; give another folder") from error
         say(f"encodings of prompts are not kept: {error}; data.encoding_cache names another folder")

@@ -18,6 +18,8 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.memory import checkpoint_networks
 from rsaft_fast.rewards import Reward, RewardSettings, load_reward
 from rsaft_fast.rewards.precision import check_precision
+from rsaft_fast.sampling import derive_rng
+from rsaft_fast.sampling.linear import Schedule
 from rsaft_fast.speed import apply_speed
 from rsaft_fast.step import StepReport, rsaft_step
 from rsaft_fast.train.check import DTYPES, Inputs, pick_device
@@ -68,7 +70,7 @@ class Trainer:
         self.sample_prompts = inputs.sample_prompts
         stage(f"looking for the prompts' encodings ({config.backbone.path})")
         encodings = self._find_encodings(inputs, say)
-        self.schedule = encodings.shapes.schedule(config.sampler.steps, config.sampler.eta)
+        self.schedule = _training_schedule(config, encodings.shapes)
         # On the host, before what takes long: one that cannot be loaded is known at once, and takes no memory yet.
         stage(f"loading the reward {_named(config.reward)}")
         reward = load_reward(config.reward)
@@ -293,6 +295,25 @@ class Trainer:
                 save_lora(self.backbone, folder, self.config.parameters.lora)
             else:
                 self.backbone.denoiser.save_pretrained(folder)
+
+
+def _training_schedule(config: Config, shapes: PipelineBackbone) -> Schedule:
+    """The sampler's steps.
+
+    Raises:
+        UserError: the scheduler does not give them, or the calls that would be trained have no part in the picture.
+    """
+    schedule = shapes.schedule(config.sampler.steps, config.sampler.eta)
+    plan = config.method.draw(config.sampler.steps, derive_rng(config.seed, 0, "plan"))
+    graded = [schedule[index] for index in plan.graded]
+    # DDIM's step from the first timestep to an alpha that is the same: x' = x, rounding apart.
+    if plan.finish == "sampler" and not plan.renoise and all(abs(step.b) < 1e-9 for step in graded):
+        raise UserError(
+            f"method {config.method.name} would train nothing: {len(graded)} of sampler.steps {len(schedule)} carry a "
+            f"gradient, and this scheduler's last step, at timestep {schedule[plan.last].t:g}, leaves the picture as it "
+            "is; raise method.k and sampler.steps, or set timestep_spacing to trailing in scheduler_config.json"
+        )
+    return schedule
 
 
 def prepare_backbone(settings: BackboneSettings, device: torch.device, text: bool = True) -> PipelineBackbone:

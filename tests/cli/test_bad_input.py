@@ -10,13 +10,19 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from builders.recipes import recipe, run_cli, write_recipe
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 from rsaft_fast.cli import main
+from rsaft_fast.errors import UserError
+from rsaft_fast.sampling import flow_schedule
+from rsaft_fast.train.config import DenoisingSettings
+from rsaft_fast.train.denoising import DenoisingLoss
 
 STAGE = re.compile(r"\[ *\d+ s\] ")
 
@@ -278,3 +284,23 @@ def test_a_nan_reward_in_the_gradient_alone_skips_updates_and_keeps_the_weights(
     weights = load_file(out / "checkpoints/step_2/weights.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
     assert all(not tensor.any() for name, tensor in weights.items() if "lora_B" in name)
+
+
+def test_a_sampler_whose_last_step_leaves_the_picture_trains_nothing_and_says_so(tiny, out, tmp_path, capsys):
+    """DDIM spaced "linspace" ends at timestep 0, where the prediction has no part; one call more has."""
+    folder = shutil.copytree(tiny.sd15, tmp_path / "linspace")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"timestep_spacing": "linspace"}))
+    raw = recipe(tiny, out, max_steps=1)
+    raw["backbone"]["path"] = str(folder)
+    path = write_recipe(tmp_path / "linspace.yaml", raw)
+    said = attempt(["train", path], capsys, out=out)
+    assert all(words in said for words in ("would train nothing", "sampler.steps 2", "timestep 0", "method.k"))
+    assert main(["train", str(path), "method.k=2"]) == 0
+
+
+def test_levels_that_the_scheduler_cannot_place_are_named(tmp_path):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift_terminal=0.1)
+    backbone = SimpleNamespace(schedule=lambda steps: flow_schedule(scheduler, steps))
+    with pytest.raises(UserError, match=r"denoising\.levels is 1\b.* 2 to 1000"):
+        DenoisingLoss(backbone, DenoisingSettings(images=str(tmp_path), levels=1), [], seed=0)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ from builders.recipes import config, environment
 from PIL import Image
 
 from rsaft_fast.cli import build_parser, main
-from rsaft_fast.commands import doctor
+from rsaft_fast.commands import doctor, process
 from rsaft_fast.train.loop import train
 from rsaft_fast.train.signals import StopSignals
 
@@ -71,6 +75,27 @@ def test_doctor_notices_a_torchvision_of_another_build(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(doctor, "version_of", lambda package: "0.28.0" if package == "torchvision" else None)
     assert any("torchvision 0.28.0 does not fit" in fault and "nms" in fault for fault in doctor.faults())
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_without_a_home_caches_go_to_a_folder_that_nobody_else_writes(taken, tmp_path, monkeypatch, capsys):
+    for variable in ("HOME", "XDG_CACHE_HOME", "TRITON_HOME", "MPLCONFIGDIR"):
+        monkeypatch.setenv(variable, "")  # so that it is put back
+        monkeypatch.delenv(variable)
+    monkeypatch.setattr(os, "getuid", lambda: 123456789)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    expected = tmp_path / "rsaft_fast-123456789"
+    # A folder made by this process has its real user id, not the one that it believes to have here.
+    real = os.lstat(tmp_path)
+    monkeypatch.setattr(
+        Path, "lstat", lambda path: types.SimpleNamespace(st_mode=0o040700, st_uid=real.st_uid if taken else 123456789)
+    )
+    process.prepare_process(quieten=False)
+    folder = Path(os.environ["XDG_CACHE_HOME"])
+    assert folder.is_dir() and folder.parent == tmp_path and (folder != expected) == taken
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert os.environ["TRITON_HOME"] == os.environ["MPLCONFIGDIR"] == str(folder)
+    assert str(folder) in capsys.readouterr().err
 
 
 @pytest.fixture

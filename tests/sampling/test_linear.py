@@ -149,6 +149,20 @@ def test_bad_numbers_are_refused():
             ddim_schedule(scheduler, num_steps, eta)
 
 
+def test_a_number_of_steps_that_the_scheduler_cannot_place_is_the_samplers_fault():
+    """A last sigma that is given cannot be the first as well; an offset can move the first step off the table."""
+    stretched = FlowMatchEulerDiscreteScheduler(shift_terminal=0.1)
+    with pytest.raises(UserError, match=r"sampler\.steps is 1; .* 2 to 1000"):
+        flow_schedule(stretched, 1)
+    assert [round(s.alpha, 6) for s in flow_schedule(stretched, 2)] == [0, 0.9]
+    assert len(flow_schedule(FlowMatchEulerDiscreteScheduler(), 1)) == 1
+    with pytest.raises(UserError, match=r"sampler\.steps is 1000, .*steps_offset 1 .*timestep 1000, .* 999;"):
+        ddim_schedule(DDIMScheduler(**SD15), 1000)
+    assert ddim_schedule(DDIMScheduler(**SD15), 999)[0].t == 999
+    with pytest.raises(UserError, match="has 10 betas for timestep 901"):
+        ddim_schedule(DDIMScheduler(**SD15 | {"trained_betas": [0.01] * 10}), 10)
+
+
 def test_pndm_config_without_clip_sample_is_not_clipped(tmp_path):
     from rsaft_fast.backbones import load_backbone
 

@@ -273,6 +273,18 @@ def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
     assert open_cache("auto", print).folder == tmp_path / "home/.cache/rsaft_fast/encodings"
 
 
+def test_without_a_home_encodings_are_not_kept_and_the_run_goes_on(monkeypatch):
+    """A container's bare user id: no HOME, and no entry among the users."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 123456789)
+    said = []
+    assert open_cache("auto", said.append) is None
+    assert "not kept" in said[0] and "home" in said[0] and "data.encoding_cache" in said[0]
+    with pytest.raises(UserError, match="data.encoding_cache ~/x cannot be made"):
+        open_cache("~/x", print)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.dictionaries(st.text("abc_", min_size=1, max_size=4), st.lists(st.integers(0, 5), max_size=3), min_size=1),
