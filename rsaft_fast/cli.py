@@ -16,6 +16,8 @@ from rsaft_fast import __version__
 from rsaft_fast.errors import UserError
 from rsaft_fast.paths import require_text, user_path, user_place
 
+_KEY = re.compile(r"[A-Za-z_][\w.]*=")
+
 DESCRIPTION = """\
 Fine-tunes diffusion models by reward gradient, smoothed against reward hacking (RSA-FT, arXiv 2603.21175).
 
@@ -378,6 +380,9 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespa
     name = next((argument for argument in argv if not argument.startswith("-")), None)
     if name is not None and name not in commands.choices:
         raise UserError(f"there is no command {name!r}{_near(name, commands.choices)} (see rsaft-fast --help)")
+    if name in ("train", "estimate"):
+        start = argv.index(name) + 1
+        argv = argv[:start] + _options_last(argv[start:], commands.choices[name])
     arguments, unknown = parser.parse_known_args(argv)
     if arguments.command == "help":
         topic = arguments.topic
@@ -388,6 +393,22 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespa
     if unknown:
         raise UserError(_unknown(unknown, arguments.command, commands.choices[arguments.command]))
     return arguments
+
+
+def _options_last(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The recipe and its keys before the options: argparse wants all of them in one piece, users mix both.
+
+    What follows an option that takes a value, or that is not known, belongs to it, unless it is a key of the recipe.
+    """
+    if "--" in argv:
+        return argv
+    flags = [text for action in parser._actions if action.nargs == 0 for text in action.option_strings]
+    words, options = [], []
+    for before, argument in zip(["", *argv], argv):
+        valued = before.startswith("-") and "=" not in before and not any(flag.startswith(before) for flag in flags)
+        is_option = argument.startswith("-") or (valued and not _KEY.match(argument))
+        (options if is_option else words).append(argument)
+    return words + options
 
 
 def _near(word: str, words: Sequence[str]) -> str:

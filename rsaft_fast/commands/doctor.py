@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import os
 import platform
+import re
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -14,12 +15,17 @@ import torch
 from rsaft_fast.ops import backends
 
 REQUIRED = ("rsaft_fast", "torch", "triton", "diffusers", "transformers", "peft", "safetensors", "accelerate")
-OPTIONAL = {
-    "bitsandbytes": "8-bit optimizer state and NF4 base weights: pip install 'rsaft_fast[low-bit]'",
+EXTRAS = {
+    "low-bit": "8-bit optimizer state and NF4 base weights",
     "xformers": "another attention backend; its PyPI wheel needs CUDA 12's runtime",
-    "ftfy": "cleans the prompts of HPSv2 and HPSv2.1, which refuse to run without it: pip install 'rsaft_fast[hps]'",
-    "torchvision": "not needed",
+    "hps": "cleans the prompts of HPSv2 and HPSv2.1, which refuse to run without it",
+    "ocr": "the OCR reward",
+    "server": "rsaft-fast serve",
+    "prompts": "prompt sets in parquet",
+    "bench": "whom rsaft-fast bench measures beside us",
+    "test": "the tests",
 }
+"""What each extra of pyproject.toml is for, in its order."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -28,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         ("device", _device()),
         ("backends of the operations, in the order in which they are tried", _backends()),
         ("attention", _attention()),
-        ("optional packages", _optional()),
+        ("extras", _optional()),
         ("advice", _advice()),
     ):
         print(f"{title}:")
@@ -92,9 +98,29 @@ def _attention() -> Iterator[str]:
 
 
 def _optional() -> Iterator[str]:
-    for package, purpose in OPTIONAL.items():
-        version = version_of(package)
-        yield f"{package} {version}" if version else f"{package} is not installed ({purpose})"
+    """A line for each extra: what it is for, and which of its packages are here."""
+    packages = extras()
+    for extra, purpose in EXTRAS.items():
+        names = packages.get(extra, [])
+        found = [f"{name} {version}" for name in names if (version := version_of(name))]
+        missing = [name for name in names if not version_of(name)]
+        line = f"{extra} ({purpose}): {', '.join(found) or 'none of it is here'}"
+        if missing:
+            without = f"without {', '.join(missing)}: " if found else ""
+            line += f"; {without}pip install 'rsaft_fast[{extra}]'"
+        yield line
+
+
+def extras() -> dict[str, list[str]]:
+    """The packages of each extra, as the installed distribution declares them."""
+    found: dict[str, list[str]] = {}
+    # Run from a folder of sources, nothing declares them.
+    declared = metadata.requires("rsaft_fast") if version_of("rsaft_fast") else None
+    for requirement in declared or []:
+        match = re.match(r"([\w.\-]+).*;.*extra *== *['\"]([\w\-]+)['\"]", requirement)
+        if match:
+            found.setdefault(match[2], []).append(match[1])
+    return found
 
 
 def _advice() -> Iterator[str]:

@@ -14,12 +14,15 @@ from rsaft_fast.sampling.plan import GradientPlan
 
 
 class AlignProp(Method):
-    """Predictions before call b are detached; b is drawn once per batch from N(mean, std) within 1 to T - 1.
+    """All calls from a random one on carry gradient, network input included.
 
+    It is call b of T, drawn once per batch from N(mean, std) within 1 to T - 1. The predictions before it are detached.
     Detaching the predictions leaves nothing before b that depends on the parameters, so the plan is DRaFT-(T - b).
 
     Attributes:
-        mean, std: of b as fractions of the schedule (the released code: 42 and 5 of 50 steps).
+        mean: where the graded calls begin on average, as a fraction of the sampler's steps (the released code: 42 of
+            50); all calls from there to the end carry gradient.
+        std: standard deviation of that beginning, as a fraction of the sampler's steps (the released code: 5 of 50).
     """
 
     name: Literal["alignprop"] = "alignprop"

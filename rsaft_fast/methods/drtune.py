@@ -12,14 +12,15 @@ from rsaft_fast.sampling.plan import GradientPlan
 
 
 class DRTune(Method):
-    """K equally spaced calls with a random offset carry gradient; the network's input is detached in all of them.
+    """K equally spaced calls carry gradient, from a random offset on; the network's input is detached in all of them.
 
     The rollout stops 1 to M calls before the end and finishes with the predicted x0. Indices are spread over the calls
     that run, so that all K survive the early stop.
 
     Attributes:
-        k: graded calls; None takes a tenth of the schedule (5 of 50), at least 1.
-        early_stop: M as a fraction of the schedule (0.4: up to 20 of 50 calls are left out); 0 runs all calls.
+        k: graded calls; null takes a tenth of the sampler's steps (5 of 50), at least 1.
+        early_stop: at most this fraction of the sampler's steps is left out at the end, a random number at each draw
+            (0.4: 1 to 20 of 50), and the picture predicted from there; 0 runs all calls.
     """
 
     name: Literal["drtune"] = "drtune"

@@ -13,11 +13,11 @@ from rsaft_fast.sampling.plan import GradientPlan, Uncond
 
 
 class ReFL(Method):
-    """Run m calls without gradient, m uniform in a late window, then one with, and finish with its predicted x0.
+    """One call, at random in a late window, carries gradient; the picture is the clean one that it predicts.
 
     Attributes:
-        window: the half-open window of m as fractions of the schedule. The released code draws from {30..39} of 40
-            steps, its paper's flow descendants from the last 11 of 25.
+        window: from which fraction of the sampler's steps to which the one graded call is drawn, the end left out. The
+            released code draws from {30..39} of 40 steps, its paper's flow descendants from the last 11 of 25.
     """
 
     name: Literal["refl"] = "refl"

@@ -9,7 +9,7 @@ import torch
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory import phases
-from rsaft_fast.memory.estimate import GIB, Estimate, estimate
+from rsaft_fast.memory.estimate import GIB, RESERVED, Estimate, estimate, spare
 from rsaft_fast.memory.suggestions import suggest
 from rsaft_fast.train.check import pick_device
 from rsaft_fast.train.config import Config
@@ -54,9 +54,9 @@ def forecast(config: Config, say: Callable[[str], None], card: int) -> Forecast 
         say(f"the memory that this run needs could not be estimated ({kind}{line})")
         return None
     say(f"estimated peak {found.peak / GIB:.2f} GiB of the card's {card / GIB:.2f}, in {found.largest.name}")
-    if found.peak > card:
+    if (missing := -spare(found.peak, card)) > 0:
         say(
-            "warning: that is more than the card has; 'rsaft-fast estimate' with this recipe says which keys would "
-            "lower it"
+            f"warning: that is {missing / GIB:.2f} GiB more than the card has beside {RESERVED / GIB:.2f} GiB for what "
+            "is not counted; 'rsaft-fast estimate' with this recipe says which keys would lower it"
         )
     return Forecast(config, found)

@@ -223,6 +223,10 @@ def describe(model: type[BaseModel], name: str) -> str:
         if (text := _documented(base).get(name)) is not None:
             return text
     # A small section may say it all in its first sentence.
+    return _summary(model)
+
+
+def _summary(model: type[BaseModel]) -> str:
     return inspect.cleandoc(model.__doc__ or "").split("\n\n")[0].replace("\n", " ")
 
 
@@ -283,7 +287,10 @@ def _help_lines(
     if known:
         text = f"the keys above that fit: {', '.join(known)}."
         yield from textwrap.wrap(text, width, initial_indent=f"{pad}# ", subsequent_indent=f"{pad}# ")
-    for tag in _tags([model]) if only is None else ():
+    tags = _tags([model]) if only is None else []
+    if len(tags) == 1:  # one choice of several classes, each of which says in its first sentence what it is
+        yield from textwrap.wrap(_summary(model), width, initial_indent=f"{pad}# ", subsequent_indent=f"{pad}# ")
+    for tag in tags:
         yield f"{pad}name: {tag}"
     for name, field in model.model_fields.items():
         if (only is None and name == "name" and _tags([model])) or name in known or only not in (None, name):

@@ -310,8 +310,8 @@ def _training_schedule(config: Config, shapes: PipelineBackbone) -> Schedule:
     if plan.finish == "sampler" and not plan.renoise and all(abs(step.b) < 1e-9 for step in graded):
         raise UserError(
             f"method {config.method.name} would train nothing: {len(graded)} of sampler.steps {len(schedule)} carry a "
-            f"gradient, and this scheduler's last step, at timestep {schedule[plan.last].t:g}, leaves the picture as it "
-            "is; raise method.k and sampler.steps, or set timestep_spacing to trailing in scheduler_config.json"
+            f"gradient, and this scheduler's last step, at timestep {schedule[plan.last].t:g}, leaves the picture as "
+            "it is; raise method.k and sampler.steps, or set timestep_spacing to trailing in scheduler_config.json"
         )
     return schedule
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import types
 from pathlib import Path
 
 import pytest
+import tomllib
 import torch
 from builders.recipes import config, environment
 from PIL import Image
@@ -51,7 +53,7 @@ def test_every_command_teaches_by_example(command, capsys):
 
 def test_there_are_no_commands_that_do_nothing():
     actions = [action for action in build_parser()._actions if action.dest == "command"]
-    assert set(actions[0].choices) == set(COMMANDS)
+    assert set(actions[0].choices) == {*COMMANDS, "help"}
 
 
 def test_every_key_is_printed(capsys):
@@ -63,11 +65,37 @@ def test_every_key_is_printed(capsys):
 def test_doctor_says_what_runs_and_why(capsys, monkeypatch):
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    for words in ("torch " + torch.__version__, "versions:", "triton", "used on", "optional packages:", "advice:"):
+    for words in ("torch " + torch.__version__, "versions:", "triton", "used on", "extras:", "advice:"):
         assert words in text
     monkeypatch.setenv("RSAFT_BACKEND", "metal")
     assert main(["doctor"]) == 0
     assert "RSAFT_BACKEND='metal': not a backend" in capsys.readouterr().out
+
+
+def test_doctor_lists_every_extra_with_its_packages(capsys, monkeypatch):
+    declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    declared = declared["optional-dependencies"]
+    assert list(doctor.EXTRAS) == list(declared)
+    for extra, packages in doctor.extras().items():
+        assert packages == [re.match(r"[\w.\-]+", package)[0] for package in declared[extra]]
+    real = doctor.version_of
+    monkeypatch.setattr(doctor, "version_of", lambda name: None if name in ("ftfy", "uvicorn") else real(name))
+    lines = {line.split()[0]: line for line in doctor._optional()}
+    assert "none of it" in lines["hps"] and "pip install 'rsaft_fast[hps]'" in lines["hps"]
+    assert "without uvicorn: pip install 'rsaft_fast[server]'" in lines["server"]
+
+
+def test_doctor_has_advice_where_torch_has_no_cuda(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert any("without CUDA" in line for line in doctor._advice())
+
+
+def test_help_names_every_method_before_its_keys_and_no_symbol_that_it_does_not_explain(capsys):
+    assert main(["train", "--help-config", "method"]) == 0
+    text = capsys.readouterr().out
+    for name in ("refl", "draft", "draft_lv", "alignprop", "drtune"):
+        assert re.search(rf"# .+\n  name: {name}\n", text)
+    assert not re.search(r"# .*\bNone\b|# (M|of b)\b|window of m\b", text)
 
 
 def test_doctor_notices_a_torchvision_of_another_build(tmp_path, monkeypatch):

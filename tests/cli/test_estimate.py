@@ -9,7 +9,7 @@ import pytest
 import torch
 from builders.recipes import config, recipe, write_recipe
 
-from rsaft_fast.cli import main
+from rsaft_fast.cli import _parse, build_parser, main
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory import phases
 from rsaft_fast.memory.estimate import RESERVED, estimate, spare
@@ -48,6 +48,28 @@ def test_a_card_is_judged_in_words(path, tiny, out, capsys, card, words):
     assert words in text
     peak = estimate(config(tiny, out)).peak
     assert f"{abs(float(card.split()[0]) - 1 - peak / 2**30):.1f} GiB" in text
+
+
+@pytest.mark.parametrize(
+    ("typed", "recipe", "keys", "quick", "card", "json"),
+    [
+        ("r.yaml --quick a.b=x", "r.yaml", ["a.b=x"], True, None, False),
+        ("--quick r.yaml a=1 --json b=2", "r.yaml", ["a=1", "b=2"], True, None, True),
+        ("--card 12 r.yaml a=1", "r.yaml", ["a=1"], False, 12, False),
+        ("r.yaml a=1 --card=12 b=-1 --qu c=--x", "r.yaml", ["a=1", "b=-1", "c=--x"], True, 12, False),
+        ("--quick -- r.yaml -a=1", "r.yaml", ["-a=1"], True, None, False),
+    ],
+)
+def test_options_and_keys_mix(typed, recipe, keys, quick, card, json):
+    parsed = _parse(build_parser(), ["estimate", *typed.split()])
+    assert (parsed.recipe, parsed.overrides) == (recipe, keys)
+    assert (parsed.quick, parsed.card, parsed.json) == (quick, card, json)
+
+
+def test_what_follows_an_option_of_train_is_its_own_unless_it_is_a_key():
+    assert _parse(build_parser(), ["train", "--help-config", "optimizer"]).help_config == "optimizer"
+    with pytest.raises(UserError, match="max_steps=5"):
+        _parse(build_parser(), ["train", "r.yaml", "--max-steps", "5", "seed=1"])
 
 
 def test_keys_that_make_it_fit_do(tiny, out):
@@ -158,6 +180,12 @@ def test_a_card_is_compared_and_warned_of(tiny, out):
     lines.clear()
     forecast(settings, lines.append, card=2**10)
     assert len(lines) == 2 and lines[1].startswith("warning: ")
+    # What `estimate` keeps free is kept free here: one byte is the difference.
+    for card, count in ((RESERVED + seen.found.peak, 1), (RESERVED + seen.found.peak - 2**30, 2)):
+        lines.clear()
+        forecast(settings, lines.append, card=card)
+        assert len(lines) == count, lines
+    assert "1.00 GiB more than the card has" in lines[1]
 
 
 def test_an_estimate_that_fails_stops_nothing(tiny, out, monkeypatch):
