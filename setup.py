@@ -151,7 +151,7 @@ setup(
     package_dir={f"rsaft_fast.{name}": name for name in BESIDE},
     package_data={
         "rsaft_fast": ["playground/assets/**/*", "backbones/specs/*.json", "py.typed"],
-        "rsaft_fast.recipes": ["*.yaml"],
+        "rsaft_fast.recipes": ["*.yaml", "*.txt"],
         "rsaft_fast.benchmarks": ["shapes.json"],
     },
     ext_modules=libraries,

@@ -237,7 +237,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--prompts-file",
         type=_place,
         metavar="FILE",
-        help=".txt, .csv, .tsv, .json, .jsonl, .parquet, playground, or a set: drawbench, hpdv2, hpdv2-photo, "
+        help=".txt, .csv, .tsv, .json, .jsonl, .parquet, starter, playground, or a set: drawbench, hpdv2, hpdv2-photo, "
         "partiprompts, geneval, ocr, pickapic, or NAME=PATH",
     )
     sample.add_argument(

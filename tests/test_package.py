@@ -39,7 +39,7 @@ def test_wheel_without_a_compiler_is_pure_and_whole(tmp_path):
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "rsaft_fast/kernels/global_norm.py" in names, "kernels/ installs inside the package"
-    assert "rsaft_fast/recipes/playground.yaml" in names
+    assert {"rsaft_fast/recipes/playground.yaml", "rsaft_fast/recipes/starter.txt"} <= set(names)
     assert {"rsaft_fast/benchmarks/suite.py", "rsaft_fast/benchmarks/shapes.json"} <= set(names)
     beside = [name for name in names if name.startswith("rsaft_fast/benchmarks/")]
     assert all(re.fullmatch(r"(?!test_|conftest)\w+\.(py|json)", Path(name).name) for name in beside), beside

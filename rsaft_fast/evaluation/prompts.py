@@ -9,6 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rsaft_fast.evaluation.prompt_sets import SETS, named_set, set_files
 from rsaft_fast.reading import open_regular, read_text
 
 PLAYGROUND = "playground"
+STARTER = "starter"
 # Names of the prompt column in the public sets (PartiPrompts, GenEval, DrawBench, HPDv2), in order of preference.
 COLUMNS = ("prompt", "prompts", "text", "caption")
 MAX_CHARACTERS = 10_000
@@ -30,13 +32,14 @@ Found = Iterator[tuple[str, Any]]
 
 
 def load_prompts(source: str | Path, column: str | None = None) -> list[str]:
-    """The prompts of a published set or of a UTF-8 file in order, duplicates kept; or the playground's for training.
+    """The prompts of a published set or of a UTF-8 file in order, duplicates kept; or those that ship with the package.
 
     Args:
         source: a name of `prompt_sets.SETS` (from the hub's cache or the hub), NAME=PATH for a set that lies here, or
             a file: .txt (one prompt a line, empty lines skipped), .csv or .tsv (with a header, and every row as many
             fields), .json (a list of strings or objects, or an object whose `column` is such a list), .jsonl (a string
-            or an object a line), or .parquet (needs pyarrow); or "playground".
+            or an object a line), or .parquet (needs pyarrow); or "playground", the scenes that its
+            pipeline is trained on, or "starter", varied ones for real models.
         column: header or key of the prompt; without it the first of `COLUMNS` that is there, in any case. Objects all
             have the key that the first one has.
 
@@ -48,13 +51,15 @@ def load_prompts(source: str | Path, column: str | None = None) -> list[str]:
         from rsaft_fast import playground
 
         return playground.train_prompts()
+    if str(source) == STARTER:
+        return _from_file(Path(str(resources.files("rsaft_fast.recipes") / f"{STARTER}.txt")), column, STARTER)
     if (named := named_set(str(source))) is not None:
         return [prompt for file in set_files(*named) for prompt in _from_file(file, column, str(file))]
     return _from_file(Path(os.path.expanduser(source)), column, str(source))
 
 
 def _nearest_set(source: str) -> str:
-    near = difflib.get_close_matches(source.partition("=")[0], (PLAYGROUND, *SETS), 1, cutoff=0.75)
+    near = difflib.get_close_matches(source.partition("=")[0], (PLAYGROUND, STARTER, *SETS), 1, cutoff=0.75)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -69,8 +74,8 @@ def _from_file(path: Path, column: str | None, source: str) -> list[str]:
     else:
         endings = ", ".join((*READERS, ".parquet"))
         raise UserError(
-            f"prompt file {source!r}: the ending must be one of {endings}, or give playground, one of the sets "
-            f"{', '.join(SETS)}, or NAME=PATH for a set that lies here"
+            f"prompt file {source!r}: the ending must be one of {endings}, or give {STARTER}, {PLAYGROUND}, one of "
+            f"the sets {', '.join(SETS)}, or NAME=PATH for a set that lies here"
         )
     prompts = [checked_prompt(text, f"prompt file {str(path)!r}, {place}") for place, text in found]
     if not prompts:

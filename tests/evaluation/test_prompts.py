@@ -37,6 +37,15 @@ FORMATS = {
 }
 
 
+def test_the_prompts_that_ship_for_real_models_fit_their_encoders():
+    prompts = load_prompts("starter")
+    assert len(prompts) == 96 == len({prompt.lower() for prompt in prompts})
+    # CLIP reads 77 tokens, an English word has two at most; the first eight are what the sample grids show.
+    assert all(3 <= len(prompt.split()) <= 20 for prompt in prompts)
+    with pytest.raises(UserError, match="did you mean starter"):
+        load_prompts("startr")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize("name", FORMATS)

@@ -5,6 +5,7 @@ from importlib import resources
 
 import pytest
 
+from rsaft_fast.evaluation import load_prompts
 from rsaft_fast.memory.estimate import GIB, estimate
 from rsaft_fast.train.recipe import find_recipe, load_config
 
@@ -32,6 +33,11 @@ def test_every_backbone_has_recipes_for_its_cards():
 def test_a_recipe_states_a_peak_that_its_card_has(name):
     card = re.search(r"-(\d+)gb", name)[1]
     assert stated_peak(name) <= CARDS[card]
+
+
+@pytest.mark.parametrize("name", sorted(MADE))
+def test_a_recipe_brings_its_prompts(name):
+    assert len(load_prompts(load_config(name).data.prompts)) >= 60
 
 
 @pytest.mark.slow
