@@ -25,7 +25,20 @@ RECIPE = "playground.yaml"
 BEFORE, PLAIN, SMOOTHED = "before", "plain", "RSA-FT"
 EVALUATIONS = 6  # along each run, beside the one before it
 SHOWN = 6  # prompts in the figure
-QUANTITIES = ("proxy reward", "true preference r*", "sharpness S1")
+PROXY, TRUTH, SHARPNESS = QUANTITIES = ("proxy reward", "true preference r*", "sharpness S1")
+TITLES = {
+    PROXY: ("Proxy reward", "what both runs climb"),
+    TRUTH: ("True preference r*", "how well the picture is what its prompt says, 0 to 1"),
+    SHARPNESS: ("Sharpness S1", "what the proxy loses at the worst nearby picture"),
+}
+"""Of the figure's panels: the name, and what it is."""
+
+LEGEND = f"""\
+{PROXY}: what training climbs, a small network's guess of what people would like.
+{TRUTH}: how well a picture is what its prompt says, 0 to 1, computed from its shapes and colours. Only a
+  toy world has it, and training never sees it. Reward hacking is the proxy rising while r* falls.
+{SHARPNESS}: how much the proxy falls at the worst picture within {{radius:g}} ({{norm}} norm) of the one drawn. Where
+  it is high, changes that hardly show move the reward: it can be climbed there without a better picture."""
 
 
 @dataclass
@@ -88,7 +101,9 @@ def _compare(arguments: argparse.Namespace, output: Path) -> int:
         label: {name: (measured.curve(name)[0], measured.curve(name)[-1]) for name in QUANTITIES}
         for label, measured in runs.items()
     }
-    print(summary_table(changes))
+    ball = config.sharpness
+    print("\n" + LEGEND.format(radius=ball.radius, norm=ball.norm.upper()) + "\n")
+    print(summary_table(changes) + "\n")
     for line in _verdict(runs):
         print(line)
     _record(output / "comparison.json", config, runs)
@@ -132,21 +147,57 @@ def _verdict(runs: dict[str, Measured]) -> list[str]:
     """What was measured, in words; nothing here assumes an outcome."""
     lines = []
     for label, measured in runs.items():
-        truth = measured.curve(QUANTITIES[1])
+        truth = measured.curve(TRUTH)
         peak = max(range(len(truth)), key=truth.__getitem__)
         lines.append(
             f"{label}: r* starts at {truth[0]:.4f}, is highest at {truth[peak]:.4f} after {measured.steps[peak]} "
             f"updates, ends at {truth[-1]:.4f}"
         )
-    for name in QUANTITIES[:2]:
-        last = [runs[label].scores[name][-1] for label in (SMOOTHED, PLAIN)]
-        # The same prompts and noise: pictures are compared one by one.
-        difference = last[0] - last[1]
-        half = 1.96 * float(difference.std()) / len(difference) ** 0.5
+    differences = {name: _difference(runs, name) for name in QUANTITIES}
+    for name, (mean, half) in differences.items():
         lines.append(
-            f"RSA-FT minus plain, {name}: {float(difference.mean()):+.4f} (95 % interval over {len(difference)} "
-            f"pictures of this one seed: +-{half:.4f})"
+            f"RSA-FT minus plain, {name}: {mean:+.4f} (95 % interval over the pictures of this one seed: +-{half:.4f})"
         )
+    return [*lines, "", *_conclusion(runs, differences)]
+
+
+def _difference(runs: dict[str, Measured], name: str) -> tuple[float, float]:
+    """RSA-FT minus plain after the last update, and half the width of its 95 % interval.
+
+    The same prompts and noise: pictures are compared one by one.
+    """
+    difference = runs[SMOOTHED].scores[name][-1] - runs[PLAIN].scores[name][-1]
+    return float(difference.mean()), 1.96 * float(difference.std()) / len(difference) ** 0.5
+
+
+def _conclusion(runs: dict[str, Measured], differences: dict[str, tuple[float, float]]) -> list[str]:
+    """What follows from these two runs, whichever came out better."""
+    lines = []
+    for label, measured in runs.items():
+        proxy, truth = measured.curve(PROXY), measured.curve(TRUTH)
+        if proxy[-1] <= proxy[0]:
+            words = "its proxy did not rise: it has not learned yet, or too large a step undid it"
+        elif truth[-1] < truth[0]:
+            words = "its proxy rose and the true preference ended below where it began: that is reward hacking"
+        elif truth[-1] < max(truth):
+            words = "its proxy rose, and the true preference ended above where it began, but below its best"
+        else:
+            words = "proxy and true preference both rose to the end: nothing was hacked so far"
+        lines.append(f"{label}: {words}")
+    mean, half = differences[TRUTH]
+    if abs(mean) <= half:
+        lines.append("true preference: no difference between the two that this many pictures show")
+    else:
+        words = "higher than plain" if mean > 0 else "lower than plain: it did not help here"
+        lines.append(f"true preference: RSA-FT ends {words}")
+    mean, half = differences[SHARPNESS]
+    if abs(mean) <= half:
+        lines.append("sharpness: no difference that this many pictures show")
+    elif mean < 0:
+        lines.append("sharpness: RSA-FT ends where the proxy is flatter, as it is meant to")
+    else:
+        lines.append("sharpness: RSA-FT ends where the proxy is sharper, which it is meant to avoid")
+    lines.append("One seed of a toy world: --seed 1, --proxy brittle and --steps show how far it holds.")
     return lines
 
 
@@ -166,8 +217,8 @@ def _draw(path: Path, config: Config, runs: dict[str, Measured]) -> Path:
     for label, measured in runs.items():
         columns[label], captions[label] = measured.images[-1][:SHOWN], _captions(measured, -1)
     panels = [
-        Panel(name, unit, {label: Curve(measured.steps, measured.curve(name)) for label, measured in runs.items()})
-        for name, unit in zip(QUANTITIES, ("score", "0 to 1", "score"))
+        Panel(title, unit, {label: Curve(measured.steps, measured.curve(name)) for label, measured in runs.items()})
+        for name, (title, unit) in TITLES.items()
     ]
     return comparison_figure(
         path,

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, Locator, MaxNLocator
 from PIL import Image, ImageDraw
 
 from rsaft_fast.errors import UserError
@@ -40,7 +40,7 @@ class Panel:
 
     Attributes:
         title: what is shown, for example "True preference r*".
-        unit: of the vertical axis.
+        unit: what it is or is measured in, under the title.
         curves: run label to its curve. A run that is also a column of the grid has that column's colour.
     """
 
@@ -107,10 +107,9 @@ def _draw_curves(panels: Sequence[Panel], columns: Sequence[str], height: int) -
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axis, panel in zip(axes, panels):
         _draw_panel(axis, panel, styles)
-    figure.align_ylabels(axes)
     axes[-1].set_xlim(*_step_range(panels))
     axes[-1].set_xlabel("fine-tuning step", fontsize=11, color=INK)
-    axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes[-1].xaxis.set_major_locator(_step_ticks(panels))
     drawn = [label for label in runs if any(label in panel.curves for panel in panels)]
     if drawn:
         # Literal text: a run's name may hold a dollar sign, which matplotlib would read as mathematics.
@@ -118,6 +117,15 @@ def _draw_curves(panels: Sequence[Panel], columns: Sequence[str], height: int) -
         figure.legend(handles=handles, loc="outside upper right", ncols=min(len(drawn), 3), frameon=False, fontsize=11)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _step_ticks(panels: Sequence[Panel]) -> Locator:
+    """Ticks at the steps that were measured, where these are few and far enough apart for their numbers."""
+    steps = sorted({step for panel in panels for curve in panel.curves.values() for step in curve.steps})
+    gaps = [after - before for before, after in zip(steps, steps[1:])]
+    if gaps and min(gaps) >= (steps[-1] - steps[0]) / 12:
+        return FixedLocator(steps)
+    return MaxNLocator(nbins=8, integer=True)
 
 
 def _step_range(panels: Sequence[Panel]) -> tuple[float, float]:
@@ -142,8 +150,20 @@ def _draw_panel(axis: Axes, panel: Panel, styles: Mapping[str, Mapping[str, obje
     if points == 0:
         axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", va="center", color=FAINT)
         axis.set_yticks([])
-    axis.set_title(printable(panel.title), loc="left", fontsize=13, fontweight="bold", color=INK, parse_math=False)
-    axis.set_ylabel(printable(panel.unit), fontsize=11, color=INK, parse_math=False)
+    # Above the panel, not beside it: there a sentence has room.
+    axis.set_title(printable(panel.unit), loc="left", fontsize=11, color=FAINT, parse_math=False)
+    axis.annotate(
+        printable(panel.title),
+        (0, 1),
+        (0, 22),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        fontsize=13,
+        fontweight="bold",
+        color=INK,
+        parse_math=False,
+        annotation_clip=False,
+    )
     axis.tick_params(labelsize=10, colors=INK)
     axis.grid(True, color="#E3E3E3", linewidth=0.8)
     axis.set_axisbelow(True)

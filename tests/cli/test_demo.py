@@ -6,12 +6,53 @@ import json
 import math
 
 import pytest
+import torch
 from PIL import Image
 
 from rsaft_fast.cli import main
-from rsaft_fast.commands.demo import QUANTITIES, RECIPE
+from rsaft_fast.commands.demo import PROXY, QUANTITIES, RECIPE, SHARPNESS, TRUTH, Measured, _verdict
 from rsaft_fast.train.logging import read_metrics
 from rsaft_fast.train.recipe import find_recipe, load_config
+
+
+def measured(proxy: list[float], truth: list[float], sharpness: list[float], spread: float = 0.0) -> Measured:
+    """A run of four pictures with these means; `spread` between pictures."""
+    curves = {PROXY: proxy, TRUTH: truth, SHARPNESS: sharpness}
+    noise = spread * torch.tensor([-1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
+    scores = {name: [value + noise for value in values] for name, values in curves.items()}
+    return Measured(steps=list(range(len(proxy))), scores=scores)
+
+
+@pytest.mark.parametrize(
+    ("plain", "smoothed", "words", "absent"),
+    [
+        # It won.
+        (
+            measured([0, 1, 2], [0.5, 0.6, 0.4], [5, 6, 7]),
+            measured([0, 1, 2], [0.5, 0.6, 0.7], [5, 4, 3]),
+            ["plain: its proxy rose and the true", "hacking", "nothing was hacked", "ends higher", "flatter"],
+            ["lower", "sharper"],
+        ),
+        # It lost, and is said to have.
+        (
+            measured([0, 1, 2], [0.5, 0.6, 0.7], [5, 4, 3]),
+            measured([0, 1, 2], [0.5, 0.6, 0.55], [5, 6, 7]),
+            ["below its best", "lower than plain", "did not help", "sharper"],
+            ["ends higher", "flatter", "hacking"],
+        ),
+        # Too close to call, and one that did not learn.
+        (
+            measured([0, 1, 2], [0.5, 0.6, 0.7], [5, 4, 3], spread=1),
+            measured([0, 1, -1], [0.5, 0.6, 0.71], [5, 4, 3.1], spread=-1),
+            ["RSA-FT: its proxy did not rise", "true preference: no difference", "sharpness: no difference"],
+            ["higher", "flatter", "hacking"],
+        ),
+    ],
+)
+def test_what_is_concluded_is_what_was_measured(plain, smoothed, words, absent):
+    said = "\n".join(_verdict({"plain": plain, "RSA-FT": smoothed}))
+    assert all(word in said for word in words), said
+    assert not any(word in said.split("\n\n")[1] for word in absent), said
 
 
 @pytest.mark.slow
