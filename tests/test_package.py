@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -17,13 +18,17 @@ from rsaft_fast.ops import library
 ROOT = Path(__file__).parents[1]
 
 
-def build_wheel(tmp_path: Path, **environment: str) -> Path:
-    """A wheel from a copy of the sources, so that nothing is left in the checkout."""
-    source = tmp_path / "source"
+def copy_sources(tmp_path: Path) -> Path:
+    """The sources, so that nothing is left in the checkout."""
     ignore = shutil.ignore_patterns(
         ".git", "build", "runs", "*.egg-info", "*.so", "__pycache__", "tests", "assets", ".*"
     )
-    shutil.copytree(ROOT, source, ignore=ignore)
+    return Path(shutil.copytree(ROOT, tmp_path / "source", ignore=ignore))
+
+
+def build_wheel(tmp_path: Path, **environment: str) -> Path:
+    """A wheel from a copy of the sources."""
+    source = copy_sources(tmp_path)
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)],
         cwd=source,
@@ -138,3 +143,33 @@ def test_forcing_a_library_without_a_compiler_is_an_error(tmp_path, variable, mi
         text=True,
     )
     assert run.returncode != 0 and missing in run.stderr
+
+
+def test_an_old_setuptools_is_named_with_the_mend(tmp_path):
+    """What --no-build-isolation finds on older systems."""
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "setuptools").mkdir()
+    (tmp_path / "setuptools" / "__init__.py").write_text('__version__ = "65.5.1"\n')
+    run = subprocess.run([sys.executable, "setup.py", "--name"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode != 0 and "Traceback" not in run.stderr
+    assert "setuptools 77 or later" in run.stderr and "65.5.1" in run.stderr
+
+
+def test_an_sdist_holds_what_a_wheel_is_built_from(tmp_path):
+    """MANIFEST.in's part: the compiler's sources, recipes and examples, and nothing of the tests."""
+    source = copy_sources(tmp_path)
+    code = f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})"
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=source,
+        env=os.environ | {"RSAFT_CUDA": "0", "RSAFT_CPU": "0"},
+        check=True,
+        capture_output=True,
+    )
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    listed = (ROOT / "csrc" / "sources.txt").read_text().split()
+    wanted = {"CMakeLists.txt", "csrc/architectures.txt", "recipes/starter.txt", "examples/README.md", "LICENSE"}
+    wanted |= {f"csrc/{name}" for name in listed} | {f"kernels/{path.name}" for path in ROOT.glob("kernels/*.py")}
+    assert wanted <= names, wanted - names
+    assert not any(name.startswith("tests/") or name.endswith((".pyc", ".so")) for name in names)
