@@ -11,7 +11,6 @@ from signal import Signals
 from typing import Any
 
 import torch
-import yaml
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation import compose_grid
@@ -26,6 +25,7 @@ from rsaft_fast.train.progress import Progress, tell
 from rsaft_fast.train.recipe import read_yaml, to_yaml
 from rsaft_fast.train.signals import Interrupted, StopSignals
 from rsaft_fast.train.trainer import Trainer, describe_software
+from rsaft_fast.train.yaml_text import parse_yaml
 
 # Keys that may differ after a resume without a word.
 _FREE_KEYS = {"resume", "output_dir", "max_steps", "checkpoint_every", "keep_checkpoints", "samples", "logging"}
@@ -369,7 +369,7 @@ def what_changed(config: Config, checkpoint: Path, info: dict[str, Any]) -> list
         before = _flat(read_yaml(checkpoint / checkpoints.CONFIG))
     except UserError as error:
         return [f"what has changed since cannot be said: {error}"]
-    now = _flat(yaml.safe_load(to_yaml(config)))
+    now = _flat(parse_yaml(to_yaml(config)))
     lines = [
         f"{key} was {before.get(key)!r} and is {value!r} now"
         for key, value in now.items()
