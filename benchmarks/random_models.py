@@ -91,7 +91,7 @@ class DrawnEncodings(dict[str, Mapping[str, torch.Tensor]]):
                 for name, shape in shapes.embedding_shapes.items()
             }
 
-    def complete(self) -> None:
+    def complete(self, stage: Callable[[str], None]) -> None:
         """They are."""
 
 
@@ -150,6 +150,8 @@ def _write_configs(folder: Path, pipeline: str, parts: Parts) -> None:
         file = "tokenizer_config.json" if name.startswith("tokenizer") else file
         (folder / name).mkdir(exist_ok=True)
         (folder / name / file).write_text(json.dumps(config))
+        if name.startswith("tokenizer"):
+            (folder / name / "tokenizer.json").write_text("{}")  # looked for, and on shapes alone not read
 
 
 _TINY_STEPS = 6
@@ -201,8 +203,8 @@ def _text(kind: str = "CLIPTextModel") -> tuple[str, str, dict[str, Any]]:
     return "transformers", kind, _TINY_T5 if kind.startswith("T5") else _TINY_TEXT
 
 
-def _tokenizer(length: int = 77) -> tuple[str, str, dict[str, Any]]:
-    return "transformers", "PreTrainedTokenizer", {"model_max_length": length}
+def _tokenizer(kind: str = "CLIPTokenizer", length: int = 77) -> tuple[str, str, dict[str, Any]]:
+    return "transformers", kind, {"model_max_length": length}
 
 
 _TINY_UNET = {
@@ -289,13 +291,13 @@ _TINY_TEXTS: dict[str, Parts] = {
         "text_encoder_2": _text("CLIPTextModelWithProjection"),
         "tokenizer_2": _tokenizer(),
         "text_encoder_3": _text("T5EncoderModel"),
-        "tokenizer_3": _tokenizer(512),
+        "tokenizer_3": _tokenizer("T5Tokenizer", 512),
     },
     "flux": {
         "text_encoder": _text(),
         "tokenizer": _tokenizer(),
         "text_encoder_2": _text("T5EncoderModel"),
-        "tokenizer_2": _tokenizer(512),
+        "tokenizer_2": _tokenizer("T5Tokenizer", 512),
     },
 }
 _TINY: dict[str, Parts] = {

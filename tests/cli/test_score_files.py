@@ -223,10 +223,8 @@ def test_a_journal_takes_what_it_wrote_and_nothing_else(tmp_path):
         (["--output", "{}/x.csv", "--calibration", "{}/x.csv.partial"], "--calibration .* writes already"),
         (["--output", "{}/old"], "old.json exists"),
         (["--output", "{}/a"], "a exists"),
-        (["--output", "{}/" + "x" * 252 + ".csv"], "File name too long"),
+        (["--output", "{}/" + "x" * 251 + ".csv"], "File name too long"),
         (["--output", "{}/prompts.txt/x.csv"], "is a file"),
-        (["--output", "{}/" + "x" * 300 + "/x.csv"], "File name too long"),
-        (["--output", ""], "no name of a file"),
         (["--output", "{}/.."], "no name of a file"),
     ],
 )

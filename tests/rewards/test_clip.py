@@ -346,7 +346,7 @@ def spoil(folder, how):
         ("no config", "config.json"),
         ("config cut", "not JSON"),
         ("no weights", "no weights"),
-        ("weights cut", "does not load"),
+        ("weights cut", "cut short or damaged"),
         ("weight missing", "lacks 1 weights.*visual_projection"),
         ("weight misshapen", "does not load"),
         ("no tokenizer", "has no tokenizer"),
