@@ -266,6 +266,8 @@ def standing(trainer: Trainer) -> list[torch.Tensor]:
     ]
     for bucket in trainer.optimizer._buckets:
         tensors += [t for t in vars(bucket.table).values() if torch.is_tensor(t)]
+        # Compiled kernels write it unseen: plain torch's operations alone would show it to the counter.
+        tensors += [t for t in (bucket.table["backup"] if "backup" in bucket.table else ()) if t is not None]
     return tensors
 
 

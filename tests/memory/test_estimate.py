@@ -184,7 +184,8 @@ def reward_of(name, tiny, tmp_path) -> dict:
         return {"name": name, "path": str(tmp_path / "head.pth"), "image_tower": str(tower)}
     if name == "combination":
         return {"name": name, "parts": [{"path": str(tiny.clip)}, reward_of("imagereward", tiny, tmp_path)]}
-    return {"path": str(tiny.clip)}
+    (tmp_path / "clip").mkdir()
+    return {"path": str(write_clip(tmp_path / "clip"))}
 
 
 def test_comparing_a_coarse_reward_with_float32_is_counted_and_over_after_it(tiny, out, kernels_on_the_host):
