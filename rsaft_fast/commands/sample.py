@@ -66,7 +66,7 @@ def _draw(
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
-    check_device(arguments.device)
+    check_device(arguments.device, "--device")
     if arguments.pipeline is None and not arguments.run:
         raise UserError("sample needs a PIPELINE (folder, hub id, or playground), or --run FOLDER, which knows its own")
     for option, given in (("--untrained", arguments.untrained), ("--checkpoint", arguments.checkpoint is not None)):

@@ -40,7 +40,7 @@ _FIXED = ("picture", "prompt")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    check_device(arguments.device)
+    check_device(arguments.device, "--device")
     settings = parse_rewards(arguments.reward)
     if taken := next((label for label in settings if label in _FIXED), None):
         raise UserError(f"--reward {taken}: a column of the table is called so already; rename the recipe's file")

@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
         from rsaft_fast.server import Limits, connections_that_fit, make_app, make_server
     except ImportError as error:
         raise UserError(f"rsaft-fast serve needs fastapi and uvicorn ({error}): pip install fastapi uvicorn") from error
-    check_device(arguments.device)
+    check_device(arguments.device, "--device")
     chosen = parse_rewards(arguments.reward)
     names = {label: settings.name if settings.name != "combination" else label for label, settings in chosen.items()}
     if len(set(names.values())) < len(names):

@@ -53,7 +53,7 @@ class Difference:
 
 
 def pair_up(first: Sequence[Picture], second: Sequence[Picture], prompts: Mapping[Picture, str]) -> Pairing:
-    """Pair pictures of the same prompt: by prompt and seed, by name, or by order, whichever pairs the most.
+    """Pair pictures of the same prompt: by prompt and seed, else by name, else by order; the first that finds pairs.
 
     Args:
         first, second: the pictures of two sets, in order.
@@ -66,8 +66,8 @@ def pair_up(first: Sequence[Picture], second: Sequence[Picture], prompts: Mappin
     if all(picture.seed is not None for picture in (*first, *second)):
         ways.insert(0, ("prompt and seed", lambda picture: (prompts[picture], picture.seed)))
     found = [Pairing(how, *_matches(first, second, key, prompts)) for how, key in ways]
-    # The first of equals.
-    return max(found, key=lambda pairing: len(pairing.pairs))
+    # Not whichever finds the most: order pairs everything with something.
+    return next((pairing for pairing in found if pairing.pairs), found[-1])
 
 
 def _matches(

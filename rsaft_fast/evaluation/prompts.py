@@ -132,17 +132,26 @@ def _from_csv(path: Path, text: str, column: str | None) -> Found:
 
 def _from_tsv(path: Path, text: str, column: str | None) -> Found:
     # Published tab-separated sets quote nothing: a quotation mark belongs to the prompt. Programs that write tables
-    # quote the cells that hold one, and double it.
+    # quote the cells that hold one, a comma or a line's end, whole.
     rows = list(_rows(path, text, delimiter="\t", quoting=csv.QUOTE_NONE))
-    if any(_is_quoted(cell) for _, row in rows for cell in row):
+    cells = [cell for _, row in rows for cell in row]
+    if any(_is_quoted(cell) for cell in cells) or _hold_lines(cells):
         return _from_table(path, _rows(path, text, delimiter="\t"), column)
     return _from_table(path, iter(rows), column)
 
 
 def _is_quoted(cell: str) -> bool:
-    """Whether it stands in quotation marks with those inside doubled, which no text does by itself."""
+    """Whether it stands in quotation marks as programs write them: with those inside doubled, or for a comma's sake."""
     inside = cell[1:-1]
-    return len(cell) > 2 and cell[0] == cell[-1] == '"' and '""' in inside and '"' not in inside.replace('""', "")
+    whole = len(cell) > 2 and cell[0] == cell[-1] == '"' and '"' not in inside.replace('""', "")
+    return whole and ('""' in inside or "," in inside)
+
+
+def _hold_lines(cells: Sequence[str]) -> bool:
+    """Whether a cell opens a quotation mark that a later one closes: both are one cell, of several lines."""
+    odd = [cell for cell in cells if cell.count('"') % 2]
+    opened = next((index for index, cell in enumerate(odd) if cell.startswith('"')), len(odd))
+    return any(cell.endswith('"') for cell in odd[opened + 1 :])
 
 
 def _rows(path: Path, text: str, **dialect) -> Iterator[tuple[int, list[str]]]:

@@ -271,16 +271,16 @@ def _is_guided(config: Config, adapter: type[PipelineBackbone] | None = None) ->
     return sampler.true_cfg_scale != 1 or not adapter.embeds_guidance
 
 
-def check_device(name: str) -> None:
-    """Refuse a device that torch does not have."""
+def check_device(name: str, key: str = "backbone.device") -> None:
+    """Refuse a device that torch does not have; `key` is where the user named it."""
     if name == "auto":
         return
     if not _DEVICE.fullmatch(name):
-        raise UserError(f"backbone.device is {name!r}; it must be auto, cpu, cuda or cuda:N")
+        raise UserError(f"{key} is {name!r}; it must be auto, cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"backbone.device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use auto or cpu "
+            f"{key} is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use auto or cpu "
             "('rsaft-fast doctor' says more)"
         )
 

@@ -200,7 +200,7 @@ class _Run:
         if self._saved is not None:
             self.trainer.check_fit(self._saved)
             self.say(f"resuming from {self.resumed}, after update {self.start}")
-            for line in what_changed(config, self.resumed, self._saved.info):
+            for line in what_changed(config, self.resumed, self._saved.info, self.trainer.reward.spec.sha256):
                 self.say(line)
 
     def _read_earlier(self) -> None:
@@ -359,11 +359,12 @@ class _Run:
         return lines
 
 
-def what_changed(config: Config, checkpoint: Path, info: dict[str, Any]) -> list[str]:
-    """Lines about what may keep a resumed run from repeating bit for bit: other settings, other versions.
+def what_changed(config: Config, checkpoint: Path, info: dict[str, Any], reward: str | None = None) -> list[str]:
+    """Lines about what may keep a resumed run from repeating bit for bit: other settings, versions, or weights.
 
     Args:
         info: the checkpoint's.
+        reward: SHA-256 of the reward's files now.
     """
     try:
         before = _flat(read_yaml(checkpoint / checkpoints.CONFIG))
@@ -375,6 +376,11 @@ def what_changed(config: Config, checkpoint: Path, info: dict[str, Any]) -> list
         for key, value in now.items()
         if before.get(key) != value and not _FREE_KEYS & {key, key.partition(".")[0]}
     ]
+    if reward != info.get("reward", reward):
+        lines.append(
+            f"warning: the reward's files are others (SHA-256 {info['reward']} before, {reward} now): its scores "
+            "cannot be compared with the earlier updates'"
+        )
     lines += [
         f"{name} was {info[name]} and is {version} now: the last bits may differ"
         for name, version in describe_software().items()

@@ -99,6 +99,12 @@ def test_other_seeds_are_paired_by_name_and_other_names_by_the_prompts_order():
     assert (found.how, found.pairs) == ("prompt and order", [(0, 0), (1, 2), (2, 1)])
 
 
+def test_order_does_not_replace_names_where_it_pairs_more():
+    first = pictures(("1.png", "x", None), ("2.png", "x", None))
+    found = paired(first, pictures(("2.png", "x", None), ("10.png", "x", None), group="b"))
+    assert (found.how, found.pairs) == ("name", [(1, 0)])
+
+
 def test_names_alone_make_no_pair_of_different_prompts():
     first, second = pictures(("0.png", "x", None)), pictures(("0.png", "y", None), group="b")
     assert paired(first, second).pairs == []

@@ -76,6 +76,8 @@ def test_a_named_column(tmp_path):
         ("a.csv", "prompt,text\na,b\n", ["a"]),
         ("a.tsv", 'prompt\tid\n"a sign ""x"""\t1\nb\t2\n', ['a sign "x"', "b"]),
         ("a.tsv", '"prompt"\n"a ""b"" c"\n"one\ntwo"\n', ['a "b" c', "one\ntwo"]),
+        ("a.tsv", 'prompt\tn\n"a cat, on a mat"\t1\n', ["a cat, on a mat"]),
+        ("a.tsv", 'prompt\n"a cat\nsitting"\n', ["a cat\nsitting"]),
         ("a.tsv", 'prompt\n"Hello" and "World"\n"whole"\n', ['"Hello" and "World"', '"whole"']),
         ("a.txt", "a\x0bb\x85c\u2028d\x1ce\n\ufeff f\n", ["a\x0bb\x85c\u2028d\x1ce", "f"]),
         ("a.jsonl", '"a"\n{"prompt": "b\u2028c", "id": 1, "id": 2}', ["a", "b\u2028c"]),
