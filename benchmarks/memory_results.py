@@ -46,7 +46,7 @@ class MemoryResults:
                 raise UserError(f"--results {folder} cannot be written to ({error.strerror}); give another") from error
 
     def put(self, row: Row) -> None:
-        date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         with self._lock:
             place = row["run"], row["part"]
             self.rows[place] = row | {"date": date}

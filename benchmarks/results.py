@@ -143,7 +143,7 @@ def describe_machine(device: torch.device) -> Row:
         "triton": _version("triton"),
         "cuda": torch.version.cuda if on_gpu else None,
         "commit": os.environ.get("RSAFT_COMMIT") or _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "rsaft_fast": _version("rsaft_fast"),
     }
     return found if on_gpu else found | {"note": CPU_NOTE}

@@ -2,10 +2,10 @@
 // and refused, walked here by threads over chunks and in tiles over a chunk. setup.py compiles this one file with the
 // C++ compiler, once for each instruction set; `stream` is how many threads a call may use, as an integer.
 //
-// A tile is 256 elements in arrays of float32, each step of the arithmetic a function with a loop over it that compilers
-// turn into vector instructions: compiled once for each type, not for each combination of types. The formulas are those
-// of the headers, multiply-adds unfused: every backend rounds alike. Sums are float64 from tile to tile, lane by lane,
-// and a slot a chunk: their bits depend on no thread and on no instruction set.
+// A tile is 256 elements in arrays of float32, each step of the arithmetic a function with a loop over it that
+// compilers turn into vector instructions: compiled once for each type, not for each combination of types. The formulas
+// are those of the headers, multiply-adds unfused: every backend rounds alike. Sums are float64 from tile to tile, lane
+// by lane, and a slot a chunk: their bits depend on no thread and on no instruction set.
 
 #define RSAFT_CPU
 
@@ -341,8 +341,10 @@ int run(Samples s, O *out, const O *images, const G *grad, int64_t samples, doub
         const Span span = sample_span(s, static_cast<int>(item % s.chunks), sample);
         const float scale = scale_of(sum, radius, sign);
         const Move<O, G> move{out + span.start, images ? images + span.start : nullptr, grad + span.start, sign};
-        for (int i = 0; i < span.count; ++i)
-            move.out[i] = from_float<O>(move.moved(images ? to_float(move.images[i]) : 0.0f, to_float(move.grad[i]), scale));
+        for (int i = 0; i < span.count; ++i) {
+            const float image = images ? to_float(move.images[i]) : 0.0f;
+            move.out[i] = from_float<O>(move.moved(image, to_float(move.grad[i]), scale));
+        }
     });
 }
 

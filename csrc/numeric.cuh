@@ -236,7 +236,8 @@ template <class T> RSAFT_HD void copy_pack(T *to, const T *from) {
         assume_global(from);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int at = 128 * half - 4 * lane; // from the lane's pack to its four elements of this half of the warp's
+            // From the lane's pack to its four elements of this half of the warp's.
+            const int at = 128 * half - 4 * lane;
             store_16<false>(to + at, *reinterpret_cast<const uint4 *>(from + at));
         }
         return;

@@ -3,8 +3,8 @@
  * Every function returns 0 or a CUDA runtime error code (1, cudaErrorInvalidValue, for an argument that it refuses;
  * nothing has been launched then) and never prints, allocates or keeps state; workspace comes from the caller, and the
  * stream (a cudaStream_t) is the last argument. Pointers are device memory unless said otherwise. No torch headers: one
- * library serves every torch and Python. Where cpu.cpp made the library, all memory is the host's, and the last argument
- * says how many threads to use.
+ * library serves every torch and Python. Where cpu.cpp made the library, all memory is the host's, and the last
+ * argument says how many threads to use.
  */
 #ifndef RSAFT_H
 #define RSAFT_H

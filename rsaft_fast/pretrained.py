@@ -143,8 +143,11 @@ def choose_weights(where: str, names: Iterable[str], bases: Mapping[str, str]) -
     raise UserError(f"{where} holds no weights; expected {bases['safetensors']}.safetensors: download it anew, whole")
 
 
-def check_weights(folder: Path, weights: Weights) -> None:
+def check_weights(folder: Path, weights: Weights) -> list[Path]:
     """Look at weight files without reading them: there, whole, and what their names say.
+
+    Returns:
+        The files that hold weights, without indices.
 
     Raises:
         UserError: one is missing, empty, cut short, or a Git LFS pointer.
@@ -155,8 +158,10 @@ def check_weights(folder: Path, weights: Weights) -> None:
         names += _shards(folder / index)
     if not indices and all("-of-" in name for name in names):
         raise UserError(f"{str(folder)!r} holds {names[0]} without the index that says what is in it; download it too")
-    for name in dict.fromkeys(names):
-        check_file(folder / name)
+    files = [folder / name for name in dict.fromkeys(names)]
+    for file in files:
+        check_file(file)
+    return files
 
 
 def _shards(index: Path) -> list[str]:

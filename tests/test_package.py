@@ -1,6 +1,7 @@
 """What an installation holds: with a CUDA compiler and without, from a wheel and from the build folder."""
 
 import ctypes
+import json
 import os
 import re
 import shutil
@@ -8,12 +9,16 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from builders.reward_server import request, serving
 
+import rsaft_fast
 from rsaft_fast.ops import library
+from rsaft_fast.train.trainer import describe_software
 
 ROOT = Path(__file__).parents[1]
 
@@ -128,7 +133,8 @@ def test_cmake_builds_the_same_library(tmp_path):
         capture_output=True,
     )
     subprocess.run(["cmake", "--build", tmp_path], check=True, capture_output=True)
-    for name in ("librsaft.so", "librsaft_cpu.so"):
+    wide = [library.CPU_AVX2] if library.has_avx2() else []
+    for name in ("librsaft.so", library.CPU_ANY, *wide):
         assert ctypes.CDLL(str(tmp_path / name)).rsaft_abi_version() == library.ABI_VERSION
 
 
@@ -173,3 +179,17 @@ def test_an_sdist_holds_what_a_wheel_is_built_from(tmp_path):
     wanted |= {f"csrc/{name}" for name in listed} | {f"kernels/{path.name}" for path in ROOT.glob("kernels/*.py")}
     assert wanted <= names, wanted - names
     assert not any(name.startswith("tests/") or name.endswith((".pyc", ".so")) for name in names)
+
+
+def test_sources_that_are_not_installed_have_a_version_everywhere(monkeypatch):
+    def absent(name, real=metadata.version):
+        if name == "rsaft_fast":
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    assert rsaft_fast.__version__ == "0+unknown"
+    assert describe_software()["rsaft_fast"]
+    with serving({}) as url:
+        status, answer, *_ = request(url, method="GET", path="/")
+    assert status == 200 and json.loads(answer)["package"]

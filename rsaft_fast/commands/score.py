@@ -50,11 +50,13 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = _prompts(pictures, arguments.prompts, notes.append)
     if files.calibration is not None and len(pictures) < 2:
         raise UserError("--calibration needs at least 2 pictures, of as many kinds as will be trained on; there is 1")
-    journal = Journal(files.journal, identity_of(pictures, prompts))
+    journal = Journal(files.journal, identity_of(pictures, prompts), notes.append)
     if journal.count:
         notes.append(f"going on with {files.journal}, which holds {journal.count} scores")
     finished = False
     try:
+        # Whoever held the journal until now has written it.
+        _refuse_existing("--output", files.output)
         check_pictures(picture.file for picture in pictures)
         scored = _score_all(settings, pictures, prompts, arguments, journal, notes)
         _write(files, pictures, prompts, scored)
@@ -127,9 +129,14 @@ class Files:
                 raise UserError(f"{option} {path} cannot be written ({error.strerror}); give another name") from error
             # Where scores wait, what belongs to the table is of a call that broke; the table itself is written last.
             left = path == journal or path != table and os.path.lexists(journal)
-            if not left and os.path.lexists(path):
-                raise UserError(f"{option} {path} exists; give a new file")
+            if not left:
+                _refuse_existing(option, path)
         return files
+
+
+def _refuse_existing(option: str, path: Path) -> None:
+    if os.path.lexists(path):
+        raise UserError(f"{option} {path} exists; give a new file")
 
 
 @dataclass(frozen=True)

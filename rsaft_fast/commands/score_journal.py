@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import math
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.picture_lists import Picture
+from rsaft_fast.train.lock import NoLocksError, lock, unlink_own
 
 FORMAT = "rsaft-fast scores 1"
 # (what a reward is, the part of a combination or "").
@@ -47,39 +47,62 @@ class Journal:
     line that was cut off is dropped.
     """
 
-    def __init__(self, path: Path, identity: str):
+    def __init__(self, path: Path, identity: str, say: Callable[[str], None] = lambda line: None):
         """Begin it, or go on with the one that is there.
+
+        Args:
+            say: takes a line where the file system has no locks.
 
         Raises:
             UserError: it cannot be written, is another process's, or holds scores of other pictures.
         """
         self.path = path
         self._columns: dict[Column, list[float]] = {}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-                raise UserError(f"{path}, where scores are kept meanwhile, is no file; give another --output")
-            # Appending writes at the end whatever was read before; unbuffered, what fails once does not fail again.
-            self._stream: IO[bytes] = path.open("a+b", buffering=0)
-        except OSError as error:
-            raise UserError(
-                f"--output: {path}, where scores are kept meanwhile, cannot be written ({error.strerror}); make room, "
-                "or give a file elsewhere"
-            ) from error
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._stream.close()
-            raise UserError(f"{path} is being written by another rsaft-fast score; give another --output") from error
-        except OSError:
-            # A file system without locks.
-            pass
+        self._stream = self._open(say)
         self._end = 0
         try:
             self._read({"format": FORMAT, "pictures": identity})
         except BaseException:
             self.close(finished=self._end == 0)
             raise
+
+    def _open(self, say: Callable[[str], None]) -> IO[bytes]:
+        """The file, held by this process."""
+        path = self.path
+        while True:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+                    raise UserError(f"{path}, where scores are kept meanwhile, is no file; give another --output")
+                # Appending writes at the end whatever was read before; unbuffered, what fails once does not fail again.
+                stream = path.open("a+b", buffering=0)
+            except OSError as error:
+                raise self._not_writable(error) from error
+            try:
+                if lock(path, stream.fileno()):
+                    return stream
+            except BlockingIOError as error:
+                stream.close()
+                raise UserError(
+                    f"{path} is being written by another rsaft-fast score; give another --output"
+                ) from error
+            except NoLocksError as error:
+                say(
+                    f"warning: the file system of {path} has no locks ({error.strerror}): nothing keeps a second "
+                    "rsaft-fast score from writing there"
+                )
+                return stream
+            except OSError as error:
+                stream.close()
+                raise self._not_writable(error) from error
+            # Its last holder has just finished and removed it.
+            stream.close()
+
+    def _not_writable(self, error: OSError) -> UserError:
+        return UserError(
+            f"--output: {self.path}, where scores are kept meanwhile, cannot be written ({error.strerror}); make room, "
+            "or give a file elsewhere"
+        )
 
     def _read(self, header: dict[str, str]) -> None:
         self._stream.seek(0)
@@ -150,5 +173,5 @@ class Journal:
         """Leave the file to the next call, or remove it where nothing is in it or all of it is `finished`."""
         with contextlib.suppress(OSError):
             if finished:
-                self.path.unlink(missing_ok=True)
+                unlink_own(self.path, self._stream.fileno())
             self._stream.close()

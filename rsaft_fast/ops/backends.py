@@ -59,7 +59,7 @@ def why_not(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...] 
     if backend == "torch":
         return None
     if backend in ("cuda", "cpu"):
-        obstacle = library.why_not(device.type, backend, device.index)
+        obstacle = library.why_not(device.type, backend, _placed(device).index)
         if obstacle is not None:
             return obstacle
     elif not _has_triton():
@@ -93,13 +93,20 @@ def implementation(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -
     """The module that implements the operations for tensors of this device and these dtypes."""
     # Asked several times a step: looked up again only when what the choice depends on has changed.
     return _implementation(
-        device, dtypes, os.environ.get(ENV), os.environ.get("TRITON_INTERPRET"), library.looked_for()
+        _placed(device), dtypes, os.environ.get(ENV), os.environ.get("TRITON_INTERPRET"), library.looked_for()
     )
 
 
 @functools.lru_cache(maxsize=256)
 def _implementation(device: torch.device, dtypes: tuple[torch.dtype, ...], *_: object) -> ModuleType:
     return importlib.import_module(_MODULES[choose(device, dtypes)])
+
+
+def _placed(device: torch.device) -> torch.device:
+    """The device with the number of its GPU: answers are kept, and which one is current changes."""
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 @functools.cache

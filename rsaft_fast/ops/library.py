@@ -92,9 +92,12 @@ def cuda_versions(library: ctypes.CDLL) -> tuple[int, int]:
 
 
 def check(library: ctypes.CDLL, error: int) -> None:
-    """Raise for a CUDA error code that a function of the library returned."""
+    """Raise for an error code that a function of the library returned: CUDA's, or that of the one for host memory."""
     if error:
-        raise LibraryError(f"CUDA error {error}: {library.rsaft_error_string(error).decode()}")
+        runtime, driver = ctypes.c_int(), ctypes.c_int()
+        library.rsaft_cuda_versions(ctypes.byref(runtime), ctypes.byref(driver))
+        kind = "CUDA error" if runtime.value else "error"
+        raise LibraryError(f"{kind} {error}: {library.rsaft_error_string(error).decode()}")
 
 
 @functools.cache
@@ -102,7 +105,7 @@ def why_not(device_type: str = "cuda", wanted: str = "cuda", index: int | None =
     """Why the library ``wanted`` ("cuda", "cpu") cannot serve tensors on this device; None when it can.
 
     Args:
-        index: which GPU; None is the current one.
+        index: which GPU; None is the one that is current now, for this and every later answer: `backends` names it.
 
     ``RSAFT_LIBRARY`` takes the place of either, even one for host memory that of "cuda": the tests' instrument.
     """
@@ -111,11 +114,8 @@ def why_not(device_type: str = "cuda", wanted: str = "cuda", index: int | None =
     except LibraryError as error:
         return str(error)
     made_for = "cuda" if runtime else "cpu"
-    if device_type != made_for:
-        return f"the library is built for tensors on {made_for}, and these are on {device_type}"
-    if made_for == "cpu":
-        return None
-    if driver == 0:
+    # The driver first: without a fit one torch sees no GPU, and whoever asks has tensors on the CPU alone.
+    if made_for == "cuda" and driver == 0:
         return "the CUDA library is built, but there is no NVIDIA driver"
     # Within one major version a driver serves newer runtimes.
     if driver // 1000 < runtime // 1000:
@@ -123,6 +123,10 @@ def why_not(device_type: str = "cuda", wanted: str = "cuda", index: int | None =
             f"the CUDA library holds CUDA {_dotted(runtime)} and the driver serves up to {_dotted(driver)}: "
             "update the driver"
         )
+    if device_type != made_for:
+        return f"the library is built for tensors on {made_for}, and these are on {device_type}"
+    if made_for == "cpu":
+        return None
     return _why_not_card(load(wanted), index)
 
 

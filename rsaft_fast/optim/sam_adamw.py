@@ -219,17 +219,17 @@ class SAMAdamW(SharpnessAware):
             self._release.restore_rest()
 
     def _abandon(self, error: BaseException) -> None:
-        super()._abandon(error)
-        begun = self._release is not None and self._release.begun
-        if begun or self._stepping:
-            self._half_stepped, self._stepping, self._phase = True, False, IDLE
-            if self._release is not None:
-                self._release.forget()
-            for bucket in self._buckets:
-                bucket.close()
-            note = "the step was half done: load the model's and the optimizer's last checkpoint"
-            if hasattr(error, "add_note"):  # Python 3.11
-                error.add_note(note)
+        half_done = self._stepping or (self._release is not None and self._release.begun)
+        try:
+            super()._abandon(error)
+        finally:  # putting the weights back may fail, too
+            if half_done:
+                self._half_stepped, self._stepping, self._phase = True, False, IDLE
+                if self._release is not None:
+                    self._release.forget()
+                for bucket in self._buckets:
+                    bucket.close()
+                error.add_note("the step was half done: load the model's and the optimizer's last checkpoint")
 
     def _finish_released(self) -> None:
         if getattr(self, "grad_scale", None) is not None:

@@ -11,12 +11,12 @@ import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from rsaft_fast import __version__
 from rsaft_fast.errors import UserError
 from rsaft_fast.rewards import aesthetic, hps, image_reward, open_clip
 from rsaft_fast.rewards.clip import load_clip_model
@@ -126,7 +126,7 @@ def convert(source: str | Path, folder: str | Path, reward: str, force: bool = F
         "source_file": ", ".join(file.name for file in files),
         "source_sha256": digests["sha256"],
         "source_md5": digests["md5"],
-        "converter": f"rsaft_fast {metadata.version('rsaft_fast')}",
+        "converter": f"rsaft_fast {__version__}",
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)

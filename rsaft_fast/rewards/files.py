@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from rsaft_fast import hub
 from rsaft_fast.errors import UserError
-from rsaft_fast.pretrained import check_file, read_config
+from rsaft_fast.pretrained import TRANSFORMERS, Weights, check_weights, choose_weights, read_config
 
 _SIDE_FILES = ("*.json", "*.txt")
 
@@ -74,14 +75,25 @@ def _download(hub_id: str) -> Path:
     return folder
 
 
+def weights_of(folder: Path) -> Weights:
+    """Which weights of a transformers checkpoint are read: see `choose_weights`.
+
+    Raises:
+        UserError: none there, or several variants and nothing plain.
+    """
+    weights = choose_weights(repr(str(folder)), (path.name for path in folder.iterdir()), TRANSFORMERS)
+    # transformers looks at no shard and no index beside a whole file.
+    whole = tuple(name for name in weights.files if "-of-" not in name and not name.endswith(".json"))
+    return replace(weights, files=whole) if whole else weights
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The weights of a transformers checkpoint, safetensors before pickle, shards in order."""
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        if files := sorted(folder.glob(pattern)):
-            for file in files:
-                check_file(file)
-            return files
-    raise UserError(f"{str(folder)!r} holds no weights; expected model.safetensors or pytorch_model.bin")
+    """The files of those weights, shards in order, each looked at.
+
+    Raises:
+        UserError: see `weights_of` and `check_weights`.
+    """
+    return check_weights(folder, weights_of(folder))
 
 
 def sha256_of(files: Sequence[Path]) -> str:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.pretrained import read_config
-from rsaft_fast.rewards.files import first_line, weight_files
+from rsaft_fast.rewards.files import first_line, weight_files, weights_of
 
 State = dict[str, torch.Tensor]
 
@@ -126,7 +126,12 @@ def load_pretrained(folder: Path, model_class: type[PreTrainedModel]) -> PreTrai
     weight_files(folder)
     try:
         model, info = model_class.from_pretrained(
-            folder, dtype="auto", local_files_only=True, output_loading_info=True, weights_only=True
+            folder,
+            dtype="auto",
+            local_files_only=True,
+            output_loading_info=True,
+            weights_only=True,
+            **weights_of(folder).options,
         )
     except Exception as error:
         # safetensors, pickle, config validation and shape checks each raise their own kinds.

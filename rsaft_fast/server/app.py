@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import io
 import logging
 import math
 import re
 from collections.abc import AsyncIterator, Awaitable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -21,11 +21,12 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rsaft_fast import __version__
 from rsaft_fast.errors import UserError
 from rsaft_fast.rewards import wire
 from rsaft_fast.rewards.base import Reward
 from rsaft_fast.server.batching import Batcher
-from rsaft_fast.server.bodies import Busy, Room, Slow, receive, unpack_json, unpack_tensors
+from rsaft_fast.server.bodies import Busy, Parts, Room, Slow, receive, unpack_json, unpack_tensors
 from rsaft_fast.server.limits import Limits
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def make_app(rewards: Mapping[str, Reward], token: str, device: torch.device, li
     async def info() -> dict[str, Any]:
         return {
             "protocol": wire.PROTOCOL,
-            "package": metadata.version("rsaft_fast"),
+            "package": __version__,
             "rewards": {name: asdict(reward.spec) for name, reward in rewards.items()},
             "max_pictures": limits.max_pictures,
             "max_bytes": limits.max_bytes,
@@ -79,15 +80,19 @@ def make_app(rewards: Mapping[str, Reward], token: str, device: torch.device, li
             return _refused(400, f"a body of type {kind[:80] or 'none'}; send {wire.TENSORS} or {wire.JSON}")
         if request.headers.get(wire.REWARD_HEADER, prints[name]) != prints[name]:
             return _refused(409, f"{name} is another reward than it was for this client; start the client anew")
-        body = bytearray()
+        body, unpacked = io.BytesIO(), None
         try:
             await receive(request, body, limits, room)
-            parts = _scores(batchers[name], kind, bytes(body), limits, unpacking)
-            scores = await _in_time(_while_connected(request, parts), limits.timeout)
+            unpacked = unpacking.submit(_unpack, kind, body, limits)
+            scores = await _in_time(_while_connected(request, _scores(batchers[name], unpacked)), limits.timeout)
         except Exception as error:
             return _answer_to(error)
         finally:
-            room.give_back(len(body))
+            if unpacked is None:
+                _let_go(body, room)
+            else:
+                # Nobody waits for a thread whose client has gone, and it reads the body for as long as it runs.
+                unpacked.add_done_callback(lambda _: _let_go(body, room))
         if kind == wire.TENSORS:
             return Response(wire.encode_scores(scores), media_type=wire.TENSORS)
         return JSONResponse({"scores": [value if math.isfinite(value) else None for value in scores.tolist()]})
@@ -121,7 +126,7 @@ def _refusal(request: Request, token: str) -> Response | None:
     if spoken != str(wire.PROTOCOL):
         return _refused(
             409,
-            f"this server speaks protocol {wire.PROTOCOL} (rsaft_fast {metadata.version('rsaft_fast')}), the client "
+            f"this server speaks protocol {wire.PROTOCOL} (rsaft_fast {__version__}), the client "
             f"{spoken[:20]}; install the same version of rsaft_fast on both sides",
         )
     return None
@@ -157,11 +162,21 @@ class _Malformed(UserError):
     """The body is not what the protocol says; a reward's own `UserError` is about what it holds."""
 
 
-async def _scores(
-    batcher: Batcher, kind: str, body: bytes, limits: Limits, unpacking: ThreadPoolExecutor
-) -> torch.Tensor:
+def _unpack(kind: str, body: io.BytesIO, limits: Limits) -> Parts:
+    # Shares the memory of `body`: no copy.
+    return _UNPACK[kind](body.getvalue(), limits)
+
+
+def _let_go(body: io.BytesIO, room: Room) -> None:
+    size = body.tell()
+    # A call that was cancelled before it began still has it.
+    body.close()
+    room.give_back(size)
+
+
+async def _scores(batcher: Batcher, unpacked: Future[Parts]) -> torch.Tensor:
     try:
-        parts = await asyncio.get_running_loop().run_in_executor(unpacking, _UNPACK[kind], body, limits)
+        parts = await asyncio.wrap_future(unpacked)
     except wire.TooLarge:
         raise
     except UserError as error:
@@ -190,5 +205,5 @@ async def _gone(request: Request) -> None:
 async def _in_time(awaited: Awaitable[torch.Tensor], timeout: float) -> torch.Tensor:
     try:
         return await asyncio.wait_for(awaited, timeout)
-    except asyncio.TimeoutError as error:
-        raise asyncio.TimeoutError(f"the scores took too long (the limit is {timeout:g} s)") from error
+    except TimeoutError as error:
+        raise TimeoutError(f"the scores took too long (the limit is {timeout:g} s)") from error

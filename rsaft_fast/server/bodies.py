@@ -10,6 +10,7 @@ import base64
 import binascii
 import io
 import json
+import threading
 
 import torch
 from starlette.requests import Request
@@ -18,6 +19,9 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.pictures import read_picture
 from rsaft_fast.rewards import wire
 from rsaft_fast.server.limits import Limits
+
+Parts = list[tuple[torch.Tensor, list[str]]]
+"""Pictures (B, 3, H, W) and their B prompts, those of one size together."""
 
 _NO_LISTS = "the body is not {'prompts': [...], 'images': [base64, ...]}"
 
@@ -31,10 +35,11 @@ class Busy(Exception):
 
 
 class Room:
-    """The bytes of bodies that are held at one time."""
+    """The bytes of bodies that are held at one time; several threads may take and give back."""
 
     def __init__(self, most: int):
         self.most, self.held = most, 0
+        self._lock = threading.Lock()
 
     def take(self, size: int) -> None:
         """Hold `size` bytes more.
@@ -42,15 +47,17 @@ class Room:
         Raises:
             Busy: they do not fit.
         """
-        if self.held + size > self.most:
-            raise Busy(f"the server holds {self.held} bytes of other requests, and its limit is {self.most}")
-        self.held += size
+        with self._lock:
+            if self.held + size > self.most:
+                raise Busy(f"the server holds {self.held} bytes of other requests, and its limit is {self.most}")
+            self.held += size
 
     def give_back(self, size: int) -> None:
-        self.held -= size
+        with self._lock:
+            self.held -= size
 
 
-async def receive(request: Request, body: bytearray, limits: Limits, room: Room) -> None:
+async def receive(request: Request, body: io.BytesIO, limits: Limits, room: Room) -> None:
     """Read the request's body into `body`, holding its bytes of `room`; who calls gives them back.
 
     Raises:
@@ -74,28 +81,28 @@ async def receive(request: Request, body: bytearray, limits: Limits, room: Room)
             waited = loop.time() - began
             if waited >= limits.timeout:
                 raise Slow(f"the body took too long to arrive (the limit is {limits.timeout:g} s)")
-            if len(body) < limits.min_rate * waited:
+            if body.tell() < limits.min_rate * waited:
                 raise Slow(
-                    f"the body came too slowly: {len(body)} bytes in {waited:.0f} s (the limit is "
+                    f"the body came too slowly: {body.tell()} bytes in {waited:.0f} s (the limit is "
                     f"{limits.min_rate:g} bytes a second)"
                 )
     finally:
         reading.cancel()
 
 
-async def _read(request: Request, body: bytearray, limits: Limits, room: Room) -> None:
+async def _read(request: Request, body: io.BytesIO, limits: Limits, room: Room) -> None:
     async for chunk in request.stream():
-        if len(body) + len(chunk) > limits.max_bytes:
+        if body.tell() + len(chunk) > limits.max_bytes:
             raise _too_large(limits)
         room.take(len(chunk))
-        body += chunk
+        body.write(chunk)
 
 
 def _too_large(limits: Limits) -> wire.TooLarge:
     return wire.TooLarge(f"the body is larger than this server's limit of {limits.max_bytes} bytes (--max-bytes)")
 
 
-def unpack_tensors(body: bytes, limits: Limits) -> list[tuple[torch.Tensor, list[str]]]:
+def unpack_tensors(body: bytes, limits: Limits) -> Parts:
     """Images (B, 3, H, W) and B prompts of a safetensors body, in one part.
 
     Raises:
@@ -107,7 +114,7 @@ def unpack_tensors(body: bytes, limits: Limits) -> list[tuple[torch.Tensor, list
     return [(images, prompts)]
 
 
-def unpack_json(body: bytes, limits: Limits) -> list[tuple[torch.Tensor, list[str]]]:
+def unpack_json(body: bytes, limits: Limits) -> Parts:
     """The pictures (1, 3, H, W) of a JSON body, each with its prompt; they may differ in size.
 
     Raises:

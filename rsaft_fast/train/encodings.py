@@ -76,11 +76,12 @@ class EncodingCache:
         Raises:
             UserError: the folder cannot be written, or is full.
         """
-        crc = zlib.crc32(_split(save(row))[1])
+        header, payload = _split(save(row))
+        header["__metadata__"] = {"format": "pt", "crc32": str(zlib.crc32(payload))}
         path = self.path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, save(row, {"format": "pt", "crc32": str(crc)}))
+            replace_file(path, _join(header, payload))
         except OSError as error:
             raise UserError(
                 f"data.encoding_cache: {path} cannot be written ({error.strerror}); make room, give another folder, or "
@@ -96,6 +97,13 @@ def _split(content: bytes) -> tuple[dict[str, Any], bytes]:
     """Header and payload of a safetensors file."""
     end = 8 + int.from_bytes(content[:8], "little")
     return json.loads(content[8:end]), content[end:]
+
+
+def _join(header: dict[str, Any], payload: bytes) -> bytes:
+    """A safetensors file of both."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + payload
 
 
 def default_folder() -> Path:

@@ -48,12 +48,43 @@ def sole_writer(folder: Path, key: str, say: Callable[[str], None] = lambda line
             yield
         finally:
             # While it is still held: whoever opened the file before it went finds that it is no longer the folder's.
-            _unlink_own(folder / LOCK, descriptor)
+            unlink_own(folder / LOCK, descriptor)
             os.close(descriptor)
     finally:
         for path in reversed(made):
             with suppress(OSError):  # it holds something by now
                 path.rmdir()
+
+
+class NoLocksError(OSError):
+    """The file system has no locks."""
+
+
+def lock(path: Path, descriptor: int) -> bool:
+    """Hold the open file of that path against every other process until it is closed, by `flock`.
+
+    Returns:
+        False where the path has another file by now, or none: its last holder removed it; open it anew.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        NoLocksError: nobody can hold it.
+        OSError: anything else that the file system says.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            raise NoLocksError(error.errno, error.strerror) from error
+        raise
+    return _is(path, descriptor)
+
+
+def unlink_own(path: Path, descriptor: int) -> None:
+    """Remove the file of that path where it is still the open one, and nothing where it cannot be removed."""
+    with suppress(OSError):
+        if _is(path, descriptor):
+            path.unlink()
 
 
 def _take(folder: Path, key: str, say: Callable[[str], None], made: list[Path]) -> int:
@@ -68,17 +99,14 @@ def _take(folder: Path, key: str, say: Callable[[str], None], made: list[Path]) 
                 raise
             continue  # its last holder has just removed what it had made
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = lock(path, descriptor)
         except BlockingIOError:
             holder = _holder(descriptor)
             os.close(descriptor)
             raise FolderHeldError(
                 f"{key} {folder} is being written by {holder}; wait for it, stop it, or give another {key}"
             ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                os.close(descriptor)
-                raise
+        except NoLocksError as error:
             last = _holder(descriptor, patience=0)
             say(
                 f"warning: the file system of {folder} has no locks ({error.strerror}): nothing keeps a second process "
@@ -86,7 +114,10 @@ def _take(folder: Path, key: str, say: Callable[[str], None], made: list[Path]) 
             )
             _note(descriptor)
             return descriptor
-        if _is(path, descriptor):
+        except OSError:
+            os.close(descriptor)
+            raise
+        if held:
             _note(descriptor)
             return descriptor
         os.close(descriptor)
@@ -117,12 +148,6 @@ def _is(path: Path, descriptor: int) -> bool:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
         return False
-
-
-def _unlink_own(path: Path, descriptor: int) -> None:
-    with suppress(OSError):
-        if _is(path, descriptor):
-            path.unlink()
 
 
 def _note(descriptor: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from rsaft_fast import __version__
 from rsaft_fast.backbones import PipelineBackbone, add_lora, load_backbone, save_lora
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory import checkpoint_networks
@@ -36,7 +37,7 @@ from rsaft_fast.train.optimizer import build_optimizer, check_state, learning_ra
 from rsaft_fast.train.progress import watched
 from rsaft_fast.train.samples import sample_images
 
-PACKAGES = ("rsaft_fast", "torch", "diffusers", "transformers", "peft", "safetensors")
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 
 
 class Trainer:
@@ -82,8 +83,9 @@ class Trainer:
             self.reward = self._keep_prompts(reward)
             stage(f"loading the denoiser and the VAE of {config.backbone.path}")
             self.backbone = prepare_backbone(config.backbone, self.device, text=False)
-        for note in set(self.backbone.notes) - set(encodings.shapes.notes):
-            say(note)
+        for note in dict.fromkeys(self.backbone.notes):
+            if note not in encodings.shapes.notes:
+                say(note)
         self.encoded = EncodedPrompts(self.backbone, encodings, config.sampler)
         if config.parameters.train == "lora":
             add_lora(self.backbone, config.parameters.lora, config.seed)
@@ -340,4 +342,5 @@ def _named(reward: RewardSettings) -> str:
 
 def describe_software() -> dict[str, str]:
     """Versions of what the bits depend on."""
-    return {name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    packages = {name: metadata.version(name) for name in PACKAGES}
+    return {"rsaft_fast": __version__} | packages | {"python": platform.python_version()}

@@ -10,11 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import types
 from pathlib import Path
 
 import pytest
-import tomllib
 import torch
 from builders.recipes import config, environment
 from PIL import Image

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import fcntl
 import io
 import json
 import os
@@ -184,6 +185,49 @@ def test_two_at_once_do_not_write_one_file(clip, folder, capsys):
     assert run(folder, rewards=[f"clip={clip}"]) == 2
     assert "another rsaft-fast score" in capsys.readouterr().err
     first.close(finished=True)
+
+
+def test_a_journal_that_its_last_holder_removed_is_begun_anew(tmp_path, monkeypatch):
+    path, flock, calls = tmp_path / "s.partial", fcntl.flock, []
+
+    def late(descriptor, how):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            path.unlink()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    journal = Journal(path, "x")
+    journal.add(("r", ""), [1.0])
+    journal.close()
+    assert len(calls) == 2 and Journal(path, "x").scores(("r", "")) == [1.0]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EIO])
+def test_locks_that_are_not_there_are_said_and_those_that_fail_are_errors(tmp_path, monkeypatch, number):
+    def refuse(descriptor, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    said = []
+    if number == errno.ENOLCK:
+        Journal(tmp_path / "s.partial", "x", said.append).close()
+        assert len(said) == 1 and "no locks" in said[0]
+    else:
+        with pytest.raises(UserError, match="--output.*(?i:input/output error)"):
+            Journal(tmp_path / "s.partial", "x", said.append)
+
+
+def test_a_table_that_another_call_has_just_finished_is_kept(clip, folder, capsys, monkeypatch):
+    def begun(pictures, prompts):
+        (folder / "s.csv").write_text("theirs")
+        return identity_of(pictures, prompts)
+
+    identity_of = score.identity_of
+    monkeypatch.setattr(score, "identity_of", begun)
+    assert run(folder, rewards=[f"clip={clip}"]) == 2
+    assert "s.csv exists" in capsys.readouterr().err
+    assert (folder / "s.csv").read_text() == "theirs" and not (folder / "s.csv.partial").exists()
 
 
 def test_a_journal_takes_what_it_wrote_and_nothing_else(tmp_path):

@@ -46,11 +46,11 @@ def test_describe_lists_every_backend_in_order(no_library):
 class LibraryOfAnotherCard:
     """Built and served by its driver, but without code for the card; or with a card that fails."""
 
-    def __init__(self, error: int):
-        self.error = error
+    def __init__(self, error: int, driver: int = 13010):
+        self.error, self.driver = error, driver
 
     def rsaft_cuda_versions(self, runtime, driver) -> int:
-        runtime._obj.value, driver._obj.value = 13000, 13010
+        runtime._obj.value, driver._obj.value = 13000, self.driver
         return 0
 
     def rsaft_cuda_serves_device(self) -> int:
@@ -77,6 +77,7 @@ def test_a_card_that_the_library_has_no_code_for_falls_to_the_next(monkeypatch, 
     monkeypatch.delenv("RSAFT_BACKEND", raising=False)
     monkeypatch.setattr(library, "load", lambda wanted: LibraryOfAnotherCard(error))
     monkeypatch.setattr(torch.cuda, "device", lambda index: asked.append(index) or contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     library.why_not.cache_clear()
@@ -88,6 +89,41 @@ def test_a_card_that_the_library_has_no_code_for_falls_to_the_next(monkeypatch, 
         assert set(asked) == {3 if index is None else index}
     finally:
         library.why_not.cache_clear()
+
+
+@pytest.mark.parametrize(("driver", "why"), [(0, "no NVIDIA driver"), (12040, r"13\.0 .*12\.4: update the driver")])
+def test_without_a_driver_that_fits_the_driver_is_named(monkeypatch, driver, why):
+    """torch then sees no GPU, and the doctor asks about the CPU."""
+    built = LibraryOfAnotherCard(0, driver)
+    monkeypatch.setattr(library, "load", lambda wanted: built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    library.why_not.cache_clear()
+    try:
+        (row,) = (row for row in backends.describe() if row.backend == "cuda")
+        assert not row.available and re.search(why, row.why), row.why
+    finally:
+        library.why_not.cache_clear()
+
+
+def test_the_answer_for_the_current_card_follows_it(monkeypatch):
+    asked, current = [], [0]
+    monkeypatch.delenv("RSAFT_BACKEND", raising=False)
+    monkeypatch.setattr(library, "why_not", lambda kind, wanted, index: asked.append(index))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    for current[0] in (0, 1):
+        backends.why_not("cuda", torch.device("cuda"))
+        assert asked[-1] == current[0]
+
+
+def test_an_error_of_the_library_for_host_memory_is_not_called_cudas(cpu_libraries, monkeypatch):
+    monkeypatch.setenv(library.ENV, str(cpu_libraries / library.CPU_ANY))
+    library.forget()
+    try:
+        with pytest.raises(library.LibraryError, match="^error 1: "):
+            library.check(library.load("cpu"), 1)
+    finally:
+        library.forget()
 
 
 @pytest.fixture

@@ -176,6 +176,25 @@ def test_an_update_that_breaks_off_among_its_tables_says_so(monkeypatch):
     opt.step(plain=True)
 
 
+def test_weights_that_cannot_be_put_back_after_half_an_update_are_known_to_be_half_stepped(monkeypatch):
+    model, (batch,) = network(), batches(1)
+    opt = SAMAdamW(model.parameters(), release_gradients=True)
+    loss_of(model, batch).backward()
+    opt.perturb()
+
+    def failing(self):
+        raise torch.OutOfMemoryError("while putting back")
+
+    monkeypatch.setattr(SAMAdamW, "_put_back", failing)
+    loss_of(model, batch).backward()
+    with pytest.raises(torch.OutOfMemoryError, match="putting back") as raised, opt._abandoned_on_error():
+        raise ZeroDivisionError
+    assert opt.half_stepped and not opt.is_perturbed
+    assert any("half done" in note for note in raised.value.__context__.__notes__)
+    with pytest.raises(RuntimeError, match="broken off"):
+        opt.perturb()
+
+
 def test_a_build_that_fails_is_made_again(monkeypatch):
     model, (batch,) = network(), batches(1)
     opt = SAMAdamW(model.parameters(), lr=0.01, rho=0.3)

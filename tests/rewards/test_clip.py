@@ -297,6 +297,18 @@ def test_sharded_and_pickled_weights_score_the_same(folder, tmp_path, images):
         torch.testing.assert_close(ClipReward.from_pretrained(path).score(images, PROMPTS), expected)
 
 
+def test_weights_that_are_not_read_are_not_hashed(folder, tmp_path):
+    beside, whole = write_clip(tmp_path / "beside"), folder / "model.safetensors"
+    expected = hashlib.sha256((beside / "model.safetensors").read_bytes()).hexdigest()
+    for name in ("model.fp16.safetensors", "model-00001-of-00001.safetensors", "model_ema.safetensors"):
+        (beside / name).write_bytes(whole.read_bytes()[:-1])
+    assert ClipReward.from_pretrained(beside).spec.sha256 == expected
+    # Alone it is what is read.
+    alone = write_clip(tmp_path / "alone")
+    (alone / "model.safetensors").rename(alone / "model.fp16.safetensors")
+    assert ClipReward.from_pretrained(alone).spec.sha256 == expected
+
+
 @pytest.mark.parametrize(
     "prompts, message",
     [("a red circle", "one string"), (["a", "b"], "2 prompts for 3 images"), (["a", None, "b"], "prompt 1 is a None")],

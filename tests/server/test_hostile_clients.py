@@ -23,7 +23,7 @@ from safetensors.torch import save
 from rsaft_fast.errors import UserError
 from rsaft_fast.rewards import wire
 from rsaft_fast.rewards.remote import RemoteReward
-from rsaft_fast.server import Limits, bodies, connections_that_fit
+from rsaft_fast.server import Limits, app, bodies, connections_that_fit
 
 # Short enough to wait for.
 HASTY = {"idle": 0.4, "head": 0.4, "grace": 0.4, "ending": 0.4, "min_rate": 1000.0}
@@ -269,6 +269,30 @@ def test_bodies_together_have_a_limit_too():
         assert b" 400 " in one.recv(1000)
         # What was held is free again.
         assert request(url, path="/mean", body=wire.encode_request(torch.zeros(1, 3, 8, 8), ["2"]))[0] == 200
+
+
+def test_a_body_is_held_for_as_long_as_its_thread_reads_it(monkeypatch):
+    """Although its client has gone, and whoever comes next finds no room."""
+    began, go_on, unpack = threading.Event(), threading.Event(), app._UNPACK[wire.TENSORS]
+
+    def slow(body, limits):
+        began.set()
+        go_on.wait(5)
+        return unpack(body, limits)
+
+    monkeypatch.setitem(app._UNPACK, wire.TENSORS, slow)
+    body = wire.encode_request(torch.zeros(1, 3, 8, 8), ["2"])
+    with serving({"mean": Mean()}, max_held_bytes=len(body) + 100) as url:
+        try:
+            with connect(url) as connection:
+                connection.sendall(head(length=len(body)) + body)
+                assert began.wait(5)
+            time.sleep(0.2)
+            assert request(url, path="/mean", body=body)[0] == 503
+        finally:
+            go_on.set()
+        time.sleep(0.1)
+        assert request(url, path="/mean", body=body)[0] == 200
 
 
 def test_the_end_waits_for_no_half_request():
