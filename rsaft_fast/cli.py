@@ -6,11 +6,13 @@ import argparse
 import difflib
 import importlib
 import io
+import os
 import re
 import signal
 import sys
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 
 from rsaft_fast import __version__
 from rsaft_fast.errors import UserError
@@ -330,30 +332,64 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 when it worked, 2 when the input is wrong, 130 or 143 when a signal stopped it."""
+    """Run a command; 0 when it worked, 2 when the input or the disk is wrong, 130 or 143 when a signal stopped it."""
     argv = list(sys.argv[1:] if argv is None else argv)
     _say_all_characters()
-    parser = build_parser()
-    if not argv:
-        parser.print_help()
-        return 0
+    command = ""
     try:
         for argument in argv:
             _require_text(argument)
-        return _run(_parse(parser, argv), parser)
+        try:
+            arguments = _parse(build_parser(), argv or ["--help"])
+        except SystemExit:  # of --help and --version
+            _flush_output()
+            raise
+        command = arguments.command
+        code = _run(arguments)
+        _flush_output()
+        return code
     except UserError as error:
-        for line in str(error).split("\n"):
-            print(f"rsaft-fast: error: {_printable(line)}", file=sys.stderr)
+        _say_error(str(error))
         return 2
     except KeyboardInterrupt as interrupt:
-        print(
-            "rsaft-fast: interrupted at once; a run's newest complete checkpoint stays (resume=auto)", file=sys.stderr
-        )
+        kept = "; a run's newest complete checkpoint stays (resume=auto)" if command in ("train", "demo") else ""
+        print(f"rsaft-fast: interrupted at once{kept}", file=sys.stderr)
         return 128 + getattr(interrupt, "signal", signal.SIGINT)
     except BrokenPipeError:
         # The reader (head, less) has gone; what it wanted to see, it saw.
-        sys.stderr.close()
+        _drop_output()
         return 0
+    except OSError as error:
+        from rsaft_fast.train.files import describe_io_error, mend_of
+
+        _drop_output()
+        with suppress(OSError):  # standard error may be on the same full disk
+            _say_error(f"{describe_io_error(error)}; {mend_of(error)}")
+        return 2
+
+
+def _say_error(text: str) -> None:
+    for line in text.split("\n"):
+        print(f"rsaft-fast: error: {_printable(line)}", file=sys.stderr)
+
+
+def _flush_output() -> None:
+    """Write out what was printed: what a full disk does not take is found here, and not at the interpreter's end."""
+    try:
+        print(end="", flush=True)
+    except OSError as error:
+        error.filename = error.filename or "standard output"
+        raise
+
+
+def _drop_output() -> None:
+    """Let go of what standard output does not take; the interpreter would try it again at its end, and exit by 120."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 def _say_all_characters() -> None:
@@ -430,7 +466,7 @@ def _unknown(unknown: list[str], command: str, parser: argparse.ArgumentParser) 
     return f"{command} does not take {unknown[0]!r}{hint}"
 
 
-def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "train" and arguments.recipe is None and arguments.help_config is None:
         raise UserError("train needs a recipe: rsaft-fast train RECIPE.yaml [key=value ...]")
     from rsaft_fast.commands.process import prepare_process

@@ -143,7 +143,7 @@ def _hub_files(repository: str, folder: Path) -> tuple[str, ...]:
 
 
 def _is_on_hub(path: str) -> bool:
-    return not Path(path).expanduser().exists() and hub.is_hub_id(path)
+    return not os.path.exists(Path(path).expanduser()) and hub.is_hub_id(path)
 
 
 def _below(files: Sequence[str], folder: str) -> list[str]:

@@ -6,6 +6,7 @@ would change nothing, and one that fits by half would be another LoRA.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -77,16 +78,16 @@ def find_lora(path: str | Path) -> Path:
         UserError: nothing there, another format, or several files of which none has diffusers' name.
     """
     place = Path(path).expanduser()
-    if place.is_dir():
+    if os.path.isdir(place):
         files = sorted(place.glob("*.safetensors"))
-        if (place / STANDARD).is_file():
+        if os.path.isfile(place / STANDARD):
             return place / STANDARD
         if len(files) == 1:
             return files[0]
-        inside = f"; {place / 'lora'} is a folder: is it that?" if (place / "lora").is_dir() else ""
+        inside = f"; {place / 'lora'} is a folder: is it that?" if os.path.isdir(place / "lora") else ""
         held = f"{len(files)} .safetensors files ({', '.join(file.name for file in files[:4])})" if files else "no LoRA"
         raise UserError(f"LoRA {str(path)!r} is a folder with {held}; give the file, such as {STANDARD}{inside}")
-    if not place.exists():
+    if not os.path.exists(place):
         raise UserError(f"LoRA {str(path)!r} does not exist; give the file or folder that a run left in lora/")
     if place.suffix != ".safetensors":
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
@@ -36,7 +37,7 @@ def output_folder(asked: str | None, default: str) -> Iterator[Path]:
 def _first_free(held: ExitStack, default: str) -> Path:
     for n in count(1):
         folder = Path(default if n == 1 else f"{default}-{n}")
-        if folder.exists() and not (folder / LOCK).exists():
+        if os.path.exists(folder) and not os.path.exists(folder / LOCK):
             continue
         with suppress(FolderHeldError):
             _hold(held, folder)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from rsaft_fast.backbones import PipelineBackbone, add_lora
@@ -16,18 +20,24 @@ from rsaft_fast.commands.output import output_folder
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation import save_grid, save_png
 from rsaft_fast.evaluation.grids import to_picture
+from rsaft_fast.evaluation.picture_lists import GRID, LISTING
 from rsaft_fast.sampling import Schedule
+from rsaft_fast.settings import Settings
 from rsaft_fast.speed import SpeedSettings, apply_speed
 from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train.check import DTYPES, check_device, check_path, pick_device
 from rsaft_fast.train.config import PLAYGROUND, BackboneSettings, Config, SamplerSettings
 from rsaft_fast.train.data import EncodedPrompts, load_prompts, negative_texts
 from rsaft_fast.train.encodings import Encodings, load_shapes
+from rsaft_fast.train.files import io_errors_of, write_atomically
 from rsaft_fast.train.logging import CONFIG
 from rsaft_fast.train.memory_errors import naming_the_phase
 from rsaft_fast.train.recipe import find_recipe, load_config
 from rsaft_fast.train.samples import sample_images
+from rsaft_fast.train.schema import explain
 from rsaft_fast.train.trainer import prepare_backbone
+
+Group = TypeVar("Group", bound=Settings)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -57,9 +67,11 @@ def _draw(
             load_trained(backbone, trained, Path(arguments.run), arguments.checkpoint)
         apply_speed(backbone, trained.speed.portable() if trained else SpeedSettings())
         columns = _pictures(arguments, backbone, schedule, encoded, prompts, output)
-    save_grid(output / "grid.png", prompts, columns)
+    grid = output / GRID
+    with io_errors_of(grid):
+        save_grid(grid, prompts, columns)
     print(
-        f"rsaft-fast: {len(prompts) * len(columns)} pictures and {output / 'grid.png'} "
+        f"rsaft-fast: {len(prompts) * len(columns)} pictures and {grid} "
         f"({sampler.steps} steps, guidance {sampler.guidance_scale:g})"
     )
     return 0
@@ -108,7 +120,7 @@ def _load(
 
 def _read_run(folder: str) -> Config:
     path = Path(folder) / CONFIG
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"--run {folder} is not a run folder: it has no {CONFIG}")
     return load_config(path)
 
@@ -130,16 +142,23 @@ def _sampler(
         "guidance_scale": arguments.guidance,
         "negative_prompt": arguments.negative,
     }
-    return base.model_copy(update={name: value for name, value in given.items() if value is not None})
+    return _with_options(base, given)
 
 
 def _backbone(arguments: argparse.Namespace, trained: Config | None) -> BackboneSettings:
     path = arguments.pipeline or trained.backbone.path
     base = trained.backbone if trained else BackboneSettings(path=path)
     given = {"height": arguments.height, "width": arguments.width, "dtype": arguments.dtype}
-    return base.model_copy(
-        update={"path": path, "checkpoint": ()} | {name: value for name, value in given.items() if value is not None}
-    )
+    return _with_options(base, {"path": path, "checkpoint": ()} | given)
+
+
+def _with_options(base: Group, given: Mapping[str, Any]) -> Group:
+    """Settings with the options that were given, each within the limits that it has in a recipe."""
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        return type(base).model_validate(base.model_dump() | given)
+    except ValidationError as error:
+        raise UserError("\n".join(explain(error, type(base), CONFIG, set(given)))) from None
 
 
 @torch.no_grad()
@@ -152,7 +171,7 @@ def load_trained(backbone: PipelineBackbone, config: Config, folder: Path, step:
     path, passed_over = checkpoints.newest(folder / "checkpoints")
     if step is not None:
         path = folder / "checkpoints" / f"step_{step}"
-        if not path.is_dir():
+        if not os.path.isdir(path):
             kept = sorted((place.name for place in path.parent.glob("step_*")), key=lambda name: (len(name), name))
             raise UserError(f"--checkpoint {step}: {path} does not exist; the run kept {', '.join(kept) or 'none'}")
     if path is None:
@@ -180,6 +199,8 @@ def _pictures(
 ) -> dict[str, torch.Tensor]:
     """Draw and write one PNG a picture, named by number: a prompt is never part of a file's name.
 
+    The listing grows with every batch: pictures of a command that was stopped have their prompts too.
+
     Returns:
         The pictures (N, 3, H, W) of each seed, for the grid.
     """
@@ -194,10 +215,11 @@ def _pictures(
                 images = sample_images(backbone, schedule, encoded(batch), seed, len(batch), same_noise=True)
                 for index, (prompt, image) in enumerate(zip(batch, images), first):
                     name = f"{index:04d}_seed_{seed}.png"
-                    save_png(to_picture(image), output / name)
+                    with io_errors_of(output / name):
+                        save_png(to_picture(image), output / name)
                     listed.append({"file": name, "prompt": prompt, "seed": seed})
+                write_atomically(output / LISTING, json.dumps(listed, indent=1, ensure_ascii=False) + "\n")
                 drawn.append(images)
                 bar.update(len(batch))
             columns[f"seed {seed}"] = torch.cat(drawn)
-    (output / "pictures.json").write_text(json.dumps(listed, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return columns

@@ -69,7 +69,7 @@ def find_pictures(paths: Sequence[str], say: Callable[[str], None]) -> list[Pict
 
 
 def _of_folder(place: Path, path: str, say: Callable[[str], None]) -> list[tuple[Path, str | None, int | None]]:
-    if (place / LISTING).exists():
+    if os.path.exists(place / LISTING):
         listed = _listed(place)
         taken = [file for file, _, _ in listed]
         unlisted = [p for p in picture_files(place)[0] if p not in taken and p.name != GRID]

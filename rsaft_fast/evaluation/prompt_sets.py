@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +67,9 @@ def set_files(name: str, path: str = "") -> list[Path]:
     if not path:
         return _found(name, _fetch(name, wanted), wanted)
     place = Path(path).expanduser()
-    if place.is_file():
+    if os.path.isfile(place):
         return [place]
-    if not place.is_dir():
+    if not os.path.isdir(place):
         raise UserError(f"prompts {name}={path}: nothing is there; download {wanted.place}")
     return _found(name, place, wanted)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,10 +97,10 @@ def _spec(settings: SingleReward) -> RewardSpec:
 def _clip_model(settings: SingleReward, source: str) -> tuple[transformers.CLIPModel, Preprocess, list[str]]:
     path, notes, prepare = resolve_path(source), [], {}
     folder = Path(path).expanduser()
-    if not folder.exists():
+    if not os.path.exists(folder):
         cached = try_to_load_from_cache(path, "config.json")
         folder = Path(cached).parent if isinstance(cached, str) else folder
-    if (folder / "config.json").is_file():
+    if os.path.isfile(folder / "config.json"):
         config, prepare = read_json(folder / "config.json"), image_processor_config(folder)
     else:
         config = published_reward(f"{settings.name} {path}")
@@ -117,7 +118,7 @@ def _clip_model(settings: SingleReward, source: str) -> tuple[transformers.CLIPM
 def _local_file(path: str, name: str) -> Path | None:
     """The file that a reward's path means, as far as it is on this machine."""
     place = Path(path).expanduser()
-    if place.exists():
+    if os.path.exists(place):
         return checkpoint_file(path, name)
     cached = try_to_load_from_cache(path, name)
     return Path(cached) if isinstance(cached, str) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import json
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,9 +15,10 @@ import transformers
 from huggingface_hub import try_to_load_from_cache
 
 from rsaft_fast.backbones import ADAPTERS, PipelineBackbone, Quantization, adapter_for
+from rsaft_fast.backbones.folder import read_index
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory.published import KNOWN, Parts, published_pipeline
-from rsaft_fast.rewards.files import read_json
+from rsaft_fast.pretrained import first_sentence, read_config
 
 
 class LengthTokenizer:
@@ -60,7 +61,13 @@ def skeleton_backbone(
     with quiet(), torch.device("meta"):
         for part, (library, kind, config) in parts.items():
             if part not in options and part in components:
-                components[part] = _component(part, library, kind, config, dtype)
+                try:
+                    components[part] = _component(part, library, kind, config, dtype)
+                except Exception as error:  # each library's own kinds, for a config that can be damaged in any way
+                    raise UserError(
+                        f"{path}: no {kind} can be made of {part}'s config ({type(error).__name__}: "
+                        f"{first_sentence(error)}); it is damaged or of another class: download it anew"
+                    ) from error
         pipeline = adapter.pipeline_class(**components)
     backbone = adapter(
         pipeline,
@@ -99,11 +106,11 @@ def _pipeline_parts(path: str) -> tuple[str, Parts, list[str]]:
 
         path = str(pipeline_path())
     folder = Path(path).expanduser()
-    if not folder.exists():
+    if not os.path.exists(folder):
         cached = try_to_load_from_cache(path, "model_index.json")
         if isinstance(cached, str):
             folder = Path(cached).parent
-    if folder.exists():
+    if os.path.exists(folder):
         return adapter_for(folder, text=False).pipeline_class.__name__, _parts_of_folder(folder), []
     found = published_pipeline(path)
     if found is None:
@@ -117,19 +124,19 @@ def _pipeline_parts(path: str) -> tuple[str, Parts, list[str]]:
 
 def _parts_of_folder(folder: Path) -> Parts:
     parts = {}
-    for name, entry in read_json(folder / "model_index.json").items():
+    for name, entry in read_index(folder, folder).items():
         if not isinstance(entry, list) or not all(isinstance(text, str) for text in entry) or len(entry) != 2:
             continue
         config = next(
             (
                 folder / name / file
                 for file in ("config.json", "scheduler_config.json", "tokenizer_config.json")
-                if (folder / name / file).is_file()
+                if os.path.isfile(folder / name / file)
             ),
             None,
         )
         if config is not None:
-            parts[name] = (*entry, json.loads(config.read_text(encoding="utf-8")))
+            parts[name] = (*entry, read_config(config, f"{name}'s config"))
     return parts
 
 

@@ -98,7 +98,7 @@ def convert(source: str | Path, folder: str | Path, reward: str, force: bool = F
             would be overwritten, or a disk that is full.
     """
     folder = Path(folder).expanduser()
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise UserError(f"{str(folder)!r} is a file; give the folder to write into")
     if reward in LAYOUTS:
         files, beside, name = _of_layout(source, reward)
@@ -112,10 +112,10 @@ def convert(source: str | Path, folder: str | Path, reward: str, force: bool = F
     if all(is_safetensors(file) for file in files):
         raise UserError(f"{str(files[0])!r} is safetensors already; there is nothing to convert")
     targets = [folder / name, *(folder / path.name for path in beside)]
-    taken = [target for target in targets if target.exists()]
+    taken = [target for target in targets if os.path.exists(target)]
     if taken and not force:
         raise UserError(f"{str(taken[0])!r} exists; give another folder, or --force to replace it")
-    if clash := next((t for t in targets if t.exists() and any(t.samefile(s) for s in (*files, *beside))), None):
+    if clash := next((t for t in targets if os.path.exists(t) and any(t.samefile(s) for s in (*files, *beside))), None):
         raise UserError(f"{str(clash)!r} is what is to be converted; give another folder")
 
     state = _state(files, reward, source)
@@ -147,14 +147,14 @@ def _of_layout(source: str | Path, reward: str) -> tuple[list[Path], list[Path],
     for name in layout.needed:
         # Beside a local file; the hub stores what was asked for only.
         here = file.parent / name
-        beside.append(here if here.is_file() else checkpoint_file(_container(source), name))
-    beside += [file.parent / name for name in layout.optional if (file.parent / name).is_file()]
+        beside.append(here if os.path.isfile(here) else checkpoint_file(_container(source), name))
+    beside += [file.parent / name for name in layout.optional if os.path.isfile(file.parent / name)]
     return [file], beside, Path(layout.file).with_suffix(".safetensors").name
 
 
 def _container(source: str | Path) -> str | Path:
     path = Path(source).expanduser()
-    return path.parent if path.is_file() else source
+    return path.parent if os.path.isfile(path) else source
 
 
 def _of_folder(source: str | Path) -> tuple[list[Path], list[Path], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +25,9 @@ def checkpoint_folder(path: str | Path) -> Path:
         UserError: a file, neither a folder nor a hub id, or a hub that cannot be reached.
     """
     folder = Path(path).expanduser()
-    if str(path) and folder.is_dir():
+    if str(path) and os.path.isdir(folder):
         return folder
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise UserError(f"reward {str(path)!r} is a file; give the folder that holds config.json and the weights")
     if not hub.is_hub_id(path):
         raise UserError(f"there is no reward folder {str(path)!r}; give an existing folder or a hub id (owner/name)")
@@ -40,12 +41,12 @@ def checkpoint_file(path: str | Path, name: str) -> Path:
         UserError: nothing there, a folder without the file, or a hub that cannot be reached.
     """
     place = Path(path).expanduser()
-    if str(path) and place.is_file():
+    if str(path) and os.path.isfile(place):
         return place
-    if str(path) and place.is_dir():
+    if str(path) and os.path.isdir(place):
         # What `rsaft-fast convert` made of the published pickle comes before the pickle.
         for candidate in (place / Path(name).with_suffix(".safetensors"), place / name):
-            if candidate.is_file():
+            if os.path.isfile(candidate):
                 return candidate
         raise UserError(f"{str(path)!r} holds no {name}; give the folder that holds it, or the file itself")
     if not hub.is_hub_id(path):
@@ -60,7 +61,7 @@ def tokenizer_folder(path: str | Path) -> Path:
         UserError: nothing there, or a hub that cannot be reached.
     """
     place = Path(path).expanduser()
-    if str(path) and place.exists():
+    if str(path) and os.path.exists(place):
         return place
     if not hub.is_hub_id(path):
         raise UserError(f"there is no tokenizer {str(path)!r}; give an existing file or folder, or a hub id")
@@ -124,7 +125,7 @@ def digests_of(files: Sequence[Path], *algorithms: str) -> dict[str, str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the checkpoint."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{str(path.parent)!r} holds no {path.name}; give a folder saved by save_pretrained")
     return read_config(path, "reward's config")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -73,7 +74,7 @@ def load_hps(
     """
     fixed_text("")  # ftfy is needed at the first prompt: better to hear of it before gigabytes are read
     folder = Path(path).expanduser()
-    if str(path) and (folder / "config.json").is_file():
+    if str(path) and os.path.isfile(folder / "config.json"):
         model, files = load_clip_model(folder, str(path), "gelu"), weight_files(folder)
     else:
         files = [checkpoint_file(path, VERSIONS[version].file)]
@@ -107,7 +108,7 @@ def require_version(version: str, file: Path, source: str = "") -> None:
 
 def _tokenizer(given: str | Path | None, beside: Path, model: CLIPModel):
     if given is None:
-        given = beside if any((beside / name).is_file() for name in CLIP_FILES) else TOKENIZER
+        given = beside if any(os.path.isfile(beside / name) for name in CLIP_FILES) else TOKENIZER
     try:
         tokenizer = clip_tokenizer(given)
     except UserError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -146,10 +147,10 @@ def load_image_reward(
     """
     file = checkpoint_file(path, FILE)
     beside = file.parent / CONFIG
-    config = read_json(beside if Path(path).expanduser().exists() else checkpoint_file(path, CONFIG))
+    config = read_json(beside if os.path.exists(Path(path).expanduser()) else checkpoint_file(path, CONFIG))
     model, head = _build(read_state(file), config, repr(str(file)))
     if tokenizer is None:
-        tokenizer = file.parent if (file.parent / "vocab.txt").is_file() else TOKENIZER
+        tokenizer = file.parent if os.path.isfile(file.parent / "vocab.txt") else TOKENIZER
     words = bert_tokenizer(tokenizer)
     require_vocabulary(words, model.text_encoder.config.vocab_size, repr(str(tokenizer)))
     size = model.visual_encoder.config.image_size

@@ -300,7 +300,7 @@ def pick_device(name: str) -> torch.device:
 
 def check_path(key: str, path: str) -> None:
     """Refuse a pipeline's path that is neither a folder nor a hub id."""
-    if path != PLAYGROUND and not Path(path).expanduser().exists() and not is_hub_id(path):
+    if path != PLAYGROUND and not os.path.exists(Path(path).expanduser()) and not is_hub_id(path):
         raise UserError(f"{key}: there is no folder {path!r}, and it is not a hub id (owner/name)")
 
 
@@ -344,18 +344,18 @@ def _check_run_folder(config: Config) -> None:
     export = "lora" if lora else adapter_for(config.backbone.path, text=False).denoiser_name
     for name in (CONFIG, METRICS):
         path = folder / name
-        if path.exists() and not path.is_file():
+        if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"output_dir: {path} is no file, and the run writes one of that name; move it away")
     for name in (export, CHECKPOINTS, SAMPLES, TENSORBOARD):
         path = folder / name
         if not os.path.lexists(path):
             continue
-        if not path.is_dir() or (name == export and path.is_symlink()):
+        if not os.path.isdir(path) or (name == export and path.is_symlink()):
             kind = "a link" if path.is_symlink() else "no folder"
             raise UserError(f"output_dir: {path} is {kind}, and the run writes a folder of that name; move it away")
         if not os.access(path, os.W_OK | os.X_OK):
             raise UserError(f"output_dir: you may not write to {path}; make it writable, or give another output_dir")
-    if not has_run(folder) and (folder / export).is_dir() and any((folder / export).iterdir()):
+    if not has_run(folder) and os.path.isdir(folder / export) and any((folder / export).iterdir()):
         raise UserError(
             f"output_dir: {folder / export} is not a run's, and the model is to be written there; give another one"
         )
@@ -363,17 +363,17 @@ def _check_run_folder(config: Config) -> None:
 
 def has_run(folder: Path) -> bool:
     """Whether a folder holds a run, finished or not."""
-    return any((folder / name).exists() for name in (CONFIG, METRICS, "checkpoints"))
+    return any(os.path.exists(folder / name) for name in (CONFIG, METRICS, "checkpoints"))
 
 
 def check_writable(folder: Path, key: str = "output_dir") -> None:
     """Refuse an output folder that could not be made."""
-    if os.path.lexists(folder) and not folder.is_dir():
+    if os.path.lexists(folder) and not os.path.isdir(folder):
         raise UserError(f"{key} {folder} is {'a link to nothing' if folder.is_symlink() else 'a file'}; give a folder")
     existing = folder.absolute()
-    while not existing.exists():
+    while not os.path.exists(existing):
         existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{key} {folder} cannot be made: {existing} is not a folder that you may write to")
 
 

@@ -49,13 +49,13 @@ def load_folder(folder: str | Path, say: Callable[[str], None] = lambda line: No
         UserError: no such folder, no pictures, or a picture without a caption or that cannot be read.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"denoising.images: there is no folder {str(folder)!r}")
     metadata = folder / METADATA
-    items = list(_from_metadata(metadata) if metadata.is_file() else _from_text_files(folder))
+    items = list(_from_metadata(metadata) if os.path.isfile(metadata) else _from_text_files(folder))
     if not items:
         raise UserError(f"denoising.images: {folder} holds no pictures ({', '.join(ENDINGS)})")
-    known = [METADATA] if metadata.is_file() else [path.name for path in _caption_files(folder).values()]
+    known = [METADATA] if os.path.isfile(metadata) else [path.name for path in _caption_files(folder).values()]
     if line := passed_over(folder, [item.path for item in items], known):
         say(line)
     try:

@@ -125,7 +125,7 @@ def _take(folder: Path, key: str, say: Callable[[str], None], made: list[Path]) 
 
 def _make(folder: Path, made: list[Path]) -> None:
     """`mkdir -p`, noting what was not there."""
-    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    absent = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     for path in reversed(absent):
         try:
             path.mkdir()
@@ -138,7 +138,7 @@ def _open(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except PermissionError:
-        if not path.exists():
+        if not os.path.exists(path):
             raise
         return os.open(path, os.O_RDONLY)  # another user's, left behind: reading is enough for a lock
 

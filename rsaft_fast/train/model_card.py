@@ -5,18 +5,18 @@ People publish that folder. Of a local path only the last name is shown, of a re
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from rsaft_fast.backbones import PipelineBackbone
 from rsaft_fast.backbones.lora_formats import KOHYA_FILE, save_kohya
 from rsaft_fast.hub import is_hub_id
 from rsaft_fast.rewards.base import RewardSpec
 from rsaft_fast.train.config import PLAYGROUND, Config
+from rsaft_fast.train.yaml_text import dump_yaml
 
 CARD = "README.md"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -48,7 +48,7 @@ def public_name(path: str) -> str:
         if found := _CACHED.search(text.replace("\\", "/")):
             return f"{found[1]}/{found[2]}"
     # A hub id that is also a folder here was loaded from the folder.
-    if path.startswith(f"{PLAYGROUND}/") or (is_hub_id(path) and not place.exists()):
+    if path.startswith(f"{PLAYGROUND}/") or (is_hub_id(path) and not os.path.exists(place)):
         return path
     name = place.name if place.name not in ("", "..") else place.resolve().name
     return "a local folder" if place.resolve() == Path.home() else name or "a local folder"
@@ -78,20 +78,20 @@ def model_card(
         "model binds whoever publishes them. Fill in `license` at the top of this file before you do.",
         "## diffusers",
         _code(_loading(config, backbone, base, folder, lora)),
-        *(_lora_sections(backbone, folder, kohya) if lora else _full_sections(backbone, folder)),
+        *(_lora_sections(backbone, kohya) if lora else _full_sections(backbone)),
     ]
     return "\n\n".join(sections) + "\n"
 
 
 def _front_matter(base: str, lora: bool) -> str:
     content = {
-        "base_model": base,
-        "base_model_relation": "adapter" if lora else "finetune",
+        # The hub takes an id of its own alone there.
+        **({"base_model": base, "base_model_relation": "adapter" if lora else "finetune"} if _is_on_hub(base) else {}),
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": ["text-to-image", "diffusers", *(["lora"] if lora else []), "rsa-ft", "reward-fine-tuning"],
     }
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    text = dump_yaml(content)
     return f"---\n{text}# license: that of the base model, which is not known here\n---"
 
 
@@ -107,6 +107,7 @@ def _facts(config: Config, backbone: PipelineBackbone, steps: int, base: str) ->
     if parameters.train == "lora":
         trained = f"LoRA of rank {parameters.lora.rank}, alpha {parameters.lora.scale * parameters.lora.rank:g}"
     scale = "" if sampler.true_cfg_scale == 1 else f", true guidance {sampler.true_cfg_scale:g}"
+    noise = "" if sampler.eta == 0 else f", eta {sampler.eta:g}"
     return [
         ("base model", base),
         ("trained", trained),
@@ -116,7 +117,7 @@ def _facts(config: Config, backbone: PipelineBackbone, steps: int, base: str) ->
         ("updates", f"{steps} of {config.pictures_per_update} pictures"),
         ("seed", str(config.seed)),
         ("resolution", f"{backbone.width}x{backbone.height}"),
-        ("sampling in training", f"{sampler.steps} steps, guidance {sampler.guidance_scale:g}{scale}"),
+        ("sampling in training", f"{sampler.steps} steps, guidance {sampler.guidance_scale:g}{scale}{noise}"),
         *([("negative prompt", sampler.negative_prompt)] if sampler.negative_prompt else []),
         *([("weights", f"running mean, decay {config.ema.decay:g}")] if config.ema is not None else []),
     ]
@@ -137,7 +138,7 @@ def _reward_facts(reward: RewardSpec) -> list[tuple[str, str]]:
 def _loading(config: Config, backbone: PipelineBackbone, base: str, folder: str, lora: bool) -> str:
     pipeline, sampler = backbone.pipeline_class.__name__, config.sampler
     denoiser, name = type(backbone.denoiser).__name__, backbone.denoiser_name
-    unet = name == "unet"
+    unet, twice = name == "unet", sampler.true_cfg_scale != 1
     classes = sorted([pipeline, *(["DDIMScheduler"] if unet else []), *([] if lora else [denoiser])])
     lines = ["import torch", f"from diffusers import {', '.join(classes)}", ""]
     options = "torch_dtype=torch.bfloat16"
@@ -158,6 +159,10 @@ def _loading(config: Config, backbone: PipelineBackbone, base: str, folder: str,
         '    "a photo of an astronaut riding a horse",',
         f"    num_inference_steps={sampler.steps},",
         f"    guidance_scale={sampler.guidance_scale:g},",
+        *([f"    eta={sampler.eta:g},"] if sampler.eta != 0 else []),
+        *([f"    true_cfg_scale={sampler.true_cfg_scale:g},"] if twice else []),
+        # FLUX.1's pipeline guides by the second scale only where it is given one, an empty one included.
+        *([f"    negative_prompt={sampler.negative_prompt!r},"] if sampler.negative_prompt or twice else []),
         f"    height={backbone.height},",
         f"    width={backbone.width},",
         ").images[0]",
@@ -166,7 +171,7 @@ def _loading(config: Config, backbone: PipelineBackbone, base: str, folder: str,
     return "\n".join(lines)
 
 
-def _lora_sections(backbone: PipelineBackbone, folder: str, kohya: bool) -> list[str]:
+def _lora_sections(backbone: PipelineBackbone, kohya: bool) -> list[str]:
     unet = backbone.denoiser_name == "unet"
     file = KOHYA_FILE if kohya else DIFFUSERS_FILE
     web = f"AUTOMATIC1111 and Forge: copy it to `models/Lora/` and write `<lora:{Path(file).stem}:1>` into the prompt."
@@ -181,7 +186,7 @@ def _lora_sections(backbone: PipelineBackbone, folder: str, kohya: bool) -> list
     return ["## ComfyUI and others", "\n\n".join(programs), "## Merging into the base model", merging]
 
 
-def _full_sections(backbone: PipelineBackbone, folder: str) -> list[str]:
+def _full_sections(backbone: PipelineBackbone) -> list[str]:
     name = backbone.denoiser_name
     return [
         "## Other programs",
@@ -202,7 +207,11 @@ def _plain(text: str) -> str:
 
 
 def _link(base: str) -> str:
-    return f"[{_plain(base)}](https://huggingface.co/{base})" if is_hub_id(base) else f"`{_plain(base)}`"
+    return f"[{_plain(base)}](https://huggingface.co/{base})" if _is_on_hub(base) else f"`{_plain(base)}`"
+
+
+def _is_on_hub(base: str) -> bool:
+    return is_hub_id(base) and not base.startswith(f"{PLAYGROUND}/")
 
 
 def _code(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -56,17 +57,17 @@ def find_recipe(recipe: str | Path) -> Path:
         path = Path(user_path(str(recipe)))
     except ValueError as error:
         raise UserError(f"the recipe {shown(str(recipe))}: {error}") from error
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     shipped = resources.files("rsaft_fast.recipes")
     names = sorted(entry.name for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
     for name in (path.name, f"{path.name}.yaml"):
         # A path that names a folder of its own and is not there is a typing error, not a shipped recipe.
-        if not path.exists() and name in names and path.parent in (Path("."), Path("recipes")):
+        if not os.path.exists(path) and name in names and path.parent in (Path("."), Path("recipes")):
             return Path(str(shipped / name))
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):
         return path  # a pipe or device, which the reader refuses by its kind
-    kind = "a folder" if path.is_dir() else "not a file"
+    kind = "a folder" if os.path.isdir(path) else "not a file"
     near = difflib.get_close_matches(path.name, names, 1, cutoff=0.75)
     hint = f"; did you mean {near[0]}?" if near else ""
     listed = ", ".join(names)

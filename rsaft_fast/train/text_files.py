@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +39,7 @@ class TextFiles:
         """`path`: folder or hub id. `memory`: the cache's folder; None remembers nothing."""
         self.path, self.memory = str(path), memory
         self.folder = Path(path).expanduser()
-        self.is_local = self.folder.is_dir()
+        self.is_local = os.path.isdir(self.folder)
 
     def identity(self) -> dict[str, str] | None:
         """By component; None where it cannot be told (yet)."""
@@ -89,7 +90,7 @@ class TextFiles:
             noted = json.loads(self._note.read_text(encoding="utf-8"))["encoders"][name]
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        same = not (self.folder / name).exists() or noted["rest"] == self._rest(name)
+        same = not os.path.exists(self.folder / name) or noted["rest"] == self._rest(name)
         return noted["identity"] if same else None
 
     def _weights(self, name: str) -> list[Path]:

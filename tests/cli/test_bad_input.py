@@ -304,3 +304,31 @@ def test_levels_that_the_scheduler_cannot_place_are_named(tmp_path):
     backbone = SimpleNamespace(schedule=lambda steps: flow_schedule(scheduler, steps))
     with pytest.raises(UserError, match=r"denoising\.levels is 1\b.* 2 to 1000"):
         DenoisingLoss(backbone, DenoisingSettings(images=str(tmp_path), levels=1), [], seed=0)
+
+
+@pytest.mark.parametrize(
+    "key", ["output_dir", "backbone.path", "reward.path", "data.prompts", "denoising.images", "resume"]
+)
+def test_a_folder_that_may_not_be_entered_is_one_line(path, out, tmp_path, capsys, monkeypatch, key):
+    locked, stat = tmp_path / "locked", os.stat
+    locked.mkdir()
+
+    def refused(place, *arguments, **options):
+        if os.fspath(place).startswith(f"{locked}{os.sep}") if isinstance(place, (str, os.PathLike)) else False:
+            raise PermissionError(13, "Permission denied", str(place))
+        return stat(place, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refused)
+    monkeypatch.setattr(os, "access", lambda place, mode: str(place) != str(locked))
+    line = attempt(["train", path, f"{key}={locked / 'inside'}"], capsys, out=out)
+    assert str(locked) in line
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"hidden_size": "many"}'])
+def test_a_damaged_config_is_one_line_of_an_estimate(tiny, out, tmp_path, capsys, text):
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(tiny.sd15, pipeline)
+    (pipeline / "text_encoder" / "config.json").write_text(text)
+    raw = recipe(tiny, out, backbone__path=str(pipeline))
+    line = attempt(["estimate", write_recipe(tmp_path / "r.yaml", raw), "--quick"], capsys, out=out)
+    assert "text_encoder" in line

@@ -19,6 +19,7 @@ import torch
 from builders.recipes import config, environment
 from PIL import Image
 
+from rsaft_fast import cli
 from rsaft_fast.cli import build_parser, main
 from rsaft_fast.commands import doctor, process
 from rsaft_fast.train.loop import train
@@ -217,3 +218,25 @@ def test_stopped_during_the_baseline_nothing_is_written(tiny, out, monkeypatch):
     outcome = train(config(tiny, out, samples={"every": 1, "count": 4}))
     assert outcome.exit_code == 143 and "nothing was written" in outcome.message
     assert not out.exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help-config"]])
+def test_a_full_standard_output_is_one_line(arguments, tmp_path):
+    command = [sys.executable, "-m", "rsaft_fast", *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=tmp_path, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("rsaft-fast: error:") and "ENOSPC" in line and "make room" in line
+
+
+@pytest.mark.parametrize(("command", "kept"), [(["train", "x.yaml"], True), (["demo"], True), (["doctor"], False)])
+def test_only_what_trains_speaks_of_a_checkpoint_when_interrupted(command, kept, capsys, monkeypatch):
+    def stop(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", stop)
+    assert main(command) == 130
+    error = capsys.readouterr().err
+    assert "interrupted" in error and ("resume=auto" in error) == kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 from builders.recipes import config
 
 from rsaft_fast.cli import main
+from rsaft_fast.commands import sample
+from rsaft_fast.evaluation import save_png
+from rsaft_fast.evaluation.picture_lists import LISTING
 from rsaft_fast.train.loop import train
 
 
@@ -94,3 +98,37 @@ def test_a_lora_of_another_family_is_an_error_and_nothing_is_drawn(tiny, run, tm
         ["sample", str(tiny.sd3), "--lora", str(run / "lora"), "--prompts", "a", "--output", str(tmp_path / "o")]
     )
     assert "LoRA" in capsys.readouterr().err and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "option, words",
+    [
+        (["--guidance", "nan"], ["guidance_scale", "nan"]),
+        (["--steps", "100000"], ["steps", "100000", "1000"]),
+        (["--eta", "2"], ["eta", "2", "at most 1"]),
+        (["--height", str(10**9)], ["height", "16384"]),
+    ],
+)
+def test_options_have_the_limits_of_a_recipe(tiny, tmp_path, capsys, option, words):
+    output = tmp_path / "out"
+    assert main(["sample", str(tiny.sd15), "--prompts", "a", *option, "--output", str(output)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("rsaft-fast: error:") and all(word in error for word in words), error
+    assert not output.exists()
+
+
+def test_pictures_of_a_full_disk_have_their_prompts(tiny, tmp_path, capsys, monkeypatch):
+    def save(image, path):
+        if path.name.startswith("0001"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save_png(image, path)
+
+    monkeypatch.setattr(sample, "save_png", save)
+    options = ["--steps", "1", "--batch-size", "1", "--output", str(tmp_path / "a")]
+    assert main(["sample", str(tiny.sd15), "--prompts", "one", "two", *options]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("rsaft-fast: error:") and all(
+        w in error for w in ("0001_seed_0.png", "ENOSPC", "make room")
+    )
+    listed = json.loads((tmp_path / "a" / LISTING).read_text())
+    assert listed == [{"file": "0000_seed_0.png", "prompt": "one", "seed": 0}]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors import safe_open
 
 from rsaft_fast.backbones.lora_formats import KOHYA_FILE
 from rsaft_fast.train.loop import train
-from rsaft_fast.train.model_card import CARD, DIFFUSERS_FILE, public_name
+from rsaft_fast.train.model_card import CARD, DIFFUSERS_FILE, _front_matter, _loading, public_name
 
 FULL = {"parameters": {"train": "full"}}
 
@@ -35,11 +36,12 @@ def test_the_card_says_what_made_the_weights_and_its_code_loads_them(tiny, out, 
     names = {file.name for file in folder.iterdir()}
     assert ({DIFFUSERS_FILE, KOHYA_FILE, CARD} == names) if lora else (CARD in names and KOHYA_FILE not in names)
     head = front_matter(card)
-    assert head["base_model"] == base.name and head["library_name"] == "diffusers"
+    # A local folder is no id of the hub's.
+    assert "base_model" not in head and "base_model_relation" not in head and head["library_name"] == "diffusers"
     assert ("lora" in head["tags"]) == lora and "license" not in head and "# license:" in card
     facts = dict(re.findall(r"^\| ([\w ]+) \| (.*) \|$", card, re.MULTILINE))
     assert facts["updates"].startswith("1 of ") and facts["resolution"] == "32x32" and facts["seed"] == "0"
-    assert facts["method"] and facts["reward"] and facts["prompts"]
+    assert facts["base model"] == base.name and facts["method"] and facts["reward"] and facts["prompts"]
     # Nothing of where this was made.
     home = str(Path.home())
     for private in (str(tmp_path), str(base.parent), str(out.parent), *([home] if len(home) > 1 else [])):
@@ -95,3 +97,23 @@ def test_a_folder_named_like_a_hub_id_is_that_folder(tmp_path, monkeypatch):
     assert public_name("alice/private") == "private"
     monkeypatch.chdir(tmp_path / "alice" / "private")
     assert public_name(".") == "private" and public_name("..") == "alice"
+
+
+@pytest.mark.parametrize("base, named", [("owner/name", True), ("playground/fair", False), ("sd15", False)])
+def test_only_a_hub_id_is_a_base_model(base, named):
+    head = front_matter(_front_matter(base, lora=True) + "\n")
+    assert head.get("base_model") == (base if named else None) and ("base_model_relation" in head) == named
+
+
+def test_the_code_samples_as_the_training_did(tiny, tmp_path):
+    unet = SimpleNamespace(pipeline_class=Path, denoiser=0, denoiser_name="unet", height=8, width=8)
+    flux = SimpleNamespace(pipeline_class=Path, denoiser=0, denoiser_name="transformer", height=8, width=8)
+
+    def call(backbone, **sampler):
+        return _loading(config(tiny, tmp_path / "run", sampler=sampler), backbone, "a/b", "lora", lora=True)
+
+    code = call(unet, steps=2, eta=0.5, guidance_scale=3, negative_prompt='it\'s "ugly"')
+    assert "eta=0.5," in code and f"negative_prompt={'it' + chr(39) + 's ' + chr(34) + 'ugly' + chr(34)!r}," in code
+    assert not re.search("eta=|negative|true_cfg", call(unet, steps=2))
+    code = call(flux, steps=2, true_cfg_scale=2)
+    assert "true_cfg_scale=2," in code and "negative_prompt=''," in code
