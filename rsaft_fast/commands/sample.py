@@ -21,6 +21,7 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation import save_grid, save_png
 from rsaft_fast.evaluation.grids import to_picture
 from rsaft_fast.evaluation.picture_lists import GRID, LISTING
+from rsaft_fast.evaluation.prompts import checked_prompt
 from rsaft_fast.sampling import Schedule
 from rsaft_fast.settings import Settings
 from rsaft_fast.speed import SpeedSettings, apply_speed
@@ -45,7 +46,10 @@ def run(arguments: argparse.Namespace) -> int:
     trained = _read_run(arguments.run) if arguments.run else None
     settings = _backbone(arguments, trained)
     check_path("PIPELINE", settings.path)
-    prompts = arguments.prompts or load_prompts(arguments.prompts_file, held_out=True)
+    if arguments.prompts:
+        prompts = [checked_prompt(text, "--prompts") for text in arguments.prompts]
+    else:
+        prompts = load_prompts(arguments.prompts_file, held_out=True)
     with output_folder(arguments.output, "samples") as output:
         return _draw(arguments, trained, settings, prompts, output)
 
@@ -142,7 +146,10 @@ def _sampler(
         "guidance_scale": arguments.guidance,
         "negative_prompt": arguments.negative,
     }
-    return _with_options(base, given)
+    sampler = _with_options(base, given)
+    if arguments.negative and sampler.guidance_scale == sampler.true_cfg_scale == 1:
+        raise UserError("--negative does nothing at guidance scale 1; raise --guidance, or leave it out")
+    return sampler
 
 
 def _backbone(arguments: argparse.Namespace, trained: Config | None) -> BackboneSettings:

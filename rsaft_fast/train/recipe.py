@@ -16,7 +16,7 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.paths import user_path
 from rsaft_fast.reading import read_text
 from rsaft_fast.settings import Settings
-from rsaft_fast.train.config import Config
+from rsaft_fast.train.config import PLAYGROUND, Config
 from rsaft_fast.train.schema import explain, shown, text_kinds
 from rsaft_fast.train.yaml_text import LARGEST_FILE, YAMLTextError, dump_yaml, parse_yaml
 
@@ -117,9 +117,13 @@ def parse_override(text: str, root: type[Settings] = Config) -> tuple[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The configuration with every default written out, a recipe of its own: whether this run went on from an earlier
-    one is no part of it."""
+    one is no part of it, and a pipeline's folder is named so that it is found from every working directory."""
     resolved = config.model_copy(update={"loss": config.training_loss, "resume": None})
-    return dump_yaml(resolved.model_dump(mode="json"))
+    tree = resolved.model_dump(mode="json")
+    path = tree["backbone"]["path"]
+    if path != PLAYGROUND and os.path.isdir(path):
+        tree["backbone"]["path"] = os.path.abspath(path)
+    return dump_yaml(tree)
 
 
 def _override(raw: Any, keys: list[str], value: Any, section: str = "") -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
+import yaml
 from builders.recipes import config
 
 from rsaft_fast.cli import main
@@ -14,6 +16,7 @@ from rsaft_fast.commands import sample
 from rsaft_fast.evaluation import save_png
 from rsaft_fast.evaluation.picture_lists import LISTING
 from rsaft_fast.train.loop import train
+from rsaft_fast.train.recipe import to_yaml
 
 
 def pixels(folder: Path) -> dict[str, bytes]:
@@ -132,3 +135,8 @@ def test_pictures_of_a_full_disk_have_their_prompts(tiny, tmp_path, capsys, monk
     )
     listed = json.loads((tmp_path / "a" / LISTING).read_text())
     assert listed == [{"file": "0000_seed_0.png", "prompt": "one", "seed": 0}]
+
+
+def test_a_run_finds_its_pipeline_from_every_working_directory(tiny, tmp_path):
+    text = to_yaml(config(tiny, tmp_path, backbone__path=os.path.relpath(tiny.sd15)))
+    assert yaml.safe_load(text)["backbone"]["path"] == str(tiny.sd15)
