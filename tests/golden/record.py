@@ -96,14 +96,16 @@ def cases(tiny: Tiny) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{family} lora", on_tiny(tiny, family)
         yield f"{family} full", on_tiny(tiny, family, parameters__train="full")
         yield f"{family} lora ema accumulate", on_tiny(tiny, family, ema={"decay": 0.9}, data__accumulate=2)
-        yield f"{family} lora checkpointed guided", on_tiny(
-            tiny, family, **CHECKPOINTED, sampler__guidance_scale=3.0, method={"name": "draft_lv"}
+        yield (
+            f"{family} lora checkpointed guided",
+            on_tiny(tiny, family, **CHECKPOINTED, sampler__guidance_scale=3.0, method={"name": "draft_lv"}),
         )
         yield f"{family} lora bf16", on_tiny(tiny, family, backbone__dtype="bf16")
         yield f"{family} lora offloaded blocks", on_tiny(tiny, family, **CHECKPOINTED, backbone__offload_blocks=1)
         yield f"{family} full 8-bit released", on_tiny(tiny, family, parameters__train="full", **FULL_8BIT)
-        yield f"{family} full state on the host", on_tiny(
-            tiny, family, parameters__train="full", optimizer__offload="state"
+        yield (
+            f"{family} full state on the host",
+            on_tiny(tiny, family, parameters__train="full", optimizer__offload="state"),
         )
         for quantize in ("int8", "nf4"):
             yield f"{family} lora {quantize}", on_tiny(tiny, family, backbone__quantize=quantize)
