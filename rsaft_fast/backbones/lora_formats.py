@@ -9,6 +9,7 @@ whose up matrix is zero outside the three blocks: the same numbers, exactly.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -54,7 +55,20 @@ def save_kohya(backbone: PipelineBackbone, folder: Path, settings: LoRASettings,
         return None
     file = folder / KOHYA_FILE
     save_file(tensors, file, metadata=_header(backbone, settings, alpha, base))
+    _sort_metadata(file)
     return file
+
+
+def _sort_metadata(file: Path) -> None:
+    """Put the header's texts in order: safetensors writes them in another one each time, and equal runs are to give
+    equal files."""
+    with file.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        stream.seek(8)
+        stream.write(text.ljust(length))
 
 
 def kohya_state(

@@ -205,6 +205,10 @@ def test_values_are_the_trained_ones(family, alpha, tmp_path):
     # By these AUTOMATIC1111 sorts a file under a base model (extensions-builtin/Lora/network.py).
     assert header["ss_base_model_version"].startswith("sdxl_") == (family == "sdxl") and header["ss_v2"] == "False"
     assert str(tmp_path) not in json.dumps(header)
+    written = file.read_bytes()
+    # Eleven texts come in order by chance once in forty million times.
+    again = [save_kohya(backbone, tmp_path, settings, "an/id").read_bytes() for _ in range(2)]
+    assert again == [written, written]
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
