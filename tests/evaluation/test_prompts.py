@@ -157,10 +157,10 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"not UTF-8 \(byte 1\)"):
         load_prompts(tmp_path / "latin.txt")
     os.mkfifo(tmp_path / "pipe.txt")
-    (tmp_path / "zero.parquet").symlink_to("/dev/zero")
+    (tmp_path / "zero.csv").symlink_to("/dev/zero")
     for name, words in [
         ("pipe.txt", "a pipe"),
-        ("zero.parquet", "a device"),
+        ("zero.csv", "a device"),
         ("x" * 300, "ending"),
         ("a\0.txt", "NUL|null"),
     ]:
