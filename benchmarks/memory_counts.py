@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
+from rsaft_fast import phases
 from rsaft_fast.backbones import LoRASettings, add_lora, random_backbone
 from rsaft_fast.benchmarks import flops
 from rsaft_fast.benchmarks import memory_runs as runs
 from rsaft_fast.benchmarks.memory_runs import Run
 from rsaft_fast.benchmarks.random_models import PROMPTS, Architecture, random_reward
-from rsaft_fast.memory import phases
-from rsaft_fast.memory.estimate import estimate
-from rsaft_fast.memory.live import shapes_alone
-from rsaft_fast.train.config import Config
+from rsaft_fast.estimate.estimate import estimate
+from rsaft_fast.estimate.live import shapes_alone
+from rsaft_fast.recipe.config import Config
 
 Row = dict[str, Any]
 

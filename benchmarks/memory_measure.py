@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rsaft_fast import phases
 from rsaft_fast.backbones import random_backbone
 from rsaft_fast.benchmarks import memory_runs as runs
 from rsaft_fast.benchmarks.bandwidth import bandwidths
@@ -18,14 +19,13 @@ from rsaft_fast.benchmarks.meter import Measured, Meter
 from rsaft_fast.benchmarks.plain_step import PlainSettings, PlainStep, add_plain_lora
 from rsaft_fast.benchmarks.random_models import PROMPTS, Architecture, RandomTrainer, random_reward
 from rsaft_fast.benchmarks.timing import Part, Timer
+from rsaft_fast.data.batches import PromptBatches
+from rsaft_fast.data.encodings import free_memory
 from rsaft_fast.errors import UserError
-from rsaft_fast.memory import phases
+from rsaft_fast.out_of_memory import is_out_of_memory
+from rsaft_fast.recipe.config import Config
 from rsaft_fast.sampling import NoiseSource, backpropagate, rollout
 from rsaft_fast.sampling.rollout import guided_prediction
-from rsaft_fast.train.config import Config
-from rsaft_fast.train.data import PromptBatches
-from rsaft_fast.train.encodings import free_memory
-from rsaft_fast.train.memory_errors import is_out_of_memory
 from rsaft_fast.train.trainer import DTYPES, Trainer
 
 Row = dict[str, Any]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rsaft_fast.train.config import Config
+    from rsaft_fast.recipe.config import Config
 
 GRADED_STEPS = 8  # K of the second peak, which must not be higher than the first
 STEPS = 4  # peaks do not depend on the number of sampler steps; times are extrapolated from it
@@ -175,7 +175,7 @@ def config_of(keys: Mapping[str, Any]) -> Config:
     Raises:
         UserError: a key or a value that this version does not have.
     """
-    from rsaft_fast.train.recipe import (
+    from rsaft_fast.recipe.load import (
         validate,  # imports diffusers and transformers: seconds that --help need not wait
     )
 

@@ -10,9 +10,9 @@ from functools import wraps
 
 import torch
 
-from rsaft_fast import step as step_module
-from rsaft_fast.memory import phases
-from rsaft_fast.memory.live import LiveBytes
+from rsaft_fast import phases
+from rsaft_fast.algorithms import reward_gradient as step_module
+from rsaft_fast.estimate.live import LiveBytes
 
 
 @dataclass

@@ -20,14 +20,15 @@ from rsaft_fast.backbones import PipelineBackbone, random_backbone
 from rsaft_fast.backbones.registry import ADAPTERS
 from rsaft_fast.backbones.specs import Spec, load_spec
 from rsaft_fast.benchmarks.memory_runs import MODELS, REWARD
-from rsaft_fast.memory.published import Parts, published_reward
-from rsaft_fast.memory.skeleton import LengthTokenizer, quiet
+from rsaft_fast.estimate.published import Parts, published_reward
+from rsaft_fast.estimate.skeleton import LengthTokenizer, quiet
+from rsaft_fast.recipe.check import check_settings, pick_device
+from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards import RewardSettings
 from rsaft_fast.rewards.base import RewardSpec
 from rsaft_fast.rewards.clip import ClipReward, preprocess_from_config
 from rsaft_fast.train import trainer as trainer_module
-from rsaft_fast.train.check import Inputs, check_settings, pick_device
-from rsaft_fast.train.config import Config
+from rsaft_fast.train.inputs import Inputs
 from rsaft_fast.train.trainer import DTYPES, Trainer
 
 PROMPTS = ("a red circle", "two blue squares", "a green triangle above a red square", "one")

@@ -27,14 +27,14 @@ from rsaft_fast.benchmarks.random_models import random_reward
 from rsaft_fast.benchmarks.results import describe_machine, file_name
 from rsaft_fast.benchmarks.timing import Part, Timer
 from rsaft_fast.errors import UserError
-from rsaft_fast.memory.live import LiveBytes
-from rsaft_fast.memory.published import IMAGE_REWARD_TEXT, IMAGE_REWARD_VISION, published_reward
-from rsaft_fast.memory.skeleton import LengthTokenizer, quiet
+from rsaft_fast.estimate.live import LiveBytes
+from rsaft_fast.estimate.published import IMAGE_REWARD_TEXT, IMAGE_REWARD_VISION, published_reward
+from rsaft_fast.estimate.skeleton import LengthTokenizer, quiet
+from rsaft_fast.files import write_atomically
+from rsaft_fast.recipe.check import check_device
 from rsaft_fast.rewards import Preprocess, Reward, RewardSettings, RewardSpec
 from rsaft_fast.rewards.heads import AffineHead
 from rsaft_fast.rewards.image_reward import BlipScorer, ImageReward, text_config
-from rsaft_fast.train.check import check_device
-from rsaft_fast.train.files import write_atomically
 
 Row = dict[str, Any]
 NAME = "rewards.json"

@@ -1,5 +1,5 @@
 // Rounding a float32 result to the weight's type: to nearest, or stochastically from Philox4x32-10 (Salmon et al., SC
-// 2011). The bits of an element follow from seed, step, parameter and place alone (rsaft_fast/ops/philox.py).
+// 2011). The bits of an element follow from seed, step, parameter and place alone (rsaft_fast/abi/philox.py).
 #pragma once
 
 #include "numeric.cuh"

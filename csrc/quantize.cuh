@@ -1,4 +1,4 @@
-// The 8-bit codes of optimizer state (bitsandbytes' dynamic map). rsaft_fast/ops/quantize.py explains it in closed
+// The 8-bit codes of optimizer state (bitsandbytes' dynamic map). rsaft_fast/abi/quantize.py explains it in closed
 // form; here that form, its float32 operations in its order, is evaluated by the compiler, and the kernels look up what
 // came out: codes agree to the bit.
 #pragma once

@@ -6,10 +6,9 @@ Usually the launch that finishes the second norm does this too (``global_norm``)
 import triton
 import triton.language as tl
 
-from rsaft_fast.ops.scalars import COEFFICIENTS, HYPER
-from rsaft_fast.ops.table import ROW, TensorTable
-
-from .common import OPTIONS, launcher, on, unspecialised
+from rsaft_fast.abi.scalars import COEFFICIENTS, HYPER
+from rsaft_fast.abi.table import ROW, TensorTable
+from rsaft_fast.kernels.common import OPTIONS, launcher, on, unspecialised
 
 TENSORS_BLOCK = 512
 

@@ -8,9 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from rsaft_fast.ops.table import CHUNK, ROW, TensorTable
-
-from .coefficients import (
+from rsaft_fast.abi.table import CHUNK, ROW, TensorTable
+from rsaft_fast.kernels.coefficients import (
     adamw_coefficients,
     constants,
     kinds,
@@ -21,7 +20,7 @@ from .coefficients import (
     unscaling,
     write_coefficients,
 )
-from .common import (
+from rsaft_fast.kernels.common import (
     DTYPES,
     OPTIONS,
     address_of,

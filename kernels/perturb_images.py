@@ -10,9 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from rsaft_fast.ops.table import CHUNK
-
-from .common import DTYPES, OPTIONS, advance, launcher, load, on, rounded, store, unspecialised
+from rsaft_fast.abi.table import CHUNK
+from rsaft_fast.kernels.common import DTYPES, OPTIONS, advance, launcher, load, on, rounded, store, unspecialised
 
 BLOCK = 2048
 GROUP_BYTES = 24 * 2**20

@@ -1,4 +1,4 @@
-"""8-bit codes of optimizer state in closed form: the float32 operations of ``rsaft_fast.ops.quantize``, in its order.
+"""8-bit codes of optimizer state in closed form: the float32 operations of ``rsaft_fast.abi.quantize``, in its order.
 
 A value costs three comparisons instead of a search through 256 entries: the bits of its decade, from the highest down,
 each compared with a limit that the bits before it select.
@@ -9,9 +9,8 @@ import struct
 import triton
 import triton.language as tl
 
-from rsaft_fast.ops import quantize as definition
-
-from .common import load, pointer_to, store
+from rsaft_fast.abi import quantize as definition
+from rsaft_fast.kernels.common import load, pointer_to, store
 
 BLOCK_8BIT = tl.constexpr(definition.BLOCK)
 _SIGNED_LIMITS, _UNSIGNED_LIMITS = (tl.constexpr(tuple(definition.decade_limits(signed))) for signed in (True, False))

@@ -1,4 +1,4 @@
-"""Stochastic rounding to bf16 by Philox4x32-10: the bits of ``rsaft_fast.ops.philox``.
+"""Stochastic rounding to bf16 by Philox4x32-10: the bits of ``rsaft_fast.abi.philox``.
 
 One call of the generator serves eight elements, which lie in one thread's registers where a block has eight elements a
 thread: drawing costs about ten multiplications an element, hidden behind memory.
@@ -7,9 +7,8 @@ thread: drawing costs about ten multiplications an element, hidden behind memory
 import triton
 import triton.language as tl
 
-from rsaft_fast.ops import philox
-
-from .common import rounded
+from rsaft_fast.abi import philox
+from rsaft_fast.kernels.common import rounded
 
 PERTURBATION, UPDATE = tl.constexpr(philox.PERTURBATION), tl.constexpr(philox.UPDATE)
 

@@ -8,10 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from rsaft_fast.ops.scalars import COEFFICIENTS
-from rsaft_fast.ops.table import CHUNK, ROW, TensorTable
-
-from .common import (
+from rsaft_fast.abi.scalars import COEFFICIENTS
+from rsaft_fast.abi.table import CHUNK, ROW, TensorTable
+from rsaft_fast.kernels.common import (
     DTYPES,
     OPTIONS,
     address_of,
@@ -26,8 +25,8 @@ from .common import (
     unspecialised,
     vector_part,
 )
-from .quantize import load_moments, rows_of, store_moments
-from .rounding import UPDATE, rounded_as_asked, rounding_seed
+from rsaft_fast.kernels.quantize import load_moments, rows_of, store_moments
+from rsaft_fast.kernels.rounding import UPDATE, rounded_as_asked, rounding_seed
 
 # Eight elements a thread: 16 bytes of a bf16 list at once, 8 of codes; and each warp's 256 are one block of 8-bit
 # state, whose absmax it finds without the other warps.

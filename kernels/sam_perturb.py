@@ -8,9 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from rsaft_fast.ops.table import CHUNK, ROW, TensorTable
-
-from .common import (
+from rsaft_fast.abi.table import CHUNK, ROW, TensorTable
+from rsaft_fast.kernels.common import (
     DTYPES,
     OPTIONS,
     address_of,
@@ -24,7 +23,7 @@ from .common import (
     unspecialised,
     vector_part,
 )
-from .rounding import PERTURBATION, rounded_as_asked, rounding_seed
+from rsaft_fast.kernels.rounding import PERTURBATION, rounded_as_asked, rounding_seed
 
 BLOCK = 2048
 

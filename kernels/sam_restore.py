@@ -3,9 +3,18 @@
 import torch
 import triton.language as tl
 
-from rsaft_fast.ops.table import CHUNK, ROW, TensorTable
-
-from .common import DTYPES, OPTIONS, address_of, chunk_span, launch_span, launcher, on, restore_chunk, unspecialised
+from rsaft_fast.abi.table import CHUNK, ROW, TensorTable
+from rsaft_fast.kernels.common import (
+    DTYPES,
+    OPTIONS,
+    address_of,
+    chunk_span,
+    launch_span,
+    launcher,
+    on,
+    restore_chunk,
+    unspecialised,
+)
 
 BLOCK = 4096
 

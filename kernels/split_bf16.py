@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import OPTIONS, launcher, on, unspecialised
+from rsaft_fast.kernels.common import OPTIONS, launcher, on, unspecialised
 
 BLOCK = 1024
 

@@ -360,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return 0
     except OSError as error:
-        from rsaft_fast.train.files import describe_io_error, mend_of
+        from rsaft_fast.files import describe_io_error, mend_of
 
         _drop_output()
         with suppress(OSError):  # standard error may be on the same full disk

@@ -8,9 +8,9 @@ import re
 import pytest
 
 from rsaft_fast.paths import LONGEST_NAME, LONGEST_PATH, user_path, user_place
-from rsaft_fast.train import schema
-from rsaft_fast.train.config import Config
-from rsaft_fast.train.recipe import load_config, parse_override, read_yaml
+from rsaft_fast.recipe import schema
+from rsaft_fast.recipe.config import Config
+from rsaft_fast.recipe.load import load_config, parse_override, read_yaml
 
 
 def test_the_home_folder_is_put_in_and_nothing_else(monkeypatch, tmp_path):

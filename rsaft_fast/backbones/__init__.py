@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from rsaft_fast.backbones.base import Backbone, Branch, Conditioning
 from rsaft_fast.backbones.flux import FLUX
 from rsaft_fast.backbones.folder import find_folder, is_text_encoder, read_index, read_pipeline
 from rsaft_fast.backbones.lora import LoRASettings, add_lora, save_lora
@@ -19,6 +18,7 @@ from rsaft_fast.backbones.sd15 import SD15
 from rsaft_fast.backbones.sdxl import SDXL
 from rsaft_fast.errors import UserError
 from rsaft_fast.pretrained import first_sentence
+from rsaft_fast.sampling.protocol import Backbone, Branch, Conditioning
 
 
 def load_backbone(

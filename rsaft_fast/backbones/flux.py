@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
-from rsaft_fast.backbones.base import Branch
 from rsaft_fast.backbones.flow import FlowBackbone
 from rsaft_fast.errors import UserError
 from rsaft_fast.sampling.linear import LinearStep
+from rsaft_fast.sampling.protocol import Branch
 
 PATCH = 2  # latent pixels along one side of a token
 

@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
-from rsaft_fast.backbones.base import Backbone, Branch, Conditioning
 from rsaft_fast.backbones.components import load_components
 from rsaft_fast.backbones.folder import is_text_encoder, read_pipeline
 from rsaft_fast.backbones.quantized import Quantization, quantize_denoiser
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory.offload import OffloadedBlocks
 from rsaft_fast.pretrained import first_sentence
+from rsaft_fast.sampling.protocol import Backbone, Branch, Conditioning
 from rsaft_fast.truncation import cut_prompts_note
 
 

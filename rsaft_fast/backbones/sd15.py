@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 
-from rsaft_fast.backbones.base import Branch
 from rsaft_fast.backbones.unet import UNetBackbone
 from rsaft_fast.sampling.linear import LinearStep
+from rsaft_fast.sampling.protocol import Branch
 
 
 class SD15(UNetBackbone):

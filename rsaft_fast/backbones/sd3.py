@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from rsaft_fast.backbones.base import Branch
 from rsaft_fast.backbones.flow import FlowBackbone
 from rsaft_fast.errors import UserError
 from rsaft_fast.sampling.linear import LinearStep
+from rsaft_fast.sampling.protocol import Branch
 
 
 class SD3(FlowBackbone):

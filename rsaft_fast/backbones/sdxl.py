@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from rsaft_fast.backbones.base import Branch
 from rsaft_fast.backbones.unet import UNetBackbone
 from rsaft_fast.errors import UserError
 from rsaft_fast.sampling.linear import LinearStep
+from rsaft_fast.sampling.protocol import Branch
 
 
 class SDXL(UNetBackbone):

@@ -15,10 +15,12 @@ import torch
 from rsaft_fast import playground
 from rsaft_fast.commands.output import output_folder
 from rsaft_fast.errors import UserError
-from rsaft_fast.evaluation import Curve, Panel, comparison_figure, sharpness, summary_table
-from rsaft_fast.train.config import Config, SampleSettings
+from rsaft_fast.figures.curves import Curve, Panel, comparison_figure
+from rsaft_fast.figures.tables import summary_table
+from rsaft_fast.recipe.config import Config, SampleSettings
+from rsaft_fast.recipe.load import find_recipe, load_config
+from rsaft_fast.smoothing.sharpness import sharpness
 from rsaft_fast.train.loop import Outcome, train
-from rsaft_fast.train.recipe import find_recipe, load_config
 from rsaft_fast.train.trainer import Trainer
 
 RECIPE = "playground.yaml"

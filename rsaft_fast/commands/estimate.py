@@ -8,10 +8,10 @@ import sys
 
 import torch
 
-from rsaft_fast.memory.estimate import GIB, NOT_COUNTED, RESERVED, Estimate, as_dict, estimate, spare
-from rsaft_fast.memory.suggestions import Suggestion, fitting, suggest
-from rsaft_fast.train.config import Config
-from rsaft_fast.train.recipe import load_config
+from rsaft_fast.estimate.estimate import GIB, NOT_COUNTED, RESERVED, Estimate, as_dict, estimate, spare
+from rsaft_fast.estimate.suggestions import Suggestion, fitting, suggest
+from rsaft_fast.recipe.config import Config
+from rsaft_fast.recipe.load import load_config
 
 _WIDTH = 44
 

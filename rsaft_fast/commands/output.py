@@ -9,10 +9,9 @@ from itertools import count
 from pathlib import Path
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.train.check import check_writable
-from rsaft_fast.train.files import describe_io_error, mend_of
-from rsaft_fast.train.lock import LOCK, FolderHeldError, sole_writer
-from rsaft_fast.train.progress import tell
+from rsaft_fast.files import check_writable, describe_io_error, mend_of
+from rsaft_fast.lock import LOCK, FolderHeldError, sole_writer
+from rsaft_fast.progress import tell
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.recipe.load import parse_override, read_yaml
+from rsaft_fast.recipe.schema import explain
 from rsaft_fast.rewards import RewardSettings
-from rsaft_fast.train.recipe import parse_override, read_yaml
-from rsaft_fast.train.schema import explain
 
 _RECIPES = (".yaml", ".yml")
 

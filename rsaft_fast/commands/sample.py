@@ -17,25 +17,24 @@ from tqdm import tqdm
 from rsaft_fast.backbones import PipelineBackbone, add_lora
 from rsaft_fast.backbones.lora_files import has_text_part, load_lora
 from rsaft_fast.commands.output import output_folder
+from rsaft_fast.data.encoded import EncodedPrompts, negative_texts
+from rsaft_fast.data.encodings import Encodings, load_shapes
+from rsaft_fast.data.picture_lists import GRID, LISTING
+from rsaft_fast.data.prompts import checked_prompt, load_prompts
 from rsaft_fast.errors import UserError
-from rsaft_fast.evaluation import save_grid, save_png
-from rsaft_fast.evaluation.grids import to_picture
-from rsaft_fast.evaluation.picture_lists import GRID, LISTING
-from rsaft_fast.evaluation.prompts import checked_prompt
+from rsaft_fast.figures.grids import save_grid, save_png, to_picture
+from rsaft_fast.files import io_errors_of, write_atomically
+from rsaft_fast.out_of_memory import naming_the_phase
+from rsaft_fast.recipe.check import DTYPES, check_device, check_path, pick_device
+from rsaft_fast.recipe.config import PLAYGROUND, BackboneSettings, Config, SamplerSettings
+from rsaft_fast.recipe.load import find_recipe, load_config
+from rsaft_fast.recipe.schema import explain
 from rsaft_fast.sampling import Schedule
+from rsaft_fast.sampling.pictures import sample_images
 from rsaft_fast.settings import Settings
 from rsaft_fast.speed import SpeedSettings, apply_speed
 from rsaft_fast.train import checkpoint as checkpoints
-from rsaft_fast.train.check import DTYPES, check_device, check_path, pick_device
-from rsaft_fast.train.config import PLAYGROUND, BackboneSettings, Config, SamplerSettings
-from rsaft_fast.train.data import EncodedPrompts, load_prompts, negative_texts
-from rsaft_fast.train.encodings import Encodings, load_shapes
-from rsaft_fast.train.files import io_errors_of, write_atomically
 from rsaft_fast.train.logging import CONFIG
-from rsaft_fast.train.memory_errors import naming_the_phase
-from rsaft_fast.train.recipe import find_recipe, load_config
-from rsaft_fast.train.samples import sample_images
-from rsaft_fast.train.schema import explain
 from rsaft_fast.train.trainer import prepare_backbone
 
 Group = TypeVar("Group", bound=Settings)

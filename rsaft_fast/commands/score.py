@@ -22,18 +22,18 @@ from tqdm import tqdm
 
 from rsaft_fast.commands.reward_options import parse_rewards
 from rsaft_fast.commands.score_journal import Journal, digest, identity_of
+from rsaft_fast.data.picture_lists import SINGLE, Picture, assign_prompts, find_pictures
+from rsaft_fast.data.pictures import check_pictures, read_picture
+from rsaft_fast.data.prompt_sets import prompt_notes
+from rsaft_fast.data.prompts import load_prompts
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.comparison import difference, difference_table, pair_up
-from rsaft_fast.evaluation.picture_lists import SINGLE, Picture, assign_prompts, find_pictures
-from rsaft_fast.evaluation.pictures import check_pictures, read_picture
-from rsaft_fast.evaluation.prompt_sets import prompt_notes
+from rsaft_fast.files import check_writable, replace_file
+from rsaft_fast.out_of_memory import is_out_of_memory
+from rsaft_fast.recipe.check import check_device, pick_device
 from rsaft_fast.rewards import Combination, Reward, RewardSettings, load_reward
 from rsaft_fast.rewards.base import TowerReward
 from rsaft_fast.rewards.calibration import Calibration, calibration_text, measure
-from rsaft_fast.train.check import check_device, check_writable, pick_device
-from rsaft_fast.train.data import load_prompts
-from rsaft_fast.train.files import replace_file
-from rsaft_fast.train.memory_errors import is_out_of_memory
 
 # Columns of the CSV that are no reward's.
 _FIXED = ("picture", "prompt")

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from rsaft_fast.data.picture_lists import Picture
 from rsaft_fast.errors import UserError
-from rsaft_fast.evaluation.picture_lists import Picture
-from rsaft_fast.train.lock import NoLocksError, lock, unlink_own
+from rsaft_fast.lock import NoLocksError, lock, unlink_own
 
 FORMAT = "rsaft-fast scores 1"
 # (what a reward is, the part of a combination or "").

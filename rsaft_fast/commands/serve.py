@@ -11,9 +11,9 @@ from urllib.parse import quote
 
 from rsaft_fast.commands.reward_options import parse_rewards
 from rsaft_fast.errors import UserError
+from rsaft_fast.recipe.check import check_device, pick_device
 from rsaft_fast.rewards import load_reward
 from rsaft_fast.rewards.wire import TOKEN_VARIABLE, check_token
-from rsaft_fast.train.check import check_device, pick_device
 
 MIN_TOKEN = 16
 

@@ -6,14 +6,15 @@ import argparse
 import shutil
 import sys
 
-from rsaft_fast.train.config import Config
+from rsaft_fast.estimate.forecast import announce
+from rsaft_fast.recipe.config import Config
+from rsaft_fast.recipe.load import load_config
+from rsaft_fast.recipe.schema import help_text
 from rsaft_fast.train.loop import train
-from rsaft_fast.train.recipe import load_config
-from rsaft_fast.train.schema import help_text
 
 
 def run(arguments: argparse.Namespace) -> int:
-    outcome = train(load_config(arguments.recipe, arguments.overrides))
+    outcome = train(load_config(arguments.recipe, arguments.overrides), forecast=announce)
     for line in (outcome.message, *outcome.further):
         print(f"rsaft-fast: {line}", file=sys.stderr if outcome.stopped_by else sys.stdout)
     return outcome.exit_code

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean
 
-from rsaft_fast.evaluation.picture_lists import Picture
+from rsaft_fast.data.picture_lists import Picture
 
 LEVEL = 0.95
 # From here on Student's distribution is the normal one, to four digits of the quantile.

@@ -3,7 +3,7 @@
 import torch
 from transformers import Trainer, TrainerCallback
 
-from .accelerate import TwoPasses
+from rsaft_fast.integrations.accelerate import TwoPasses
 
 
 class SharpnessCallback(TrainerCallback):

@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from rsaft_fast.losses import Loss
 from rsaft_fast.methods.base import Method
 from rsaft_fast.methods.draft import last_calls
+from rsaft_fast.methods.losses import Loss
 from rsaft_fast.sampling.plan import GradientPlan
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.losses import Loss
+from rsaft_fast.methods.losses import Loss
 from rsaft_fast.sampling.plan import GradientPlan, Uncond
 from rsaft_fast.settings import Settings
 

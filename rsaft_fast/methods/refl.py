@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from rsaft_fast.losses import Loss
 from rsaft_fast.methods.base import Method
+from rsaft_fast.methods.losses import Loss
 from rsaft_fast.sampling.plan import GradientPlan, Uncond
 
 

@@ -1,8 +1,10 @@
 """The operations of a sharpness-aware step. Each picks a backend (``backends``)."""
 
-from . import backends
-from .images import image_delta, perturb_images
-from .sam import (
+from rsaft_fast.abi.scalars import GradientNorm, StepInputs, StepScalars
+from rsaft_fast.abi.table import CHUNK, TensorTable
+from rsaft_fast.ops import backends
+from rsaft_fast.ops.images import image_delta, perturb_images
+from rsaft_fast.ops.sam import (
     adamw_coefficients_,
     global_norm,
     sam_adamw_step_,
@@ -10,8 +12,6 @@ from .sam import (
     sam_perturb_,
     sam_restore_,
 )
-from .scalars import GradientNorm, StepInputs, StepScalars
-from .table import CHUNK, TensorTable
 
 __all__ = [
     "CHUNK",

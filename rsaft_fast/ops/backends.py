@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import library
+from rsaft_fast.ops import library
 
 ORDER = ("cuda", "triton", "cpu", "torch")
 ENV = "RSAFT_BACKEND"

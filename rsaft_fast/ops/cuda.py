@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
-from . import library
-from .scalars import GradientNorm, StepInputs, StepScalars
-from .table import CHUNK, LISTS, ROW, TensorTable
+from rsaft_fast.abi.scalars import GradientNorm, StepInputs, StepScalars
+from rsaft_fast.abi.table import CHUNK, LISTS, ROW, TensorTable
+from rsaft_fast.ops import library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 _ABSENT = -1

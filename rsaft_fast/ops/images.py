@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from . import backends
+from rsaft_fast.ops import backends
 
 NORMS = ("l2", "rms", "linf")
 

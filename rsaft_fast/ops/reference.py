@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import torch
 
-from .philox import PERTURBATION, UPDATE, random16, round_stochastically
-from .quantize import BLOCK, dequantize_blocks, quantize_blocks
-from .scalars import GradientNorm, StepInputs, StepScalars
-from .table import ABSMAX, CHUNK, LISTS, ROW, TensorTable
+from rsaft_fast.abi.philox import PERTURBATION, UPDATE, random16, round_stochastically
+from rsaft_fast.abi.quantize import BLOCK, dequantize_blocks, quantize_blocks
+from rsaft_fast.abi.scalars import GradientNorm, StepInputs, StepScalars
+from rsaft_fast.abi.table import ABSMAX, CHUNK, LISTS, ROW, TensorTable
 
 PIECE = 8 * CHUNK
 """Elements worked on at once on the CPU: a MB of float32, so that one operation finds in a cache what another wrote."""

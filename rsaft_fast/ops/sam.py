@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 import torch.distributed
 
-from . import backends, reference
-from .eager import eager_only
-from .scalars import GradientNorm, StepInputs, StepScalars
-from .table import TensorTable
+from rsaft_fast.abi.scalars import GradientNorm, StepInputs, StepScalars
+from rsaft_fast.abi.table import TensorTable
+from rsaft_fast.ops import backends, reference
+from rsaft_fast.ops.eager import eager_only
 
 
 def _implementation(table: TensorTable):

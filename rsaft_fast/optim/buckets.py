@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from rsaft_fast import ops
+from rsaft_fast.abi.table import LayoutError, check_overlap
 from rsaft_fast.ops import TensorTable
-from rsaft_fast.ops.table import LayoutError, check_overlap
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 

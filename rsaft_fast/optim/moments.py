@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import torch
 
-from rsaft_fast.ops import quantize
-from rsaft_fast.ops.table import ABSMAX, order
+from rsaft_fast.abi import quantize
+from rsaft_fast.abi.table import ABSMAX, order
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}

@@ -22,9 +22,8 @@ import torch
 
 from rsaft_fast import ops
 from rsaft_fast.ops.transfer import CopyStream, Packing, hold_for, host_buffer, reached
-
-from .buckets import Bucket
-from .moments import empty_state, fit_state
+from rsaft_fast.optim.buckets import Bucket
+from rsaft_fast.optim.moments import empty_state, fit_state
 
 PART = 64 * 2**20
 """Bytes of state: copying them takes 1.3 ms at 50 GB/s, a thousand times what starting the copy does."""

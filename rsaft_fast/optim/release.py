@@ -5,9 +5,8 @@ import functools
 import torch
 
 from rsaft_fast import ops
-from rsaft_fast.ops.table import WeightsChangedError, to_device
-
-from .buckets import Bucket, in_layout_of
+from rsaft_fast.abi.table import WeightsChangedError, to_device
+from rsaft_fast.optim.buckets import Bucket, in_layout_of
 
 
 class GradientRelease:

@@ -5,10 +5,9 @@ import inspect
 import torch
 
 from rsaft_fast import ops
-
-from .buckets import Bucket
-from .sharpness import IDLE, PERTURBED, SharpnessAware
-from .workers import Replicas
+from rsaft_fast.optim.buckets import Bucket
+from rsaft_fast.optim.sharpness import IDLE, PERTURBED, SharpnessAware
+from rsaft_fast.optim.workers import Replicas
 
 
 class SAM(SharpnessAware):

@@ -5,14 +5,13 @@ import math
 import torch
 
 from rsaft_fast import ops
-from rsaft_fast.ops.quantize import MIN_SIZE
-
-from .buckets import LOW_PRECISION, Bucket, Storage
-from .moments import check_shapes, fit_state, load_moments, named_state, state_names, with_strides
-from .offload import OffloadedBucket, Staging
-from .release import GradientRelease
-from .sharpness import IDLE, PERTURBED, SharpnessAware, upload
-from .workers import Replicas, refuse_several
+from rsaft_fast.abi.quantize import MIN_SIZE
+from rsaft_fast.optim.buckets import LOW_PRECISION, Bucket, Storage
+from rsaft_fast.optim.moments import check_shapes, fit_state, load_moments, named_state, state_names, with_strides
+from rsaft_fast.optim.offload import OffloadedBucket, Staging
+from rsaft_fast.optim.release import GradientRelease
+from rsaft_fast.optim.sharpness import IDLE, PERTURBED, SharpnessAware, upload
+from rsaft_fast.optim.workers import Replicas, refuse_several
 
 
 class SAMAdamW(SharpnessAware):

@@ -8,12 +8,11 @@ import torch
 import torch.distributed as dist
 
 from rsaft_fast import ops
+from rsaft_fast.abi.table import WeightsChangedError, pinned
 from rsaft_fast.ops.eager import eager_only
-from rsaft_fast.ops.table import WeightsChangedError, pinned
-
-from .buckets import Bucket
-from .tables import TabledOptimizer
-from .workers import Replicas, warn_of_silence
+from rsaft_fast.optim.buckets import Bucket
+from rsaft_fast.optim.tables import TabledOptimizer
+from rsaft_fast.optim.workers import Replicas, warn_of_silence
 
 IDLE, PERTURBED, RESTORED, BROKEN_OFF = "idle", "perturbed", "restored", "broken off"
 

@@ -5,9 +5,8 @@ import operator
 import torch
 
 from rsaft_fast import ops
-from rsaft_fast.ops.table import WeightsChangedError
-
-from .buckets import Bucket, Storage, check_weights_apart, make_buckets
+from rsaft_fast.abi.table import WeightsChangedError
+from rsaft_fast.optim.buckets import Bucket, Storage, check_weights_apart, make_buckets
 
 
 class TabledOptimizer(torch.optim.Optimizer):

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from rsaft_fast import __version__
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import fsync_folder, io_errors_of, usual_mode
 from rsaft_fast.rewards import aesthetic, hps, image_reward, open_clip
 from rsaft_fast.rewards.clip import load_clip_model
 from rsaft_fast.rewards.files import checkpoint_file, checkpoint_folder, digests_of, weight_files
 from rsaft_fast.rewards.text import CLIP_FILES
 from rsaft_fast.rewards.weights import State, is_safetensors, read_state
-from rsaft_fast.train.files import fsync_folder, io_errors_of, usual_mode
 
 WEIGHTS = "model.safetensors"
 _INDEX = "pytorch_model.bin.index.json"

@@ -18,7 +18,7 @@ from rsaft_fast.sampling.plan import Uncond
 from rsaft_fast.sampling.rollout import Trajectory
 
 if TYPE_CHECKING:
-    from rsaft_fast.backbones.base import Backbone, Branch, Conditioning
+    from rsaft_fast.sampling.protocol import Backbone, Branch, Conditioning
 
 
 def backpropagate(backbone: Backbone, trajectory: Trajectory, adjoints: Sequence[torch.Tensor | None]) -> None:

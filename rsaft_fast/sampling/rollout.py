@@ -12,7 +12,7 @@ from rsaft_fast.sampling.noise import NoiseSource
 from rsaft_fast.sampling.plan import GradientPlan, Uncond
 
 if TYPE_CHECKING:
-    from rsaft_fast.backbones.base import Backbone, Conditioning
+    from rsaft_fast.sampling.protocol import Backbone, Conditioning
 
 
 @dataclass(frozen=True)

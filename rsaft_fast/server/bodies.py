@@ -15,8 +15,8 @@ import threading
 import torch
 from starlette.requests import Request
 
+from rsaft_fast.data.pictures import read_picture
 from rsaft_fast.errors import UserError
-from rsaft_fast.evaluation.pictures import read_picture
 from rsaft_fast.rewards import wire
 from rsaft_fast.server.limits import Limits
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.train.files import (
+from rsaft_fast.files import (
     describe_io_error,
     io_errors_of,
     remove_tree,

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.evaluation import save_png
+from rsaft_fast.figures.grids import save_png
+from rsaft_fast.files import describe_io_error, io_errors_of, write_atomically
 from rsaft_fast.train.background import BackgroundWriter
-from rsaft_fast.train.files import describe_io_error, io_errors_of, write_atomically
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"

@@ -13,23 +13,26 @@ from typing import Any
 import torch
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.evaluation import compose_grid
+from rsaft_fast.figures.grids import compose_grid
+from rsaft_fast.files import check_writable, describe_io_error, mend_of
+from rsaft_fast.lock import sole_writer
+from rsaft_fast.progress import tell
+from rsaft_fast.recipe.config import Config
+from rsaft_fast.recipe.load import read_yaml, to_yaml
 from rsaft_fast.train import checkpoint as checkpoints
-from rsaft_fast.train.check import check_config, check_writable, has_run
-from rsaft_fast.train.config import Config
-from rsaft_fast.train.files import describe_io_error, mend_of
-from rsaft_fast.train.forecast import announce
-from rsaft_fast.train.lock import sole_writer
+from rsaft_fast.train.bar import Progress
+from rsaft_fast.train.inputs import check_config, has_run
 from rsaft_fast.train.logging import CHECKPOINTS, CONFIG, METRICS, SAMPLES, TENSORBOARD, RunLog, read_metrics, set_aside
-from rsaft_fast.train.progress import Progress, tell
-from rsaft_fast.train.recipe import read_yaml, to_yaml
 from rsaft_fast.train.signals import Interrupted, StopSignals
 from rsaft_fast.train.trainer import Trainer, describe_software
-from rsaft_fast.train.yaml_text import parse_yaml
+from rsaft_fast.yaml_text import parse_yaml
 
 # Keys that may differ after a resume without a word.
 _FREE_KEYS = {"resume", "output_dir", "max_steps", "checkpoint_every", "keep_checkpoints", "samples", "logging"}
 _FREE_KEYS |= {"data.encoding_cache"}
+
+Forecaster = Callable[[Config, Callable[[str], None]], Callable[[str], str | None]]
+"""Takes the recipe and `say` before anything is loaded; what it returns takes a phase and names keys to change."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def train(
     say: Callable[[str], None] = tell,
     on_samples: Callable[[Trainer, torch.Tensor, int], None] = lambda trainer, images, step: None,
     title: str | None = None,
+    forecast: Forecaster = lambda config, say: lambda phase: None,
 ) -> Outcome:
     """Fine-tune as the recipe says. The run folder appears with the first finished update: what fails before, at a
     missing file or for lack of memory, leaves nothing behind. Until the end no other process trains in it.
@@ -73,6 +77,7 @@ def train(
         on_samples: called with the trainer, each sample grid's pictures, and the updates before them; first with those
             of the untrained model and 0.
         title: of the progress bar.
+        forecast: says what the run will need, and returns what lowers the need of a phase that ran out of memory.
 
     Raises:
         UserError: something is wrong with the recipe, its inputs, a reward, memory or a disk, or another process trains
@@ -80,7 +85,7 @@ def train(
         Interrupted: a second signal, at once.
     """
     check_writable(config.run_folder)
-    with StopSignals() as stop, _in_one_line(run := _Run(config, say, title)):
+    with StopSignals() as stop, _in_one_line(run := _Run(config, say, title, forecast)):
         stop.finishing = None
         try:
             with sole_writer(config.run_folder, "output_dir", say), run:
@@ -146,8 +151,8 @@ def _in_one_line(run: _Run) -> Iterator[None]:
 class _Run:
     """A run folder being written."""
 
-    def __init__(self, config: Config, say: Callable[[str], None], title: str | None = None):
-        self.config, self.say, self.title = config, say, title
+    def __init__(self, config: Config, say: Callable[[str], None], title: str | None, forecast: Forecaster):
+        self.config, self.say, self.title, self.forecast = config, say, title, forecast
         self.folder = config.run_folder
         self.trainer: Trainer | None = None
         self.resumed: Path | None = None
@@ -193,10 +198,9 @@ class _Run:
             self._saved = checkpoints.read(self.resumed, verify=False)
             self.start = self.saved = self._saved.step
             self._read_earlier()
-        forecast = announce(config, self.say)
+        advise = self.forecast(config, self.say)
         self.trainer = Trainer(config, inputs, self.say, self.stage)
-        if forecast is not None:
-            self.trainer.advise = forecast.advise
+        self.trainer.advise = advise
         if self._saved is not None:
             self.trainer.check_fit(self._saved)
             self.say(f"resuming from {self.resumed}, after update {self.start}")

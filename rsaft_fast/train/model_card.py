@@ -14,9 +14,9 @@ from typing import Any
 from rsaft_fast.backbones import PipelineBackbone
 from rsaft_fast.backbones.lora_formats import KOHYA_FILE, save_kohya
 from rsaft_fast.hub import is_hub_id
+from rsaft_fast.recipe.config import PLAYGROUND, Config
 from rsaft_fast.rewards.base import RewardSpec
-from rsaft_fast.train.config import PLAYGROUND, Config
-from rsaft_fast.train.yaml_text import dump_yaml
+from rsaft_fast.yaml_text import dump_yaml
 
 CARD = "README.md"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.objective import ParameterSmoothing
 from rsaft_fast.optim import SAMAdamW
 from rsaft_fast.optim.moments import MOMENTS
-from rsaft_fast.train.config import OptimizerSettings
+from rsaft_fast.recipe.config import OptimizerSettings
+from rsaft_fast.smoothing.objective import ParameterSmoothing
 
 
 def build_optimizer(

@@ -14,28 +14,30 @@ from typing import Any
 import torch
 
 from rsaft_fast import __version__
+from rsaft_fast.algorithms.copies import EMA
+from rsaft_fast.algorithms.denoising import DenoisingLoss, captions
+from rsaft_fast.algorithms.reward_gradient import StepReport, rsaft_step
 from rsaft_fast.backbones import PipelineBackbone, add_lora, load_backbone, save_lora
+from rsaft_fast.data.batches import PromptBatches
+from rsaft_fast.data.encoded import EncodedPrompts, negative_texts
+from rsaft_fast.data.encodings import Encodings, Watched, free_memory, load_shapes, open_cache
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import io_errors_of, remove_tree, replace_folder
 from rsaft_fast.memory import checkpoint_networks
+from rsaft_fast.out_of_memory import naming_the_phase
+from rsaft_fast.progress import watched
+from rsaft_fast.recipe.check import DTYPES, pick_device
+from rsaft_fast.recipe.config import BackboneSettings, Config
 from rsaft_fast.rewards import Reward, RewardSettings, load_reward
-from rsaft_fast.rewards.precision import check_precision
 from rsaft_fast.sampling import derive_rng
 from rsaft_fast.sampling.linear import Schedule
+from rsaft_fast.sampling.pictures import sample_images
+from rsaft_fast.smoothing.precision import check_precision
 from rsaft_fast.speed import apply_speed
-from rsaft_fast.step import StepReport, rsaft_step
-from rsaft_fast.train.check import DTYPES, Inputs, pick_device
 from rsaft_fast.train.checkpoint import Checkpoint
-from rsaft_fast.train.config import BackboneSettings, Config
-from rsaft_fast.train.data import EncodedPrompts, PromptBatches, negative_texts
-from rsaft_fast.train.denoising import DenoisingLoss, captions
-from rsaft_fast.train.ema import EMA
-from rsaft_fast.train.encodings import Encodings, Watched, free_memory, load_shapes, open_cache
-from rsaft_fast.train.files import io_errors_of, remove_tree, replace_folder
-from rsaft_fast.train.memory_errors import naming_the_phase
+from rsaft_fast.train.inputs import Inputs
 from rsaft_fast.train.model_card import describe_export
 from rsaft_fast.train.optimizer import build_optimizer, check_state, learning_rate, load_state
-from rsaft_fast.train.progress import watched
-from rsaft_fast.train.samples import sample_images
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 

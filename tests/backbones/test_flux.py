@@ -10,11 +10,11 @@ from numpy import linspace
 
 from rsaft_fast.backbones import load_backbone
 from rsaft_fast.backbones.flow import dynamic_shift
+from rsaft_fast.data.encoded import EncodedPrompts
 from rsaft_fast.errors import UserError
 from rsaft_fast.methods import DRaFT
+from rsaft_fast.recipe.config import SamplerSettings
 from rsaft_fast.sampling import flow_schedule, rollout
-from rsaft_fast.train.config import SamplerSettings
-from rsaft_fast.train.data import EncodedPrompts
 
 STEPS = 3
 

@@ -22,8 +22,8 @@ from rsaft_fast.backbones import quantized as q
 from rsaft_fast.backbones.quantized import FORMATS, QuantizedLinear, quantize_denoiser
 from rsaft_fast.cli import main
 from rsaft_fast.errors import UserError
+from rsaft_fast.estimate.live import LiveBytes
 from rsaft_fast.memory import checkpoint_denoiser, saved_tensor_bytes
-from rsaft_fast.memory.live import LiveBytes
 from rsaft_fast.memory.offload import transformer_blocks
 from rsaft_fast.train.loop import train
 

@@ -10,7 +10,7 @@ from builders.pipelines import tiny_sd3
 from rsaft_fast.backbones import load_backbone, turns
 from rsaft_fast.backbones.turns import encode_in_turns, visiting
 from rsaft_fast.errors import UserError
-from rsaft_fast.memory.live import LiveBytes
+from rsaft_fast.estimate.live import LiveBytes
 
 TEXTS = [*PROMPTS, None, "a red circle"]
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
+from rsaft_fast import phases
 from rsaft_fast.backbones.registry import ADAPTERS
 from rsaft_fast.backbones.specs import load_spec
 from rsaft_fast.benchmarks import gpu_memory
@@ -21,8 +22,7 @@ from rsaft_fast.benchmarks.memory_counts import count_part
 from rsaft_fast.benchmarks.memory_measure import Measurements, rollout_calls
 from rsaft_fast.benchmarks.memory_results import load
 from rsaft_fast.benchmarks.random_models import PROMPTS, tiny
-from rsaft_fast.memory import phases
-from rsaft_fast.train.check import check_settings
+from rsaft_fast.recipe.check import check_settings
 
 CPU = torch.device("cpu")
 

@@ -7,15 +7,16 @@ import torch
 from builders.backbones import BUILDERS, cfg, make_backbone, noise_source, relative_error
 from builders.clip import write_clip
 
+from rsaft_fast.algorithms.reward_gradient import rsaft_step
 from rsaft_fast.benchmarks.plain_step import PlainSettings, PlainStep
-from rsaft_fast.losses import Loss
+from rsaft_fast.data.batches import MicroBatch
 from rsaft_fast.memory import saved_tensor_bytes
 from rsaft_fast.methods import DRaFT
-from rsaft_fast.objective import ImageSmoothing, ParameterSmoothing, Smoothing
+from rsaft_fast.methods.losses import Loss
 from rsaft_fast.optim import SAMAdamW
 from rsaft_fast.rewards.clip import ClipReward
 from rsaft_fast.sampling import derive_rng
-from rsaft_fast.step import MicroBatch, rsaft_step
+from rsaft_fast.smoothing.objective import ImageSmoothing, ParameterSmoothing, Smoothing
 
 PROMPTS = ["a red circle", "two blue squares"]
 STEPS = 3

@@ -15,8 +15,8 @@ import yaml
 
 from builders.clip import write_clip
 from builders.pipelines import tiny_flux, tiny_sd3, tiny_sd15, tiny_sdxl
-from rsaft_fast.train.config import Config
-from rsaft_fast.train.recipe import validate
+from rsaft_fast.recipe.config import Config
+from rsaft_fast.recipe.load import validate
 
 PROMPTS = ("a red circle", "two blue squares", "a green triangle above a red square", "one")
 

@@ -18,11 +18,11 @@ from builders.recipes import recipe, run_cli, write_recipe
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
+from rsaft_fast.algorithms.denoising import DenoisingLoss
 from rsaft_fast.cli import main
 from rsaft_fast.errors import UserError
+from rsaft_fast.recipe.config import DenoisingSettings
 from rsaft_fast.sampling import flow_schedule
-from rsaft_fast.train.config import DenoisingSettings
-from rsaft_fast.train.denoising import DenoisingLoss
 
 STAGE = re.compile(r"\[ *\d+ s\] ")
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from rsaft_fast.cli import main
 from rsaft_fast.commands.demo import PROXY, QUANTITIES, RECIPE, SHARPNESS, TRUTH, Measured, _verdict
+from rsaft_fast.recipe.load import find_recipe, load_config
 from rsaft_fast.train.logging import read_metrics
-from rsaft_fast.train.recipe import find_recipe, load_config
 
 
 def measured(proxy: list[float], truth: list[float], sharpness: list[float], spread: float = 0.0) -> Measured:

@@ -9,16 +9,16 @@ import pytest
 import torch
 from builders.recipes import config, recipe, write_recipe
 
+from rsaft_fast import phases
 from rsaft_fast.cli import _parse, build_parser, main
 from rsaft_fast.errors import UserError
-from rsaft_fast.memory import phases
-from rsaft_fast.memory.estimate import RESERVED, estimate, spare
-from rsaft_fast.memory.suggestions import candidates, changed, fitting, suggest
-from rsaft_fast.train import forecast as forecasts
-from rsaft_fast.train.check import check_config
-from rsaft_fast.train.forecast import announce, forecast
+from rsaft_fast.estimate import forecast as forecasts
+from rsaft_fast.estimate.estimate import RESERVED, estimate, spare
+from rsaft_fast.estimate.forecast import announce, forecast
+from rsaft_fast.estimate.suggestions import candidates, changed, fitting, suggest
+from rsaft_fast.out_of_memory import phase_of
+from rsaft_fast.train.inputs import check_config
 from rsaft_fast.train.loop import train
-from rsaft_fast.train.memory_errors import phase_of
 from rsaft_fast.train.trainer import Trainer
 
 
@@ -168,7 +168,7 @@ def test_a_missing_prompt_file_does_not_matter_yet(path, capsys):
 def test_a_run_on_the_cpu_is_not_slowed_down(tiny, out, monkeypatch):
     monkeypatch.setattr(forecasts, "estimate", lambda config: pytest.fail("estimated"))
     lines = []
-    assert announce(config(tiny, out), lines.append) is None
+    assert announce(config(tiny, out), lines.append)(phases.SCORING) is None
     assert lines == []
 
 
@@ -199,8 +199,6 @@ def test_an_estimate_that_fails_stops_nothing(tiny, out, monkeypatch):
 
 def test_out_of_memory_advises_what_the_estimate_says(tiny, out, monkeypatch):
     settings = config(tiny, out, data__batch_size=2, backbone__checkpoint=["denoiser", "decoder"])
-    monkeypatch.setattr("rsaft_fast.train.loop.announce", lambda c, say: forecast(c, lambda line: None, card=2**40))
-
     grad = torch.autograd.grad
 
     def exhausted(outputs, *arguments, **options):
@@ -208,10 +206,10 @@ def test_out_of_memory_advises_what_the_estimate_says(tiny, out, monkeypatch):
             return grad(outputs, *arguments, **options)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 11 GiB")
 
-    monkeypatch.setattr("rsaft_fast.objective.torch.autograd.grad", exhausted)
+    monkeypatch.setattr("rsaft_fast.smoothing.objective.torch.autograd.grad", exhausted)
     best = suggest(settings, estimate(settings), phases.SCORING)[0]
     with pytest.raises(UserError, match=rf"\({phases.SCORING}\).*Lower the need: set ") as raised:
-        train(settings)
+        train(settings, forecast=lambda c, say: forecast(c, say, card=2**40).advise)
     assert str(best) in str(raised.value)
 
 

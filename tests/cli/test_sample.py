@@ -13,10 +13,10 @@ from builders.recipes import config
 
 from rsaft_fast.cli import main
 from rsaft_fast.commands import sample
-from rsaft_fast.evaluation import save_png
-from rsaft_fast.evaluation.picture_lists import LISTING
+from rsaft_fast.data.picture_lists import LISTING
+from rsaft_fast.figures.grids import save_png
+from rsaft_fast.recipe.load import to_yaml
 from rsaft_fast.train.loop import train
-from rsaft_fast.train.recipe import to_yaml
 
 
 def pixels(folder: Path) -> dict[str, bytes]:

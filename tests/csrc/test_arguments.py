@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from rsaft_fast import ops
+from rsaft_fast.abi.table import ROW
 from rsaft_fast.ops import CHUNK, cuda, library
-from rsaft_fast.ops.table import ROW
 
 INVALID = 1
 F32, BF16, F16, U8, ABSENT = 0, 1, 2, 3, -1

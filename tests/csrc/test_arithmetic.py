@@ -9,10 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ops.test_quantize import nearest, table
 
-from rsaft_fast.ops import philox, quantize
-
-from ..ops.test_quantize import nearest, table
+from rsaft_fast.abi import philox, quantize
 
 HERE = Path(__file__).parent
 CODES = torch.arange(256, dtype=torch.uint8)

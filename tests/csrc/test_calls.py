@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from ops.tables import bits, random_table, same_bits
+from ops.test_adamw import scalars_for, take_step
 
 from rsaft_fast import ops
 from rsaft_fast.ops import cuda, library
-
-from ..ops.tables import bits, random_table, same_bits
-from ..ops.test_adamw import scalars_for, take_step
 
 
 @pytest.fixture(autouse=True)

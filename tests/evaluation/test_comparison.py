@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rsaft_fast.data.picture_lists import Picture
 from rsaft_fast.evaluation.comparison import (
     Difference,
     difference,
@@ -16,7 +17,6 @@ from rsaft_fast.evaluation.comparison import (
     student_quantile,
     verdict,
 )
-from rsaft_fast.evaluation.picture_lists import Picture
 
 # Two-sided 95 %, from printed tables (Abramowitz and Stegun, table 26.10).
 TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 30: 2.042, 31: 2.040, 120: 1.980}

@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from examples.reference import distance, example, weights
+from examples.test_loops import STEPS, cosine, error, numbers, task
 from rsaft_fast.integrations.accelerate import TwoPasses, unwrapped
 from rsaft_fast.optim import SAM, SAMAdamW
-
-from .reference import distance, example, weights
-from .test_loops import STEPS, cosine, error, numbers, task
 
 accelerate = pytest.importorskip("accelerate")
 

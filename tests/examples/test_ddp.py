@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from builders.workers import COUNT, run_workers
 
-from .reference import EXAMPLES, distance, example, textbook, weights
-from .test_hf_trainer import next_token_loss
-from .test_loops import cosine, numbers, on, task
+from examples.reference import EXAMPLES, distance, example, textbook, weights
+from examples.test_hf_trainer import next_token_loss
+from examples.test_loops import cosine, numbers, on, task
 
 STEPS = 24
 

@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from examples.reference import distance, example, perturbed_gradients, textbook, weights
+from examples.test_loops import cosine, numbers
 from rsaft_fast.integrations.transformers import SharpnessCallback
 from rsaft_fast.optim import SAMAdamW
-
-from .reference import distance, example, perturbed_gradients, textbook, weights
-from .test_loops import cosine, numbers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from .reference import distance, example, textbook, weights
+from examples.reference import distance, example, textbook, weights
 
 STEPS = 25
 ADAMW = dict(lr=5e-3, max_norm=0.3)  # of every example

@@ -5,10 +5,9 @@ import re
 import pytest
 import torch
 
+from examples.reference import EXAMPLES
+from examples.test_loops import task
 from rsaft_fast.optim import SAMAdamW
-
-from .reference import EXAMPLES
-from .test_loops import task
 
 PAGE = (EXAMPLES / "README.md").read_text()
 ANSWERS = {}

@@ -2,15 +2,23 @@
 
 import pytest
 import torch
+from kernels.test_gpu import (  # noqa: F401
+    bits,
+    forced,
+    give,
+    gradients,
+    no_synchronisation,
+    parameters,
+    replayed_and_eager,
+    sharp_step,
+)
+from ops.tables import bits as bits_of
+from ops.tables import random_table, same_bits
 
 from rsaft_fast import ops
+from rsaft_fast.abi.quantize import blocks
 from rsaft_fast.ops import StepInputs
-from rsaft_fast.ops.quantize import blocks
 from rsaft_fast.optim import SAMAdamW
-
-from ..ops.tables import bits as bits_of
-from ..ops.tables import random_table, same_bits
-from .test_gpu import bits, forced, give, gradients, no_synchronisation, parameters, replayed_and_eager, sharp_step  # noqa: F401
 
 pytestmark = pytest.mark.gpu
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rsaft_fast.ops import CHUNK, GradientNorm, StepInputs, StepScalars, TensorTable, quantize, reference
-from rsaft_fast.ops.philox import UPDATE, philox
+from rsaft_fast.abi import quantize
+from rsaft_fast.abi.philox import UPDATE, philox
+from rsaft_fast.ops import CHUNK, GradientNorm, StepInputs, StepScalars, TensorTable, reference
 
 TESTS = Path(__file__).parents[1]
 interpreted = pytest.mark.parametrize("_", ["triton-interpreter"])
@@ -38,7 +39,7 @@ def test_through_the_interpreter():
 @interpreted
 @pytest.mark.parametrize("signed", [True, False])
 def test_codes_equal_their_definition_to_the_bit(_, signed):
-    from .one_block import dequantize_kernel, quantize_kernel
+    from kernels.one_block import dequantize_kernel, quantize_kernel
 
     codes = torch.arange(256, dtype=torch.uint8)
     values = torch.full((256,), float("nan"))
@@ -63,7 +64,7 @@ def test_codes_equal_their_definition_to_the_bit(_, signed):
 @pytest.mark.parametrize("first", [0, 2**35 - 2048, 2**36])
 def test_random_bits_count_on_beyond_32_bits(_, first):
     """A tensor of 2^36 elements has more packs of eight than one word counts."""
-    from .one_block import random16_kernel
+    from kernels.one_block import random16_kernel
 
     seed, parameter, step = 2**63 + 5, 70000, 9
     out = torch.zeros(4096, dtype=torch.int64)

@@ -13,20 +13,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from rsaft_fast import phases
+from rsaft_fast.algorithms.reward_gradient import rsaft_step
 from rsaft_fast.backbones import LoRASettings, add_lora, load_backbone, random_backbone
+from rsaft_fast.data.batches import MicroBatch
 from rsaft_fast.errors import UserError
-from rsaft_fast.memory import checkpoint_calls, checkpoint_vae_decoder, decode_in_strips, phases
-from rsaft_fast.memory.estimate import estimate
-from rsaft_fast.memory.live import LiveBytes, shapes_alone
+from rsaft_fast.estimate.estimate import estimate
+from rsaft_fast.estimate.live import LiveBytes, shapes_alone
+from rsaft_fast.memory import checkpoint_calls, checkpoint_vae_decoder, decode_in_strips
 from rsaft_fast.memory.strips import STRIP_ELEMENTS
 from rsaft_fast.methods import DRaFT
-from rsaft_fast.objective import ParameterSmoothing, Smoothing
 from rsaft_fast.optim import SAM
 from rsaft_fast.playground import pipeline_path, reward_path
+from rsaft_fast.recipe.load import load_config
 from rsaft_fast.rewards import RewardSettings, load_reward
 from rsaft_fast.sampling import derive_rng
-from rsaft_fast.step import MicroBatch, rsaft_step
-from rsaft_fast.train.recipe import load_config
+from rsaft_fast.smoothing.objective import ParameterSmoothing, Smoothing
 
 MIB = 2**20
 GIB = 2**30

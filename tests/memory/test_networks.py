@@ -11,12 +11,13 @@ from builders.recipes import config
 
 from rsaft_fast.backbones import SD15
 from rsaft_fast.errors import UserError
+from rsaft_fast.estimate.estimate import estimate
+from rsaft_fast.estimate.suggestions import candidates, changed
 from rsaft_fast.memory import checkpoint_denoiser, checkpoint_networks, denoiser_blocks, saved_tensor_bytes
 from rsaft_fast.memory.decoder import StripForward
-from rsaft_fast.memory.estimate import estimate
-from rsaft_fast.memory.phases import DENOISER
-from rsaft_fast.memory.suggestions import candidates, changed
-from rsaft_fast.train.check import check_config, check_settings
+from rsaft_fast.phases import DENOISER
+from rsaft_fast.recipe.check import check_settings
+from rsaft_fast.train.inputs import check_config
 from rsaft_fast.train.trainer import prepare_backbone
 
 

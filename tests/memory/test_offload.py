@@ -20,15 +20,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rsaft_fast.backbones import LoRASettings, PipelineBackbone, add_lora, load_backbone, random_backbone
 from rsaft_fast.errors import UserError
+from rsaft_fast.estimate.estimate import GIB, estimate
+from rsaft_fast.estimate.states import AccountedOptimizer
 from rsaft_fast.memory import checkpoint_denoiser
-from rsaft_fast.memory.estimate import GIB, estimate
 from rsaft_fast.memory.offload import OffloadedBlocks, spread, transformer_blocks
-from rsaft_fast.memory.states import AccountedOptimizer
 from rsaft_fast.ops.transfer import CopyStream, Packing, host_buffer
+from rsaft_fast.recipe.load import load_config
 from rsaft_fast.train import checkpoint as checkpoints
-from rsaft_fast.train.check import check_config
+from rsaft_fast.train.inputs import check_config
 from rsaft_fast.train.loop import train
-from rsaft_fast.train.recipe import load_config
 from rsaft_fast.train.trainer import Trainer
 
 OFFLOADED = {"backbone__checkpoint": ["denoiser", "decoder"]}

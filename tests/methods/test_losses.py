@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from rsaft_fast.losses import Loss
 from rsaft_fast.methods import AlignProp, DRaFT, ReFL
+from rsaft_fast.methods.losses import Loss
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_alignprop_draws_b_around_42_of_50():
     assert 1 <= min(draws) and max(draws) <= 49
 
 
-@given(num_steps=st.integers(1, 60), k=st.none() | st.integers(1, 60), stop=SHARES.map(0.99.__mul__), seed=SEEDS)
+@given(num_steps=st.integers(1, 60), k=st.none() | st.integers(1, 60), stop=SHARES.map((0.99).__mul__), seed=SEEDS)
 def test_drtune_spreads_k_calls_over_those_that_run(num_steps, k, stop, seed):
     method, rng = DRTune(k=k, early_stop=stop), np.random.default_rng(seed)
     expected = k or max(1, num_steps // 10)

@@ -2,8 +2,8 @@
 
 import torch
 
+from rsaft_fast.abi.quantize import dequantize_blocks, quantize_blocks
 from rsaft_fast.ops import CHUNK, TensorTable
-from rsaft_fast.ops.quantize import dequantize_blocks, quantize_blocks
 
 SIZES = ((0,), (1,), (7,), (3, 5), (CHUNK - 1,), (2, 3, 4, 5), (CHUNK + 1,))
 LOW = (torch.bfloat16, torch.float16)

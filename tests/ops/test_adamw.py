@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
+from ops.tables import LOW, SIZES, bits, flat, random_table, same_bits
 from rsaft_fast import ops
 from rsaft_fast.ops import CHUNK, StepInputs, StepScalars
-
-from .tables import LOW, SIZES, bits, flat, random_table, same_bits
 
 CASES = [(torch.float32, False), *((dtype, master) for dtype in LOW for master in (False, True))]
 HYPER = dict(lr=0.02, beta1=0.85, beta2=0.97, eps=1e-6, weight_decay=0.1)

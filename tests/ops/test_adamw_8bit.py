@@ -7,12 +7,11 @@ import sys
 import pytest
 import torch
 
+from ops.tables import LOW, bits, decoded, flat, memory_order, poison, random_table, same_bits
+from ops.test_adamw import adamw, scalars_for, take_step
+from ops.test_quantize import nearest
 from rsaft_fast import ops
 from rsaft_fast.ops import CHUNK, StepInputs, TensorTable
-
-from .tables import LOW, bits, decoded, flat, memory_order, poison, random_table, same_bits
-from .test_adamw import adamw, scalars_for, take_step
-from .test_quantize import nearest
 
 SIZES = ((0,), (1,), (255,), (257,), (3, 5, 7, 9), (CHUNK - 1,), (CHUNK + 256,))
 CASES = [(torch.float32, False), *((dtype, master) for dtype in LOW for master in (False, True))]

@@ -9,11 +9,10 @@ import sys
 import pytest
 import torch
 
+from ops.tables import SIZES, bits, random_table, same_bits
+from ops.test_adamw import scalars_for, take_step
 from rsaft_fast import ops
 from rsaft_fast.ops import backends, library, reference
-
-from .tables import SIZES, bits, random_table, same_bits
-from .test_adamw import scalars_for, take_step
 
 CPU = torch.device("cpu")
 NEXT = [name for name in ("triton", "torch") if name == "torch" or importlib.util.find_spec("triton")]

@@ -7,10 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ops.tables import LOW, SIZES, arrange, flat, random_table
 from rsaft_fast import ops
 from rsaft_fast.ops import CHUNK, TensorTable
-
-from .tables import LOW, SIZES, arrange, flat, random_table
 
 
 def exact_norm(*lists) -> float:

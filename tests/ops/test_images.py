@@ -5,10 +5,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ops.tables import LOW, misaligned
 from rsaft_fast import ops
 from rsaft_fast.ops import CHUNK
-
-from .tables import LOW, misaligned
 
 SHAPES = [(1, 1), (3, 7), (2, 3, 8, 8), (2, 3, 105, 105), (4, CHUNK + 1), (5, 0), (0, 3, 4), (6,)]
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsaft_fast.ops import quantize
+from rsaft_fast.abi import quantize
 
 CODES = torch.arange(256, dtype=torch.uint8)
 

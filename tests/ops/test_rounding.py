@@ -3,12 +3,11 @@
 import pytest
 import torch
 
+from ops.tables import bits, flat, random_table, same_bits
+from ops.test_adamw import adamw, scalars_for, take_step
 from rsaft_fast import ops
+from rsaft_fast.abi.philox import UPDATE, philox, random16, round_stochastically
 from rsaft_fast.ops import CHUNK, StepInputs
-from rsaft_fast.ops.philox import UPDATE, philox, random16, round_stochastically
-
-from .tables import bits, flat, random_table, same_bits
-from .test_adamw import adamw, scalars_for, take_step
 
 
 @pytest.mark.parametrize(

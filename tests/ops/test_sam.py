@@ -5,10 +5,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ops.tables import LOW, SIZES, bits, flat, random_table, same_bits
 from rsaft_fast import ops
 from rsaft_fast.ops import CHUNK, TensorTable
-
-from .tables import LOW, SIZES, bits, flat, random_table, same_bits
 
 DTYPES = [torch.float32, *LOW]
 CASES = [(torch.float32, False), *((dtype, master) for dtype in LOW for master in (False, True))]

@@ -8,10 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ops.tables import arrange
+from rsaft_fast.abi.table import LISTS, ROW
 from rsaft_fast.ops import CHUNK, TensorTable
-from rsaft_fast.ops.table import LISTS, ROW
-
-from .tables import arrange
 
 
 @settings(max_examples=40, deadline=None)

@@ -5,11 +5,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from optim.networks import batches, bits, loss_of, network, train
 from rsaft_fast import ops
 from rsaft_fast.ops import TensorTable
 from rsaft_fast.optim import SAM, SAMAdamW
-
-from .networks import batches, bits, loss_of, network, train
 
 MAKERS = {
     "SAM": lambda p, **o: SAM(p, torch.optim.AdamW, lr=0.01, **o),

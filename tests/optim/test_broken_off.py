@@ -5,11 +5,10 @@ import pickle
 import pytest
 import torch
 
+from optim.networks import batches, bits, loss_of, network, train, weights
 from rsaft_fast import ops
 from rsaft_fast.optim import SAM, SAMAdamW
 from rsaft_fast.optim.buckets import Bucket
-
-from .networks import batches, bits, loss_of, network, train, weights
 
 
 class Fragile(torch.optim.AdamW):

@@ -7,9 +7,8 @@ import weakref
 import pytest
 import torch
 
+from optim.networks import batches, bits, loss_of, network, train, weights
 from rsaft_fast.optim import SAM, SAMAdamW
-
-from .networks import batches, bits, loss_of, network, train, weights
 
 MAKERS = {
     "SAM": lambda p, **o: SAM(p, torch.optim.AdamW, lr=0.01, **o),

@@ -8,9 +8,8 @@ import torch
 import torch.distributed as dist
 from builders.workers import COUNT, run_workers
 
+from optim.networks import batches, loss_of, network
 from rsaft_fast.optim import SAM, SAMAdamW
-
-from .networks import batches, loss_of, network
 
 RHO, CLIP, STEPS = 0.3, 0.05, 3
 

@@ -5,9 +5,8 @@ import os
 import pytest
 import torch
 
+from optim.networks import batches, loss_of, network, train, weights
 from rsaft_fast.optim import SAM, SAMAdamW
-
-from .networks import batches, loss_of, network, train, weights
 
 ADAMW = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-7, weight_decay=0.05)
 

@@ -7,10 +7,9 @@ import weakref
 import pytest
 import torch
 
-from rsaft_fast.ops.quantize import blocks, dequantize_blocks
+from optim.networks import batches, bits, loss_of, network, train, weights
+from rsaft_fast.abi.quantize import blocks, dequantize_blocks
 from rsaft_fast.optim import SAMAdamW
-
-from .networks import batches, bits, loss_of, network, train, weights
 
 BF16 = torch.bfloat16
 LOW = dict(lr=1e-3, rho=0.05, state_bits=8, min_8bit_size=64, stochastic_rounding=True)

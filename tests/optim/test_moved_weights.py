@@ -6,11 +6,10 @@ import pickle
 import pytest
 import torch
 
+from optim.networks import batches, loss_of, network, train, weights
+from rsaft_fast.abi.table import WeightsChangedError
 from rsaft_fast.ops import GradientNorm, TensorTable, sam_perturb_
-from rsaft_fast.ops.table import WeightsChangedError
 from rsaft_fast.optim import SAM, SAMAdamW, offload
-
-from .networks import batches, loss_of, network, train, weights
 
 BF16 = torch.bfloat16
 LAST, FIRST = torch.channels_last, torch.contiguous_format

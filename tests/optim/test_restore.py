@@ -5,9 +5,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from optim.networks import batches, bits, loss_of, network
 from rsaft_fast.optim import SAM, SAMAdamW
-
-from .networks import batches, bits, loss_of, network
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*without a float32 master")
 

@@ -6,9 +6,8 @@ import pickle
 import pytest
 import torch
 
+from optim.networks import batches, bits, loss_of, network, train
 from rsaft_fast.optim import SAM, SAMAdamW
-
-from .networks import batches, bits, loss_of, network, train
 
 MAKERS = {
     "SAM": lambda p, **o: SAM(p, torch.optim.AdamW, **{"lr": 0.01, **o}),

@@ -10,10 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from optim.networks import batches, bits, loss_of, train
 from rsaft_fast.ops.transfer import CopyStream, Packing
 from rsaft_fast.optim import SAMAdamW, offload
-
-from .networks import batches, bits, loss_of, train
 
 BF16 = torch.bfloat16
 PART = 3000

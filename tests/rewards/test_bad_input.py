@@ -20,14 +20,14 @@ from builders.open_clip import ARCHITECTURE, write_hps
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from rsaft_fast.data.pictures import read_picture
 from rsaft_fast.errors import NonFiniteRewardError, UserError
-from rsaft_fast.evaluation.pictures import read_picture
-from rsaft_fast.objective import require_finite
 from rsaft_fast.rewards import Reward, RewardSettings, load_hps, load_reward
 from rsaft_fast.rewards.aesthetic import FILE as AESTHETIC
 from rsaft_fast.rewards.hps import VERSIONS
 from rsaft_fast.rewards.registry import REWARDS
 from rsaft_fast.rewards.weights import read_state
+from rsaft_fast.smoothing.objective import require_finite
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:this is not the instruction"),

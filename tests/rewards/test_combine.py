@@ -11,11 +11,11 @@ from builders.clip import write_clip
 from builders.image_reward import write_image_reward
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.evaluation import sharpness
 from rsaft_fast.rewards import Reward, RewardSettings, RewardSpec, load_reward
 from rsaft_fast.rewards.calibration import calibration_text, measure, read_calibration
 from rsaft_fast.rewards.combine import Combination, Part
 from rsaft_fast.rewards.ensemble import win_rates
+from rsaft_fast.smoothing.sharpness import sharpness
 
 PROMPTS = ["a red ox", "blue", "a big owl"]
 RULES = {

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from rsaft_fast.cli import main
 from rsaft_fast.errors import UserError
-from rsaft_fast.memory.reward_skeleton import skeleton_reward
+from rsaft_fast.estimate.reward_skeleton import skeleton_reward
 from rsaft_fast.rewards import ClipReward, RewardSettings, hps, load_aesthetic, load_hps, load_image_reward
 from rsaft_fast.rewards.calibration import find, measure
 from rsaft_fast.rewards.convert import convert

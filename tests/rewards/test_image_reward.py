@@ -10,10 +10,10 @@ from builders.image_reward import CONFIG, WORDS, random_state, score, write_imag
 
 from rsaft_fast.errors import NonFiniteRewardError, UserError
 from rsaft_fast.memory import saved_tensor_bytes
-from rsaft_fast.objective import require_finite
 from rsaft_fast.rewards import RewardSettings, load_image_reward, load_reward
 from rsaft_fast.rewards.heads import AffineHead
 from rsaft_fast.rewards.image_reward import BlipScorer, text_config, to_transformers, vision_config
+from rsaft_fast.smoothing.objective import require_finite
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 PROMPTS = ["a red ox", "blue", "a big big owl"]

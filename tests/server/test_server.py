@@ -27,7 +27,7 @@ from safetensors.torch import save
 from rsaft_fast.errors import UserError
 from rsaft_fast.rewards import RewardSettings, load_reward, wire
 from rsaft_fast.rewards.remote import RemoteReward
-from rsaft_fast.train.check import check_config
+from rsaft_fast.train.inputs import check_config
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import write_atomically
 from rsaft_fast.train.checkpoint import Checkpoint, find_fault, newest, pack, read, unpack, write
-from rsaft_fast.train.files import write_atomically
 
 
 def make(step: int, seed: int = 0) -> Checkpoint:

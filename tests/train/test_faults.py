@@ -17,13 +17,14 @@ import torch
 from builders.recipes import config, recipe
 from safetensors.torch import load_file, save_file
 
+from rsaft_fast import files
+from rsaft_fast.data.batches import PromptBatches
 from rsaft_fast.errors import UserError
+from rsaft_fast.recipe.load import validate
 from rsaft_fast.train import checkpoint as checkpoints
-from rsaft_fast.train import files, loop, trainer
-from rsaft_fast.train.data import PromptBatches
+from rsaft_fast.train import loop, trainer
 from rsaft_fast.train.logging import RunLog, read_metrics
 from rsaft_fast.train.loop import train
-from rsaft_fast.train.recipe import validate
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ import pytest
 from builders.recipes import config
 
 from rsaft_fast.commands.output import output_folder
+from rsaft_fast.data.encodings import EncodingCache
 from rsaft_fast.errors import UserError
+from rsaft_fast.lock import LOCK, FolderHeldError, sole_writer
 from rsaft_fast.train import loop
-from rsaft_fast.train.encodings import EncodingCache
-from rsaft_fast.train.lock import LOCK, FolderHeldError, sole_writer
 from rsaft_fast.train.loop import train
 
 

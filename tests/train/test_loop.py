@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from rsaft_fast.errors import NonFiniteRewardError, UserError
 from rsaft_fast.rewards import ClipReward
 from rsaft_fast.train import checkpoint as checkpoints
-from rsaft_fast.train.check import check_config
+from rsaft_fast.train.inputs import check_config
 from rsaft_fast.train.logging import read_metrics
 from rsaft_fast.train.loop import train
 from rsaft_fast.train.trainer import Trainer
@@ -251,7 +251,7 @@ def test_plain_diffusers_draws_the_same_pictures_from_the_exported_lora(tiny, ou
     from diffusers import DDIMScheduler, DiffusionPipeline
 
     from rsaft_fast.sampling import NoiseSource
-    from rsaft_fast.train.samples import SAMPLE_STEP
+    from rsaft_fast.sampling.pictures import SAMPLE_STEP
 
     settings = config(
         tiny, out, family, max_steps=2, sampler={"steps": 4, "guidance_scale": 3.0}, samples={"every": 2, "count": 2}
@@ -383,7 +383,7 @@ def test_a_perturbation_that_rounding_swallows_is_warned_of_once(tiny, out):
 
     said = []
     settings = config(tiny, out)
-    run = _Run(settings, said.append)
+    run = _Run(settings, said.append, None, lambda config, say: lambda phase: None)
     for step, projection in enumerate((0.9, 0.2, 0.1), 1):
         run._warn({"step": step, "projection": projection, "skipped": 0})
     assert len(said) == 1 and "only 20% of the weight perturbation survives" in said[0]

@@ -7,16 +7,15 @@ import shutil
 import pytest
 import torch
 from builders.recipes import config
+from train.test_loop import same_files, without_time
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.optim import release
 from rsaft_fast.train import checkpoint as checkpoints
-from rsaft_fast.train.check import check_config
+from rsaft_fast.train.inputs import check_config
 from rsaft_fast.train.logging import read_metrics
 from rsaft_fast.train.loop import train
 from rsaft_fast.train.trainer import Trainer
-
-from .test_loop import same_files, without_time
 
 LOW = {
     "parameters": {"train": "full"},

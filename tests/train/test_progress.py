@@ -13,9 +13,10 @@ import pytest
 from builders.recipes import config, environment
 from tqdm import tqdm
 
-from rsaft_fast.train import progress
+from rsaft_fast.progress import tell
+from rsaft_fast.train import bar
+from rsaft_fast.train.bar import Progress
 from rsaft_fast.train.loop import train
-from rsaft_fast.train.progress import Progress, tell
 
 
 def record(step: int, reward: float | None = 21.4837) -> dict:
@@ -43,7 +44,7 @@ def test_a_resumed_run_goes_on_with_the_means_before():
 @pytest.mark.parametrize("columns", [40, 60, 80, 120])
 @pytest.mark.parametrize(("step", "total"), [(3, 60), (1234, 100_000)])
 def test_the_bar_keeps_ten_cells_and_no_figure_is_cut(columns, step, total, monkeypatch):
-    monkeypatch.setattr(progress, "on_terminal", lambda: True)
+    monkeypatch.setattr(bar, "on_terminal", lambda: True)
     monkeypatch.setenv("COLUMNS", str(columns))
     made, honest = [], tqdm.__init__
     monkeypatch.setattr(tqdm, "__init__", lambda self, *a, **k: (made.append(self), honest(self, *a, **k))[1])

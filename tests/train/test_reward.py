@@ -10,8 +10,8 @@ from builders.recipes import config
 
 from rsaft_fast.cli import main
 from rsaft_fast.errors import UserError
-from rsaft_fast.train.check import check_config
-from rsaft_fast.train.recipe import load_config, to_yaml
+from rsaft_fast.recipe.load import load_config, to_yaml
+from rsaft_fast.train.inputs import check_config
 
 
 def combination(*paths, **options):

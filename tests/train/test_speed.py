@@ -9,18 +9,17 @@ import torch
 from builders.recipes import config
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
+from train.test_loop import same_files, without_time
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.memory.estimate import estimate
-from rsaft_fast.memory.phases import DENOISER, ENCODING, SAMPLING
-from rsaft_fast.memory.suggestions import candidates, changed
+from rsaft_fast.estimate.estimate import estimate
+from rsaft_fast.estimate.suggestions import candidates, changed
+from rsaft_fast.phases import DENOISER, ENCODING, SAMPLING
 from rsaft_fast.speed import check as speed_check
-from rsaft_fast.train.check import check_config
+from rsaft_fast.train.inputs import check_config
 from rsaft_fast.train.logging import read_metrics
 from rsaft_fast.train.loop import train
 from rsaft_fast.train.trainer import Trainer
-
-from .test_loop import same_files, without_time
 
 GUIDED = {"steps": 3, "guidance_scale": 3.0}
 FULL_BF16 = {"parameters": {"train": "full"}, "backbone__dtype": "bf16"}

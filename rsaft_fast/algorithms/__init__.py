@@ -1,0 +1,1 @@
+"""Algorithms: what one iteration collects, and the gradient that an update follows."""

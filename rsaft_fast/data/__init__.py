@@ -1,0 +1,1 @@
+"""Data: prompts, pictures, their encodings, and the batches that an update takes."""

@@ -1,0 +1,151 @@
+"""Pipelines on the meta device, from their config files: every shape, no weight."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from huggingface_hub import try_to_load_from_cache
+
+from rsaft_fast.backbones import ADAPTERS, PipelineBackbone, Quantization, adapter_for
+from rsaft_fast.backbones.folder import read_index
+from rsaft_fast.errors import UserError
+from rsaft_fast.estimate.published import KNOWN, Parts, published_pipeline
+from rsaft_fast.pretrained import first_sentence, read_config
+
+
+class LengthTokenizer:
+    """Stands in for a tokenizer where only the number of tokens counts."""
+
+    def __init__(self, length: int):
+        self.model_max_length = length
+        self.added_tokens_encoder: dict[str, int] = {}
+
+    def tokenize(self, text: str) -> list[str]:
+        return []
+
+    def __call__(
+        self, texts: str | list[str], padding: str | bool = False, max_length: int | None = None, **options
+    ) -> transformers.BatchEncoding:
+        rows = 1 if isinstance(texts, str) else len(texts)
+        length = max_length or self.model_max_length if padding == "max_length" else 1
+        ids = torch.ones(rows, length, dtype=torch.int64)
+        return transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def skeleton_backbone(
+    path: str,
+    *,
+    height: int | None,
+    width: int | None,
+    dtype: torch.dtype,
+    offload_blocks: int = 0,
+    quantize: Quantization | None = None,
+) -> tuple[PipelineBackbone, list[str]]:
+    """The backbone at a folder or hub id on the meta device, and what there is to say about where it came from.
+
+    Raises:
+        UserError: no pipeline there, and none published of that name that is known here.
+    """
+    name, parts, notes = _pipeline_parts(path)
+    adapter = ADAPTERS[name]
+    options = adapter.loading_options()
+    components = {part: None for part in _arguments(adapter.pipeline_class)} | options
+    with quiet(), torch.device("meta"):
+        for part, (library, kind, config) in parts.items():
+            if part not in options and part in components:
+                try:
+                    components[part] = _component(part, library, kind, config, dtype)
+                except Exception as error:  # each library's own kinds, for a config that can be damaged in any way
+                    raise UserError(
+                        f"{path}: no {kind} can be made of {part}'s config ({type(error).__name__}: "
+                        f"{first_sentence(error)}); it is damaged or of another class: download it anew"
+                    ) from error
+        pipeline = adapter.pipeline_class(**components)
+    backbone = adapter(
+        pipeline,
+        height=height,
+        width=width,
+        dtype=dtype,
+        device="meta",
+        offload_blocks=offload_blocks,
+        quantize=quantize,
+    )
+    return backbone, notes
+
+
+def _arguments(pipeline_class: type) -> list[str]:
+    """Arguments of a pipeline's constructor that have no default."""
+    parameters = list(inspect.signature(pipeline_class.__init__).parameters.values())[1:]
+    return [p.name for p in parameters if p.default is inspect.Parameter.empty]
+
+
+def _component(part: str, library: str, kind: str, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    if part.startswith("tokenizer"):
+        return LengthTokenizer(min(int(config.get("model_max_length") or 77), 4096))
+    if library == "diffusers":
+        made = getattr(diffusers, kind)
+        if part.startswith("scheduler"):
+            with torch.device("cpu"):  # its tables are numbers that the schedule is made of
+                return made.from_config(config)
+        return made.from_config(config).to(dtype).eval()
+    made = getattr(transformers, kind)
+    return made(made.config_class.from_dict(dict(config))).to(dtype).eval()
+
+
+def _pipeline_parts(path: str) -> tuple[str, Parts, list[str]]:
+    if path == "playground":
+        from rsaft_fast.playground import pipeline_path
+
+        path = str(pipeline_path())
+    folder = Path(path).expanduser()
+    if not os.path.exists(folder):
+        cached = try_to_load_from_cache(path, "model_index.json")
+        if isinstance(cached, str):
+            folder = Path(cached).parent
+    if os.path.exists(folder):
+        return adapter_for(folder, text=False).pipeline_class.__name__, _parts_of_folder(folder), []
+    found = published_pipeline(path)
+    if found is None:
+        raise UserError(
+            f"backbone.path {path!r} is neither a folder nor in the hub's cache here, and no published architecture is "
+            f"known by that name (known: {', '.join(KNOWN)}); give a folder, or download the pipeline first"
+        )
+    name, parts = found
+    return name, parts, [f"{path} is not on this machine: shapes are those of the published {name} of that name"]
+
+
+def _parts_of_folder(folder: Path) -> Parts:
+    parts = {}
+    for name, entry in read_index(folder, folder).items():
+        if not isinstance(entry, list) or not all(isinstance(text, str) for text in entry) or len(entry) != 2:
+            continue
+        config = next(
+            (
+                folder / name / file
+                for file in ("config.json", "scheduler_config.json", "tokenizer_config.json")
+                if os.path.isfile(folder / name / file)
+            ),
+            None,
+        )
+        if config is not None:
+            parts[name] = (*entry, read_config(config, f"{name}'s config"))
+    return parts
+
+
+@contextmanager
+def quiet():
+    """Without the remarks that libraries make on modules that are built by hand."""
+    with ExitStack() as stack:
+        for library in (diffusers, transformers):
+            before = library.utils.logging.get_verbosity()
+            library.utils.logging.set_verbosity_error()
+            stack.callback(library.utils.logging.set_verbosity, before)
+        yield

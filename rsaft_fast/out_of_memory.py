@@ -1,0 +1,63 @@
+"""Running out of memory, said in one line that names the phase and what to change."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from rsaft_fast import phases
+from rsaft_fast.errors import UserError
+
+_MENDS = {
+    phases.ENCODING: "use backbone.dtype=bf16",
+    phases.KEEPING: "use another reward",
+    phases.CHECKING: "set reward.dtype=float32",
+    phases.SAMPLING: "lower data.batch_size and raise data.accumulate",
+    phases.GRID: "lower data.batch_size, which the grid is drawn with too",
+    phases.SCORING: "lower data.batch_size and raise data.accumulate",
+    phases.DECODER: "set backbone.checkpoint=[denoiser,decoder]",
+    phases.DENOISER: "set backbone.checkpoint=[denoiser,decoder]",
+    phases.PERTURBING: "train LoRA (parameters.train=lora)",
+    phases.UPDATING: "train LoRA (parameters.train=lora)",
+}
+_ELSE = "lower data.batch_size and raise data.accumulate"
+
+
+@contextmanager
+def naming_the_phase(
+    what: str,
+    half_done: Callable[[], bool] = lambda: False,
+    advise: Callable[[str], str | None] = lambda phase: None,
+) -> Iterator[None]:
+    """Turn an out-of-memory error inside the block into a `UserError`. Perturbed weights are back by then.
+
+    Args:
+        half_done: whether some weights are updated and others are not (`optimizer.release_gradients`).
+        advise: what lowers that phase's need most in this very recipe; None leaves it to the rule.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        phase = phase_of(error)
+        state = "it broke off half done" if half_done() else "the weights are those before it"
+        raise UserError(
+            f"out of memory in {what} ({phase}); {state}. Lower the need: "
+            f"{advise(phase) or _MENDS.get(phase, _ELSE)}, or a smaller backbone.height and backbone.width"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception is a device's or the host's allocator giving up."""
+    # The CPU allocator raises a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def phase_of(error: BaseException) -> str:
+    """The phase of the update that raised."""
+    names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    return next((phases.FUNCTIONS[name] for name in names if name in phases.FUNCTIONS), phases.REST)

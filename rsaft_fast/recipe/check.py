@@ -1,0 +1,225 @@
+"""What can be found wrong with the keys of a recipe, before any file of its is read."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from rsaft_fast.backbones import PipelineBackbone, adapter_for
+from rsaft_fast.backbones.quantized import why_not
+from rsaft_fast.errors import UserError
+from rsaft_fast.hub import is_hub_id
+from rsaft_fast.ops import backends
+from rsaft_fast.recipe.config import MOST_PICTURES, PLAYGROUND, Config
+from rsaft_fast.rewards import RewardSettings
+from rsaft_fast.sampling import GradientPlan, derive_rng
+from rsaft_fast.speed import check as speed
+from rsaft_fast.speed.apply import require_unet
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# torch knows more names, such as meta and mps, on which nothing here runs.
+_DEVICE = re.compile(r"cpu|cuda(:\d{1,2})?")
+
+
+def check_settings(config: Config, adapter: type[PipelineBackbone]) -> None:
+    """Check the keys by themselves, for a pipeline of that adapter: no file, device or output folder is needed.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    plan = config.method.draw(config.sampler.steps, derive_rng(config.seed, 0, "plan"))
+    _check_agreement(config)
+    _check_offload(config)
+    if config.backbone.device.partition(":")[0] != "cuda":  # a recipe for a GPU may be looked at without one
+        check_device(config.backbone.device)
+    _check_true_cfg(config, adapter)
+    _check_speed(config, adapter)
+    _check_memory_options(config, plan, adapter)
+
+
+def _check_agreement(config: Config) -> None:
+    """Keys that contradict each other."""
+    _check_reward(config)
+    _check_quantize(config)
+    backbone = config.backbone
+    if {"decoder", "decoder-strips"} <= set(backbone.checkpoint):
+        raise UserError(
+            "backbone.checkpoint has both decoder and decoder-strips, two ways of recomputing the same network; leave "
+            "one of them out"
+        )
+    if backbone.keep_blocks and "denoiser" not in backbone.checkpoint:
+        raise UserError(
+            f"backbone.keep_blocks is {backbone.keep_blocks}, but backbone.checkpoint has no denoiser, so that all of "
+            "its blocks keep their activations; add denoiser to checkpoint, or leave keep_blocks out"
+        )
+    if config.pictures_per_update > MOST_PICTURES:
+        raise UserError(
+            f"data.batch_size {config.data.batch_size} times data.accumulate {config.data.accumulate} is "
+            f"{config.pictures_per_update} pictures an update; at most {MOST_PICTURES}"
+        )
+    if config.sharpness is not None and config.sharpness.space not in ("pixel01", "pixel11"):
+        raise UserError(f"sharpness.space is {config.sharpness.space!r}; S1 is measured in pixel01 or pixel11")
+    sampler = config.sampler
+    if sampler.negative_prompt and sampler.guidance_scale == sampler.true_cfg_scale == 1:
+        raise UserError("sampler.negative_prompt does nothing at sampler.guidance_scale 1; raise it, or leave it out")
+    schedule, warmup = config.optimizer.schedule, config.optimizer.warmup_steps
+    if schedule != "constant" and warmup >= config.max_steps:
+        raise UserError(
+            f"optimizer.warmup_steps is {warmup}, which leaves nothing of max_steps {config.max_steps} for the "
+            f"{schedule} schedule"
+        )
+    if config.backbone.dtype == "fp16" and config.parameters.train == "full":
+        raise UserError("backbone.dtype fp16 with parameters.train full: its gradients underflow; use bf16 or fp32")
+    for group in config.smoothing.parameters.groups if config.smoothing.parameters else ():
+        try:
+            re.compile(group.match)
+        except re.error as error:
+            raise UserError(
+                f"smoothing.parameters.groups: {group.match!r} is not a regular expression ({error})"
+            ) from error
+
+
+def _check_quantize(config: Config) -> None:
+    """What a base in few bits needs: adapters beside it, and the means to read it."""
+    quantize = config.backbone.quantize
+    if quantize is None:
+        return
+    if config.parameters.train == "full":
+        raise UserError(
+            f"backbone.quantize {quantize} with parameters.train full: quantised weights cannot take small changes; "
+            "train lora, or leave quantize out"
+        )
+    obstacle = why_not(quantize)
+    if obstacle is not None:
+        raise UserError(f"backbone.quantize is {quantize}, but {obstacle}")
+
+
+def _check_offload(config: Config) -> None:
+    """What streamed blocks need: weights that are never written, and graphs that do not keep them."""
+    count = config.backbone.offload_blocks
+    if not count:
+        return
+    if config.parameters.train == "full":
+        raise UserError(
+            f"backbone.offload_blocks {count} with parameters.train full: offloaded weights are never written; train "
+            "lora, or keep the optimizer's state on the host (optimizer.offload=state)"
+        )
+    if "denoiser" not in config.backbone.checkpoint:
+        raise UserError(
+            f"backbone.offload_blocks {count} without denoiser in backbone.checkpoint: the backward pass would keep "
+            "every block's weights on the device; set backbone.checkpoint=[denoiser,decoder]"
+        )
+    if config.backbone.keep_blocks:
+        raise UserError(
+            f"backbone.offload_blocks {count} with keep_blocks {config.backbone.keep_blocks}: a block that is not "
+            "recomputed keeps its weights on the device until its backward pass; leave one of the two out"
+        )
+
+
+def _check_reward(config: Config) -> None:
+    """A reward whose gradient can be followed where the recipe follows it."""
+    reward, image = config.reward, config.smoothing.image
+    if not reward.differentiable:
+        raise UserError(
+            f"{_without_gradient(reward)} has no gradient, and method.name {config.method.name} follows the reward's; "
+            "score with it (rsaft-fast score), or train with a differentiable one"
+        )
+    if image is not None and image.space == "reward_input" and reward.name == "combination":
+        raise UserError(
+            "smoothing.image.space is reward_input; the parts of reward.name combination have an input of their own "
+            "each: take pixel01, pixel11 or latent"
+        )
+
+
+def _without_gradient(reward: RewardSettings) -> str:
+    for index, part in enumerate(reward.parts):
+        if not part.differentiable:
+            return f"reward.parts[{index}].name {part.name}"
+    return f"reward.how {reward.how}" if reward.name == "combination" else f"reward.name {reward.name}"
+
+
+def _check_true_cfg(config: Config, adapter: type[PipelineBackbone] | None = None) -> None:
+    """A second guidance scale needs a model whose first one is embedded."""
+    scale = config.sampler.true_cfg_scale
+    if scale != 1 and not (adapter or adapter_for(config.backbone.path, text=False)).embeds_guidance:
+        raise UserError(
+            f"sampler.true_cfg_scale is {scale}, which FLUX.1 alone knows; leave it out and set sampler.guidance_scale"
+        )
+
+
+def _check_speed(config: Config, adapter: type[PipelineBackbone] | None) -> None:
+    """What makes an update faster, against what the model is and how its weights are kept."""
+    backbone = config.backbone
+    speed.check_agreement(config.speed, quantize=backbone.quantize, offload_blocks=backbone.offload_blocks)
+    if config.speed.channels_last and adapter is not None:
+        require_unet(adapter)
+
+
+def _check_memory_options(config: Config, plan: GradientPlan, adapter: type[PipelineBackbone] | None = None) -> None:
+    """The optimizer's options against what is trained, and how."""
+    settings = config.optimizer
+    full_bf16 = config.parameters.train == "full" and config.backbone.dtype == "bf16"
+    if settings.stochastic_rounding and not full_bf16:
+        raise UserError(
+            f"optimizer.stochastic_rounding with parameters.train {config.parameters.train} and backbone.dtype "
+            f"{config.backbone.dtype}: it is for bf16 weights; LoRA and fp32 weights hold small changes without it"
+        )
+    if not settings.release_gradients:
+        return
+    calls = plan.backward_calls(_is_guided(config, adapter), batched=config.speed.cfg == "batched")
+    obstacles = {
+        "smoothing.parameters null: there is no second pass": config.smoothing.parameters is None,
+        f"data.accumulate {config.data.accumulate}; set it to 1": config.data.accumulate > 1,
+        f"method {config.method.name}: {calls} backward passes an update, and it needs 1 (k=1, and guidance off, "
+        "method.uncond=detached or speed.cfg=batched)": calls > 1,
+    }
+    for obstacle, stands in obstacles.items():
+        if stands:
+            raise UserError(f"optimizer.release_gradients with {obstacle}")
+
+
+def _is_guided(config: Config, adapter: type[PipelineBackbone] | None = None) -> bool:
+    """Whether a network call has two branches. A guidance scale alone does not say so: FLUX.1 embeds it."""
+    sampler = config.sampler
+    if sampler.guidance_scale == sampler.true_cfg_scale == 1:
+        return False
+    adapter = adapter or adapter_for(config.backbone.path, text=False)
+    return sampler.true_cfg_scale != 1 or not adapter.embeds_guidance
+
+
+def check_device(name: str, key: str = "backbone.device") -> None:
+    """Refuse a device that torch does not have; `key` is where the user named it."""
+    if name == "auto":
+        return
+    if not _DEVICE.fullmatch(name):
+        raise UserError(f"{key} is {name!r}; it must be auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"{key} is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use auto or cpu "
+            "('rsaft-fast doctor' says more)"
+        )
+
+
+def _check_backend(name: str) -> None:
+    """A backend forced with RSAFT_BACKEND must run on the device."""
+    try:
+        backends.choose(pick_device(name))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by name; "auto" is the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+
+
+def check_path(key: str, path: str) -> None:
+    """Refuse a pipeline's path that is neither a folder nor a hub id."""
+    if path != PLAYGROUND and not os.path.exists(Path(path).expanduser()) and not is_hub_id(path):
+        raise UserError(f"{key}: there is no folder {path!r}, and it is not a hub id (owner/name)")

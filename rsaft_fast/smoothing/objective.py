@@ -1,0 +1,203 @@
+"""The smoothed reward: image-space perturbation, and the settings of both perturbations.
+
+RSA-FT (arXiv 2603.21175) maximises E r(x_0(x_T, c; theta + eps) + delta, c) (eq. 19) with
+delta = -rho grad_x r / ||grad_x r|| (eq. 15) and eps = -rho_w grad_theta r / ||grad_theta r|| (eq. 17), both treated
+as constants. This module owns delta; the optimizer owns eps; `step.py` puts them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field
+
+from rsaft_fast import ops
+from rsaft_fast.errors import NonFiniteRewardError, UserError
+from rsaft_fast.settings import Settings
+
+if TYPE_CHECKING:
+    from rsaft_fast.rewards.base import Reward
+    from rsaft_fast.sampling.protocol import Backbone
+
+Space = Literal["pixel01", "pixel11", "latent", "reward_input"]
+
+
+class ImageSmoothing(Settings):
+    """The ball around the picture.
+
+    Attributes:
+        radius: rho of eq. 15, per sample. The paper uses 1e-2.
+        norm: "l2" is the ball's radius over the whole sample; "rms" is per element (an L2 of 0.01 on a 3x512x512
+            picture is an RMS of 1.1e-5: almost nothing).
+        space: where the ball lives: decoded pixels in [0, 1] or [-1, 1], the latent, or the reward network's input
+            after resize and normalisation. The paper does not say; pixels in [0, 1] before its preprocessing is
+            the reading that makes the sharpness S1 of eq. 10 a property of the picture.
+    """
+
+    radius: float = Field(default=1e-2, gt=0, le=1e6)
+    norm: Literal["l2", "rms"] = "l2"
+    space: Space = "pixel01"
+
+
+class ParameterGroup(Settings):
+    """Parameters whose name matches `match` (a regular expression, searched) get a radius of their own."""
+
+    match: str
+    rho: float = Field(gt=0, le=1e6)
+
+
+class ParameterSmoothing(Settings):
+    """The ball around the weights.
+
+    Attributes:
+        rho: rho_w of eq. 17: one global L2 norm over everything that is trained. The paper uses 1e-2.
+        adaptive: ASAM (Kwon et al. 2021): the perturbation is scaled by the weights element by element.
+        groups: radii for parts of the network; the direction is still that of the one global norm.
+    """
+
+    rho: float = Field(default=1e-2, gt=0, le=1e6)
+    adaptive: bool = False
+    groups: tuple[ParameterGroup, ...] = ()
+
+
+class Smoothing(Settings):
+    """Which balls, and the questions that the paper leaves open.
+
+    Attributes:
+        image, parameters: null turns one off; both off is the plain method.
+        resample: "full" samples the whole trajectory again at theta + eps, as eq. 19 literally says; "graded_only"
+            takes the calls before the first graded one from the first pass: cheaper, and the same parameter gradient
+            path, but its latents do not see eps.
+        delta_from: "first" perturbs the second pass's picture by the delta of the first (the order of Algorithm 1;
+            one forward and backward gives both delta and eps); "perturbed" computes delta at the second picture, for
+            one reward forward and backward more.
+        ascend: eps follows the gradient of the mean "reward", or of the "loss". They differ where a hinge is
+            saturated: there the loss has no gradient and the reward still has.
+    """
+
+    image: ImageSmoothing | None = ImageSmoothing()
+    parameters: ParameterSmoothing | None = ParameterSmoothing()
+    resample: Literal["full", "graded_only"] = "full"
+    delta_from: Literal["first", "perturbed"] = "first"
+    ascend: Literal["reward", "loss"] = "reward"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A reward and its derivatives at one batch of endpoints.
+
+    Attributes:
+        latents: where the decoder was evaluated (a latent perturbation included), (B, *latent_shape).
+        images: decoded, before any pixel perturbation, (B, 3, H, W).
+        rewards: (B,).
+        image_gradient: d r_i / d image_i, (B, 3, H, W).
+        input_gradient: d r_i / d reward input_i; None unless asked for.
+        parts: (B,) of each reward that a combination is made of, by name.
+    """
+
+    latents: torch.Tensor
+    images: torch.Tensor
+    rewards: torch.Tensor
+    image_gradient: torch.Tensor
+    input_gradient: torch.Tensor | None
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def observe(
+    backbone: Backbone,
+    reward: Reward,
+    latents: torch.Tensor,
+    prompts: Sequence[str],
+    delta: torch.Tensor | None = None,
+    space: Space = "pixel01",
+) -> Observation:
+    """Decode, score, and differentiate the score as far as the pixels; `delta` perturbs in `space`.
+
+    Only the reward's graph is alive: decoding happens without one and is re-run by `latent_gradient`. The reward
+    scores each picture by itself, so the gradient of the sum holds every sample's own.
+
+    Raises:
+        UserError: the reward is not differentiable.
+        NonFiniteRewardError: a score is NaN or infinite.
+    """
+    if not reward.differentiable:
+        raise UserError(f"the reward {reward.spec.name!r} has no gradient; reward-gradient methods need one that has")
+    if delta is not None and space == "latent":
+        latents = latents + delta
+    with torch.no_grad():
+        images = backbone.decode(latents)
+    leaf = images + delta if delta is not None and space in ("pixel01", "pixel11") else images.clone()
+    leaf.requires_grad_(True)
+    parts: dict[str, torch.Tensor] = {}
+    with torch.enable_grad():
+        if space == "reward_input":
+            inputs = reward.preprocess(leaf)
+            rewards = reward.score_inputs(inputs if delta is None else inputs + delta, prompts)
+            image_gradient, input_gradient = torch.autograd.grad(rewards.sum(), [leaf, inputs])
+        else:
+            (rewards, parts), input_gradient = reward.score_parts(leaf, prompts), None
+            (image_gradient,) = torch.autograd.grad(rewards.sum(), leaf)
+    rewards = rewards.detach()
+    require_finite(rewards, prompts)
+    return Observation(latents, images, rewards, image_gradient, input_gradient, parts)
+
+
+@torch.no_grad()
+def perturbed_rewards(
+    backbone: Backbone,
+    reward: Reward,
+    observation: Observation,
+    prompts: Sequence[str],
+    delta: torch.Tensor,
+    space: Space,
+) -> torch.Tensor:
+    """r at an observed endpoint plus `delta`, (B,), without gradient.
+
+    Raises:
+        NonFiniteRewardError: a score is NaN or infinite.
+    """
+    if space == "latent":
+        rewards = reward.score(backbone.decode(observation.latents + delta), prompts)
+    elif space == "reward_input":
+        rewards = reward.score_inputs(reward.preprocess(observation.images) + delta, prompts)
+    else:
+        rewards = reward.score(observation.images + delta, prompts)
+    require_finite(rewards, prompts)
+    return rewards
+
+
+def require_finite(rewards: torch.Tensor, prompts: Sequence[str]) -> None:
+    """Raise `NonFiniteRewardError` naming the first prompt whose score is not a number."""
+    bad = (~torch.isfinite(rewards)).nonzero().flatten().tolist()
+    if bad:
+        raise NonFiniteRewardError(
+            f"the reward of {len(bad)} of {len(rewards)} pictures is not finite (first: {rewards[bad[0]].item()} for "
+            f"{prompts[bad[0]]!r}); check the reward's weights and precision, or lower the learning rate"
+        )
+
+
+def latent_gradient(backbone: Backbone, observation: Observation, image_cotangent: torch.Tensor) -> torch.Tensor:
+    """(d image / d latent)^T image_cotangent: the decoder re-run with a graph of its own."""
+    leaf = observation.latents.detach().requires_grad_(True)
+    with torch.enable_grad():
+        images = backbone.decode(leaf)
+    (gradient,) = torch.autograd.grad(images, leaf, image_cotangent.to(images.dtype))
+    return gradient
+
+
+def image_perturbation(backbone: Backbone, observation: Observation, smoothing: ImageSmoothing) -> torch.Tensor:
+    """delta of eq. 15 in the smoothing's own space, ready to be added there; exactly the radius asked for.
+
+    Pixel perturbations are in units of [0, 1] pictures: a radius in [-1, 1] is half as long there.
+    """
+    if smoothing.space == "latent":
+        gradient = latent_gradient(backbone, observation, observation.image_gradient)
+    elif smoothing.space == "reward_input":
+        gradient = observation.input_gradient
+    else:
+        gradient = observation.image_gradient
+    radius = smoothing.radius / 2 if smoothing.space == "pixel11" else smoothing.radius
+    return ops.image_delta(gradient, radius, smoothing.norm)

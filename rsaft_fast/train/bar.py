@@ -1,0 +1,102 @@
+"""How far a training run is: a bar on a terminal, a line now and then in a file."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from rsaft_fast.progress import INTERVAL, on_terminal, tell
+
+WINDOW = 20
+"""Updates whose mean is shown: a batch's reward is noisy."""
+
+
+LEAST_BAR = 10
+"""Cells; figures that leave fewer are not shown."""
+
+
+class Progress:
+    """How far the updates are: a bar on a terminal, else a line after the first and the last update and every ten
+    seconds between."""
+
+    def __init__(
+        self,
+        done: int,
+        total: int,
+        title: str | None = None,
+        say: Callable[[str], None] = tell,
+        earlier: Sequence[Mapping[str, Any]] = (),
+    ):
+        """`earlier`: the records of the updates done, for the means."""
+        self.total, self.title, self._say = total, title, say
+        self._started, self._done = time.monotonic(), done
+        self._told = -math.inf
+        self._rewards: deque[float] = deque(maxlen=WINDOW)
+        self._s1: deque[float] = deque(maxlen=WINDOW)
+        self._seconds: deque[float] = deque(maxlen=WINDOW)
+        for record in earlier[-WINDOW:]:
+            self._take_in(record)
+        self._bar = None
+        if on_terminal():
+            form = "{desc} |{bar}| {percentage:.0f}%"
+            self._bar = tqdm(desc=self.text(done, self._room()), initial=done, total=total, bar_format=form)
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        """Take in one update's record."""
+        step = record["step"]
+        self._take_in(record)
+        if self._bar is not None:
+            self._bar.ncols = shutil.get_terminal_size().columns
+            self._bar.set_description_str(self.text(step, self._room()), refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif time.monotonic() - self._told >= INTERVAL or step == self.total:
+            self._told = time.monotonic()
+            self._say(f"update {self.text(step)}")
+
+    def _take_in(self, record: Mapping[str, Any]) -> None:
+        for values, name in ((self._rewards, "reward"), (self._s1, "s1"), (self._seconds, "seconds")):
+            value = record.get(name)
+            if isinstance(value, int | float) and math.isfinite(value):
+                values.append(value)
+
+    def text(self, step: int, room: int | None = None) -> str:
+        """The figures, the most important first; as many as `room` characters hold."""
+        parts = [f"{self.title} {step}/{self.total}" if self.title else f"{step}/{self.total}"]
+        if self._rewards:
+            parts.append(f"reward {_mean(self._rewards):.4g} (mean of {len(self._rewards)})")
+        if self._seconds:
+            parts.append(f"{_mean(self._seconds):.3g} s/update")
+        if step > self._done:
+            left = (self.total - step) * (time.monotonic() - self._started) / (step - self._done)
+            parts.append(f"{_duration(left)} left")
+        if self._s1:
+            parts.append(f"S1 {_mean(self._s1):.4g}")
+        while room is not None and len(parts) > 1 and len(", ".join(parts)) > room:
+            parts.pop()
+        return ", ".join(parts)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    @staticmethod
+    def _room() -> int:
+        return shutil.get_terminal_size().columns - LEAST_BAR - len(" || 100%") - 1
+
+
+def _mean(values: deque[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _duration(seconds: float) -> str:
+    if seconds > 99 * 86400:
+        return "over 99 days"
+    days, rest = divmod(round(seconds), 86400)
+    clock = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days} d {clock}" if days else clock.removeprefix("0:")

@@ -1,0 +1,244 @@
+"""The estimate against what really is alive at tiny size, and against published figures at real size."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from builders.clip import write_clip
+from builders.image_reward import head_state, write_image_reward
+from builders.recipes import config as tiny_config
+from torch.utils._pytree import tree_map_only
+
+from rsaft_fast import phases
+from rsaft_fast.backbones import Conditioning, turns
+from rsaft_fast.data.encoded import EncodedPrompts
+from rsaft_fast.data.encodings import load_shapes, load_text_encoders
+from rsaft_fast.estimate.estimate import estimate
+from rsaft_fast.estimate.live import LiveBytes
+from rsaft_fast.ops import library
+from rsaft_fast.recipe.config import Config
+from rsaft_fast.rewards import load_reward
+from rsaft_fast.smoothing.precision import s1_error
+from rsaft_fast.train.inputs import check_config
+from rsaft_fast.train.trainer import Trainer
+
+
+@pytest.fixture
+def kernels_on_the_host(host_library, monkeypatch, request):
+    """The torch path makes float32 copies that no kernel makes."""
+    monkeypatch.setenv(library.ENV, str(host_library))
+    monkeypatch.setenv("RSAFT_BACKEND", "cuda")
+    library.forget()
+    request.addfinalizer(library.forget)
+
+
+def really_alive(config: Config) -> LiveBytes:
+    """Peaks of the trainer's second update, on the CPU."""
+    trainer = Trainer(config, check_config(config))
+    trainer.encoded = as_on_a_gpu(trainer.encoded)
+    trainer.update()
+    trainer.optimizer.zero_grad()
+    live = LiveBytes("cpu")
+    live.exclude(trainer.backbone.offloaded.host if trainer.backbone.offloaded else ())
+    optimizer = trainer.optimizer
+    live.exclude(part.host for bucket in optimizer._buckets for part in getattr(bucket, "parts", ()))
+    for module in (*trainer.backbone.modules(), trainer.reward):
+        live.see([*module.parameters(), *module.buffers()])
+    live.see(t for state in optimizer.state.values() for t in state.values() if t.ndim)
+    for bucket in optimizer._buckets:
+        live.see(v for v in vars(bucket.table).values() if isinstance(v, torch.Tensor))
+        live.see(bucket.table["backup"] if "backup" in bucket.table else ())
+    if trainer.ema:
+        live.see(trainer.ema.means.values())
+    with live:
+        trainer.update()
+    return live
+
+
+def as_on_a_gpu(encoded: EncodedPrompts) -> Callable[[Sequence[str]], Conditioning]:
+    """Every picture has unconditional embeddings of its own there; on the CPU all share a row."""
+
+    def encode(texts):
+        found = encoded(texts)
+        negative = found.negative and {name: tensor.contiguous() for name, tensor in found.negative.items()}
+        return replace(found, negative=negative)
+
+    return encode
+
+
+FULL = {"parameters": {"train": "full"}}
+FULL_8BIT = FULL | {
+    "backbone__dtype": "bf16",
+    "optimizer__state_bits": 8,
+    "optimizer__stochastic_rounding": True,
+}
+CHECKPOINTED = {"backbone__checkpoint": ["denoiser", "decoder"]}
+CASES = {
+    ("sd15", "lora"): {},
+    ("sd15", "checkpointed"): CHECKPOINTED,
+    ("sd15", "guided, accumulated"): {"sampler": {"steps": 3, "guidance_scale": 3.0}, "data__accumulate": 3},
+    ("sd15", "latent ball"): {"smoothing": {"image": {"space": "latent"}}},
+    ("sd15", "full"): FULL,
+    ("sd15", "full, 8 bits, in gradients"): FULL_8BIT | {"optimizer__backup": "gradient"},
+    ("sd15", "decoded in strips"): {"backbone__checkpoint": ["denoiser", "decoder-strips"]},
+    ("sdxl", "checkpointed"): CHECKPOINTED,
+    ("sdxl", "blocks on the host"): CHECKPOINTED | {"backbone__offload_blocks": 8},
+    ("flux", "a block on the host"): CHECKPOINTED | {"backbone__offload_blocks": 1},
+    ("sd3", "lora"): {},
+    ("sd3", "a block kept"): CHECKPOINTED | {"backbone__keep_blocks": 1},
+    ("sd3", "two calls, checkpointed"): CHECKPOINTED | {"method": {"name": "draft", "k": 2}},
+    ("sd3", "no smoothing"): {"smoothing": {"image": None, "parameters": None}},
+    ("sd3", "full, checkpointed"): FULL | CHECKPOINTED,
+    ("sd3", "full, 8 bits, released"): FULL_8BIT | {"optimizer__release_gradients": True},
+    ("sd3", "full, 8 bits, released, on the host"): FULL_8BIT
+    | {"optimizer__release_gradients": True, "optimizer__offload": "state"},
+    ("sd3", "full, master, on the host"): FULL | {"backbone__dtype": "bf16", "optimizer__offload": "state"},
+    ("flux", "full, on the host"): FULL | {"optimizer__offload": "state"},
+    ("sd3", "full, master, mean"): FULL | {"backbone__dtype": "bf16", "ema": {"decay": 0.9}},
+    ("flux", "lora"): {},
+    ("flux", "full, 8 bits"): FULL_8BIT,
+    ("sd15", "nf4"): {"backbone__quantize": "nf4"},
+    ("sdxl", "nf4, checkpointed"): CHECKPOINTED | {"backbone__quantize": "nf4"},
+    ("sd3", "fp8"): {"backbone__quantize": "fp8"},
+    ("flux", "int8, a block on the host"): CHECKPOINTED | {"backbone__quantize": "int8", "backbone__offload_blocks": 1},
+}
+UPDATE = (phases.SAMPLING, phases.SCORING, phases.DECODER, phases.DENOISER)
+
+
+@pytest.mark.usefixtures("kernels_on_the_host")
+@pytest.mark.parametrize(("family", "case"), CASES)
+def test_every_phase_is_what_really_is_alive(tiny, out, family, case):
+    config = tiny_config(tiny, out, family, **CASES[family, case])
+    real, found = really_alive(config), estimate(config, cuda=False)
+    staged = [name for name in (phases.PERTURBING, phases.UPDATING) if found.phase(name)]
+    for name in (*UPDATE, *(staged if config.optimizer.offload == "state" else ())):
+        assert found.phase(name).total == pytest.approx(real.peaks[name].total, rel=0.02, abs=16_384), name
+    assert max(found.phase(name).total for name in UPDATE) == pytest.approx(real.peak, rel=0.02)
+
+
+def on_a_device_of_its_own(monkeypatch) -> None:
+    """What goes to the host leaves the count; what comes from there is new. Values are lost on the way."""
+    monkeypatch.setattr(turns, "_is_host", lambda device: False)
+    away = lambda t: t.to("meta")  # noqa: E731
+    back = lambda t: torch.zeros_like(t, device="cpu")  # noqa: E731
+    moved = lambda tree, to: tree_map_only(torch.Tensor, away if to == turns.HOST else back, tree)  # noqa: E731
+    monkeypatch.setattr(turns, "_moved", lambda tree, to: moved(tree, to if isinstance(to, str) else "device"))
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux"])
+def test_encoding_needs_what_it_really_needs(tiny, out, family, monkeypatch):
+    settings = tiny_config(
+        tiny, out, family, sampler={"steps": 2, "guidance_scale": 3.0} if family != "flux" else {"steps": 2}
+    )
+    found = estimate(settings, cuda=False)
+    shapes = load_shapes(settings.backbone, torch.float32, torch.device("cpu"))
+    backbone = load_text_encoders(settings.backbone, shapes)
+    on_a_device_of_its_own(monkeypatch)
+    encoders = [getattr(backbone.pipeline, name) for name in backbone.text_encoder_names()]
+    sizes = [sum(t.numel() * t.element_size() for t in (*e.parameters(), *e.buffers())) for e in encoders if e]
+    live = LiveBytes("cpu")
+    live.exclude(t for encoder in encoders if encoder for t in (*encoder.parameters(), *encoder.buffers()))
+    with live:
+        list(turns.encode_in_turns(backbone, ["a prompt", None]))
+    peak = found.phase(phases.ENCODING)
+    assert peak.total == pytest.approx(live.peaks[phases.ENCODING].total, rel=0.05)
+    assert found.phases[0] is peak and peak.beside == 0 and peak.total > max(sizes)
+
+
+@pytest.mark.parametrize("name", ["clip", "imagereward", "aesthetic", "combination"])
+def test_rewards_need_what_they_really_need(tiny, out, tmp_path, name):
+    settings = tiny_config(tiny, out, reward=reward_of(name, tiny, tmp_path))
+    found = estimate(settings, cuda=False)
+    reward = load_reward(settings.reward)
+    live = LiveBytes("cpu")
+    live.see(t for t in (*reward.parameters(), *reward.buffers()))
+    with live:
+        reward.keep_prompts(["a prompt"])
+    assert found.standing["reward"] == pytest.approx(live.alive, abs=1024)
+    if name in ("clip", "combination"):
+        assert found.phase(phases.KEEPING).total == pytest.approx(live.peaks[phases.KEEPING].total, rel=0.02)
+    else:
+        assert phases.KEEPING not in live.peaks
+    # The tower is gone from the estimate of the next run no more than from this one's.
+    assert estimate(settings, cuda=False) == found
+
+
+@pytest.mark.parametrize("name", ["imagereward", "aesthetic", "combination"])
+def test_updates_with_other_rewards_are_what_really_is_alive(tiny, out, tmp_path, name, kernels_on_the_host):
+    settings = tiny_config(tiny, out, reward=reward_of(name, tiny, tmp_path))
+    real, found = really_alive(settings), estimate(settings, cuda=False)
+    for phase in UPDATE:
+        assert found.phase(phase).total == pytest.approx(real.peaks[phase].total, rel=0.02, abs=16_384), phase
+
+
+def reward_of(name, tiny, tmp_path) -> dict:
+    if name == "imagereward":
+        return {"name": name, "path": str(write_image_reward(tmp_path / "blip"))}
+    if name == "aesthetic":
+        tower = write_clip(tmp_path / "tower", text_act="quick_gelu", hidden_act="quick_gelu")
+        torch.save(head_state(12), tmp_path / "head.pth")
+        return {"name": name, "path": str(tmp_path / "head.pth"), "image_tower": str(tower)}
+    if name == "combination":
+        return {"name": name, "parts": [{"path": str(tiny.clip)}, reward_of("imagereward", tiny, tmp_path)]}
+    (tmp_path / "clip").mkdir()
+    return {"path": str(write_clip(tmp_path / "clip"))}
+
+
+def test_comparing_a_coarse_reward_with_float32_is_counted_and_over_after_it(tiny, out, kernels_on_the_host):
+    coarse, exact = (
+        estimate(tiny_config(tiny, out, reward={"path": str(tiny.clip), "dtype": dtype}), cuda=False)
+        for dtype in ("bfloat16", "float32")
+    )
+    assert exact.phase(phases.CHECKING) is None
+    checking, standing = coarse.phase(phases.CHECKING), coarse.standing["reward"]
+    # The copy in float32 beside the reward itself, and the activations of one picture.
+    assert checking.own > 2 * standing
+    settings = tiny_config(tiny, out, reward={"path": str(tiny.clip), "dtype": "bfloat16"})
+    real = really_alive(settings)
+    for name in UPDATE:
+        assert coarse.phase(name).total == pytest.approx(real.peaks[name].total, rel=0.02, abs=16_384), name
+    reward = load_reward(settings.reward)
+    reward.keep_prompts(["a prompt"])
+    image = torch.rand(1, 3, 32, 32)
+    reward.score(image, ["a prompt"])
+    live = LiveBytes("cpu")
+    live.see(t for t in (*reward.parameters(), *reward.buffers(), image))
+    with live:
+        s1_error(reward, image, ["a prompt"], 1.0)
+    assert checking.own == pytest.approx(live.peaks[phases.CHECKING].own, rel=0.1, abs=16_384)
+    standing_beside = [
+        size for name, size in coarse.standing.items() if name in ("adapters", "denoiser", "VAE", "reward")
+    ]
+    assert checking.beside == pytest.approx(sum(standing_beside), abs=20_000)  # a picture and the resize
+
+
+def test_without_text_encoders_on_the_disk_all_else_is_as_with_them(tiny, out, tmp_path):
+    whole = estimate(tiny_config(tiny, out, "sd3"))
+    folder = shutil.copytree(tiny.sd3, tmp_path / "pipeline")
+    for encoder in folder.glob("text_encoder*"):
+        shutil.rmtree(encoder)
+    found = estimate(tiny_config(tiny, out, "sd3", backbone__path=str(folder)))
+    assert found.phase(phases.ENCODING) is None
+    assert found.standing == whole.standing
+    assert found.phase(phases.DECODER) == whole.phase(phases.DECODER)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux"])
+def test_preparing_a_run_peaks_on_a_gpu_as_estimated(tiny, out, family):
+    """Weights of kilobytes are lost in cuBLAS's workspace, which is there before and is taken off."""
+    settings = tiny_config(tiny, out, family, backbone__device="cuda", data__encoding_cache=None)
+    Trainer(settings, check_config(settings))
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    trainer = Trainer(settings, check_config(settings))
+    found = estimate(settings)
+    standing = sum(size for name, size in found.standing.items() if name in ("reward", "adapters", "denoiser", "VAE"))
+    peak = max(standing, *(found.phase(name).total for name in (phases.ENCODING, phases.KEEPING)))
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(peak, rel=0.1, abs=2**18)
+    assert trainer.reward.has_text_tower is False

@@ -1,0 +1,177 @@
+"""Recipes: overrides, the nearest valid key, error lines, and that every key is documented and every recipe valid."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import yaml
+from builders.recipes import recipe
+
+from rsaft_fast.errors import UserError
+from rsaft_fast.recipe import schema
+from rsaft_fast.recipe.config import Config
+from rsaft_fast.recipe.load import find_recipe, load_config, parse_override, read_yaml, to_yaml, validate
+
+SHIPPED = sorted(
+    entry.name for entry in resources.files("rsaft_fast.recipes").iterdir() if entry.name.endswith(".yaml")
+)
+
+
+@pytest.fixture
+def path(tiny, out, tmp_path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe(tiny, out)))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("method.kk=3", "unknown key method.kk on the command line; did you mean method.k?"),
+        ("methd.k=3", "unknown key methd on the command line; did you mean method?"),
+        ("lr=3", "unknown key lr on the command line; did you mean optimizer.lr?"),
+        ("optimiser={lr: 1.0}", "unknown key optimiser on the command line; did you mean optimizer?"),
+        ("smoothing.image.radios=1", "did you mean smoothing.image.radius?"),
+        ("parameters.lora.r=3", "did you mean parameters.lora.rank?"),
+        (
+            "smoothing.parameters.rho=0",
+            "rho is 0 on the command line; it must be greater than 0; smoothing.param",
+        ),
+        ("smoothing.parameters.rho=-1e-2", "smoothing.parameters.rho is -0.01 on the command line; it must be greater"),
+        (
+            "method.name=drat",
+            "method.name is 'drat' on the command line; did you mean draft? it must be one of refl",
+        ),
+        ("method={}", "missing key method.name on the command line: one of refl, draft, draft_lv, alignprop, drtune"),
+        ("method=3", "method is 3 on the command line; it must be a section of keys"),
+        ("max_steps=x", "max_steps is 'x' on the command line; it must be a whole number"),
+        ("max_steps=1.5", "max_steps is 1.5 on the command line; it must be a whole number"),
+        ("backbone.dtype=fp8", "backbone.dtype is 'fp8' on the command line; did you mean fp32?"),
+        ("optimizer.betas=[0.9]", "optimizer.betas[1] is missing on the command line; the list is too short"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas[1] is 1.0 on the command line; it must be less than 1"),
+        ("optimizer.lr=.nan", "optimizer.lr is nan on the command line; it must be a finite number"),
+        ("reward={}", "missing key reward.path on the command line: folder, file or hub id of the weights"),
+        ("keep_checkpoints=0", "keep_checkpoints is 0 on the command line; it must be at least 1"),
+        ("zzz.qqq=1", "unknown key zzz on the command line; valid here: seed, output_dir"),
+        ("foo", "cannot read 'foo' as an override; write key=value"),
+        ("seed=[1", "seed is '[1' on the command line, which is not YAML"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_line_that_names_it(path, override, line):
+    with pytest.raises(UserError) as raised:
+        load_config(path, [override])
+    assert line in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_every_fault_has_a_line_of_its_own(path):
+    with pytest.raises(UserError) as raised:
+        load_config(path, ["seed=-1", "max_steps=0", "method.kk=1"])
+    assert len(str(raised.value).splitlines()) == 3
+
+
+def test_a_fault_in_the_file_names_the_file(tiny, out, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(recipe(tiny, out, method__kk=3)))
+    with pytest.raises(UserError, match=r"unknown key method\.kk in mine\.yaml; did you mean method\.k\?"):
+        load_config(file)
+
+
+def test_overrides_replace_the_recipes_keys(path):
+    config = load_config(path, ["max_steps=7", "optimizer.lr=1e-5", "smoothing.image.radius=0.5", "ema.decay=0.9"])
+    assert (config.max_steps, config.optimizer.lr, config.smoothing.image.radius) == (7, 1e-5, 0.5)
+    assert config.ema.decay == 0.9
+    assert config.data.batch_size == 2
+
+
+def test_no_smoothing_is_null(path):
+    smoothing = load_config(path, ["smoothing=null"]).smoothing
+    assert smoothing.image is None and smoothing.parameters is None
+
+
+def test_another_method_drops_the_recipes_keys_of_the_first(tiny, out, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe(tiny, out, method={"name": "draft_lv", "n_extra": 1})))
+    assert load_config(file, ["method.name=drtune", "method.k=2"]).method.k == 2
+    assert load_config(file, ["method.name=draft_lv"]).method.n_extra == 1
+
+
+def test_a_null_loss_is_the_methods_own_and_is_written_out(path):
+    config = load_config(path, ["method.name=refl"])
+    assert config.training_loss.map == "hinge"
+    assert yaml.safe_load(to_yaml(config))["loss"]["scale"] == 1e-3
+
+
+def test_the_resolved_configuration_reads_back_equal(path):
+    config = load_config(path, ["ema.decay=0.9", "smoothing.parameters.groups=[{match: attn1, rho: 0.1}]"])
+    again = validate(yaml.safe_load(to_yaml(config)), "config.yaml")
+    assert again == config.model_copy(update={"loss": config.training_loss})
+
+
+def test_resume_moves_into_that_run_unless_told_otherwise(path, tmp_path):
+    run = tmp_path / "earlier"
+    assert load_config(path, [f"resume={run}"]).output_dir == str(run)
+    assert load_config(path, [f"resume={run}", "output_dir=elsewhere"]).output_dir == "elsewhere"
+    assert load_config(path, ["resume=auto"]).output_dir == load_config(path).output_dir
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("seed: 1\nseed: 2\n", "key 'seed' is given twice (line 2)"),
+        ("- 1\n", "holds a list; a recipe is a mapping"),
+        ("", "holds nothing"),
+        ("a: [1\n", "is not YAML"),
+        ("a: !!python/object/apply:os.getcwd []\n", "is not YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, line):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as raised:
+        read_yaml(file)
+    assert line in str(raised.value)
+
+
+def test_numbers_with_an_exponent_and_no_point_are_numbers():
+    assert parse_override("a.b=1e-5") == ("a.b", 1e-5)
+    assert parse_override("a=-2E+3") == ("a", -2000.0)
+    assert parse_override("a=1e") == ("a", "1e")
+
+
+def test_a_missing_recipe_names_the_shipped_ones(tmp_path):
+    with pytest.raises(UserError, match=r"'nothing\.yaml' is not a file; give .* playground\.yaml"):
+        find_recipe("nothing.yaml")
+    with pytest.raises(UserError, match="is a folder"):
+        find_recipe(tmp_path)
+    with pytest.raises(UserError, match="not a file"):
+        find_recipe("some/folder/playground.yaml")
+
+
+def test_a_shipped_recipe_is_found_by_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("playground", "playground.yaml", "recipes/playground.yaml"):
+        assert find_recipe(name).name == "playground.yaml"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_recipe_is_valid_and_its_method_fits_its_sampler(name):
+    import numpy as np
+
+    config = load_config(find_recipe(name))
+    config.method.draw(config.sampler.steps, np.random.default_rng(0))
+    first = find_recipe(name).read_text().splitlines()[0]
+    assert first.startswith(f"# rsaft-fast {'demo' if name == 'playground.yaml' else f'train {name}'}")
+
+
+def test_every_key_says_what_it_does():
+    for key, model, _ in schema.keys(Config):
+        assert len(schema.describe(model, key.rpartition(".")[2])) > 10, key
+
+
+def test_the_help_lists_every_key():
+    text = schema.help_text(Config)
+    for key, _, _ in schema.keys(Config):
+        assert f"{key.rpartition('.')[2]}:" in text
