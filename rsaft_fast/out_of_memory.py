@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -22,17 +21,20 @@ _MENDS = {
     phases.DENOISER: "set backbone.checkpoint=[denoiser,decoder]",
     phases.PERTURBING: "train LoRA (parameters.train=lora)",
     phases.UPDATING: "train LoRA (parameters.train=lora)",
+    phases.AVERAGING: "leave the running mean out (ema=null)",
+    phases.DENOISING: "set backbone.checkpoint=[denoiser,decoder]",
 }
 _ELSE = "lower data.batch_size and raise data.accumulate"
 
 
 @contextmanager
-def naming_the_phase(
+def oom_as_user_error(
     what: str,
     half_done: Callable[[], bool] = lambda: False,
     advise: Callable[[str], str | None] = lambda phase: None,
 ) -> Iterator[None]:
-    """Turn an out-of-memory error inside the block into a `UserError`. Perturbed weights are back by then.
+    """Turn an out-of-memory error inside the block into a `UserError` that names its phase and the mend.
+    Perturbed weights are back by then.
 
     Args:
         half_done: whether some weights are updated and others are not (`optimizer.release_gradients`).
@@ -43,7 +45,7 @@ def naming_the_phase(
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        phase = phase_of(error)
+        phase = phases.phase_of(error)
         state = "it broke off half done" if half_done() else "the weights are those before it"
         raise UserError(
             f"out of memory in {what} ({phase}); {state}. Lower the need: "
@@ -55,9 +57,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception is a device's or the host's allocator giving up."""
     # The CPU allocator raises a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def phase_of(error: BaseException) -> str:
-    """The phase of the update that raised."""
-    names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-    return next((phases.FUNCTIONS[name] for name in names if name in phases.FUNCTIONS), phases.REST)

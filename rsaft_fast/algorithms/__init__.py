@@ -1,1 +1,7 @@
 """Algorithms: what one iteration collects, and the gradient that an update follows."""
+
+from rsaft_fast.algorithms.base import Algorithm, At
+from rsaft_fast.algorithms.reward_gradient import PlannedBatch, RewardGradient, StepReport, rsaft_step
+from rsaft_fast.algorithms.update import update
+
+__all__ = ["Algorithm", "At", "PlannedBatch", "RewardGradient", "StepReport", "rsaft_step", "update"]

@@ -1,4 +1,4 @@
-"""An exponential moving average of the trained weights."""
+"""Copies of the trained weights beside them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+
+from rsaft_fast.phases import AVERAGING, phase
+
+MEAN = "mean"
+"""Name of the running mean among a checkpoint's copies."""
 
 
 class EMA:
@@ -23,6 +28,7 @@ class EMA:
             for name, p in self.parameters.items()
         }
 
+    @phase(AVERAGING)
     @torch.no_grad()
     def update(self, n: int) -> None:
         """Take in the weights after the n-th update (n >= 1)."""

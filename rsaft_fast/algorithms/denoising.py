@@ -8,9 +8,10 @@ would trade one against the other. Both share the optimizer's moments.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from rsaft_fast.data.pictures import ENDINGS, check_pictures, open_rgb, passed_o
 from rsaft_fast.data.prompts import MAX_FILE_BYTES, checked_prompt, json_lines
 from rsaft_fast.errors import UserError
 from rsaft_fast.optim import SAMAdamW
+from rsaft_fast.phases import DENOISING, phase
 from rsaft_fast.reading import read_text
 from rsaft_fast.recipe.config import DenoisingSettings
 from rsaft_fast.sampling import LinearStep, NoiseSource, derive_rng
@@ -31,10 +33,26 @@ METADATA = "metadata.jsonl"
 _STREAM = 1  # of epoch_order; the prompts' is 0
 
 
+class Captioned(Protocol):
+    """A picture with a caption."""
+
+    @property
+    def caption(self) -> str: ...
+
+    def read(self, height: int, width: int) -> torch.Tensor:
+        """Return the picture, (3, height, width) in [0, 1]."""
+
+
 @dataclass(frozen=True)
 class CaptionedImage:
+    """A picture file with a caption."""
+
     path: Path
     caption: str
+
+    def read(self, height: int, width: int) -> torch.Tensor:
+        """Return the picture, (3, height, width) in [0, 1]: see `read_image`."""
+        return read_image(self.path, height, width)
 
 
 def load_folder(folder: str | Path, say: Callable[[str], None] = lambda line: None) -> list[CaptionedImage]:
@@ -93,7 +111,7 @@ def _caption_files(folder: Path) -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".txt"}
 
 
-def captions(items: list[CaptionedImage]) -> list[str]:
+def captions(items: Sequence[Captioned]) -> list[str]:
     """Every caption that can be drawn, the dropped one included."""
     return ["", *(item.caption for item in items)]
 
@@ -123,7 +141,7 @@ def regression_target(step: LinearStep, clean: torch.Tensor, noise: torch.Tensor
 class DenoisingLoss:
     """Mean squared error of the network's prediction at random noise levels of the user's pictures."""
 
-    def __init__(self, backbone: PipelineBackbone, settings: DenoisingSettings, items: list[CaptionedImage], seed: int):
+    def __init__(self, backbone: PipelineBackbone, settings: DenoisingSettings, items: Sequence[Captioned], seed: int):
         self.backbone, self.settings, self.items, self.seed = backbone, settings, items, seed
         # The sampler's own spacing (SD3's shift included): the levels that sampling will visit.
         try:
@@ -131,6 +149,7 @@ class DenoisingLoss:
         except UserError as error:
             raise UserError(f"denoising.levels is {settings.levels}, placed as so many steps: {error}") from error
 
+    @phase(DENOISING)
     def backward(self, encoded: EncodedPrompts, step: int) -> float:
         """Accumulate the loss's gradient for update `step`, one picture after the other; return the loss.
 
@@ -144,7 +163,7 @@ class DenoisingLoss:
             item = self.items[index]
             level = self.levels[rng.integers(len(self.levels))]
             caption = "" if rng.random() < settings.drop_caption else item.caption
-            image = read_image(item.path, self.backbone.height, self.backbone.width)[None]
+            image = item.read(self.backbone.height, self.backbone.width)[None]
             clean = self.backbone.encode_images(image)
             noise = NoiseSource(self.seed, step, (sample,)).draw(
                 "denoising", clean.shape[1:], dtype=clean.dtype, device=clean.device
@@ -157,6 +176,7 @@ class DenoisingLoss:
             total += float(error.detach()) / settings.batch_size
         return total
 
+    @phase(DENOISING)
     def update(self, encoded: EncodedPrompts, optimizer: SAMAdamW, step: int) -> float | None:
         """A denoising update where one is due; the loss, or None."""
         if step % self.settings.every:

@@ -1,18 +1,27 @@
-"""One RSA-FT update: Algorithm 1 of the paper (arXiv 2603.21175)."""
+"""The reward's own gradient through the sampler, at the perturbed picture: ReFL, DRaFT-K, DRaFT-LV, AlignProp, DRTune.
+
+The five differ in the plan that they draw. Image smoothing perturbs the endpoint against the reward's gradient; weight
+smoothing is `update`'s, for this algorithm as for any other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
+from rsaft_fast.algorithms.base import Algorithm, At, Figures, no_check
+from rsaft_fast.algorithms.update import update
 from rsaft_fast.data.batches import MicroBatch
-from rsaft_fast.errors import UserError
+from rsaft_fast.distributed import World
+from rsaft_fast.methods import Method
 from rsaft_fast.methods.losses import Loss
 from rsaft_fast.optim import SAM, SAMAdamW
 from rsaft_fast.rewards.base import Reward
-from rsaft_fast.sampling import Schedule, Trajectory, backpropagate, rollout
+from rsaft_fast.sampling import GradientPlan, Schedule, Trajectory, backpropagate, derive_rng, rollout
 from rsaft_fast.sampling.protocol import Backbone
 from rsaft_fast.smoothing.objective import (
     ImageSmoothing,
@@ -24,41 +33,249 @@ from rsaft_fast.smoothing.objective import (
     perturbed_rewards,
 )
 
+PART = "reward/"
+"""Before the name of each reward that a combination is made of, in the figures."""
+_AT_THETA = "reward at theta under the second pass's delta"
+
+
+@dataclass
+class FirstPass:
+    """What the first pass over a micro-batch leaves for the second."""
+
+    trajectory: Trajectory | None
+    observations: list[Observation]
+    deltas: list[torch.Tensor | None]
+
+
+@dataclass
+class PlannedBatch:
+    """A micro-batch, which of its calls carry gradient, and the samples of the whole update.
+
+    Attributes:
+        total: samples that means are over; None for those of the micro-batch alone.
+    """
+
+    batch: MicroBatch
+    plan: GradientPlan
+    total: int | None = None
+    first: FirstPass | None = field(default=None, repr=False)
+
+
+class RewardGradient(Algorithm[PlannedBatch]):
+    """Sample, perturb the pictures, and send the reward's gradient back through the calls that a plan names."""
+
+    shown = {"reward": "reward", "s1": "S1"}
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        reward: Reward,
+        schedule: Schedule,
+        *,
+        smoothing: Smoothing,
+        loss: Loss,
+        method: Method | None = None,
+        plan_scope: Literal["batch", "micro-batch"] = "batch",
+        probe: ImageSmoothing | None = None,
+        world: World | None = None,
+    ):
+        """
+        Args:
+            method: draws the plans of `collect`.
+            plan_scope: whether the micro-batches of an update share a plan.
+            probe: the ball at which the sharpness S1 is logged.
+        """
+        self.backbone, self.reward, self.schedule = backbone, reward, schedule
+        self.smoothing, self.loss, self.probe = smoothing, loss, probe
+        self.method, self.plan_scope, self.world = method, plan_scope, world or World()
+
+    def collect(self, batches: Sequence[MicroBatch]) -> list[PlannedBatch]:
+        """Draw the plans; sampling belongs to the passes, which see different weights."""
+        if self.method is None:
+            raise ValueError("RewardGradient was made without a method, which draws the plans")
+        total = sum(len(batch.prompts) for batch in batches) * self.world.size
+        return [PlannedBatch(batch, self._draw(batch), total) for batch in batches]
+
+    def _draw(self, batch: MicroBatch) -> GradientPlan:
+        index = batch.index if self.plan_scope == "micro-batch" else 0
+        rng = derive_rng(batch.noise.seed, batch.noise.step, "plan", index)
+        return self.method.draw(len(self.schedule), rng)
+
+    def parts(self, experience: list[PlannedBatch], index: int) -> list[PlannedBatch]:
+        return experience
+
+    def shortened(self, experience: list[PlannedBatch]) -> tuple[RewardGradient, list[PlannedBatch], int]:
+        """See `Algorithm`. One call's graph is alive at a time, so two graded calls show all that many do, but for the
+        latents that they start from."""
+        (part,) = experience
+        plan, calls = _shortened(part.plan)
+        brief = copy(self)
+        brief.schedule = tuple(self.schedule[i] for i in calls)
+        return brief, [PlannedBatch(part.batch, plan, part.total)], len(part.plan.graded) - len(plan.graded)
+
+    def backward_calls(self, part: PlannedBatch) -> int:
+        guided = part.batch.conditioning.negative is not None
+        return part.plan.backward_calls(guided, self.backbone.cfg_batching == "batched")
+
+    def backward(self, part: PlannedBatch, at: At, check: Callable[..., None] = no_check) -> Figures:
+        """Accumulate the gradient of the part's mean reward (FIRST) or loss (PLAIN, SECOND)."""
+        if at is At.SECOND:
+            return self._follow(part, self._sample(part, prefix=part.first.trajectory), part.first, check)
+        figures, first = self._observe_first(part)
+        if at is At.PLAIN:
+            return figures | self._follow(part, first.trajectory, first, check)
+        self._ascend(part, first)
+        keep = self.smoothing.resample == "graded_only"
+        part.first = FirstPass(first.trajectory if keep else None, [], first.deltas)
+        return figures
+
+    def _sample(self, part: PlannedBatch, prefix: Trajectory | None = None) -> Trajectory:
+        batch = part.batch
+        return rollout(
+            self.backbone, self.schedule, part.plan, batch.latents, batch.conditioning, batch.noise, prefix=prefix
+        )
+
+    def _observe_first(self, part: PlannedBatch) -> tuple[Figures, FirstPass]:
+        """x_T, c -> x_0, r, delta."""
+        trajectory, prompts = self._sample(part), part.batch.prompts
+        image = self.smoothing.image
+        space = image.space if image else "pixel01"
+        observations = [observe(self.backbone, self.reward, x, prompts, space=space) for x in trajectory.endpoints]
+        deltas = [image and image_perturbation(self.backbone, seen, image) for seen in observations]
+        reward = self._mean(part, [seen.rewards for seen in observations])
+        figures = {"reward": reward, _AT_THETA: reward}
+        if image:
+            figures[_AT_THETA] = self._mean_perturbed(part, observations, deltas, image)
+        if self.probe is not None:
+            lowest = figures[_AT_THETA]
+            if self.probe != image:
+                around = (image_perturbation(self.backbone, seen, self.probe) for seen in observations)
+                lowest = self._mean_perturbed(part, observations, around, self.probe)
+            figures["s1"] = reward - lowest
+        for name in observations[0].parts:
+            figures[PART + name] = self._mean(part, [seen.parts[name] for seen in observations])
+        return figures, FirstPass(trajectory, observations, deltas)
+
+    def _mean_perturbed(self, part: PlannedBatch, observations, deltas, ball: ImageSmoothing) -> torch.Tensor:
+        prompts = part.batch.prompts
+        scores = [
+            perturbed_rewards(self.backbone, self.reward, seen, prompts, delta, ball.space)
+            for seen, delta in zip(observations, deltas)
+        ]
+        return self._mean(part, scores)
+
+    def _ascend(self, part: PlannedBatch, first: FirstPass) -> None:
+        """The gradient that eps follows, at theta and the unperturbed picture."""
+        slopes = [
+            self.loss.derivative(seen.rewards) if self.smoothing.ascend == "loss" else -torch.ones_like(seen.rewards)
+            for seen in first.observations
+        ]
+        self._backpropagate(part, first.trajectory, first.observations, slopes)
+
+    def _follow(
+        self, part: PlannedBatch, trajectory: Trajectory, first: FirstPass, check: Callable[..., None]
+    ) -> Figures:
+        """The update's gradient, at the perturbed picture."""
+        if self.smoothing.image is None and trajectory is first.trajectory and first.observations:
+            observations = first.observations  # the same weights and pictures
+        else:
+            observations = [
+                self._observe_perturbed(part, x, delta) for x, delta in zip(trajectory.endpoints, first.deltas)
+            ]
+        slopes = [self.loss.derivative(seen.rewards) for seen in observations]
+        self._backpropagate(part, trajectory, observations, slopes, check)
+        rewards = [seen.rewards for seen in observations]
+        return {
+            "smoothed_reward": self._mean(part, rewards),
+            "loss": self._mean(part, [self.loss(r) for r in rewards]),
+        }
+
+    def _observe_perturbed(self, part: PlannedBatch, x: torch.Tensor, delta: torch.Tensor | None) -> Observation:
+        image, prompts = self.smoothing.image, part.batch.prompts
+        space = image.space if image else "pixel01"
+        if image and self.smoothing.delta_from == "perturbed" and self.smoothing.parameters:
+            here = observe(self.backbone, self.reward, x, prompts, space=space)
+            delta = image_perturbation(self.backbone, here, image)
+        return observe(self.backbone, self.reward, x, prompts, delta, space)
+
+    def _backpropagate(
+        self,
+        part: PlannedBatch,
+        trajectory: Trajectory,
+        observations: list[Observation],
+        slopes: list[torch.Tensor],
+        check: Callable[..., None] = no_check,
+    ) -> None:
+        adjoints = []
+        for seen, slope, weight in zip(observations, slopes, part.plan.weights):
+            per_sample = (slope * (weight / self._total(part))).to(seen.image_gradient.dtype)
+            adjoints.append(latent_gradient(self.backbone, seen, per_sample[:, None, None, None] * seen.image_gradient))
+        check(*adjoints)
+        backpropagate(self.backbone, trajectory, adjoints)
+
+    def _mean(self, part: PlannedBatch, values: list[torch.Tensor]) -> torch.Tensor:
+        """This micro-batch's share of the mean over all samples of the update, float64."""
+        return sum(w * v.double().sum() for w, v in zip(part.plan.weights, values)) / self._total(part)
+
+    @staticmethod
+    def _total(part: PlannedBatch) -> int:
+        return part.total or len(part.batch.prompts)
+
+    def figures(self, sums: Mapping[str, float], stats: Mapping[str, float]) -> dict[str, float | None]:
+        """Name an update's figures.
+
+        Returns:
+            reward: mean r(x_0) at theta, unperturbed; reward/NAME of each part of a combination, on its own scale.
+            smoothed_reward, loss: means where the update's gradient was taken.
+            s1: mean r(x) - r(x - rho g/||g||) at theta (eq. 10), at the probe's radius; None without a probe.
+            realised_drop: (r_1 - r_2) / (rho ||grad_theta r||), the same delta in both. Near 1 when the weight
+                perturbation acts as its linearisation says and the gradient sees every call that eps moves: with
+                `resample: graded_only`, or a method that grades all calls. Under `full`, a truncated method's gradient
+                knows the last calls only, eps moves all of them, and the ratio has no such limit. None without weight
+                smoothing of one radius.
+        """
+        realised, ball = None, self.smoothing.parameters
+        # One radius for all: the linearised drop is rho ||g||.
+        if ball is not None and not ball.adaptive and not ball.groups and stats["grad_norm"] > 0:
+            realised = (sums[_AT_THETA] - sums["smoothed_reward"]) / (ball.rho * stats["grad_norm"])
+        named = {name: value for name, value in sums.items() if name != _AT_THETA}
+        return {"s1": None} | named | {"realised_drop": realised}
+
+
+def _shortened(plan: GradientPlan) -> tuple[GradientPlan, tuple[int, ...]]:
+    """A plan of as few calls that has the same peak, and which calls of the schedule it makes."""
+    graded = plan.graded[-2:]
+    calls = tuple(sorted({*graded, plan.last, *(step for step, _ in plan.renoise)}))
+    place = {call: index for index, call in enumerate(calls)}
+    short = replace(
+        plan,
+        num_steps=len(calls),
+        last=place[plan.last],
+        graded=tuple(place[call] for call in graded),
+        through=tuple(place[call] for call in plan.through if call in graded),
+        renoise=tuple((place[step], key) for step, key in plan.renoise),
+    )
+    return short, calls
+
 
 @dataclass
 class StepReport:
-    """What one update saw. Means are over samples, endpoints weighted as the plan weights them.
-
-    Attributes:
-        reward: mean r(x_0) at theta, unperturbed.
-        smoothed_reward: mean reward where the update's gradient was taken (equals `reward` without smoothing).
-        loss: mean loss there.
-        s1: mean r(x) - r(x - rho g/||g||) at theta (eq. 10), at the probe's radius; None without a probe.
-        realised_drop: (r_1 - r_2) / (rho ||grad_theta r||), the same delta in both. Near 1 when the parameter
-            perturbation acts as its linearisation says and the gradient sees every call that eps moves: with
-            `resample: graded_only`, or a method that grades all calls. Under `full`, a truncated method's gradient
-            knows the last calls only, eps moves all of them, and the ratio has no such limit. None without parameter
-            smoothing of one radius.
-        images: the first pass's pictures of the chain's own endpoints, (B, 3, H, W), detached.
-        optimizer: the optimizer's own figures (norms of gradient and perturbation, projection, skipped).
-        parts: mean at theta, unperturbed, of each reward that a combination is made of, on that reward's own scale.
-    """
+    """What `rsaft_step` saw: `RewardGradient.figures`, and the optimizer's own."""
 
     reward: float
     smoothed_reward: float
     loss: float
-    s1: float | None = None
-    realised_drop: float | None = None
-    images: torch.Tensor | None = None
-    optimizer: dict[str, float] = field(default_factory=dict)
-    parts: dict[str, float] = field(default_factory=dict)
+    s1: float | None
+    realised_drop: float | None
+    optimizer: dict[str, float]
+    parts: dict[str, float]
 
 
 def rsaft_step(
     backbone: Backbone,
     reward: Reward,
     schedule: Schedule,
-    batches: Sequence[MicroBatch],
+    batches: Sequence[PlannedBatch],
     optimizer: SAM | SAMAdamW,
     *,
     smoothing: Smoothing,
@@ -66,244 +283,27 @@ def rsaft_step(
     probe: ImageSmoothing | None = None,
     compare_gradients: bool = False,
 ) -> StepReport:
-    """Sample, perturb the pictures, perturb the weights, and follow the gradient found there.
+    """Make one update from batches and plans of your own: what a training loop without a recipe calls.
 
     Args:
         batches: micro-batches of one update; their gradients add up to that of the whole batch.
         optimizer: over the backbone's trainable parameters, its rho set from `smoothing.parameters`.
-        probe: the ball at which the sharpness S1 is logged.
+        probe: the ball at which the sharpness S1 is reported.
         compare_gradients: report how far the second pass's gradient turned from the first's, at the price of keeping
             the first's.
 
     Raises:
         NonFiniteRewardError: a reward is not finite. Weights are what they were before the call.
     """
-    if getattr(optimizer, "release_gradients", False):
-        _check_one_backward(backbone, batches, smoothing, compare_gradients)
-    run = _Run(backbone, reward, schedule, smoothing, loss, total=sum(len(b.prompts) for b in batches))
-    optimizer.zero_grad()
-    if smoothing.parameters is None:
-        first, second = [], []
-        for batch in batches:
-            seen = run.observe_first(batch, probe)
-            second.append(run.follow(batch, seen.trajectory, seen))
-            first.append(replace(seen, trajectory=None, observations=[], deltas=[]))
-        optimizer.step(plain=True)
-        return run.report(first, second, optimizer)
-
-    first = [run.ascend(batch, run.observe_first(batch, probe)) for batch in batches]
-    ascent = gradients_of(optimizer) if compare_gradients else None
-    with optimizer.perturbed(zero_grad=True):  # theta + eps; whatever goes wrong inside, theta comes back
-        second = []
-        for batch, seen in zip(batches, first):
-            trajectory = run.sample(batch, prefix=seen.trajectory)
-            second.append(run.follow(batch, trajectory, seen, check=optimizer.check_finite))
-        turned = gradient_change(ascent, gradients_of(optimizer)) if compare_gradients else {}
-        optimizer.step()  # back to theta and update, fused
-    return run.report(first, second, optimizer, turned)
-
-
-def _check_one_backward(
-    backbone: Backbone, batches: Sequence[MicroBatch], smoothing: Smoothing, compare_gradients: bool
-) -> None:
-    batched = backbone.cfg_batching == "batched"
-    calls = sum(batch.plan.backward_calls(batch.conditioning.negative is not None, batched) for batch in batches)
-    if smoothing.parameters is not None and (calls != 1 or compare_gradients):
-        raise UserError(
-            f"release_gradients with {calls} backward passes and compare_gradients={compare_gradients}: gradients are "
-            "applied as they arrive. One micro-batch, one graded call, guidance off, batched or uncond detached, no "
-            "comparison"
-        )
-
-
-def gradients_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor | None]:
-    """The gradients of all groups' parameters; they outlive `zero_grad(set_to_none=True)`."""
-    return [p.grad for group in optimizer.param_groups for p in group["params"]]
-
-
-def gradient_change(first: list[torch.Tensor | None], second: list[torch.Tensor | None]) -> dict[str, float]:
-    """Relative change |g2 - g1| / |g1| and cosine of two passes' gradients."""
-    pairs = [(a, b) for a, b in zip(first, second) if a is not None and b is not None]
-    if not pairs:
-        return {}
-    sums = sum(
-        torch.stack(
-            [(a * a).sum(dtype=torch.float64), (a * b).sum(dtype=torch.float64), (b * b).sum(dtype=torch.float64)]
-        )
-        for a, b in pairs
+    algorithm = RewardGradient(backbone, reward, schedule, smoothing=smoothing, loss=loss, probe=probe)
+    total = sum(len(part.batch.prompts) for part in batches)
+    parts = [PlannedBatch(part.batch, part.plan, total) for part in batches]
+    figures, stats = update(
+        algorithm,
+        optimizer,
+        parts,
+        perturbs=smoothing.parameters is not None,
+        compare_gradients=compare_gradients,
     )
-    aa, ab, bb = sums.tolist()
-    if aa == 0 or bb == 0:
-        return {}
-    return {"gradient_change": max(aa - 2 * ab + bb, 0.0) ** 0.5 / aa**0.5, "gradient_cosine": ab / (aa * bb) ** 0.5}
-
-
-@dataclass
-class _Seen:
-    """What the first pass over a micro-batch leaves for the second."""
-
-    trajectory: Trajectory | None
-    observations: list[Observation]
-    deltas: list[torch.Tensor | None]
-    images: torch.Tensor
-    # Shares of means, on the device until the report: reading one waits for everything before it.
-    reward: torch.Tensor
-    s1: torch.Tensor | None
-    # Mean reward at theta under the same delta as the second pass: what realised_drop is measured from.
-    smoothed: torch.Tensor
-    parts: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class _Run:
-    """The parts of one update that do not change between micro-batches."""
-
-    backbone: Backbone
-    reward: Reward
-    schedule: Schedule
-    smoothing: Smoothing
-    loss: Loss
-    total: int
-
-    def sample(self, batch: MicroBatch, prefix: Trajectory | None = None) -> Trajectory:
-        return rollout(
-            self.backbone, self.schedule, batch.plan, batch.latents, batch.conditioning, batch.noise, prefix=prefix
-        )
-
-    def observe_first(self, batch: MicroBatch, probe: ImageSmoothing | None) -> _Seen:
-        """x_T, c -> x_0, r, delta."""
-        trajectory = self.sample(batch)
-        image = self.smoothing.image
-        space = image.space if image else "pixel01"
-        observations = [
-            observe(self.backbone, self.reward, x, batch.prompts, space=space) for x in trajectory.endpoints
-        ]
-        deltas = [image and image_perturbation(self.backbone, seen, image) for seen in observations]
-        reward = self._mean(batch, [seen.rewards for seen in observations])
-        smoothed = reward
-        if image:
-            smoothed = self._mean(
-                batch,
-                [
-                    perturbed_rewards(self.backbone, self.reward, seen, batch.prompts, delta, space)
-                    for seen, delta in zip(observations, deltas)
-                ],
-            )
-        s1 = None
-        if probe is not None:
-            s1 = (
-                reward - smoothed
-                if probe == image
-                else reward
-                - self._mean(
-                    batch,
-                    [
-                        perturbed_rewards(
-                            self.backbone,
-                            self.reward,
-                            seen,
-                            batch.prompts,
-                            image_perturbation(self.backbone, seen, probe),
-                            probe.space,
-                        )
-                        for seen in observations
-                    ],
-                )
-            )
-        parts = {name: self._mean(batch, [seen.parts[name] for seen in observations]) for name in observations[0].parts}
-        return _Seen(trajectory, observations, deltas, observations[0].images, reward, s1, smoothed, parts)
-
-    def ascend(self, batch: MicroBatch, seen: _Seen) -> _Seen:
-        """The gradient that eps follows, at theta and the unperturbed picture."""
-        slopes = [
-            self.loss.derivative(o.rewards) if self.smoothing.ascend == "loss" else -torch.ones_like(o.rewards)
-            for o in seen.observations
-        ]
-        self._backpropagate(batch, seen.trajectory, seen.observations, slopes)
-        keep = self.smoothing.resample == "graded_only"
-        return replace(seen, trajectory=seen.trajectory if keep else None, observations=[])
-
-    def follow(
-        self,
-        batch: MicroBatch,
-        trajectory: Trajectory,
-        seen: _Seen,
-        check: Callable[..., None] = lambda *adjoints: None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The update's gradient, at the perturbed picture; mean smoothed reward and loss.
-
-        `check` sees the gradients at the endpoints before the denoiser's backward pass.
-        """
-        image = self.smoothing.image
-        same_weights = trajectory is seen.trajectory and bool(seen.observations)
-        if image is None and same_weights:
-            observations = seen.observations
-        else:
-            observations = [
-                self._observe_perturbed(batch, x, delta) for x, delta in zip(trajectory.endpoints, seen.deltas)
-            ]
-        slopes = [self.loss.derivative(o.rewards) for o in observations]
-        self._backpropagate(batch, trajectory, observations, slopes, check)
-        rewards = [o.rewards for o in observations]
-        return self._mean(batch, rewards), self._mean(batch, [self.loss(r) for r in rewards])
-
-    def _observe_perturbed(self, batch: MicroBatch, x: torch.Tensor, delta: torch.Tensor | None) -> Observation:
-        image = self.smoothing.image
-        space = image.space if image else "pixel01"
-        if image and self.smoothing.delta_from == "perturbed" and self.smoothing.parameters:
-            here = observe(self.backbone, self.reward, x, batch.prompts, space=space)
-            delta = image_perturbation(self.backbone, here, image)
-        return observe(self.backbone, self.reward, x, batch.prompts, delta, space)
-
-    def _backpropagate(
-        self,
-        batch: MicroBatch,
-        trajectory: Trajectory,
-        observations: list[Observation],
-        slopes: list[torch.Tensor],
-        check: Callable[..., None] = lambda *adjoints: None,
-    ) -> None:
-        adjoints = []
-        for seen, slope, weight in zip(observations, slopes, batch.plan.weights):
-            per_sample = (slope * (weight / self.total)).to(seen.image_gradient.dtype)
-            adjoints.append(latent_gradient(self.backbone, seen, per_sample[:, None, None, None] * seen.image_gradient))
-        check(*adjoints)
-        backpropagate(self.backbone, trajectory, adjoints)
-
-    def _mean(self, batch: MicroBatch, values: list[torch.Tensor]) -> torch.Tensor:
-        """This micro-batch's share of the mean over all samples of the update, float64."""
-        return sum(w * v.double().sum() for w, v in zip(batch.plan.weights, values)) / self.total
-
-    def report(
-        self,
-        first: list[_Seen],
-        second: list[tuple[torch.Tensor, torch.Tensor]],
-        optimizer: SAM | SAMAdamW,
-        turned: dict[str, float] | None = None,
-    ) -> StepReport:
-        stats = optimizer.stats() | (turned or {})
-        sums = {
-            "reward": sum(seen.reward for seen in first),
-            "at_theta": sum(seen.smoothed for seen in first),
-            "smoothed_reward": sum(rewards for rewards, _ in second),
-            "loss": sum(losses for _, losses in second),
-        }
-        if first[0].s1 is not None:
-            sums["s1"] = sum(seen.s1 for seen in first)
-        sums |= {("part", name): sum(seen.parts[name] for seen in first) for name in first[0].parts}
-        # All at once: each reading of its own would wait for the device.
-        figures = dict(zip(sums, torch.stack(list(sums.values())).tolist()))
-        realised, ball = None, self.smoothing.parameters
-        # One radius for all: the linearised drop is rho ||g||.
-        if ball is not None and not ball.adaptive and not ball.groups and stats["grad_norm"] > 0:
-            realised = (figures["at_theta"] - figures["smoothed_reward"]) / (ball.rho * stats["grad_norm"])
-        return StepReport(
-            reward=figures["reward"],
-            smoothed_reward=figures["smoothed_reward"],
-            loss=figures["loss"],
-            s1=figures.get("s1"),
-            realised_drop=realised,
-            images=torch.cat([seen.images for seen in first]),
-            optimizer=stats,
-            parts={name: figures["part", name] for name in first[0].parts},
-        )
+    own = {name: figures.pop(name) for name in list(figures) if name.startswith(PART)}
+    return StepReport(**figures, optimizer=stats, parts={name.removeprefix(PART): v for name, v in own.items()})

@@ -16,6 +16,7 @@ from rsaft_fast.backbones.folder import is_text_encoder, read_pipeline
 from rsaft_fast.backbones.quantized import Quantization, quantize_denoiser
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory.offload import OffloadedBlocks
+from rsaft_fast.phases import ENCODING, phase
 from rsaft_fast.pretrained import first_sentence
 from rsaft_fast.sampling.protocol import Backbone, Branch, Conditioning
 from rsaft_fast.truncation import cut_prompts_note
@@ -238,6 +239,7 @@ class PipelineBackbone(Backbone):
     def embed(self, prompts: Sequence[str | None], guidance_scale: float = 1.0) -> Branch:
         return self.branch(self.embed_text(prompts), len(prompts), guidance_scale)
 
+    @phase(ENCODING)
     @torch.no_grad()
     def embed_text(self, prompts: Sequence[str | None]) -> Branch:
         """What a branch holds of the prompts: the part of `embed` that needs the text encoders.

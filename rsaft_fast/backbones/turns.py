@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from rsaft_fast.backbones.pipeline import PipelineBackbone
+from rsaft_fast.phases import ENCODING, phase
 
 HOST = "cpu"
 
@@ -41,6 +42,7 @@ def encode_in_turns(backbone: PipelineBackbone, prompts: Sequence[str | None]) -
         yield from _encode_block(backbone, prompts[first : first + BLOCK])
 
 
+@phase(ENCODING)  # not on the generator, which is left in its middle
 def _encode_block(backbone: PipelineBackbone, prompts: Sequence[str | None]) -> list[dict[str, torch.Tensor]]:
     backbone.require_text_encoders()
     encoders = {name: getattr(backbone.pipeline, name) for name in backbone.text_encoder_names()}

@@ -14,6 +14,7 @@ import torch
 from pydantic import ValidationError
 from tqdm import tqdm
 
+from rsaft_fast.algorithms.copies import MEAN
 from rsaft_fast.backbones import PipelineBackbone, add_lora
 from rsaft_fast.backbones.lora_files import has_text_part, load_lora
 from rsaft_fast.commands.output import output_folder
@@ -24,7 +25,7 @@ from rsaft_fast.data.prompts import checked_prompt, load_prompts
 from rsaft_fast.errors import UserError
 from rsaft_fast.figures.grids import save_grid, save_png, to_picture
 from rsaft_fast.files import io_errors_of, write_atomically
-from rsaft_fast.out_of_memory import naming_the_phase
+from rsaft_fast.out_of_memory import oom_as_user_error
 from rsaft_fast.recipe.check import DTYPES, check_device, check_path, pick_device
 from rsaft_fast.recipe.config import PLAYGROUND, BackboneSettings, Config, SamplerSettings
 from rsaft_fast.recipe.load import find_recipe, load_config
@@ -34,8 +35,8 @@ from rsaft_fast.sampling.pictures import sample_images
 from rsaft_fast.settings import Settings
 from rsaft_fast.speed import SpeedSettings, apply_speed
 from rsaft_fast.train import checkpoint as checkpoints
+from rsaft_fast.train.assemble import prepare_backbone
 from rsaft_fast.train.logging import CONFIG
-from rsaft_fast.train.trainer import prepare_backbone
 
 Group = TypeVar("Group", bound=Settings)
 
@@ -64,7 +65,7 @@ def _draw(
     shapes = load_shapes(settings, DTYPES[settings.dtype], device)
     sampler = _sampler(arguments, trained, shapes, settings.path)
     schedule = shapes.schedule(sampler.steps, sampler.eta)
-    with naming_the_phase("sampling"):
+    with oom_as_user_error("sampling"):
         backbone, encoded = _load(arguments, settings, device, shapes, prompts, sampler)
         if trained is not None and not arguments.untrained:
             load_trained(backbone, trained, Path(arguments.run), arguments.checkpoint)
@@ -187,7 +188,7 @@ def load_trained(backbone: PipelineBackbone, config: Config, folder: Path, step:
         add_lora(backbone, config.parameters.lora, config.seed)
     else:
         backbone.train_all_parameters()
-    weights, parameters = saved.ema or saved.weights, backbone.trainable_parameters
+    weights, parameters = saved.copies.get(MEAN, saved.weights), backbone.trainable_parameters
     if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
         raise UserError(f"the weights of {path} do not fit this pipeline; the run trained {config.backbone.path}")
     for name, parameter in parameters.items():

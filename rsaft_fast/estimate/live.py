@@ -6,7 +6,6 @@ it watches runs on the meta device: nothing is allocated or computed, and a mode
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +18,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rsaft_fast.phases import REST, phase_of_frame
+from rsaft_fast.phases import REST, current_phase
 
 CUDA_BLOCK = 512
 """Bytes: torch's CUDA allocator hands out multiples of this, and counts them as allocated."""
@@ -42,7 +41,7 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         alive: bytes now.
-        peaks: by phase (`memory.phases`), in the order in which phases began.
+        peaks: by phase (`rsaft_fast.phases`), in the order in which phases began.
     """
 
     def __init__(self, device: str, block: int = 1):
@@ -106,7 +105,7 @@ class LiveBytes(TorchDispatchMode):
         self.alive -= size
 
     def _attribute(self, before: int) -> None:
-        phase = phase_of_frame(sys._getframe(2))
+        phase = current_phase()
         if phase != self._phase:
             self._phase, self._begun_at = phase, before
         # What the phase found may die while it runs.

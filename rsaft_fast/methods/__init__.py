@@ -1,15 +1,16 @@
-"""The five reward-gradient methods, each a draw of a `GradientPlan`."""
+"""Settings of what a recipe can train with: the five reward-gradient methods, and an algorithm of the user's own."""
 
 from typing import Annotated
 
 from pydantic import Field
 
 from rsaft_fast.methods.alignprop import AlignProp
-from rsaft_fast.methods.base import Method
+from rsaft_fast.methods.base import GradientMethod, Method
 from rsaft_fast.methods.draft import DRaFT, DRaFTLV
 from rsaft_fast.methods.drtune import DRTune
+from rsaft_fast.methods.python import PythonMethod
 from rsaft_fast.methods.refl import ReFL
 
-AnyMethod = Annotated[ReFL | DRaFT | DRaFTLV | AlignProp | DRTune, Field(discriminator="name")]
+AnyMethod = Annotated[ReFL | DRaFT | DRaFTLV | AlignProp | DRTune | PythonMethod, Field(discriminator="name")]
 
-__all__ = ["AlignProp", "AnyMethod", "DRTune", "DRaFT", "DRaFTLV", "Method", "ReFL"]
+__all__ = ["AlignProp", "AnyMethod", "DRTune", "DRaFT", "DRaFTLV", "GradientMethod", "Method", "PythonMethod", "ReFL"]

@@ -7,13 +7,13 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from rsaft_fast.methods.base import Method
+from rsaft_fast.methods.base import GradientMethod
 from rsaft_fast.methods.draft import last_calls
 from rsaft_fast.methods.losses import Loss
 from rsaft_fast.sampling.plan import GradientPlan
 
 
-class AlignProp(Method):
+class AlignProp(GradientMethod):
     """All calls from a random one on carry gradient, network input included.
 
     It is call b of T, drawn once per batch from N(mean, std) within 1 to T - 1. The predictions before it are detached.

@@ -1,4 +1,4 @@
-"""What a reward-gradient method is: settings, and a draw of the plan they describe."""
+"""What a method is: settings, and for reward gradients a draw of the plan they describe."""
 
 from __future__ import annotations
 
@@ -13,17 +13,26 @@ from rsaft_fast.settings import Settings
 
 
 class Method(Settings):
+    """Base of what `method` may be.
+
+    Attributes:
+        default_loss: the loss map its authors train with; a recipe's `loss` replaces it.
+        needs_gradient: whether it follows the reward's gradient, which the reward then must have.
+    """
+
+    default_loss: ClassVar[Loss] = Loss()
+    needs_gradient: ClassVar[bool] = True
+
+
+class GradientMethod(Method):
     """Base of the reward-gradient methods.
 
     Attributes:
         uncond: gradient of the unconditional branch of classifier-free guidance: "graded", "detached", or "none" for
             a rollout without guidance.
-        default_loss: the loss map its authors train with; a recipe's `loss` replaces it.
     """
 
     uncond: Uncond = "graded"
-
-    default_loss: ClassVar[Loss] = Loss()
 
     def draw(self, num_steps: int, rng: np.random.Generator) -> GradientPlan:
         """Draw the plan of one step for a schedule of `num_steps` calls.

@@ -7,11 +7,11 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from rsaft_fast.methods.base import Method, require_at_most
+from rsaft_fast.methods.base import GradientMethod, require_at_most
 from rsaft_fast.sampling.plan import GradientPlan
 
 
-class DRaFT(Method):
+class DRaFT(GradientMethod):
     """The last K calls carry gradient, network input included.
 
     Attributes:
@@ -26,7 +26,7 @@ class DRaFT(Method):
         return last_calls(num_steps, self.k, self.uncond)
 
 
-class DRaFTLV(Method):
+class DRaFTLV(GradientMethod):
     """DRaFT-1, and n more one-call endpoints from the finished sample noised again: lower variance for about 10 % more.
 
     Attributes:

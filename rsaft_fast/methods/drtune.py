@@ -7,11 +7,11 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from rsaft_fast.methods.base import Method, require_at_most
+from rsaft_fast.methods.base import GradientMethod, require_at_most
 from rsaft_fast.sampling.plan import GradientPlan
 
 
-class DRTune(Method):
+class DRTune(GradientMethod):
     """K equally spaced calls carry gradient, from a random offset on; the network's input is detached in all of them.
 
     The rollout stops 1 to M calls before the end and finishes with the predicted x0. Indices are spread over the calls

@@ -7,12 +7,12 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from rsaft_fast.methods.base import Method
+from rsaft_fast.methods.base import GradientMethod
 from rsaft_fast.methods.losses import Loss
 from rsaft_fast.sampling.plan import GradientPlan, Uncond
 
 
-class ReFL(Method):
+class ReFL(GradientMethod):
     """One call, at random in a late window, carries gradient; the picture is the clean one that it predicts.
 
     Attributes:

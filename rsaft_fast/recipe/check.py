@@ -12,6 +12,7 @@ from rsaft_fast.backbones import PipelineBackbone, adapter_for
 from rsaft_fast.backbones.quantized import why_not
 from rsaft_fast.errors import UserError
 from rsaft_fast.hub import is_hub_id
+from rsaft_fast.methods import GradientMethod
 from rsaft_fast.ops import backends
 from rsaft_fast.recipe.config import MOST_PICTURES, PLAYGROUND, Config
 from rsaft_fast.rewards import RewardSettings
@@ -32,14 +33,60 @@ def check_settings(config: Config, adapter: type[PipelineBackbone]) -> None:
     Raises:
         UserError: the first thing that is wrong.
     """
-    plan = config.method.draw(config.sampler.steps, derive_rng(config.seed, 0, "plan"))
-    _check_agreement(config)
-    _check_offload(config)
+    plan = check_keys(config)
     if config.backbone.device.partition(":")[0] != "cuda":  # a recipe for a GPU may be looked at without one
         check_device(config.backbone.device)
+    check_model(config, plan, adapter)
+
+
+def check_keys(config: Config) -> GradientPlan | None:
+    """Check the keys against each other; return the first update's plan.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    plan = first_plan(config)  # the method itself knows whether its K fits into the sampler's steps
+    _check_agreement(config)
+    _check_offload(config)
+    return plan
+
+
+def check_machine(config: Config) -> None:
+    """Check what the keys ask of this machine: the device, a forced backend, the pipeline's path.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    check_device(config.backbone.device)
+    _check_backend(config.backbone.device)
+    check_path("backbone.path", config.backbone.path)
+    speed.check_device(config.speed, pick_device(config.backbone.device), DTYPES[config.backbone.dtype])
+
+
+def check_model(config: Config, plan: GradientPlan | None, adapter: type[PipelineBackbone] | None = None) -> None:
+    """Check the keys against the kind of model.
+
+    Args:
+        plan: of the first update.
+        adapter: None looks into the pipeline's folder, where a key makes it matter.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
     _check_true_cfg(config, adapter)
     _check_speed(config, adapter)
     _check_memory_options(config, plan, adapter)
+
+
+def first_plan(config: Config) -> GradientPlan | None:
+    """Draw the first update's plan; None where the method has none.
+
+    Raises:
+        UserError: the method's settings do not fit into the sampler's steps.
+    """
+    if not isinstance(config.method, GradientMethod):
+        return None
+    return config.method.draw(config.sampler.steps, derive_rng(config.seed, 0, "plan"))
 
 
 def _check_agreement(config: Config) -> None:
@@ -124,7 +171,7 @@ def _check_offload(config: Config) -> None:
 def _check_reward(config: Config) -> None:
     """A reward whose gradient can be followed where the recipe follows it."""
     reward, image = config.reward, config.smoothing.image
-    if not reward.differentiable:
+    if config.method.needs_gradient and not reward.differentiable:
         raise UserError(
             f"{_without_gradient(reward)} has no gradient, and method.name {config.method.name} follows the reward's; "
             "score with it (rsaft-fast score), or train with a differentiable one"
@@ -156,11 +203,13 @@ def _check_speed(config: Config, adapter: type[PipelineBackbone] | None) -> None
     """What makes an update faster, against what the model is and how its weights are kept."""
     backbone = config.backbone
     speed.check_agreement(config.speed, quantize=backbone.quantize, offload_blocks=backbone.offload_blocks)
-    if config.speed.channels_last and adapter is not None:
-        require_unet(adapter)
+    if config.speed.channels_last:
+        require_unet(adapter or adapter_for(config.backbone.path, text=False))
 
 
-def _check_memory_options(config: Config, plan: GradientPlan, adapter: type[PipelineBackbone] | None = None) -> None:
+def _check_memory_options(
+    config: Config, plan: GradientPlan | None, adapter: type[PipelineBackbone] | None = None
+) -> None:
     """The optimizer's options against what is trained, and how."""
     settings = config.optimizer
     full_bf16 = config.parameters.train == "full" and config.backbone.dtype == "bf16"
@@ -171,6 +220,11 @@ def _check_memory_options(config: Config, plan: GradientPlan, adapter: type[Pipe
         )
     if not settings.release_gradients:
         return
+    if plan is None:
+        raise UserError(
+            f"optimizer.release_gradients with method.name {config.method.name}: it is for reward gradients, whose "
+            "update can be one backward pass; leave it out"
+        )
     calls = plan.backward_calls(_is_guided(config, adapter), batched=config.speed.cfg == "batched")
     obstacles = {
         "smoothing.parameters null: there is no second pass": config.smoothing.parameters is None,

@@ -8,77 +8,107 @@ of graded calls.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from rsaft_fast.phases import DENOISER, phase
 from rsaft_fast.sampling.linear import LinearStep
-from rsaft_fast.sampling.plan import Uncond
-from rsaft_fast.sampling.rollout import Trajectory
+from rsaft_fast.sampling.plan import Finish, Uncond
+from rsaft_fast.sampling.rollout import Trajectory, guide, guided_prediction
 
 if TYPE_CHECKING:
-    from rsaft_fast.sampling.protocol import Backbone, Branch, Conditioning
+    from rsaft_fast.sampling.protocol import Backbone, Conditioning
+
+Cotangent = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+"""dJ/df of a guided prediction f, or a function that takes f (detached) and returns it; both (B, *latent_shape)."""
 
 
+@phase(DENOISER)
 def backpropagate(backbone: Backbone, trajectory: Trajectory, adjoints: Sequence[torch.Tensor | None]) -> None:
     """Accumulate into `.grad` the gradient of sum_j <adjoints[j], endpoints[j]> with respect to the parameters.
 
     Args:
         adjoints: for each endpoint the gradient of the objective, same shape; None for an endpoint left out.
     """
-    plan, schedule = trajectory.plan, trajectory.schedule
+    plan, schedule, conditioning = trajectory.plan, trajectory.schedule, trajectory.conditioning
     if len(adjoints) != len(trajectory.endpoints):
         raise ValueError(f"{len(adjoints)} adjoints for {len(trajectory.endpoints)} endpoints; each endpoint takes one")
-    call = _CallBackward(backbone, trajectory.conditioning, plan.uncond)
     # Re-noised endpoints start from a detached latent: one call each, and nothing flows further back.
     for (step_index, _), noised, g in zip(plan.renoise, trajectory.renoised, adjoints[1:]):
         if g is not None:
             step = schedule[step_index]
-            call(noised, step, g, _finish_scalars(step, plan.finish)[1], input_gradient=False)
+            scale = _finish_scalars(step, plan.finish)[1]
+            call_backward(backbone, noised, step, conditioning, g, scale=scale, uncond=plan.uncond)
     g = adjoints[0]
     if g is None:
         return
     for i in range(plan.last, plan.first_graded - 1, -1):
         step = schedule[i]
         a, b = _finish_scalars(step, plan.finish if i == plan.last else "sampler")
-        # Nothing before the earliest graded call depends on the parameters.
-        input_gradient = i in plan.through and i > plan.first_graded
-        through = call(trajectory.inputs[i], step, g, b, input_gradient) if i in plan.graded else None
+        through = None
+        if i in plan.graded:
+            through = call_backward(
+                backbone,
+                trajectory.inputs[i],
+                step,
+                conditioning,
+                g,
+                scale=b,
+                uncond=plan.uncond,
+                # Nothing before the earliest graded call depends on the parameters.
+                input_gradient=i in plan.through and i > plan.first_graded,
+            )
         g = a * g if through is None else a * g + through
 
 
-def _finish_scalars(step: LinearStep, how: str) -> tuple[float, float]:
-    return (step.x0_a, step.x0_b) if how == "x0" else (step.a, step.b)
+def call_backward(
+    backbone: Backbone,
+    x: torch.Tensor,
+    step: LinearStep,
+    conditioning: Conditioning,
+    cotangent: Cotangent,
+    *,
+    scale: float = 1.0,
+    uncond: Uncond = "graded",
+    input_gradient: bool = False,
+) -> torch.Tensor | None:
+    """Run one guided call again at x, and accumulate scale * (df/dtheta)^T cotangent into the parameters' `.grad`.
 
+    Graded branches are walked one after the other, or together where the backbone batches them: one branch's graph is
+    alive at a time. A detached branch is not walked at all, so there is nothing to batch it with.
 
-class _CallBackward:
-    """The vector-Jacobian product of one guided call.
-
-    Graded branches are walked one after the other, or together where the backbone batches them. A detached one is not
-    walked at all, so there is nothing to batch it with.
+    Args:
+        x: the call's latent, (B, *latent_shape).
+        cotangent: dJ/df, or a function of the guided prediction f that returns it: what a policy gradient needs, whose
+            cotangent depends on f. With guidance in separate branches f costs a forward pass without a graph more.
+        uncond: what the unconditional branch carries; "none" is a call without guidance.
+        input_gradient: also return scale * (df/dx)^T cotangent, (B, *latent_shape); else None is returned.
     """
+    guided = conditioning.negative is not None and uncond != "none"
+    w = conditioning.guidance_scale if guided else 1.0
+    branches = [(conditioning.positive, w)]
+    if guided and uncond == "graded":
+        branches.append((conditioning.negative, 1.0 - w))
+    # What shares a network call.
+    groups = [branches] if backbone.cfg_batching == "batched" else [[branch] for branch in branches]
+    if callable(cotangent) and (len(groups) > 1 or (guided and len(branches) == 1)):
+        with torch.no_grad():
+            cotangent = cotangent(guided_prediction(backbone, x, step, conditioning, uncond))
+    total = None
+    for group in groups:
+        leaf = x.detach().requires_grad_(input_gradient)
+        with torch.enable_grad():
+            predictions = backbone.predict_together(leaf, step, [branch for branch, _ in group])
+        if callable(cotangent):  # this one group is the whole call
+            found = [prediction.detach() for prediction in predictions]
+            cotangent = cotangent(found[0] if len(found) == 1 else guide(*found, w))
+        torch.autograd.backward(predictions, [(scale * weight) * cotangent for _, weight in group])
+        if input_gradient:
+            total = leaf.grad if total is None else total + leaf.grad
+    return total
 
-    def __init__(self, backbone: Backbone, conditioning: Conditioning, uncond: Uncond):
-        self.backbone = backbone
-        guided = conditioning.negative is not None and uncond != "none"
-        w = conditioning.guidance_scale if guided else 1.0
-        branches: list[tuple[Branch, float]] = [(conditioning.positive, w)]
-        if guided and uncond == "graded":
-            branches.append((conditioning.negative, 1.0 - w))
-        # What shares a network call.
-        self.groups = [branches] if backbone.cfg_batching == "batched" else [[branch] for branch in branches]
 
-    def __call__(
-        self, x: torch.Tensor, step: LinearStep, g: torch.Tensor, b: float, input_gradient: bool
-    ) -> torch.Tensor | None:
-        """Accumulate b (df/dtheta)^T g into the parameters; return b (df/dx)^T g when asked for."""
-        total = None
-        for group in self.groups:
-            leaf = x.detach().requires_grad_(input_gradient)
-            with torch.enable_grad():
-                predictions = self.backbone.predict_together(leaf, step, [branch for branch, _ in group])
-            torch.autograd.backward(predictions, [(b * weight) * g for _, weight in group])
-            if input_gradient:
-                total = leaf.grad if total is None else total + leaf.grad
-        return total
+def _finish_scalars(step: LinearStep, finish: Finish) -> tuple[float, float]:
+    return (step.x0_a, step.x0_b) if finish == "x0" else (step.a, step.b)

@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from rsaft_fast.phases import GRID, phase
 from rsaft_fast.sampling.linear import Schedule
 from rsaft_fast.sampling.noise import NoiseSource
-from rsaft_fast.sampling.plan import GradientPlan
 from rsaft_fast.sampling.protocol import Backbone, Conditioning
-from rsaft_fast.sampling.rollout import rollout
+from rsaft_fast.sampling.rollout import sample_chain
 
 # Keyed like an update that no run reaches, so that no training picture shares a sample's noise.
 SAMPLE_STEP = 2**32 - 1
 
 
+@phase(GRID)
 @torch.no_grad()
 def sample_images(
     backbone: Backbone,
@@ -27,13 +28,12 @@ def sample_images(
     same_noise: bool = False,
     watch: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> torch.Tensor | None:
-    """Images (B, 3, H, W) on the host, nominally 0 to 1, one for each row of `conditioning`; None when `stop` says so.
+    """Draw images (B, 3, H, W), nominally 0 to 1, onto the host: one for each row of `conditioning`, or None when
+    `stop` says so.
 
     Picture i depends on (seed, i) and its prompt alone, whatever the batch size; with `same_noise` on (seed, prompt).
     `watch` goes through the indices of the batches' first pictures, and may tell how far it is.
     """
-    last = len(schedule) - 1
-    plan = GradientPlan(len(schedule), last, "sampler", graded=(last,))
     pictures = []
     for first in watch(range(0, len(conditioning), batch_size)):
         if stop():
@@ -42,6 +42,6 @@ def sample_images(
         noise = NoiseSource(seed, SAMPLE_STEP, (0,) * len(rows) if same_noise else tuple(rows))
         latents = backbone.initial_latents(noise)
         part = conditioning.select(slice(rows.start, rows.stop))
-        trajectory = rollout(backbone, schedule, plan, latents, part, noise)
-        pictures.append(backbone.decode(trajectory.endpoints[0]).cpu())
+        x, _ = sample_chain(backbone, schedule, latents, part, noise)
+        pictures.append(backbone.decode(x).cpu())
     return torch.cat(pictures)

@@ -8,6 +8,7 @@ from typing import Literal
 from rsaft_fast.errors import UserError
 
 Uncond = Literal["graded", "detached", "none"]
+Finish = Literal["sampler", "x0"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class GradientPlan:
 
     num_steps: int
     last: int
-    finish: Literal["sampler", "x0"]
+    finish: Finish
     graded: tuple[int, ...]
     through: tuple[int, ...] = ()
     renoise: tuple[tuple[int, int], ...] = ()

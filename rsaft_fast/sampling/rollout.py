@@ -1,15 +1,17 @@
-"""The forward walk: sample without gradient and keep only the latents that the plan will need."""
+"""The forward walk: sample without gradient and keep only the latents that are needed later."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from rsaft_fast.phases import SAMPLING, phase
 from rsaft_fast.sampling.linear import LinearStep, Schedule
 from rsaft_fast.sampling.noise import NoiseSource
-from rsaft_fast.sampling.plan import GradientPlan, Uncond
+from rsaft_fast.sampling.plan import Finish, GradientPlan, Uncond
 
 if TYPE_CHECKING:
     from rsaft_fast.sampling.protocol import Backbone, Conditioning
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a rollout leaves behind.
+    """What a rollout under a plan leaves behind.
 
     Attributes:
         endpoints: the final latents: the chain's own, then one for each re-noised call.
@@ -33,6 +35,46 @@ class Trajectory:
     renoised: tuple[torch.Tensor, ...]
 
 
+@phase(SAMPLING)
+@torch.no_grad()
+def sample_chain(
+    backbone: Backbone,
+    schedule: Schedule,
+    latents: torch.Tensor,
+    conditioning: Conditioning,
+    noise: NoiseSource,
+    *,
+    first: int = 0,
+    last: int | None = None,
+    finish: Finish = "sampler",
+    uncond: Uncond = "graded",
+    keep: Collection[int] = (),
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """Run the sampler's calls `first` to `last`, without a graph.
+
+    Args:
+        latents: the latent before call `first` (x_T before call 0), (B, *latent_shape), in the backbone's latent dtype.
+        noise: source of the ancestral draws; the same source replays the same draws.
+        last: index of the last call; None runs to the end of the schedule.
+        finish: what follows the last call: the sampler's own step, or the predicted clean latent.
+        uncond: "none" samples without guidance.
+        keep: calls whose input latent is wanted.
+
+    Returns:
+        the latent after the last call, and the latents before the calls in `keep`, by call.
+    """
+    last = len(schedule) - 1 if last is None else last
+    kept: dict[int, torch.Tensor] = {}
+    x = latents
+    for i in range(first, last + 1):
+        if i in keep:
+            kept[i] = x
+        f = guided_prediction(backbone, x, schedule[i], conditioning, uncond)
+        x = advance(schedule[i], finish if i == last else "sampler", x, f, noise, i)
+    return x, kept
+
+
+@phase(SAMPLING)
 @torch.no_grad()
 def rollout(
     backbone: Backbone,
@@ -44,7 +86,7 @@ def rollout(
     *,
     prefix: Trajectory | None = None,
 ) -> Trajectory:
-    """Run the sampler under `plan` without building a graph.
+    """Run the sampler under `plan`, without a graph, and keep what the backward walk needs.
 
     Args:
         latents: x_T, shape (B, *latent_shape), in the backbone's latent dtype.
@@ -54,15 +96,21 @@ def rollout(
     """
     if len(schedule) != plan.num_steps:
         raise ValueError(f"the plan was drawn for {plan.num_steps} steps, the schedule has {len(schedule)}")
-    start, x = 0, latents
+    first, x = 0, latents
     if prefix is not None and plan.first_graded in prefix.inputs:
-        start, x = plan.first_graded, prefix.inputs[plan.first_graded]
-    inputs: dict[int, torch.Tensor] = {}
-    for i in range(start, plan.last + 1):
-        if i in plan.graded or i == plan.first_graded:
-            inputs[i] = x
-        f = guided_prediction(backbone, x, schedule[i], conditioning, plan.uncond)
-        x = _advance(schedule, plan, i, x, f, noise)
+        first, x = plan.first_graded, prefix.inputs[plan.first_graded]
+    x, inputs = sample_chain(
+        backbone,
+        schedule,
+        x,
+        conditioning,
+        noise,
+        first=first,
+        last=plan.last,
+        finish=plan.finish,
+        uncond=plan.uncond,
+        keep={*plan.graded, plan.first_graded},
+    )
     endpoints, renoised = [x], []
     for step_index, key in plan.renoise:
         step = schedule[step_index]
@@ -70,15 +118,16 @@ def rollout(
         noised = step.alpha * x + step.sigma * eps
         f = guided_prediction(backbone, noised, step, conditioning, plan.uncond)
         # The ancestral draw of a re-noised call is its own: its key lies beyond those of the chain.
-        endpoints.append(finish(step, plan.finish, noised, f, _ancestral(noise, step, x, plan.num_steps + key)))
+        endpoints.append(advance(step, plan.finish, noised, f, noise, plan.num_steps + key))
         renoised.append(noised)
     return Trajectory(schedule, plan, conditioning, tuple(endpoints), inputs, tuple(renoised))
 
 
 def guided_prediction(
-    backbone: Backbone, x: torch.Tensor, step: LinearStep, conditioning: Conditioning, uncond: Uncond
+    backbone: Backbone, x: torch.Tensor, step: LinearStep, conditioning: Conditioning, uncond: Uncond = "graded"
 ) -> torch.Tensor:
-    """Classifier-free guidance f_u + w (f_c - f_u), or f_c alone without a negative branch (Ho and Salimans 2022)."""
+    """Predict with classifier-free guidance f_u + w (f_c - f_u), or f_c alone without a negative branch (Ho and
+    Salimans 2022)."""
     if conditioning.negative is None or uncond == "none":
         return backbone.predict(x, step, conditioning.positive)
     if backbone.cfg_batching == "separate":
@@ -86,25 +135,26 @@ def guided_prediction(
         negative = backbone.predict(x, step, conditioning.negative)
     else:
         positive, negative = backbone.predict_together(x, step, (conditioning.positive, conditioning.negative))
-    return negative + conditioning.guidance_scale * (positive - negative)
+    return guide(positive, negative, conditioning.guidance_scale)
 
 
-def finish(step: LinearStep, how: str, x: torch.Tensor, f: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-    """The update after a call: the sampler's own step, or the predicted clean latent."""
-    if how == "x0":
+def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
+    """Combine the two branches' predictions: f_u + w (f_c - f_u)."""
+    return negative + scale * (positive - negative)
+
+
+def advance(
+    step: LinearStep, finish: Finish, x: torch.Tensor, f: torch.Tensor, noise: NoiseSource, key: int
+) -> torch.Tensor:
+    """Take the update that follows a call: the sampler's own step, or the predicted clean latent.
+
+    Args:
+        f: the prediction at x.
+        key: of the ancestral draw, where the step has one.
+    """
+    if finish == "x0":
         return step.x0_a * x + step.x0_b * f
     stepped = step.a * x + step.b * f
-    return stepped if noise is None else stepped + step.c * noise
-
-
-def _advance(
-    schedule: Schedule, plan: GradientPlan, i: int, x: torch.Tensor, f: torch.Tensor, noise: NoiseSource
-) -> torch.Tensor:
-    step = schedule[i]
-    if i == plan.last and plan.finish == "x0":
-        return finish(step, "x0", x, f, None)
-    return finish(step, "sampler", x, f, _ancestral(noise, step, x, i))
-
-
-def _ancestral(noise: NoiseSource, step: LinearStep, x: torch.Tensor, key: int) -> torch.Tensor | None:
-    return noise.draw("ancestral", x.shape[1:], key, x.dtype, x.device) if step.c else None
+    if not step.c:
+        return stepped
+    return stepped + step.c * noise.draw("ancestral", x.shape[1:], key, x.dtype, x.device)

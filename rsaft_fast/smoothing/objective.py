@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 
 from rsaft_fast import ops
 from rsaft_fast.errors import NonFiniteRewardError, UserError
+from rsaft_fast.phases import DECODER, SCORING, phase
+from rsaft_fast.rewards.base import Reward
+from rsaft_fast.sampling.protocol import Backbone
 from rsaft_fast.settings import Settings
-
-if TYPE_CHECKING:
-    from rsaft_fast.rewards.base import Reward
-    from rsaft_fast.sampling.protocol import Backbone
 
 Space = Literal["pixel01", "pixel11", "latent", "reward_input"]
 
@@ -106,6 +105,7 @@ class Observation:
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+@phase(SCORING)
 def observe(
     backbone: Backbone,
     reward: Reward,
@@ -145,6 +145,7 @@ def observe(
     return Observation(latents, images, rewards, image_gradient, input_gradient, parts)
 
 
+@phase(SCORING)
 @torch.no_grad()
 def perturbed_rewards(
     backbone: Backbone,
@@ -179,6 +180,7 @@ def require_finite(rewards: torch.Tensor, prompts: Sequence[str]) -> None:
         )
 
 
+@phase(DECODER)
 def latent_gradient(backbone: Backbone, observation: Observation, image_cotangent: torch.Tensor) -> torch.Tensor:
     """(d image / d latent)^T image_cotangent: the decoder re-run with a graph of its own."""
     leaf = observation.latents.detach().requires_grad_(True)

@@ -6,16 +6,15 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.phases import CHECKING, phase
 from rsaft_fast.rewards.base import Reward, TowerReward
-
-if TYPE_CHECKING:
-    from rsaft_fast.smoothing.objective import ImageSmoothing
-    from rsaft_fast.smoothing.sharpness import Space
+from rsaft_fast.smoothing.objective import ImageSmoothing
+from rsaft_fast.smoothing.sharpness import Space, sharpness
 
 # Relative error of S1 from which the reward has to compute in float32.
 LIMIT = 0.1
@@ -23,6 +22,7 @@ LIMIT = 0.1
 PICTURES = 4
 
 
+@phase(CHECKING)
 def s1_error(
     reward: TowerReward,
     images: torch.Tensor,
@@ -39,10 +39,8 @@ def s1_error(
         reward: differentiable; its `dtype` is what is judged.
         images: (B, 3, H, W), nominally 0 to 1; a handful is enough.
         prompts: one a picture.
-        radius, norm, space: of the ball around each picture, see `evaluation.sharpness`.
+        radius, norm, space: of the ball around each picture, see `smoothing.sharpness`.
     """
-    from rsaft_fast.smoothing.sharpness import sharpness
-
     if reward.dtype in (torch.float32, torch.float64):
         return 0.0
     with warnings.catch_warnings():

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
@@ -32,14 +33,18 @@ class Progress:
         title: str | None = None,
         say: Callable[[str], None] = tell,
         earlier: Sequence[Mapping[str, Any]] = (),
+        shown: Mapping[str, str] = MappingProxyType({"reward": "reward", "s1": "S1"}),
     ):
-        """`earlier`: the records of the updates done, for the means."""
+        """
+        Args:
+            earlier: the records of the updates done, for the means.
+            shown: the figures beside the bar, name in a record to label; the first stands before the times.
+        """
         self.total, self.title, self._say = total, title, say
         self._started, self._done = time.monotonic(), done
         self._told = -math.inf
-        self._rewards: deque[float] = deque(maxlen=WINDOW)
-        self._s1: deque[float] = deque(maxlen=WINDOW)
-        self._seconds: deque[float] = deque(maxlen=WINDOW)
+        self._labels = dict(shown)
+        self._recent: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in (*shown, "seconds")}
         for record in earlier[-WINDOW:]:
             self._take_in(record)
         self._bar = None
@@ -60,7 +65,7 @@ class Progress:
             self._say(f"update {self.text(step)}")
 
     def _take_in(self, record: Mapping[str, Any]) -> None:
-        for values, name in ((self._rewards, "reward"), (self._s1, "s1"), (self._seconds, "seconds")):
+        for name, values in self._recent.items():
             value = record.get(name)
             if isinstance(value, int | float) and math.isfinite(value):
                 values.append(value)
@@ -68,15 +73,19 @@ class Progress:
     def text(self, step: int, room: int | None = None) -> str:
         """The figures, the most important first; as many as `room` characters hold."""
         parts = [f"{self.title} {step}/{self.total}" if self.title else f"{step}/{self.total}"]
-        if self._rewards:
-            parts.append(f"reward {_mean(self._rewards):.4g} (mean of {len(self._rewards)})")
-        if self._seconds:
-            parts.append(f"{_mean(self._seconds):.3g} s/update")
+        figures = [
+            (f"{label} {_mean(values):.4g}", len(values))
+            for name, label in self._labels.items()
+            if (values := self._recent[name])
+        ]
+        if figures:
+            parts.append(f"{figures[0][0]} (mean of {figures[0][1]})")
+        if seconds := self._recent["seconds"]:
+            parts.append(f"{_mean(seconds):.3g} s/update")
         if step > self._done:
             left = (self.total - step) * (time.monotonic() - self._started) / (step - self._done)
             parts.append(f"{_duration(left)} left")
-        if self._s1:
-            parts.append(f"S1 {_mean(self._s1):.4g}")
+        parts += [text for text, _ in figures[1:]]
         while room is not None and len(parts) > 1 and len(", ".join(parts)) > room:
             parts.pop()
         return ", ".join(parts)

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from rsaft_fast.algorithms.copies import MEAN
 from rsaft_fast.errors import UserError
 from rsaft_fast.files import (
     describe_io_error,
@@ -30,11 +31,15 @@ from rsaft_fast.files import (
     write_atomically,
 )
 
-FORMAT = 1
-"""Of the folder's layout. Checkpoints from before there was a number are laid out as 1 is."""
+FORMAT = 2
+"""Newest layout of the folder. Checkpoints from before there was a number are laid out as 1 is; 2 is written where
+there are copies of the weights beside the running mean, or an algorithm has a state."""
 
 MARKER, STATE, CONFIG = "COMPLETE", "state.json", "config.yaml"
-WEIGHTS, OPTIMIZER, EMA = "weights.safetensors", "optimizer.safetensors", "ema.safetensors"
+WEIGHTS, OPTIMIZER, ALGORITHM = "weights.safetensors", "optimizer.safetensors", "algorithm.safetensors"
+MEAN_FILE = "ema.safetensors"
+"""Of the copy "mean"; a copy of another name is in copy_NAME.safetensors."""
+_COPY = re.compile(r"copy_(\w+)\.safetensors")
 _STEP = re.compile(r"step_(\d+)")
 _BLOCK = 1 << 22
 
@@ -49,14 +54,16 @@ class Checkpoint:
         step: updates done.
         weights: name to trained parameter, in its own dtype.
         optimizer: the optimizer's state dict.
-        ema: name to running mean, fp32; None without one.
+        copies: further copies of the weights by name ("mean", "reference"): name to tensor each.
+        algorithm: what the algorithm keeps between iterations.
         info: what wrote it (versions, seed), for the reader.
     """
 
     step: int
     weights: Tensors
     optimizer: dict[str, Any]
-    ema: Tensors | None = None
+    copies: dict[str, Tensors] = field(default_factory=dict)
+    algorithm: Tensors = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
 
 
@@ -87,9 +94,12 @@ def write(
         optimizer, tree = pack(checkpoint.optimizer)
         _save_tensors(temporary / WEIGHTS, checkpoint.weights)
         _save_tensors(temporary / OPTIMIZER, optimizer)
-        if checkpoint.ema is not None:
-            _save_tensors(temporary / EMA, checkpoint.ema)
-        state = {"format": FORMAT, "step": checkpoint.step, "info": checkpoint.info, "optimizer": tree}
+        for name, tensors in checkpoint.copies.items():
+            _save_tensors(temporary / _copy_file(name), tensors)
+        if checkpoint.algorithm:
+            _save_tensors(temporary / ALGORITHM, checkpoint.algorithm)
+        plain = set(checkpoint.copies) <= {MEAN} and not checkpoint.algorithm
+        state = {"format": 1 if plain else FORMAT, "step": checkpoint.step, "info": checkpoint.info, "optimizer": tree}
         for name, text in ((STATE, json.dumps(state, indent=1)), (CONFIG, config)):
             with io_errors_of(temporary / name):
                 (temporary / name).write_text(text, encoding="utf-8")
@@ -146,9 +156,20 @@ def _read(folder: Path) -> Checkpoint:
         step=step,
         weights=load_file(folder / WEIGHTS),
         optimizer=optimizer,
-        ema=load_file(folder / EMA) if (folder / EMA).is_file() else None,
+        copies={name: load_file(path) for name, path in _copies(folder).items()},
+        algorithm=load_file(folder / ALGORITHM) if (folder / ALGORITHM).is_file() else {},
         info=info,
     )
+
+
+def _copy_file(name: str) -> str:
+    return MEAN_FILE if name == MEAN else f"copy_{name}.safetensors"
+
+
+def _copies(folder: Path) -> dict[str, Path]:
+    """The files of the folder that hold copies, by the copies' names."""
+    found = {m[1]: path for path in sorted(folder.iterdir()) if (m := _COPY.fullmatch(path.name))}
+    return ({MEAN: folder / MEAN_FILE} if (folder / MEAN_FILE).is_file() else {}) | found
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
@@ -216,8 +237,9 @@ def _find_fault(folder: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
         if _sha256(path) != digest:
             return f"{name} has been altered (SHA-256 differs)"
-    for name in (STATE, WEIGHTS, OPTIMIZER, EMA):
-        if name not in entries and ((folder / name).exists() or name != EMA):
+    optional = [path.name for path in (folder / ALGORITHM, *_copies(folder).values()) if path.exists()]
+    for name in (STATE, WEIGHTS, OPTIMIZER, *optional):
+        if name not in entries:
             return f"{name} is not in its {MARKER} marker"
     return None
 

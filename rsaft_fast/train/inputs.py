@@ -14,22 +14,9 @@ from rsaft_fast.data.prompt_sets import overlap_note, prompt_notes
 from rsaft_fast.data.prompts import first_prompts, load_prompts
 from rsaft_fast.errors import UserError
 from rsaft_fast.files import check_writable
-from rsaft_fast.recipe.check import (
-    DTYPES,
-    _check_agreement,
-    _check_backend,
-    _check_memory_options,
-    _check_offload,
-    _check_speed,
-    _check_true_cfg,
-    check_device,
-    check_path,
-    pick_device,
-)
+from rsaft_fast.recipe.check import check_keys, check_machine, check_model
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards.calibration import read_calibration
-from rsaft_fast.sampling import derive_rng
-from rsaft_fast.speed import check as speed
 from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train.logging import CHECKPOINTS, CONFIG, METRICS, SAMPLES, TENSORBOARD
 
@@ -62,17 +49,9 @@ def check_config(config: Config) -> Inputs:
     Raises:
         UserError: the first thing that is wrong.
     """
-    # The method itself knows whether its K fits into the sampler's steps.
-    plan = config.method.draw(config.sampler.steps, derive_rng(config.seed, 0, "plan"))
-    _check_agreement(config)
-    _check_offload(config)
-    check_device(config.backbone.device)
-    _check_backend(config.backbone.device)
-    check_path("backbone.path", config.backbone.path)
-    _check_true_cfg(config)
-    _check_speed(config, adapter_for(config.backbone.path, text=False) if config.speed.channels_last else None)
-    speed.check_device(config.speed, pick_device(config.backbone.device), DTYPES[config.backbone.dtype])
-    _check_memory_options(config, plan)
+    plan = check_keys(config)
+    check_machine(config)
+    check_model(config, plan)
     checkpoint, notes = _find_checkpoint(config)
     notes += _drowned_radii(config)
     if config.reward.calibration is not None:

@@ -115,14 +115,8 @@ def _train(config: Config, run: _Run, stop: StopSignals, on_samples: Callable) -
             run.log_samples(images)
             on_samples(trainer, images, trainer.step)
     while trainer.step < config.max_steps and not stop:
-        stop.finishing = f"finishing update {trainer.step + 1}, then saving"
-        try:
-            record = trainer.update()
-        except BaseException:
-            if trainer.optimizer.half_stepped:
-                run.roll_back()
-            raise
-        run.note(record)
+        stop.finishing = f"finishing update {trainer.step + trainer.algorithm.updates}, then saving"
+        run.iterate()
         if run.is_due(config.samples.every) and (images := run.sample(stop)) is not None:
             run.log_samples(images)
             on_samples(trainer, images, trainer.step)
@@ -225,7 +219,10 @@ class _Run:
                 f"updates, every figure of each is in {self.folder / METRICS} (eps_norm: length of the weight "
                 "perturbation; projection: share of it that rounding leaves)"
             )
-            self.progress = Progress(self.trainer.step, self.config.max_steps, self.title, self.say, self._earlier)
+            shown = self.trainer.algorithm.shown
+            self.progress = Progress(
+                self.trainer.step, self.config.max_steps, self.title, self.say, self._earlier, shown
+            )
 
     def open(self) -> None:
         """The first thing worth keeping is there: make the run folder."""
@@ -245,6 +242,16 @@ class _Run:
         if self.baseline is not None:
             self._log_grid({"before": self.baseline}, 0)
 
+    def iterate(self) -> None:
+        """Make an iteration's updates, and note each."""
+        try:
+            for record in self.trainer.iterate():
+                self.note(record)
+        except BaseException:
+            if self.trainer.optimizer.half_stepped:
+                self.roll_back()
+            raise
+
     def note(self, record: dict[str, Any]) -> None:
         """One update's figures, to the log and beside the bar; the first one makes the run folder."""
         self.open()
@@ -253,9 +260,9 @@ class _Run:
         self._warn(record)
 
     def is_due(self, every: int) -> bool:
-        """Whether something is done after this update; everything is after the last."""
-        step = self.trainer.step
-        return every > 0 and (step % every == 0 or step == self.config.max_steps)
+        """Whether something is done after this iteration; everything is after the last."""
+        step, before = self.trainer.step, self.trainer.step - self.trainer.algorithm.updates
+        return every > 0 and (step // every > before // every or step == self.config.max_steps)
 
     def owes_a_grid(self) -> bool:
         """Whether the grid after the update that the run goes on from was due and is not there."""

@@ -8,13 +8,14 @@ import torch
 from builders.backbones import PROMPTS, cfg, make_backbone, noise_source, relative_error
 from builders.clip import write_clip
 
-from rsaft_fast.algorithms.reward_gradient import rsaft_step
+from rsaft_fast.algorithms.reward_gradient import PlannedBatch, rsaft_step
 from rsaft_fast.data.batches import MicroBatch
 from rsaft_fast.methods import DRaFT
 from rsaft_fast.methods.losses import Loss
 from rsaft_fast.optim import SAM
 from rsaft_fast.rewards import Combination, Reward, RewardSettings, RewardSpec, load_reward
 from rsaft_fast.rewards.combine import Part
+from rsaft_fast.sampling import sample_chain
 from rsaft_fast.smoothing.objective import ImageSmoothing, ParameterSmoothing, Smoothing
 
 STEPS = 3
@@ -50,11 +51,15 @@ def rewards(tmp_path_factory):
 
 
 def update(backbone, reward):
-    """What one update takes off the weights, which are then put back; and its report."""
+    """What one update takes off the weights, which are then put back; its report; the pictures at theta."""
     noise = noise_source(len(PROMPTS))
     plan = DRaFT(k=1).draw(STEPS, np.random.default_rng(0))
     conditioning = backbone.encode(PROMPTS, "", **cfg(backbone, 2.5))
-    batch = MicroBatch(PROMPTS, conditioning, backbone.initial_latents(noise), noise, plan)
+    batch = PlannedBatch(MicroBatch(PROMPTS, conditioning, backbone.initial_latents(noise), noise), plan)
+    start = batch.batch
+    end, _ = sample_chain(backbone, backbone.schedule(STEPS), start.latents, conditioning, noise)
+    with torch.no_grad():
+        images = backbone.decode(end)
     parameters = backbone.trainable_parameters
     before = {name: p.detach().clone() for name, p in parameters.items()}
     report = rsaft_step(
@@ -72,15 +77,15 @@ def update(backbone, reward):
         for name, p in parameters.items():
             p.copy_(before[name])
             p.grad = None
-    return taken, report
+    return taken, report, images
 
 
 @pytest.mark.parametrize("how", RULES)
 def test_an_update_through_a_combination(backbone, rewards, how):
     weights = (0.3, 1.7) if how == "weighted" else (1.0, 1.0)
     parts = [Part(name, reward, weight) for name, reward, weight in zip("ab", rewards, weights)]
-    ours, report = update(backbone, Combination(parts, how, penalty=0.8))
-    truth, expected = update(backbone, OneGraph(*rewards, RULES[how]))
+    ours, report, images = update(backbone, Combination(parts, how, penalty=0.8))
+    truth, expected, _ = update(backbone, OneGraph(*rewards, RULES[how]))
     assert relative_error(ours, truth) < 1e-9
     assert report.s1 == pytest.approx(expected.s1, rel=1e-9) and report.s1 > 0
     assert report.smoothed_reward == pytest.approx(expected.smoothed_reward, rel=1e-9)
@@ -88,5 +93,5 @@ def test_an_update_through_a_combination(backbone, rewards, how):
     # The parts' own means, at the same pictures.
     for name, reward in zip("ab", rewards):
         with torch.no_grad():
-            own = reward.score(report.images, PROMPTS).mean().item()
+            own = reward.score(images, PROMPTS).mean().item()
         assert report.parts[name] == pytest.approx(own, rel=1e-9)

@@ -79,7 +79,7 @@ def test_a_non_finite_adjoint_skips_the_whole_update(backbone, reward, monkeypat
 def test_more_than_one_backward_is_refused_before_anything_happens(backbone, reward, method, sizes, calls):
     before = weights_of(backbone)
     batches = make_batches(backbone, method, sizes)
-    assert batches[0].conditioning.guidance_scale == GUIDANCE
+    assert batches[0].batch.conditioning.guidance_scale == GUIDANCE
     with pytest.raises(UserError, match=f"release_gradients with {calls} backward passes"):
         update(backbone, reward, method, batches, release_gradients=True)
     after = weights_of(backbone)

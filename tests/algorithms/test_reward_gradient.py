@@ -8,7 +8,7 @@ import torch
 from builders.backbones import PROMPTS, cfg, make_backbone, relative_error
 from builders.clip import write_clip
 
-from rsaft_fast.algorithms.reward_gradient import rsaft_step
+from rsaft_fast.algorithms.reward_gradient import PlannedBatch, rsaft_step
 from rsaft_fast.data.batches import MicroBatch
 from rsaft_fast.errors import NonFiniteRewardError, UserError
 from rsaft_fast.methods import DRaFT, DRaFTLV, DRTune, ReFL
@@ -61,7 +61,7 @@ def make_batches(backbone, method, sizes=(B,), seed=5):
         noise = NoiseSource(seed, 0, tuple(range(start, start + size)))
         mine = prompts[start : start + size]
         conditioning = backbone.encode(mine, "blurry", **cfg(backbone, GUIDANCE))
-        batches.append(MicroBatch(mine, conditioning, backbone.initial_latents(noise), noise, plan))
+        batches.append(PlannedBatch(MicroBatch(mine, conditioning, backbone.initial_latents(noise), noise), plan))
         start += size
     return batches
 

@@ -7,7 +7,7 @@ import torch
 from builders.backbones import BUILDERS, cfg, make_backbone, noise_source, relative_error
 from builders.clip import write_clip
 
-from rsaft_fast.algorithms.reward_gradient import rsaft_step
+from rsaft_fast.algorithms.reward_gradient import PlannedBatch, rsaft_step
 from rsaft_fast.benchmarks.plain_step import PlainSettings, PlainStep
 from rsaft_fast.data.batches import MicroBatch
 from rsaft_fast.memory import saved_tensor_bytes
@@ -34,7 +34,7 @@ class Both:
         plan = DRaFT(k=k).draw(STEPS, derive_rng(0, 0, "plan"))
         conditioning = self.backbone.encode(PROMPTS, **cfg(self.backbone, w))
         start = self.backbone.initial_latents(self.noise)
-        self.batch = MicroBatch(PROMPTS, conditioning, start, self.noise, plan)
+        self.batch = PlannedBatch(MicroBatch(PROMPTS, conditioning, start, self.noise), plan)
         self.reward, self.weights = reward, self.backbone.trainable_parameters
         self.before = self.copy()
         settings = PlainSettings(STEPS, k, checkpointing, image_rho=0.5, weight_rho=0.05, lr=1e-2, max_grad_norm=1e-3)

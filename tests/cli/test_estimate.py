@@ -16,7 +16,6 @@ from rsaft_fast.estimate import forecast as forecasts
 from rsaft_fast.estimate.estimate import RESERVED, estimate, spare
 from rsaft_fast.estimate.forecast import announce, forecast
 from rsaft_fast.estimate.suggestions import candidates, changed, fitting, suggest
-from rsaft_fast.out_of_memory import phase_of
 from rsaft_fast.train.inputs import check_config
 from rsaft_fast.train.loop import train
 from rsaft_fast.train.trainer import Trainer
@@ -227,4 +226,4 @@ def test_the_outermost_function_names_the_phase(tiny, out, monkeypatch):
     monkeypatch.setattr(vae, "decode", decoded)
     with pytest.raises(UserError) as raised:
         trainer.update()
-    assert phase_of(raised.value.__cause__) == phases.DECODER
+    assert phases.phase_of(raised.value.__cause__) == phases.DECODER

@@ -14,7 +14,7 @@ from rsaft_fast.backbones import load_backbone
 from rsaft_fast.data.batches import PromptBatches, epoch_order
 from rsaft_fast.data.encoded import EncodedPrompts
 from rsaft_fast.data.prompts import load_prompts
-from rsaft_fast.methods import AlignProp, DRaFTLV
+from rsaft_fast.distributed import World
 from rsaft_fast.recipe.config import DataSettings, SamplerSettings
 
 
@@ -74,7 +74,7 @@ def test_encodings_are_the_backbones_own(backbone):
 
 def batches(**overrides) -> PromptBatches:
     data = DataSettings(prompts="x", **overrides)
-    return PromptBatches(data, PROMPTS, AlignProp(), num_steps=20, seed=5)
+    return PromptBatches(data, PROMPTS, seed=5)
 
 
 def test_micro_batches_split_the_samples_and_nothing_else(backbone):
@@ -83,21 +83,22 @@ def test_micro_batches_split_the_samples_and_nothing_else(backbone):
     parts = batches(batch_size=2, accumulate=3)(backbone, encoded, 3)
     assert [prompt for part in parts for prompt in part.prompts] == list(whole.prompts)
     assert torch.equal(torch.cat([part.latents for part in parts]), whole.latents)
-    assert [part.plan for part in parts] == [whole.plan] * 3
+    assert [part.index for part in parts] == [0, 1, 2]
     assert [i for part in parts for i in part.noise.samples] == list(range(6))
 
 
-def test_a_plan_for_each_micro_batch_when_asked_for(backbone):
+def test_ranks_take_their_share_of_the_same_samples(backbone):
     encoded = EncodedPrompts.encode(backbone, PROMPTS, SamplerSettings())
-    source = batches(batch_size=1, accumulate=8, plan_scope="micro-batch")
-    plans = [batch.plan for batch in source(backbone, encoded, 0)]
-    assert len(set(plans)) > 1
-    assert plans == [batch.plan for batch in source(backbone, encoded, 0)]
+    (whole,) = batches(batch_size=6)(backbone, encoded, 3)
+    data = DataSettings(prompts="x", batch_size=3)
+    shares = [PromptBatches(data, PROMPTS, seed=5, world=World(rank, 2))(backbone, encoded, 3)[0] for rank in (0, 1)]
+    assert [prompt for share in shares for prompt in share.prompts] == list(whole.prompts)
+    assert torch.equal(torch.cat([share.latents for share in shares]), whole.latents)
 
 
 def test_steps_have_noise_of_their_own(backbone):
     encoded = EncodedPrompts.encode(backbone, PROMPTS, SamplerSettings())
-    source = PromptBatches(DataSettings(prompts="x", batch_size=2), PROMPTS, DRaFTLV(), 4, seed=0)
+    source = PromptBatches(DataSettings(prompts="x", batch_size=2), PROMPTS, seed=0)
     one, two = (source(backbone, encoded, step)[0] for step in (0, 1))
     assert not torch.equal(one.latents, two.latents)
     assert not torch.equal(one.latents[0], one.latents[1])

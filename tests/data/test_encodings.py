@@ -21,7 +21,8 @@ from rsaft_fast.data.encodings import DamagedEncodingError, EncodingCache, Watch
 from rsaft_fast.data.text_files import TextFiles
 from rsaft_fast.errors import UserError
 from rsaft_fast.recipe.config import Config
-from rsaft_fast.train import trainer
+from rsaft_fast.train import assemble
+from rsaft_fast.train.assemble import FileLoaders
 from rsaft_fast.train.inputs import check_config
 from rsaft_fast.train.logging import read_metrics
 from rsaft_fast.train.loop import train
@@ -108,7 +109,7 @@ def test_a_missing_text_encoder_is_told_before_anything_is_loaded(tiny, out, cop
     else:
         (pipeline / "text_encoder_3/model.safetensors").unlink()
     for name in ("load_reward", "prepare_backbone"):
-        monkeypatch.setattr(trainer, name, lambda *args, **options: pytest.fail("something was loaded"))
+        monkeypatch.setattr(assemble, name, lambda *args, **options: pytest.fail("something was loaded"))
     no_text_encoders(monkeypatch)
     with pytest.raises(UserError) as caught:
         start(config(tiny, out, "sd3", **options))
@@ -120,7 +121,7 @@ def test_a_missing_text_encoder_is_told_before_anything_is_loaded(tiny, out, cop
 
 def test_a_bad_reward_ends_the_run_before_a_prompt_is_encoded(tiny, out, cache, monkeypatch):
     no_text_encoders(monkeypatch)
-    monkeypatch.setattr(trainer, "prepare_backbone", lambda *args, **options: pytest.fail("it was loaded"))
+    monkeypatch.setattr(assemble, "prepare_backbone", lambda *args, **options: pytest.fail("it was loaded"))
     with pytest.raises(UserError, match="there is no reward folder"):
         start(config(tiny, out, data__encoding_cache=str(cache), reward__path="/no/such/reward"))
 
@@ -340,7 +341,7 @@ def test_prompts_that_the_reward_cuts_are_said_once(tiny, out, cache, tmp_path):
 def test_what_leaves_has_left_before_the_next_comes(tiny, out, monkeypatch):
     """Text encoders, then the reward, whose text tower goes, then the networks."""
     seen, encoders = [], []
-    load_text, keep, prepare = encodings.load_text_encoders, Trainer._keep_prompts, trainer.prepare_backbone
+    load_text, keep, prepare = encodings.load_text_encoders, FileLoaders.settle, assemble.prepare_backbone
 
     def loaded_text(*args):
         backbone = load_text(*args)
@@ -350,10 +351,10 @@ def test_what_leaves_has_left_before_the_next_comes(tiny, out, monkeypatch):
         seen.append("text encoders")
         return backbone
 
-    def kept(self, reward):
+    def kept(self, reward, prompts):
         assert len(encoders) == 3 and all(encoder() is None for encoder in encoders)
         tower = weakref.ref(reward.model.text_model)
-        reward = keep(self, reward)
+        reward = keep(self, reward, prompts)
         assert tower() is None and not reward.has_text_tower
         seen.append("reward")
         return reward
@@ -364,8 +365,8 @@ def test_what_leaves_has_left_before_the_next_comes(tiny, out, monkeypatch):
         return prepare(*args, **options)
 
     monkeypatch.setattr(encodings, "load_text_encoders", loaded_text)
-    monkeypatch.setattr(Trainer, "_keep_prompts", kept)
-    monkeypatch.setattr(trainer, "prepare_backbone", prepared)
+    monkeypatch.setattr(FileLoaders, "settle", kept)
+    monkeypatch.setattr(assemble, "prepare_backbone", prepared)
     run = start(config(tiny, out, "sd3", data__encoding_cache=None, samples={"every": 1, "count": 6}))
     assert seen == ["text encoders", "reward", "networks"]
     assert run.backbone.pipeline.text_encoder is run.backbone.pipeline.text_encoder_3 is None

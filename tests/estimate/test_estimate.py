@@ -156,7 +156,7 @@ def test_rewards_need_what_they_really_need(tiny, out, tmp_path, name):
     reward = load_reward(settings.reward)
     live = LiveBytes("cpu")
     live.see(t for t in (*reward.parameters(), *reward.buffers()))
-    with live:
+    with live, phases.phase(phases.KEEPING):
         reward.keep_prompts(["a prompt"])
     assert found.standing["reward"] == pytest.approx(live.alive, abs=1024)
     if name in ("clip", "combination"):

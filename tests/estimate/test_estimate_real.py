@@ -147,7 +147,7 @@ def test_the_reward_drops_its_text_tower_when_it_has_seen_the_prompts():
     text, image = 352.98e6 + 1.05e6, 632.08e6  # CLIP-H's, with the text's projection
     live = LiveBytes("meta")
     live.see(reward.parameters())
-    with shapes_alone(), live:
+    with shapes_alone(), live, phases.phase(phases.KEEPING):
         reward.keep_prompts(["a prompt"])
     assert live.peaks[phases.KEEPING].total == pytest.approx(4 * (text + image), rel=0.01)
     assert live.alive == pytest.approx(4 * image, rel=0.001)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rsaft_fast import phases
-from rsaft_fast.algorithms.reward_gradient import rsaft_step
+from rsaft_fast.algorithms.reward_gradient import PlannedBatch, rsaft_step
 from rsaft_fast.backbones import LoRASettings, add_lora, load_backbone, random_backbone
 from rsaft_fast.data.batches import MicroBatch
 from rsaft_fast.errors import UserError
@@ -408,7 +408,7 @@ def update(backbone, reward):
     """An update by SAM over SGD at learning rate 1: its gradient."""
     plan = DRaFT(k=2).draw(3, derive_rng(0, 0, "plan"))
     prompts, noise = list(PROMPTS[:3]), noise_source(3)
-    batch = MicroBatch(prompts, backbone.encode(prompts), backbone.initial_latents(noise), noise, plan)
+    batch = PlannedBatch(MicroBatch(prompts, backbone.encode(prompts), backbone.initial_latents(noise), noise), plan)
     before = {name: p.detach().clone() for name, p in backbone.trainable_parameters.items()}
     optimizer = SAM(list(backbone.trainable_parameters.values()), torch.optim.SGD, rho=0.1, lr=1.0)
     smoothing = Smoothing(parameters=ParameterSmoothing(rho=0.1))

@@ -237,7 +237,7 @@ def test_so_are_two_that_multiply_to_one(tiny, out):
 def test_a_run_without_end_begins_at_once_with_every_prompt(tiny, out, first_step):
     settings = config(tiny, out, max_steps=10**9, data__batch_size=3)
     prompts = [str(n) for n in range(1000)]
-    batches = PromptBatches(settings.data, prompts, settings.method, 2, 0)
+    batches = PromptBatches(settings.data, prompts, 0)
     started = time.perf_counter()
     assert set(batches.visited(range(first_step, 10**9))) == set(prompts)
     assert time.perf_counter() - started < 1

@@ -1,0 +1,52 @@
+"""Which algorithm follows from a recipe's `method`."""
+
+from __future__ import annotations
+
+from rsaft_fast.algorithms.base import Algorithm
+from rsaft_fast.algorithms.reward_gradient import RewardGradient
+from rsaft_fast.distributed import World
+from rsaft_fast.errors import UserError
+from rsaft_fast.importing import load_callable
+from rsaft_fast.methods import GradientMethod
+from rsaft_fast.recipe.config import Config
+from rsaft_fast.rewards.base import Reward
+from rsaft_fast.sampling import Schedule
+from rsaft_fast.sampling.protocol import Backbone
+
+
+def build_algorithm(
+    config: Config, backbone: Backbone, reward: Reward, schedule: Schedule, world: World | None = None
+) -> Algorithm:
+    """Build the algorithm that the recipe's `method` names.
+
+    Args:
+        backbone: with its trained parameters attached.
+        schedule: the sampler's steps.
+
+    Raises:
+        UserError: an algorithm of the user's own cannot be imported or made.
+    """
+    method = config.method
+    if isinstance(method, GradientMethod):
+        return RewardGradient(
+            backbone,
+            reward,
+            schedule,
+            smoothing=config.smoothing,
+            loss=config.training_loss,
+            method=method,
+            plan_scope=config.data.plan_scope,
+            probe=config.sharpness,
+            world=world,
+        )
+    make = load_callable(method.call, "method.call")
+    try:
+        algorithm = make(backbone=backbone, reward=reward, schedule=schedule, config=config, **method.arguments)
+    except TypeError as error:
+        raise UserError(
+            f"method.call {method.call} does not take backbone, reward, schedule, config and "
+            f"{', '.join(method.arguments) or 'no arguments'}: {error}"
+        ) from error
+    if not isinstance(algorithm, Algorithm):
+        raise UserError(f"method.call {method.call} gives a {type(algorithm).__name__}; it must give an Algorithm")
+    return algorithm

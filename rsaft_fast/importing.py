@@ -1,0 +1,45 @@
+"""Code of the user's own, named in a recipe as `module:callable`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rsaft_fast.errors import UserError
+
+
+def load_callable(named: str, key: str) -> Callable[..., Any]:
+    """Import the callable that `module:callable` names, from the current folder, PYTHONPATH or an installed package.
+
+    Args:
+        key: of the recipe, for messages.
+
+    Raises:
+        UserError: no such module or name in it, the module fails as it is imported, or the thing cannot be called.
+    """
+    module_name, colon, attribute = named.partition(":")
+    if not (colon and attribute and all(part.isidentifier() for part in module_name.split("."))):
+        raise UserError(f"{key} is {named!r}; it must be module:callable, such as my_code:make")
+    here = os.getcwd()
+    if here not in sys.path:  # as `python` itself has it; an installed command does not
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise UserError(f"{key}: {module_name} needs {error.name!r}, which is not installed") from error
+        raise UserError(
+            f"{key}: there is no module {module_name!r} in {here}, on PYTHONPATH or among the installed packages"
+        ) from error
+    except Exception as error:
+        raise UserError(f"{key}: importing {module_name} fails ({type(error).__name__}: {error})") from error
+    found: Any = module
+    for name in attribute.split("."):
+        found = getattr(found, name, None)
+    if not callable(found):
+        what = "has nothing of that name" if found is None else f"has a {type(found).__name__} of that name"
+        raise UserError(f"{key} is {named!r}, but {module_name} {what}; name a function or class")
+    return found

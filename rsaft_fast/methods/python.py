@@ -1,0 +1,25 @@
+"""An algorithm of the user's own."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from rsaft_fast.methods.base import Method
+
+
+class PythonMethod(Method):
+    """An algorithm of your own: a class of `rsaft_fast.algorithms.Algorithm`, or what returns one.
+
+    It runs code on this machine: name only what you wrote or read.
+
+    Attributes:
+        call: module:callable, found in the current folder, on PYTHONPATH or among the installed packages. It is called
+            with backbone, reward, schedule and config, and with `arguments`.
+        arguments: keywords for it.
+    """
+
+    needs_gradient: ClassVar[bool] = False
+
+    name: Literal["python"]
+    call: str
+    arguments: dict[str, Any] = {}

@@ -1,0 +1,272 @@
+"""A recipe's objects, built once: for the trainer, the memory estimate, sampling and the benchmarks alike.
+
+What differs between them is where models come from: `FileLoaders` reads the files that a recipe names. The estimate has
+loaders of shapes alone, the benchmarks of random weights, and a caller may hand over a reward or backbone of his own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from rsaft_fast.algorithms.base import Algorithm
+from rsaft_fast.algorithms.copies import EMA
+from rsaft_fast.algorithms.denoising import DenoisingLoss, captions
+from rsaft_fast.algorithms.registry import build_algorithm
+from rsaft_fast.backbones import PipelineBackbone, add_lora, load_backbone
+from rsaft_fast.data.batches import PromptBatches
+from rsaft_fast.data.encoded import EncodedPrompts, negative_texts
+from rsaft_fast.data.encodings import Encodings, Watched, free_memory, load_shapes, open_cache
+from rsaft_fast.distributed import World
+from rsaft_fast.errors import UserError
+from rsaft_fast.memory import checkpoint_networks
+from rsaft_fast.methods import GradientMethod
+from rsaft_fast.optim import SAMAdamW
+from rsaft_fast.out_of_memory import oom_as_user_error
+from rsaft_fast.phases import KEEPING, phase
+from rsaft_fast.recipe.check import DTYPES, pick_device
+from rsaft_fast.recipe.config import BackboneSettings, Config
+from rsaft_fast.rewards import Reward, RewardSettings, load_reward
+from rsaft_fast.sampling import derive_rng
+from rsaft_fast.sampling.linear import Schedule
+from rsaft_fast.sampling.protocol import Branch
+from rsaft_fast.speed import apply_speed
+from rsaft_fast.train.inputs import Inputs
+from rsaft_fast.train.optimizer import build_optimizer
+
+Log = Callable[[str], None]
+
+
+class Loaders(Protocol):
+    """Where a run's models come from. The order of the calls is that of the methods here."""
+
+    device: torch.device
+
+    def shapes(self) -> PipelineBackbone:
+        """Return the backbone without a weight: its sampler, its guidance, the shapes of its encodings."""
+
+    def encodings(self, shapes: PipelineBackbone, texts: Sequence[str]) -> Mapping[str, Branch]:
+        """Return what will hold `embed_text` of each text once `encode` has run; what is missing is an error here."""
+
+    def reward(self) -> Reward:
+        """Return the reward, on the host: one that cannot be loaded is known before what takes long."""
+
+    def encode(self, encodings: Mapping[str, Branch]) -> None:
+        """Encode what is missing."""
+
+    def settle(self, reward: Reward, prompts: Sequence[str]) -> Reward:
+        """Return the reward on the device, without what it needs for other prompts than these."""
+
+    def backbone(self) -> PipelineBackbone:
+        """Return the denoiser and the VAE on the device, with the recomputation that the recipe asks for."""
+
+
+class FileLoaders:
+    """Loads what a recipe names.
+
+    Args:
+        log: takes what the user should know.
+        stage: takes a line about what begins now and may take long.
+    """
+
+    def __init__(self, config: Config, log: Log = lambda line: None, stage: Log = lambda line: None):
+        self.config, self.log, self.stage = config, log, stage
+        self.device = pick_device(config.backbone.device)
+
+    def shapes(self) -> PipelineBackbone:
+        settings = self.config.backbone
+        self.stage(f"looking for the prompts' encodings ({settings.path})")
+        return load_shapes(settings, DTYPES[settings.dtype], self.device)
+
+    def encodings(self, shapes: PipelineBackbone, texts: Sequence[str]) -> Encodings:
+        cache = open_cache(self.config.data.encoding_cache, self.log)
+        return Encodings(shapes, self.config.backbone, texts, cache, self.log)
+
+    def reward(self) -> Reward:
+        self.stage(f"loading the reward {_named(self.config.reward)}")
+        return load_reward(self.config.reward)
+
+    def encode(self, encodings: Encodings) -> None:
+        encodings.complete(self.stage)
+
+    @phase(KEEPING)
+    def settle(self, reward: Reward, prompts: Sequence[str]) -> Reward:
+        self.stage("the reward takes in the prompts")
+        reward = reward.to(self.device)
+        reward.keep_prompts(Watched(prompts, "prompts for the reward"))
+        free_memory(self.device)
+        return reward
+
+    def backbone(self) -> PipelineBackbone:
+        self.stage(f"loading the denoiser and the VAE of {self.config.backbone.path}")
+        return prepare_backbone(self.config.backbone, self.device, text=False)
+
+
+@dataclass
+class Assembly:
+    """What a run works with, in memory.
+
+    Attributes:
+        schedule: the sampler's steps.
+        encoded: the conditioning of any batch of the run's texts.
+        batches: the micro-batches of every iteration.
+        parameters: what is trained, by name.
+        ema: the running mean of the weights; None without one.
+        denoising: the pre-training loss on pictures; None without one.
+    """
+
+    config: Config
+    world: World
+    device: torch.device
+    backbone: PipelineBackbone
+    reward: Reward
+    schedule: Schedule
+    encoded: EncodedPrompts
+    batches: PromptBatches
+    parameters: Mapping[str, torch.nn.Parameter]
+    optimizer: SAMAdamW
+    algorithm: Algorithm
+    ema: EMA | None
+    denoising: DenoisingLoss | None
+    sample_prompts: list[str]
+
+    @property
+    def scored_prompts(self) -> list[str]:
+        """Every prompt whose pictures the run will score."""
+        return _scored_prompts(self.config, self.batches, self.sample_prompts)
+
+    def final_weights(self) -> AbstractContextManager[None]:
+        """A context in which the model has the weights that a user would take away: the running mean where there is
+        one."""
+        return self.ema.applied() if self.ema is not None else nullcontext()
+
+    def follow(self, config: Config) -> None:
+        """Take over another method, sampler, smoothing or batch; models and optimizer stay as they were built."""
+        self.config = config
+        self.schedule = self.backbone.schedule(config.sampler.steps, config.sampler.eta)
+        self.batches = PromptBatches(config.data, self.batches.prompts, config.seed, self.world)
+        self.algorithm = build_algorithm(config, self.backbone, self.reward, self.schedule, self.world)
+
+
+def assemble(
+    config: Config,
+    inputs: Inputs,
+    loaders: Loaders,
+    world: World | None = None,
+    log: Log = lambda line: None,
+) -> Assembly:
+    """Build everything that a run needs.
+
+    It comes to the device in turns, so that no part stands beside one that will leave: each text encoder (none, where
+    all prompts are in the cache), then the reward, whose text tower leaves when it has seen the prompts, then the
+    denoiser and the VAE.
+
+    Args:
+        inputs: what the recipe's paths hold.
+        loaders: where models come from.
+        log: takes what the user should know.
+
+    Raises:
+        UserError: something cannot be loaded, does not go together, or does not fit into memory.
+    """
+    world = world or World()
+    batches = PromptBatches(config.data, inputs.prompts, config.seed, world)
+    prompts = _scored_prompts(config, batches, inputs.sample_prompts)
+    shapes = loaders.shapes()
+    texts = prompts + negative_texts(shapes, config.sampler)
+    if config.denoising is not None:
+        texts += captions(inputs.images)
+    encodings = loaders.encodings(shapes, texts)
+    schedule = training_schedule(config, shapes)
+    reward = loaders.reward()
+    for note in reward.prompt_notes(prompts):
+        log(note)
+    with oom_as_user_error("preparing the run"):
+        loaders.encode(encodings)
+        reward = loaders.settle(reward, prompts)
+        backbone = loaders.backbone()
+    for note in dict.fromkeys(backbone.notes):
+        if note not in shapes.notes:
+            log(note)
+    encoded = EncodedPrompts(backbone, encodings, config.sampler)
+    # Adapters are made on the host, to the same numbers for every device; of shapes there are no numbers.
+    with loaders.device if loaders.device.type == "meta" else nullcontext():
+        if config.parameters.train == "lora":
+            add_lora(backbone, config.parameters.lora, config.seed)
+        else:
+            backbone.train_all_parameters()
+    apply_speed(backbone, config.speed)
+    parameters = backbone.trainable_parameters
+    algorithm = build_algorithm(config, backbone, reward, schedule, world)
+    if config.max_steps % algorithm.updates:
+        raise UserError(
+            f"max_steps is {config.max_steps}, and an iteration of method {config.method.name} makes "
+            f"{algorithm.updates} updates; give a multiple of that"
+        )
+    return Assembly(
+        config=config,
+        world=world,
+        device=loaders.device,
+        backbone=backbone,
+        reward=reward,
+        schedule=schedule,
+        encoded=encoded,
+        batches=batches,
+        parameters=parameters,
+        optimizer=build_optimizer(parameters, config.optimizer, config.smoothing.parameters, config.seed),
+        algorithm=algorithm,
+        ema=EMA(parameters, config.ema.decay) if config.ema else None,
+        denoising=DenoisingLoss(backbone, config.denoising, inputs.images, config.seed) if config.denoising else None,
+        sample_prompts=inputs.sample_prompts,
+    )
+
+
+def _scored_prompts(config: Config, batches: PromptBatches, sample_prompts: list[str]) -> list[str]:
+    return list(dict.fromkeys(batches.visited(range(config.max_steps)) + sample_prompts))
+
+
+def training_schedule(config: Config, shapes: PipelineBackbone) -> Schedule:
+    """Return the sampler's steps.
+
+    Raises:
+        UserError: the scheduler does not give them, or the calls that would be trained have no part in the picture.
+    """
+    schedule = shapes.schedule(config.sampler.steps, config.sampler.eta)
+    if not isinstance(config.method, GradientMethod):
+        return schedule
+    plan = config.method.draw(config.sampler.steps, derive_rng(config.seed, 0, "plan"))
+    graded = [schedule[index] for index in plan.graded]
+    # DDIM's step from the first timestep to an alpha that is the same: x' = x, rounding apart.
+    if plan.finish == "sampler" and not plan.renoise and all(abs(step.b) < 1e-9 for step in graded):
+        raise UserError(
+            f"method {config.method.name} would train nothing: {len(graded)} of sampler.steps {len(schedule)} carry a "
+            f"gradient, and this scheduler's last step, at timestep {schedule[plan.last].t:g}, leaves the picture as "
+            "it is; raise method.k and sampler.steps, or set timestep_spacing to trailing in scheduler_config.json"
+        )
+    return schedule
+
+
+def prepare_backbone(settings: BackboneSettings, device: torch.device, text: bool = True) -> PipelineBackbone:
+    """Load the pipeline that a recipe names, with the checkpointing it asks for; `text`: with its text encoders."""
+    backbone = load_backbone(
+        settings.path,
+        height=settings.height,
+        width=settings.width,
+        dtype=DTYPES[settings.dtype],
+        device=device,
+        offload_blocks=settings.offload_blocks,
+        quantize=settings.quantize,
+        text=text,
+    )
+    checkpoint_networks(backbone.denoiser, backbone.pipeline.vae, settings.checkpoint, settings.keep_blocks)
+    return backbone
+
+
+def _named(reward: RewardSettings) -> str:
+    """A reward as a recipe names it; a combination by its parts."""
+    parts = " and ".join(part.shown for part in reward.parts)
+    return f"{reward.name} of {parts}" if parts else f"{reward.name} ({reward.path})"
