@@ -23,8 +23,12 @@ from rsaft_fast.yaml_text import LARGEST_FILE, YAMLTextError, dump_yaml, parse_y
 _OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)=(.*)", re.DOTALL)
 
 
-def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(recipe: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe, put `key.sub=value` overrides over it, and validate.
+
+    Args:
+        recipe: a YAML file, the name of a shipped recipe, or the keys themselves.
+        overrides: in order.
 
     An override of a key that holds text is taken as typed; of any other it is YAML (`parse_override`).
     `resume=<run folder>` continues in that folder unless `output_dir=` is overridden too.
@@ -32,15 +36,20 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: one line for each thing that is wrong, naming key, value and limit.
     """
-    path = find_recipe(recipe)
-    raw = read_yaml(path)
+    if isinstance(recipe, Config):
+        raw, where = recipe.model_dump(mode="json"), "the recipe"
+    elif isinstance(recipe, Mapping):
+        raw, where = dict(recipe), "the recipe"
+    else:
+        path = find_recipe(recipe)
+        raw, where = read_yaml(path), path.name
     given = [parse_override(text) for text in overrides]
     for key, value in given:
         raw = _override(raw, key.split("."), value)
     commanded = {key for key, _ in given}
     if raw.get("resume") not in (None, "auto") and "output_dir" not in commanded:
         raw = raw | {"output_dir": raw["resume"]}
-    return validate(raw, where=path.name, commanded=commanded)
+    return validate(raw, where=where, commanded=commanded)
 
 
 def validate(raw: Mapping[str, Any], where: str, commanded: set[str] = frozenset()) -> Config:

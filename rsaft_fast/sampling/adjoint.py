@@ -63,6 +63,7 @@ def backpropagate(backbone: Backbone, trajectory: Trajectory, adjoints: Sequence
         g = a * g if through is None else a * g + through
 
 
+@phase(DENOISER)
 def call_backward(
     backbone: Backbone,
     x: torch.Tensor,

@@ -20,6 +20,7 @@ from rsaft_fast.progress import tell
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.recipe.load import read_yaml, to_yaml
 from rsaft_fast.train import checkpoint as checkpoints
+from rsaft_fast.train.assemble import FileLoaders, Loaders
 from rsaft_fast.train.bar import Progress
 from rsaft_fast.train.inputs import check_config, has_run
 from rsaft_fast.train.logging import CHECKPOINTS, CONFIG, METRICS, SAMPLES, TENSORBOARD, RunLog, read_metrics, set_aside
@@ -31,8 +32,9 @@ from rsaft_fast.yaml_text import parse_yaml
 _FREE_KEYS = {"resume", "output_dir", "max_steps", "checkpoint_every", "keep_checkpoints", "samples", "logging"}
 _FREE_KEYS |= {"data.encoding_cache"}
 
-Forecaster = Callable[[Config, Callable[[str], None]], Callable[[str], str | None]]
-"""Takes the recipe and `say` before anything is loaded; what it returns takes a phase and names keys to change."""
+Log = Callable[[str], None]
+Forecaster = Callable[[Config, Log], Callable[[str], str | None]]
+"""Takes the recipe and `log` before anything is loaded; what it returns takes a phase and names keys to change."""
 
 
 @dataclass(frozen=True)
@@ -64,20 +66,22 @@ class Outcome:
 def train(
     config: Config,
     *,
-    say: Callable[[str], None] = tell,
+    log: Log = tell,
     on_samples: Callable[[Trainer, torch.Tensor, int], None] = lambda trainer, images, step: None,
     title: str | None = None,
-    forecast: Forecaster = lambda config, say: lambda phase: None,
+    forecast: Forecaster = lambda config, log: lambda phase: None,
+    loaders: Callable[[Config, Log, Log], Loaders] = FileLoaders,
 ) -> Outcome:
     """Fine-tune as the recipe says. The run folder appears with the first finished update: what fails before, at a
     missing file or for lack of memory, leaves nothing behind. Until the end no other process trains in it.
 
     Args:
-        say: takes lines for the user.
+        log: takes lines for the user.
         on_samples: called with the trainer, each sample grid's pictures, and the updates before them; first with those
             of the untrained model and 0.
         title: of the progress bar.
         forecast: says what the run will need, and returns what lowers the need of a phase that ran out of memory.
+        loaders: makes where models come from, of the recipe, `log`, and what takes a line about each stage.
 
     Raises:
         UserError: something is wrong with the recipe, its inputs, a reward, memory or a disk, or another process trains
@@ -85,10 +89,10 @@ def train(
         Interrupted: a second signal, at once.
     """
     check_writable(config.run_folder)
-    with StopSignals() as stop, _in_one_line(run := _Run(config, say, title, forecast)):
+    with StopSignals() as stop, _in_one_line(run := _Run(config, log, title, forecast, loaders)):
         stop.finishing = None
         try:
-            with sole_writer(config.run_folder, "output_dir", say), run:
+            with sole_writer(config.run_folder, "output_dir", log), run:
                 run.load()
                 return _train(config, run, stop, on_samples)
         except Interrupted as interrupted:
@@ -145,14 +149,21 @@ def _in_one_line(run: _Run) -> Iterator[None]:
 class _Run:
     """A run folder being written."""
 
-    def __init__(self, config: Config, say: Callable[[str], None], title: str | None, forecast: Forecaster):
-        self.config, self.say, self.title, self.forecast = config, say, title, forecast
+    def __init__(
+        self,
+        config: Config,
+        log: Log,
+        title: str | None = None,
+        forecast: Forecaster = lambda config, log: lambda phase: None,
+        loaders: Callable[[Config, Log, Log], Loaders] = FileLoaders,
+    ):
+        self.config, self.log, self.title, self.forecast, self.loaders = config, log, title, forecast, loaders
         self.folder = config.run_folder
         self.trainer: Trainer | None = None
         self.resumed: Path | None = None
         self.baseline: torch.Tensor | None = None
         self.latest: torch.Tensor | None = None
-        self.log = RunLog(self.folder, config.logging.tensorboard, say)
+        self.run_log = RunLog(self.folder, config.logging.tensorboard, log)
         self.progress: Progress | None = None
         self.start = self.saved = 0
         self.complete: Path | None = None
@@ -167,14 +178,14 @@ class _Run:
 
     def __exit__(self, *exc) -> None:
         try:
-            self.log.__exit__(*exc)
+            self.run_log.__exit__(*exc)
         finally:
             if self.progress is not None:
                 self.progress.close()
 
     def stage(self, what: str) -> None:
         """Say what begins now, and when."""
-        self.say(f"[{time.monotonic() - self._began:4.0f} s] {what}")
+        self.log(f"[{time.monotonic() - self._began:4.0f} s] {what}")
 
     def load(self) -> None:
         """Check the recipe, find what to go on from, load everything.
@@ -185,28 +196,28 @@ class _Run:
         config = self.config
         inputs = check_config(config)
         for note in inputs.notes:
-            self.say(note)
+            self.log(note)
         self.resumed = self.complete = inputs.checkpoint
         self._saved = None
         if self.resumed is not None:
             self._saved = checkpoints.read(self.resumed, verify=False)
             self.start = self.saved = self._saved.step
             self._read_earlier()
-        advise = self.forecast(config, self.say)
-        self.trainer = Trainer(config, inputs, self.say, self.stage)
+        advise = self.forecast(config, self.log)
+        self.trainer = Trainer(config, inputs, self.log, self.stage, self.loaders(config, self.log, self.stage))
         self.trainer.advise = advise
         if self._saved is not None:
             self.trainer.check_fit(self._saved)
-            self.say(f"resuming from {self.resumed}, after update {self.start}")
+            self.log(f"resuming from {self.resumed}, after update {self.start}")
             for line in what_changed(config, self.resumed, self._saved.info, self.trainer.reward.spec.sha256):
-                self.say(line)
+                self.log(line)
 
     def _read_earlier(self) -> None:
-        self._earlier = read_metrics(self.resumed.parents[1], self.start, self.say)
+        self._earlier = read_metrics(self.resumed.parents[1], self.start, self.log)
         missing = self.start - len({record["step"] for record in self._earlier})
         self._has_gaps = missing > 0
         if missing:
-            self.say(f"warning: {missing} of the {self.start} updates before have no record in {METRICS}")
+            self.log(f"warning: {missing} of the {self.start} updates before have no record in {METRICS}")
 
     def begin(self, stop: StopSignals) -> None:
         """Go on from the checkpoint, if there is one; the first update is next."""
@@ -221,12 +232,12 @@ class _Run:
             )
             shown = self.trainer.algorithm.shown
             self.progress = Progress(
-                self.trainer.step, self.config.max_steps, self.title, self.say, self._earlier, shown
+                self.trainer.step, self.config.max_steps, self.title, self.log, self._earlier, shown
             )
 
     def open(self) -> None:
         """The first thing worth keeping is there: make the run folder."""
-        if self.log.is_open:
+        if self.run_log.is_open:
             return
         in_place = self.resumed is not None and self.resumed.parents[1].resolve() == self.folder.resolve()
         aside = None
@@ -237,8 +248,8 @@ class _Run:
         elif in_place and self._has_gaps:
             aside = set_aside(self.folder, (METRICS,))
         if aside is not None:
-            self.say(f"what was there is in {aside} now")
-        self.log.open(to_yaml(self.config), self.start, self._earlier)
+            self.log(f"what was there is in {aside} now")
+        self.run_log.open(to_yaml(self.config), self.start, self._earlier)
         if self.baseline is not None:
             self._log_grid({"before": self.baseline}, 0)
 
@@ -255,7 +266,7 @@ class _Run:
     def note(self, record: dict[str, Any]) -> None:
         """One update's figures, to the log and beside the bar; the first one makes the run folder."""
         self.open()
-        self.log.metrics(record)
+        self.run_log.metrics(record)
         self.progress.update(record)
         self._warn(record)
 
@@ -267,7 +278,7 @@ class _Run:
     def owes_a_grid(self) -> bool:
         """Whether the grid after the update that the run goes on from was due and is not there."""
         step = self.trainer.step
-        return step > 0 and self.is_due(self.config.samples.every) and not self.log.has_samples(step)
+        return step > 0 and self.is_due(self.config.samples.every) and not self.run_log.has_samples(step)
 
     def sample(self, stop: StopSignals, what: str | None = None) -> torch.Tensor | None:
         """The sample grid's pictures; None without a grid, or when a signal came meanwhile."""
@@ -284,7 +295,7 @@ class _Run:
         self._log_grid(columns, self.trainer.step)
 
     def _log_grid(self, columns: dict[str, torch.Tensor], step: int) -> None:
-        self.log.samples(lambda: compose_grid(self.trainer.sample_prompts, columns), step)
+        self.run_log.samples(lambda: compose_grid(self.trainer.sample_prompts, columns), step)
 
     def save(self) -> None:
         self.complete = checkpoints.write(
@@ -293,22 +304,22 @@ class _Run:
             to_yaml(self.config),
             self._finish_checkpoint,
             self.config.keep_checkpoints,
-            self.say,
+            self.log,
         )
         self.saved = self.trainer.step
 
     def _finish_checkpoint(self, folder: Path) -> None:
         """The last thing before it is marked complete: what was logged up to it is on the disk."""
         self.trainer.export_lora(folder)
-        self.log.flush()
+        self.run_log.flush()
 
     def roll_back(self) -> None:
         """An update broke off inside its backward pass: leave the model as the last checkpoint has it."""
         if self.complete is None:
-            self.say("the update broke off half done, and there is no checkpoint yet: the run starts anew")
+            self.log("the update broke off half done, and there is no checkpoint yet: the run starts anew")
             return
         self.trainer.load(checkpoints.read(self.complete, verify=False))
-        self.say(
+        self.log(
             f"the update broke off half done: back at {self.complete}, after update {self.trainer.step}; resume goes "
             "on there"
         )
@@ -316,7 +327,7 @@ class _Run:
     def _warn(self, record: dict[str, Any]) -> None:
         if record["skipped"] > self._skipped:
             self._skipped = record["skipped"]
-            self.say(
+            self.log(
                 f"warning: update {record['step']} was skipped, its gradient is not finite ({self._skipped} so far); "
                 "lower optimizer.lr, or compute in fp32"
             )
@@ -325,7 +336,7 @@ class _Run:
         # Once: rounding can swallow a perturbation, and then the run trains without smoothing.
         if projection is not None and projection < 0.5 and not self._warned:
             self._warned = True
-            self.say(
+            self.log(
                 f"warning: only {projection:.0%} of the weight perturbation survives rounding; train LoRA, use "
                 "backbone.dtype=fp32, or raise smoothing.parameters.rho"
             )
@@ -333,20 +344,20 @@ class _Run:
     def what_is_safe(self) -> str:
         """What an error leaves."""
         if self.complete is None:
-            return "no update of this run is saved yet" if self.log.is_open else "nothing was written"
+            return "no update of this run is saved yet" if self.run_log.is_open else "nothing was written"
         return f"safe: {self.complete}, after update {self.saved} of {self.config.max_steps}"
 
     def how_to_go_on(self) -> str:
         """What to do after an error."""
-        return "then go on with resume=auto" if self.complete or self.log.is_open else "then start again"
+        return "then go on with resume=auto" if self.complete or self.run_log.is_open else "then start again"
 
     def farewell(self, received: Signals) -> str:
-        if not self.log.is_open and self.resumed is None:
+        if not self.run_log.is_open and self.resumed is None:
             return f"stopped by {received.name} before the first update was finished; nothing was written"
-        step = self.trainer.step if self.log.is_open else self.start
+        step = self.trainer.step if self.run_log.is_open else self.start
         return (
             f"stopped by {received.name} after update {step} of {self.config.max_steps}; "
-            f"go on with resume={self.folder if self.log.is_open else self.resumed.parents[1]}"
+            f"go on with resume={self.folder if self.run_log.is_open else self.resumed.parents[1]}"
         )
 
     def result(self, export: Path) -> str:

@@ -191,6 +191,11 @@ class Trainer(Assembly):
             raise UserError("resume: the checkpoint and the recipe disagree on ema; set it as the run had it")
         for name, tensors in saved.copies.items():
             self._check_tensors(f"copy {name!r}", tensors)
+        if odd := saved.algorithm.keys() ^ self.algorithm.state().keys():
+            raise UserError(
+                f"resume: the checkpoint's algorithm and that of method {self.config.method.name} disagree on "
+                f"{min(odd)!r}; resume with the run's own method"
+            )
         check_state(self.optimizer, self._ordered_names(), saved.optimizer, saved.info.get("optimizer"))
 
     def _check_tensors(self, what: str, tensors: Mapping[str, torch.Tensor]) -> None:

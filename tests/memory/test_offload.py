@@ -327,7 +327,7 @@ def test_a_run_leaves_the_same_weights(tiny, tmp_path, copies, family):
     saved = {}
     for count in (0, 2):
         folder = tmp_path / str(count)
-        train(tiny_config(tiny, folder, family, **OFFLOADED, backbone__offload_blocks=count), say=lambda line: None)
+        train(tiny_config(tiny, folder, family, **OFFLOADED, backbone__offload_blocks=count), log=lambda line: None)
         saved[count] = checkpoints.read(checkpoints.newest(folder / "checkpoints")[0])
     assert saved[0].weights.keys() == saved[2].weights.keys()
     assert all(torch.equal(saved[0].weights[name], saved[2].weights[name]) for name in saved[0].weights)

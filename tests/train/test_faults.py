@@ -327,7 +327,7 @@ def test_a_log_that_cannot_be_written_is_told_with_what_is_safe(tiny, out, monke
 def test_old_checkpoints_that_cannot_be_deleted_end_nothing(tiny, out, monkeypatch):
     monkeypatch.setattr(checkpoints, "prune", full_disk(errno.EACCES))
     said = []
-    assert train(config(tiny, out, checkpoint_every=1), say=said.append).step == 2
+    assert train(config(tiny, out, checkpoint_every=1), log=said.append).step == 2
     assert sum("could not be deleted" in line and "EACCES" in line for line in said) == 2
 
 

@@ -152,7 +152,7 @@ def test_a_run_whose_grids_cannot_be_drawn_goes_on_and_draws_the_last_one_when_i
     said = []
     with monkeypatch.context() as patch:
         patch.setattr(loop, "compose_grid", lambda *arguments: broken())
-        assert train(config(tiny, out, checkpoint_every=1, samples=grids), say=said.append).step == 2
+        assert train(config(tiny, out, checkpoint_every=1, samples=grids), log=said.append).step == 2
     assert sum("no space left" in line for line in said) == 1
     assert checkpoints.newest(out / "checkpoints")[0].name == "step_2" and not (out / "samples").exists()
     train(config(tiny, out, checkpoint_every=1, samples=grids, resume="auto"))
@@ -199,7 +199,7 @@ def test_a_resumed_run_keeps_a_copy_of_a_log_with_gaps(tiny, out):
     first, second = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(first[:40] + b"\n" + second)
     said = []
-    train(config(tiny, out, max_steps=3, resume="auto"), say=said.append)
+    train(config(tiny, out, max_steps=3, resume="auto"), log=said.append)
     assert [record["step"] for record in read_metrics(out)] == [2, 3]
     assert (out / "superseded-1/metrics.jsonl").read_bytes() == first[:40] + b"\n" + second
     assert any("1 of the 2 updates" in line for line in said)

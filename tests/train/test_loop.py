@@ -138,7 +138,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(tiny, out):
     good = weights.read_bytes()
     weights.write_bytes(good[:-1])
     said = []
-    train(config(tiny, out, max_steps=4, checkpoint_every=2, resume="auto"), say=said.append)
+    train(config(tiny, out, max_steps=4, checkpoint_every=2, resume="auto"), log=said.append)
     said = notes(said)
     assert "step_4 is passed over: weights.safetensors has" in said[0] and "step_2, after update 2" in said[1]
     assert weights.read_bytes() == good
@@ -147,7 +147,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(tiny, out):
 def test_what_changed_since_the_checkpoint_is_said(tiny, out):
     train(config(tiny, out))
     said = []
-    train(config(tiny, out, max_steps=3, resume="auto", optimizer__lr=5e-3), say=said.append)
+    train(config(tiny, out, max_steps=3, resume="auto", optimizer__lr=5e-3), log=said.append)
     assert notes(said)[1:] == ["optimizer.lr was 0.01 and is 0.005 now"]
 
 
@@ -182,7 +182,7 @@ def test_resume_auto_of_a_run_without_a_checkpoint_starts_over_says_so_and_keeps
     (out / "checkpoints/step_1").mkdir(parents=True)  # a kill cut it short
     (out / "metrics.jsonl").write_text('{"step": 1}\n')
     said = []
-    train(config(tiny, out, resume="auto"), say=said.append)
+    train(config(tiny, out, resume="auto"), log=said.append)
     assert "step_1 is passed over" in said[0] and "starts from the beginning" in said[1]
     assert [set(record) >= KEYS for record in read_metrics(out)] == [True, True]
     assert (out / "superseded-1/metrics.jsonl").read_text() == '{"step": 1}\n'
@@ -204,11 +204,11 @@ def test_a_comment_in_the_copied_config_makes_no_checkpoint_worthless(tiny, out)
     copied = out / "checkpoints/step_2/config.yaml"
     copied.write_text("# the good one\n" + copied.read_text())
     said = []
-    assert train(config(tiny, out, max_steps=3, resume="auto"), say=said.append).step == 3
+    assert train(config(tiny, out, max_steps=3, resume="auto"), log=said.append).step == 3
     assert notes(said) == [f"resuming from {out / 'checkpoints/step_2'}, after update 2"]
     copied = out / "checkpoints/step_3/config.yaml"
     copied.write_text("{")
-    assert train(config(tiny, out, max_steps=4, resume="auto"), say=said.append).step == 4
+    assert train(config(tiny, out, max_steps=4, resume="auto"), log=said.append).step == 4
     assert any("cannot be said" in line and "config.yaml" in line for line in said)
 
 
@@ -383,7 +383,7 @@ def test_a_perturbation_that_rounding_swallows_is_warned_of_once(tiny, out):
 
     said = []
     settings = config(tiny, out)
-    run = _Run(settings, said.append, None, lambda config, say: lambda phase: None)
+    run = _Run(settings, said.append)
     for step, projection in enumerate((0.9, 0.2, 0.1), 1):
         run._warn({"step": step, "projection": projection, "skipped": 0})
     assert len(said) == 1 and "only 20% of the weight perturbation survives" in said[0]

@@ -33,7 +33,7 @@ def test_low_memory_runs_resume_bit_for_bit(tiny, tmp_path, overrides):
     train(config(tiny, whole, "sd3", **settings))
     shutil.copytree(whole, broken)
     shutil.rmtree(broken / "checkpoints" / "step_3")
-    train(config(tiny, broken, "sd3", resume="auto", **settings), say=lambda line: None)
+    train(config(tiny, broken, "sd3", resume="auto", **settings), log=lambda line: None)
     same_files(whole / "checkpoints/step_3", broken / "checkpoints/step_3")
     records = read_metrics(broken)
     assert without_time(records) == without_time(read_metrics(whole))
@@ -94,7 +94,7 @@ def test_memory_running_out_inside_the_released_backward_goes_back_to_the_checkp
     monkeypatch.setattr(Trainer, "__init__", remembered)
     monkeypatch.setattr(release.ops, "sam_adamw_step_tensor_", exhausted)
     with pytest.raises(UserError, match="out of memory in update 2 .*it broke off half done"):
-        train(settings, say=said.append)
+        train(settings, log=said.append)
     trainer = trainers[0]
     if checkpointed:
         assert said[-1].startswith("the update broke off half done: back at") and "after update 1" in said[-1]
@@ -117,5 +117,5 @@ def test_state_on_the_host_trains_to_the_same_checkpoint_and_resumes_in_either_p
     shutil.copytree(device, moved)
     for step in (2, 3):
         shutil.rmtree(moved / f"checkpoints/step_{step}")
-    train(config(tiny, moved, "sd3", resume="auto", **settings, optimizer__offload="state"), say=lambda line: None)
+    train(config(tiny, moved, "sd3", resume="auto", **settings, optimizer__offload="state"), log=lambda line: None)
     same_files(device / "checkpoints/step_3", moved / "checkpoints/step_3")

@@ -78,7 +78,7 @@ def test_a_terminal_that_has_gone_ends_nothing(monkeypatch):
 
 def test_every_stage_is_said_before_it_begins(tiny, out):
     said = []
-    outcome = train(config(tiny, out, samples={"every": 2, "count": 3}, data__encoding_cache=None), say=said.append)
+    outcome = train(config(tiny, out, samples={"every": 2, "count": 3}, data__encoding_cache=None), log=said.append)
     stages = [line.partition("] ")[2] for line in said if line.startswith("[")]
     wanted = [
         "prompts' encodings", "loading the reward clip", "loading the text encoders: 4 of 4 prompts", "encoding 4",

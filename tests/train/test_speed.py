@@ -117,7 +117,7 @@ def test_channels_last_runs_resume_and_export_as_others_do(tiny, tmp_path, overr
     settings = dict(max_steps=2, checkpoint_every=1, keep_checkpoints=None, speed={"channels_last": True}) | overrides
     train(config(tiny, whole, **settings))
     train(config(tiny, broken, **(settings | {"max_steps": 1})))
-    train(config(tiny, broken, resume="auto", **settings), say=lambda line: None)
+    train(config(tiny, broken, resume="auto", **settings), log=lambda line: None)
     same_files(whole / "checkpoints/step_2", broken / "checkpoints/step_2")
     assert without_time(read_metrics(whole)) == without_time(read_metrics(broken))
     exported = load_file(next((whole / ("unet" if "parameters" in overrides else "lora")).glob("*.safetensors")))

@@ -1,0 +1,75 @@
+"""Training and estimating from Python, as the command line does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rsaft_fast.estimate.estimate import Estimate, estimate
+from rsaft_fast.estimate.forecast import announce
+from rsaft_fast.progress import tell
+from rsaft_fast.recipe.config import Config
+from rsaft_fast.recipe.load import load_config
+from rsaft_fast.rewards import Reward
+from rsaft_fast.sampling.protocol import Backbone
+from rsaft_fast.train.assemble import FileLoaders
+from rsaft_fast.train.loop import Outcome, train
+
+Recipe = Config | str | Path | Mapping[str, Any]
+
+
+def finetune(
+    recipe: Recipe,
+    overrides: Sequence[str] = (),
+    *,
+    reward: Reward | None = None,
+    backbone: Backbone | None = None,
+    log: Callable[[str], None] = tell,
+    **options: Any,
+) -> Outcome:
+    """Fine-tune as a recipe says; the run folder is its `output_dir`, where `rsaft-fast sample --run` looks.
+
+    Args:
+        recipe: a `Config`, its keys as a mapping, a YAML file, or the name of a shipped recipe.
+        overrides: keys that replace the recipe's, as on the command line: `["optimizer.lr=1e-4", "max_steps=50"]`.
+        reward: a reward of your own, in place of the recipe's; on the host.
+        backbone: a model of your own, in place of `backbone.path`, with its text encoders.
+        log: takes lines for the user.
+        options: further keywords of `rsaft_fast.train.loop.train`, such as `on_samples`.
+
+    Returns:
+        how the run ended: its folder, the updates done, where the model is.
+
+    Raises:
+        UserError: something is wrong with the recipe, its inputs, a reward, memory or a disk.
+    """
+    loaders = partial(FileLoaders, own_reward=reward, own_backbone=backbone)
+    # What a model of one's own needs is not known from files.
+    forecast = {"forecast": announce} if reward is None and backbone is None else {}
+    return train(as_config(recipe, overrides), log=log, loaders=loaders, **forecast, **options)
+
+
+def estimate_memory(recipe: Recipe, overrides: Sequence[str] = (), *, cuda: bool = True) -> Estimate:
+    """Estimate the peak memory of a run, phase by phase, in bytes, before anything is loaded.
+
+    Args:
+        recipe, overrides: as in `finetune`.
+        cuda: as torch's CUDA allocator and attention kernels have it; else as on the CPU.
+
+    Raises:
+        UserError: keys that do not go together or do not fit the model; a model whose config files are not here.
+    """
+    return estimate(as_config(recipe, overrides), cuda)
+
+
+def as_config(recipe: Recipe, overrides: Sequence[str] = ()) -> Config:
+    """Return the `Config` that a recipe in any form means.
+
+    Raises:
+        UserError: no such recipe, a key that is unknown, or a value that it cannot have.
+    """
+    if isinstance(recipe, Config) and not overrides:
+        return recipe
+    return load_config(recipe, list(overrides))
