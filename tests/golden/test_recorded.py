@@ -1,4 +1,4 @@
-"""A few runs still give the figures that they gave before the trainer was taken apart (`record.py` holds all, to the bit).
+"""A few runs still give the figures that they gave before the trainer was taken apart; `record.py` has all of them.
 
 The last bits differ between processors and versions of torch, so that figures are compared and not hashes.
 """

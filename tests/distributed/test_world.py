@@ -1,0 +1,43 @@
+"""Sums over two real processes, against the same sums in one."""
+
+import pytest
+import torch
+from builders.workers import run_workers
+
+from rsaft_fast.distributed import World
+
+
+def work(rank):
+    world = World.current()
+    parameters = [torch.nn.Parameter(torch.zeros(n, dtype=dtype)) for n, dtype in SHAPES]
+    for index, parameter in enumerate(parameters):
+        # The third has a gradient on rank 1 alone, the last on none.
+        if index < 2 or (index == 2 and rank == 1):
+            parameter.grad = torch.full_like(parameter, rank + index + 1.0)
+    addresses = [p.grad.data_ptr() if p.grad is not None else None for p in parameters]
+    world.sum_gradients(parameters)
+    stayed = all(p.grad.data_ptr() == at for p, at in zip(parameters, addresses) if at is not None)
+    total = world.sum(torch.tensor([1.5, rank], dtype=torch.float64))
+    return world.rank, world.size, list(world.share(3)), [p.grad for p in parameters], stayed, total
+
+
+SHAPES = ((3, torch.float32), (5, torch.bfloat16), (2, torch.float32), (4, torch.float32))
+
+
+def test_two_ranks_have_the_sums_of_both(tmp_path):
+    for rank, (own, size, share, gradients, stayed, total) in enumerate(run_workers(work, tmp_path)):
+        assert (own, size, share) == (rank, 2, [0, 1, 2] if rank == 0 else [3, 4, 5])
+        assert stayed, "gradients are summed in place"
+        assert [g if g is None else g.tolist() for g in gradients] == [[3.0] * 3, [5.0] * 5, [4.0] * 2, None]
+        assert total.tolist() == [3.0, 1.0]
+
+
+def test_one_process_is_a_world_of_its_own():
+    world = World.current()
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.ones(2)
+    world.sum_gradients([parameter])
+    values = torch.ones(3)
+    assert world == World() and world.sum(values) is values and parameter.grad.tolist() == [1, 1]
+    with pytest.raises(ValueError, match=r"(?s)2.*2"):
+        World(rank=2, size=2)
