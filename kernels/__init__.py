@@ -1,4 +1,4 @@
-"""The operations as Triton kernels, one file each; ``rsaft_fast.ops`` calls them. Importing this needs Triton."""
+"""The operations as Triton kernels, one file each; `rsaft_fast.ops` calls them. Importing this needs Triton."""
 
 from rsaft_fast.kernels.coefficients import adamw_coefficients
 from rsaft_fast.kernels.global_norm import finish_norm, sum_of_squares

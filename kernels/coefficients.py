@@ -1,6 +1,6 @@
 """Hyper-parameters, step counts and the two passes' norms, turned into a few numbers a tensor for the AdamW kernel.
 
-Usually the launch that finishes the second norm does this too (``global_norm``); alone it is one small launch.
+Usually the launch that finishes the second norm does this too (`global_norm`); alone it is one small launch.
 """
 
 import triton
@@ -55,7 +55,7 @@ def write_coefficients(
     RELEASED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of BLOCK tensors. ``norm``: of the gradients before ``factor``. RELEASED: of their next steps, not counted."""
+    """Of BLOCK tensors. `norm`: of the gradients before `factor`. RELEASED: of their next steps, not counted."""
     i_tensor = first_tensor + tl.arange(0, BLOCK)
     m_tensor = i_tensor < tensors
     b_step = tl.load(steps + i_tensor, mask=m_tensor, other=0.0)
@@ -146,7 +146,7 @@ def variant(first_inf, scaler_inf, grad_scale, released: bool, count: bool) -> t
 
 
 def adamw_coefficients(tables: list[TensorTable], norm, inputs, count: bool = True) -> None:
-    """``count``: the first of these tables writes the skip flag and counts a skip."""
+    """`count`: the first of these tables writes the skip flag and counts a skip."""
     for index, table in enumerate(tables):
         launch = launcher(variant, table.device, *kinds(inputs), count and index == 0)
         grid = triton.cdiv(len(table), TENSORS_BLOCK), 1, 1

@@ -1,6 +1,6 @@
 """What the kernels share: table look-up, loads with and without a mask, rounding, launch options.
 
-Names: ``a_`` addresses, ``i_`` indices, ``b_`` blocks of values, ``p_`` pointers, UPPER compile-time constants.
+Names: `a_` addresses, `i_` indices, `b_` blocks of values, `p_` pointers, UPPER compile-time constants.
 """
 
 import inspect
@@ -35,7 +35,7 @@ def launch_span(table, tensor: int | None) -> tuple[int, int]:
 
 
 def unspecialised(function):
-    """``triton.jit`` of a kernel: one compiled form, whatever the values and alignments of its run-time arguments."""
+    """`triton.jit` of a kernel: one compiled form, whatever the values and alignments of its run-time arguments."""
     parameters = inspect.signature(function).parameters.values()
     return triton.jit(function, do_not_specialize=[p.name for p in parameters if p.annotation is not tl.constexpr])
 
@@ -44,7 +44,7 @@ class Launcher:
     """A kernel with its compile-time arguments: compiled by the first launch, launched without Triton's dispatch after.
 
     Triton looks at every argument of every launch to find the compiled form, which takes longer than small launches
-    run. Here the form follows from the constants alone: kernels are ``unspecialised``, and run-time arguments, which
+    run. Here the form follows from the constants alone: kernels are `unspecialised`, and run-time arguments, which
     come first in their signatures, keep their types. Tensors are passed as addresses: of a tensor Triton asks the
     driver, again in every launch, whether it is on the device, which the first launch has settled.
     """
@@ -64,7 +64,7 @@ class Launcher:
 
 @cache
 def launcher(variant: Callable[..., tuple], device: torch.device, *choices) -> Launcher:
-    """``variant(*choices)``: a kernel and its constants, by parameter and option name. One compiled form a device."""
+    """`variant(*choices)`: a kernel and its constants, by parameter and option name. One compiled form a device."""
     return Launcher(*variant(*choices))
 
 
@@ -111,7 +111,7 @@ NO_POLICY = tl.constexpr("")  # Triton 3.6 wants a default wrapped
 
 @triton.jit
 def load(pointer, offsets, count, VECTOR: tl.constexpr, KEEP: tl.constexpr = NO_POLICY):
-    """``KEEP``: an eviction policy, what the cache should do with these values."""
+    """`KEEP`: an eviction policy, what the cache should do with these values."""
     if VECTOR:
         return tl.load(pointer + offsets, eviction_policy=KEEP)
     return tl.load(pointer + offsets, mask=offsets < count, other=0, eviction_policy=KEEP)
@@ -165,7 +165,7 @@ def _restore_block(
 def restore_chunk(
     a_weight, a_source, start, count, first_inf, WEIGHT: tl.constexpr, SOURCE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Nothing where perturbing was a no-op (``first_inf``: the source holds something else), or without a source."""
+    """Nothing where perturbing was a no-op (`first_inf`: the source holds something else), or without a source."""
     count = tl.where((first_inf == 0.0) & (a_source != 0), count, 0)
     vector = vector_part(a_weight | a_source, count, BLOCK)
     for first in range(0, vector, BLOCK):

@@ -81,7 +81,7 @@ def rsaft_sum_of_squares_kernel(
 
 @triton.jit
 def _finish(slots, count, values, rho, found_inf, groups, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr):
-    """Adds the slots to ``values`` (sum of squares, norm, scales: GradientNorm's layout); returns norm and flag."""
+    """Adds the slots to `values` (sum of squares, norm, scales: GradientNorm's layout); returns norm and flag."""
     b_sum = tl.zeros([BLOCK], dtype=tl.float64)
     for first in range(0, count, BLOCK):
         i_slot = first + tl.arange(0, BLOCK)
@@ -136,7 +136,7 @@ def rsaft_finish_step_kernel(
     RELEASED: tl.constexpr,
     TENSORS_BLOCK: tl.constexpr,
 ):
-    """``rsaft_finish_norm_kernel``, then ``rsaft_adamw_coefficients_kernel`` for a table, in one program."""
+    """`rsaft_finish_norm_kernel`, then `rsaft_adamw_coefficients_kernel` for a table, in one program."""
     norm, skip = _finish(slots, count, values, rho, found_inf, groups, FIRST, True, BLOCK)
     skip = skip_flag(skip, first_inf, scaler_inf)
     note_skip(skip, skip_out, skipped)
@@ -179,7 +179,7 @@ def step_variant(first_inf, scaler_inf, grad_scale, released: bool, first: bool)
 
 
 def finish_norm(slots: list[torch.Tensor], norm, rho: torch.Tensor, tables=None, inputs=None) -> None:
-    """With ``tables`` and ``inputs``: the last launch writes the last table's coefficients too."""
+    """With `tables` and `inputs`: the last launch writes the last table's coefficients too."""
     device = norm.values.device
     with on(device):
         for index, table_slots in enumerate(slots):

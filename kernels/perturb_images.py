@@ -1,4 +1,4 @@
-"""Image perturbation: a norm a sample, then one pass that writes ``images + delta`` or ``delta`` alone.
+"""Image perturbation: a norm a sample, then one pass that writes `images + delta` or `delta` alone.
 
 Two launches over (sample, chunk) for each group of samples whose gradients fit into the L2 cache, where the second
 finds them. It adds a sample's slots again, in fixed order, so no third launch is needed and the bits depend neither on
@@ -80,7 +80,7 @@ def rsaft_perturb_images_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``radius``: already negative and, for rms, times the square root of the elements."""
+    """`radius`: already negative and, for rms, times the square root of the elements."""
     # Backwards: of a sample too large for the L2 cache, its end is what is left there after the norm.
     i_sample, i_chunk = first_sample + tl.program_id(1), tl.num_programs(0) - 1 - tl.program_id(0)
     i_slot = tl.arange(0, SLOTS)
@@ -110,7 +110,7 @@ def sums_variant(grad: torch.dtype, aligned: bool, block: int) -> tuple:
 def variant(
     out: torch.dtype, grad: torch.dtype, images: torch.dtype | None, aligned: bool, sign: bool, slots: int, block: int
 ) -> tuple:
-    """``slots``: a power of two that is not below the chunks of a sample."""
+    """`slots`: a power of two that is not below the chunks of a sample."""
     kinds = dict(OUT=DTYPES[out], IMAGES=images is not None, SIGN=sign, SLOTS=slots, ALIGNED=aligned)
     return rsaft_perturb_images_kernel, kinds | dict(CHUNK=CHUNK, BLOCK=block) | OPTIONS
 
@@ -141,7 +141,7 @@ def step_against_(out: torch.Tensor, images: torch.Tensor | None, grad: torch.Te
 
 
 def _sample_after_sample(tensor: torch.Tensor, out: torch.Tensor) -> bool:
-    """Whether samples lie one after the other without holes, their elements in the order of ``out``'s."""
+    """Whether samples lie one after the other without holes, their elements in the order of `out`'s."""
     if tensor.is_contiguous() and out.is_contiguous():
         return True
     if tensor.stride() != out.stride():

@@ -1,4 +1,4 @@
-"""8-bit codes of optimizer state in closed form: the float32 operations of ``rsaft_fast.abi.quantize``, in its order.
+"""8-bit codes of optimizer state in closed form: the float32 operations of `rsaft_fast.abi.quantize`, in its order.
 
 A value costs three comparisons instead of a search through 256 entries: the bits of its decade, from the highest down,
 each compared with a limit that the bits before it select.
@@ -82,7 +82,7 @@ def quantize(b_x, SIGNED: tl.constexpr):
 
 @triton.jit
 def rows_of(first, BLOCK: tl.constexpr):
-    """Elements ``first`` and on as (rows, 256): one block of state a row. Within a warp, for the sizes that we use."""
+    """Elements `first` and on as (rows, 256): one block of state a row. Within a warp, for the sizes that we use."""
     i_row = tl.arange(0, BLOCK // BLOCK_8BIT)
     return first + i_row[:, None] * BLOCK_8BIT + tl.arange(0, BLOCK_8BIT)[None, :]
 
@@ -91,7 +91,7 @@ def rows_of(first, BLOCK: tl.constexpr):
 def load_moments(
     a_codes, a_absmax, start, first, count, SIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Codes to float32 values ``(rows, 256)``."""
+    """Codes to float32 values `(rows, 256)`."""
     i_row = first // BLOCK_8BIT + tl.arange(0, BLOCK // BLOCK_8BIT)
     absmax = pointer_to(a_absmax, start // BLOCK_8BIT, tl.float32, False)
     b_absmax = load(absmax, i_row, tl.cdiv(count, BLOCK_8BIT), VECTOR)

@@ -1,4 +1,4 @@
-"""Stochastic rounding to bf16 by Philox4x32-10: the bits of ``rsaft_fast.abi.philox``.
+"""Stochastic rounding to bf16 by Philox4x32-10: the bits of `rsaft_fast.abi.philox`.
 
 One call of the generator serves eight elements, which lie in one thread's registers where a block has eight elements a
 thread: drawing costs about ten multiplications an element, hidden behind memory.
@@ -20,7 +20,7 @@ def rounding_seed(table) -> int | None:
 
 @triton.jit
 def random16(seed, parameter, step, PURPOSE: tl.constexpr, first, BLOCK: tl.constexpr):
-    """16 random bits for each of BLOCK elements from ``first`` (int64, a multiple of 8) on, in uint32."""
+    """16 random bits for each of BLOCK elements from `first` (int64, a multiple of 8) on, in uint32."""
     pack = first // 8 + tl.arange(0, BLOCK // 8)
     draw = (2 * step.to(tl.int64) + PURPOSE).to(tl.uint32)
     counter = pack.to(tl.uint32), (pack >> 32).to(tl.uint32), parameter.to(tl.uint32), draw
@@ -50,7 +50,7 @@ def rounded_as_asked(
     first,
     BLOCK: tl.constexpr,
 ):
-    """float32 to DTYPE, to nearest or stochastically; ``b_x``: BLOCK elements in any shape."""
+    """float32 to DTYPE, to nearest or stochastically; `b_x`: BLOCK elements in any shape."""
     if STOCHASTIC:
         b_random = random16(seed, parameter, step, PURPOSE, first, BLOCK)
         return round_stochastically(b_x, tl.reshape(b_random, b_x.shape))

@@ -1,6 +1,6 @@
 """Restore, unscale, clip and AdamW in one pass: the weight is read from where restoring would read it.
 
-Moments are float32, or 8-bit codes with an absmax for each 256 elements (``quantize``). Floor: 28 bytes a parameter,
+Moments are float32, or 8-bit codes with an absmax for each 256 elements (`quantize`). Floor: 28 bytes a parameter,
 for fp32 with backup and for bf16 weights with a float32 master alike; with 8-bit moments 10 for bf16 without a master.
 """
 
@@ -59,7 +59,7 @@ def _update(
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block. ``c``: the coefficients, in the order of their columns. All loads first, so that they overlap."""
+    """One block. `c`: the coefficients, in the order of their columns. All loads first, so that they overlap."""
     offsets = rows_of(first, BLOCK) if STATE == tl.uint8 else first + tl.arange(0, BLOCK)
     source = pointer_to(a_source, start, SOURCE, VECTOR)
     exp_avg = pointer_to(a_exp_avg, start, tl.float32, VECTOR)
@@ -127,9 +127,9 @@ def rsaft_sam_adamw_kernel(
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """``ROW_SOURCE``: the master, the backup, or (nothing to restore) the weight itself.
+    """`ROW_SOURCE`: the master, the backup, or (nothing to restore) the weight itself.
 
-    ``grad``: address of the gradient of the one tensor whose chunks these are; 0: look it up in the table.
+    `grad`: address of the gradient of the one tensor whose chunks these are; 0: look it up in the table.
     """
     # Backwards: the end of the gradients may still be in the L2 cache after the norm.
     i_chunk = first_chunk + tl.num_programs(0) - 1 - tl.program_id(0)

@@ -1,4 +1,4 @@
-"""Perturbation in place: ``w + scale * g``, the old bits to a backup, or rounded from a float32 master.
+"""Perturbation in place: `w + scale * g`, the old bits to a backup, or rounded from a float32 master.
 
 Also sums, in registers, what was applied at the weight's precision against what was wanted. Floor: 16 bytes a parameter
 in fp32 with backup, 8 with bf16 weights and a master.
@@ -48,7 +48,7 @@ def _perturb(
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes one block; returns applied and wanted. ``a_source``: the master, or where the backup goes."""
+    """Writes one block; returns applied and wanted. `a_source`: the master, or where the backup goes."""
     offsets = first + tl.arange(0, BLOCK)
     weight = pointer_to(a_weight, start, WEIGHT, VECTOR)
     b_g = load(pointer_to(a_grad, start, GRAD, VECTOR), offsets, count, VECTOR).to(tl.float32)

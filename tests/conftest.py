@@ -1,4 +1,4 @@
-"""Shared by all tests: GPU tests need a GPU; the ``backend`` fixture runs a test on each way to compute."""
+"""Shared by all tests: GPU tests need a GPU; the `backend` fixture runs a test on each way to compute."""
 
 import atexit
 import gc

@@ -33,7 +33,7 @@ def philox(counter: tuple[torch.Tensor, ...], seed: int) -> tuple[torch.Tensor, 
 
 
 def random16(numel: int, seed: int, step: torch.Tensor, parameter: int, purpose: int, start: int = 0) -> torch.Tensor:
-    """16 random bits for each of ``numel`` elements of a tensor, in memory order: int64 ``(numel,)``.
+    """16 random bits for each of `numel` elements of a tensor, in memory order: int64 `(numel,)`.
 
     Args:
         step: scalar on the device: steps that this tensor has taken, the one being made included for an update.
@@ -52,7 +52,7 @@ def random16(numel: int, seed: int, step: torch.Tensor, parameter: int, purpose:
 
 
 def round_stochastically(x: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """float32 to bf16: up with the probability of the part cut off. ``bits``: 16 random ones an element, int64."""
+    """float32 to bf16: up with the probability of the part cut off. `bits`: 16 random ones an element, int64."""
     raw = x.view(torch.int32).long() & _MASK
     rounded = ((raw + bits) >> 16).to(torch.int32)
     rounded = torch.where(rounded >= 0x8000, rounded - 0x10000, rounded).to(torch.int16).view(torch.bfloat16)

@@ -1,10 +1,10 @@
 """The 8-bit codes of optimizer state: bitsandbytes' dynamic map (arXiv 1511.04561, arXiv 2110.02861), in closed form.
 
-A block of ``BLOCK`` elements shares a float32 ``absmax``; a code stands for a fraction of it. The map has seven
-decades, 10^-6 to 1. Signed, decade ``10^(n-6)`` holds 2^n values, n = 0..6, evenly spaced over [0.1, 1] of it, and
-their negatives; unsigned, ``10^(n-7)`` holds 2^n, n = 1..7. Zero and 1 have codes of their own. So code and value are
+A block of `BLOCK` elements shares a float32 `absmax`; a code stands for a fraction of it. The map has seven
+decades, 10^-6 to 1. Signed, decade `10^(n-6)` holds 2^n values, n = 0..6, evenly spaced over [0.1, 1] of it, and
+their negatives; unsigned, `10^(n-7)` holds 2^n, n = 1..7. Zero and 1 have codes of their own. So code and value are
 arithmetic of each other: with q = |code - 127| (signed) or code + 1 (unsigned), q = 2^n + f names the value
-``10^e (0.1 + 0.9 (f + 0.5) / 2^n)`` of decade e.
+`10^e (0.1 + 0.9 (f + 0.5) / 2^n)` of decade e.
 
 The kernels do the same float32 operations in the same order.
 """
@@ -77,12 +77,12 @@ def blocks(numel: int) -> int:
 
 
 def dequantize_blocks(codes: torch.Tensor, absmax: torch.Tensor, signed: bool) -> torch.Tensor:
-    """Flat codes ``(n,)`` and absmax ``(blocks(n),)`` to float32 values ``(n,)``."""
+    """Flat codes `(n,)` and absmax `(blocks(n),)` to float32 values `(n,)`."""
     return dequantize(codes, signed) * absmax.repeat_interleave(BLOCK)[: codes.numel()]
 
 
 def quantize_blocks(x: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 values ``(n,)`` to codes ``(n,)`` and absmax ``(blocks(n),)``.
+    """Float32 values `(n,)` to codes `(n,)` and absmax `(blocks(n),)`.
 
     A block whose absmax is subnormal becomes zero: its reciprocal would overflow, and no update could see it.
     """

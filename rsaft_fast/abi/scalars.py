@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "max_grad_norm")
-"""Columns of ``StepScalars.hyper``."""
+"""Columns of `StepScalars.hyper`."""
 
 COEFFICIENTS = (
     "gradient_factor",  # clip coefficient / gradient scale
@@ -18,17 +18,17 @@ COEFFICIENTS = (
     "step_size",  # lr / (1 - beta1^step)
     "step",  # the step being made, from 1: what stochastic rounding draws by
 )
-"""Columns of ``TensorTable.coefficients``: what the AdamW kernel needs of each tensor, written just before it runs."""
+"""Columns of `TensorTable.coefficients`: what the AdamW kernel needs of each tensor, written just before it runs."""
 
 
 class GradientNorm:
-    """The result of ``global_norm``, on the device.
+    """The result of `global_norm`, on the device.
 
     Attributes:
-        values: float64 ``(2 + groups,)``; the next three are its views.
+        values: float64 `(2 + groups,)`; the next three are its views.
         sum_sq: float64 scalar, the squared norm. norm: float64 scalar.
-        scale: float64 ``(groups,)``: ``rho / (norm + 1e-12)``; 0 for a zero or a non-finite gradient.
-        found_inf: float32 scalar, 1 where the norm is not finite (torch's ``found_inf`` convention), else 0.
+        scale: float64 `(groups,)`: `rho / (norm + 1e-12)`; 0 for a zero or a non-finite gradient.
+        found_inf: float32 scalar, 1 where the norm is not finite (torch's `found_inf` convention), else 0.
     """
 
     def __init__(self, device: torch.device | str, groups: int = 1):
@@ -38,10 +38,10 @@ class GradientNorm:
 
 
 class StepScalars:
-    """Hyper-parameters, skip flag and skip counter of ``sam_adamw_step_``, on the device.
+    """Hyper-parameters, skip flag and skip counter of `sam_adamw_step_`, on the device.
 
     Attributes:
-        hyper: float64 ``(groups, 6)``, columns ``HYPER``; ``max_grad_norm`` is inf where there is no clipping.
+        hyper: float64 `(groups, 6)`, columns `HYPER`; `max_grad_norm` is inf where there is no clipping.
         skip: float32 scalar, 1 where the last step was skipped. skipped: int64 scalar, how many were.
     """
 
@@ -60,7 +60,7 @@ class StepInputs:
         first: the norm that the perturbation used, if there was one: a non-finite one skips the step.
         grad_scale: float32 scalar by which the gradients are too large (GradScaler). found_inf: its flag.
         released: the step runs tensor by tensor while the gradients arrive. Coefficients are then those of each
-            tensor's next step, and ``TensorTable.steps`` stays: the caller adds to it for those that got a gradient.
+            tensor's next step, and `TensorTable.steps` stays: the caller adds to it for those that got a gradient.
     """
 
     scalars: StepScalars

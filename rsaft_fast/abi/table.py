@@ -11,10 +11,10 @@ CHUNK = 32768
 """Elements a chunk. Fixed: the order of every sum follows from it, so no tuning may change it."""
 
 LISTS = ("weight", "grad", "backup", "master", "exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
-"""The lists a table can hold; the position is the row of ``TensorTable.addresses``."""
+"""The lists a table can hold; the position is the row of `TensorTable.addresses`."""
 
 ABSMAX = ("exp_avg_absmax", "exp_avg_sq_absmax")
-"""Lists with a float32 value for each block of 8-bit state: ``(blocks(numel),)`` instead of the weight's shape."""
+"""Lists with a float32 value for each block of 8-bit state: `(blocks(numel),)` instead of the weight's shape."""
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -22,7 +22,7 @@ ROW = {name: row for row, name in enumerate(LISTS)}
 
 
 def pinned(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor ready to be copied to ``device`` without waiting.
+    """A CPU tensor ready to be copied to `device` without waiting.
 
     Always fresh memory: an earlier copy may still be reading its own. (The host allocator keeps it until then.)
     """
@@ -30,7 +30,7 @@ def pinned(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor on ``device``, copied without waiting."""
+    """A CPU tensor on `device`, copied without waiting."""
     return pinned(values, device).to(device, non_blocking=True)
 
 
@@ -46,26 +46,26 @@ class TensorTable:
     """Lists of tensors that an operation walks in one launch.
 
     Built once from the weights; other lists are bound when they exist. All tensors live on one device, every list has
-    one dtype, and tensor ``i`` of every list has the shape and the strides of weight ``i``, which must be dense and
+    one dtype, and tensor `i` of every list has the shape and the strides of weight `i`, which must be dense and
     non-overlapping (contiguous, channels-last, transposed: any order of dimensions without holes). An entry of a bound
-    list may be None: its address is 0 and the operations treat it as absent. Moments may be uint8 codes (``quantize``);
-    then the lists ``ABSMAX`` belong to them. Lists that are written share no memory, among themselves or with weights.
+    list may be None: its address is 0 and the operations treat it as absent. Moments may be uint8 codes (`quantize`);
+    then the lists `ABSMAX` belong to them. Lists that are written share no memory, among themselves or with weights.
 
     Args:
         weights: the tensors to update; every dtype equal.
         group: for each weight, the row of the hyper-parameter arrays that it follows. Default: all 0.
-        adaptive: ASAM (arXiv 2102.11600): norms over ``|w| * g``, perturbations along ``w**2 * g``.
+        adaptive: ASAM (arXiv 2102.11600): norms over `|w| * g`, perturbations along `w**2 * g`.
         parameter: for each weight, its index in the optimizer: stochastic rounding draws by it. Default: 0, 1, 2...
         rounding_seed: round perturbed and updated bf16 weights without master stochastically. None: to nearest.
 
     Attributes:
         groups: how many rows the hyper-parameter arrays must have.
-        addresses: int64 ``(len(LISTS), n)``, on the device, as the kernels read them.
-        numel: int64 ``(n,)``. group, parameter: int32 ``(n,)``.
-        chunk_tensor, chunk_index: int32 ``(chunks,)``: the tensor of each chunk, and which chunk of it.
-        sum_sq: float64 ``(chunks,)``: a slot a chunk for ``global_norm``.
-        perturbation_sums: float64 ``(chunks, 3)``: sums of applied², applied·wanted, wanted² of the last perturbation.
-        steps: float32 ``(n,)``: optimizer steps taken by each tensor. coefficients: float64 ``(n, 9)``, scratch.
+        addresses: int64 `(len(LISTS), n)`, on the device, as the kernels read them.
+        numel: int64 `(n,)`. group, parameter: int32 `(n,)`.
+        chunk_tensor, chunk_index: int32 `(chunks,)`: the tensor of each chunk, and which chunk of it.
+        sum_sq: float64 `(chunks,)`: a slot a chunk for `global_norm`.
+        perturbation_sums: float64 `(chunks, 3)`: sums of applied², applied·wanted, wanted² of the last perturbation.
+        steps: float32 `(n,)`: optimizer steps taken by each tensor. coefficients: float64 `(n, 9)`, scratch.
 
     Raises:
         ValueError: no weights, mixed devices, holes or overlap in a layout, overlapping weights, unequal shapes or
@@ -128,7 +128,7 @@ class TensorTable:
         return len(self.shapes)
 
     def part(self, first: int, last: int) -> "TensorTable":
-        """A table of weights ``first`` to ``last - 1`` alone: its own lists, with the step counts, coefficients and
+        """A table of weights `first` to `last - 1` alone: its own lists, with the step counts, coefficients and
         sums of this one."""
         table = TensorTable(
             self["weight"][first:last],
@@ -203,7 +203,7 @@ class TensorTable:
         self._lists[name][index] = None
 
     def holds(self, name: str, index: int, tensor: torch.Tensor | None) -> bool:
-        """Whether entry ``index`` of a list is where this tensor lies."""
+        """Whether entry `index` of a list is where this tensor lies."""
         return tensor is not None and self._bound[name][index] == tensor.data_ptr()
 
     def places(self, name: str) -> list[int | None]:
@@ -233,7 +233,7 @@ class TensorTable:
         self.addresses[rows[0] : rows[-1] + 1].copy_(pinned(block, self.device), non_blocking=True)
 
     def _fit_at_a_glance(self, name: str, tensors: Sequence[torch.Tensor | None]) -> bool:
-        """Whether a list is plainly as it was but for its addresses. What is not, ``check`` looks at closely."""
+        """Whether a list is plainly as it was but for its addresses. What is not, `check` looks at closely."""
         dtype, device = self.dtypes.get(name), self._device_index
         if dtype is None or name not in self._bound or len(tensors) != len(self):
             return False
@@ -274,7 +274,7 @@ class TensorTable:
             self.check(name, index, tensors[index], tensors[present[0]].dtype)
 
     def check(self, name: str, index: int, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> None:
-        """Whether a tensor fits as entry ``index`` of a list of this dtype (default: as the list has been).
+        """Whether a tensor fits as entry `index` of a list of this dtype (default: as the list has been).
 
         Raises:
             ValueError, TypeError: it does not; the text says what to change.

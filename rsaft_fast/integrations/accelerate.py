@@ -1,4 +1,4 @@
-"""Both passes of a sharpness-aware step inside ``accelerator.accumulate()``."""
+"""Both passes of a sharpness-aware step inside `accelerator.accumulate()`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TwoPasses:
     """Calls the forward and backward of each micro-batch once; after a step's last one perturbs, and calls all again.
 
     What follows it in the loop stays as it was: the gradients it leaves are those of the second pass, so
-    ``accelerator.clip_grad_norm_`` clips the right ones, and ``optimizer.step()`` restores and updates::
+    `accelerator.clip_grad_norm_` clips the right ones, and `optimizer.step()` restores and updates::
 
         passes = TwoPasses(accelerator, model, optimizer)        # after accelerator.prepare
         for batch in loader:
@@ -31,12 +31,12 @@ class TwoPasses:
 
     Under DDP each worker's first pass stays its own (m-sharpness, arXiv 2010.01412 section 4.1), without
     communication; only the last backward of the second pass averages gradients. The workers agree on skipping: an
-    optimizer that was not told of them (``replicas``) learns of the model's group here. The micro-batches of one step
+    optimizer that was not told of them (`replicas`) learns of the model's group here. The micro-batches of one step
     are kept until its second pass.
 
     Args:
         accelerator: the one that prepared the others.
-        model: as prepared. optimizer: ``SAM`` or ``SAMAdamW``, prepared or not.
+        model: as prepared. optimizer: `SAM` or `SAMAdamW`, prepared or not.
         sync_first_pass: average the first pass's gradients over the workers as well: every worker then perturbs alike,
             as one process with the joint batch would.
 
@@ -62,13 +62,13 @@ class TwoPasses:
         """One micro-batch of the first pass and, if it completes the step, the second pass.
 
         An exception in either drops what the step has gathered: weights are restored, gradients cleared. (In a released
-        backward it leaves a half step: see ``SAMAdamW``.) So does a step that the loop did not take before the next.
+        backward it leaves a half step: see `SAMAdamW`.) So does a step that the loop did not take before the next.
 
         Args:
-            forward_backward: computes the loss of ``args``, calls ``accelerator.backward`` and returns the loss.
+            forward_backward: computes the loss of `args`, calls `accelerator.backward` and returns the loss.
 
         Returns:
-            What ``forward_backward`` returned in the first pass: the loss at the weights themselves.
+            What `forward_backward` returned in the first pass: the loss at the weights themselves.
         """
         if self.optimizer.is_perturbed:  # a step that was never taken: the loop passed over it
             self.optimizer.restore()
@@ -99,7 +99,7 @@ class TwoPasses:
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> SharpnessAware:
-    """The ``SAM`` or ``SAMAdamW`` inside what ``accelerator.prepare`` made of it: ``perturb``, ``stats`` are its own.
+    """The `SAM` or `SAMAdamW` inside what `accelerator.prepare` made of it: `perturb`, `stats` are its own.
 
     Raises:
         TypeError: there is none.

@@ -1,4 +1,4 @@
-"""Both passes of a sharpness-aware step in a ``transformers`` Trainer."""
+"""Both passes of a sharpness-aware step in a `transformers` Trainer."""
 
 import torch
 from transformers import Trainer, TrainerCallback
@@ -13,16 +13,16 @@ class SharpnessCallback(TrainerCallback):
         trainer = Trainer(model, args, train_dataset=data, optimizers=(optimizer, None))
         trainer.add_callback(SharpnessCallback(trainer))
 
-    The second pass runs at the end of the step's last micro-batch, before the Trainer clips, so ``max_grad_norm`` of
-    ``TrainingArguments`` clips the second pass's gradient and ``grad_norm`` in the logs is its norm: leave the
-    optimizer's own ``max_grad_norm`` at None. The loss in the logs is the first pass's. Gradient accumulation,
+    The second pass runs at the end of the step's last micro-batch, before the Trainer clips, so `max_grad_norm` of
+    `TrainingArguments` clips the second pass's gradient and `grad_norm` in the logs is its norm: leave the
+    optimizer's own `max_grad_norm` at None. The loss in the logs is the first pass's. Gradient accumulation,
     schedulers, mixed precision, DDP, checkpoints and resuming are the Trainer's own.
 
-    A callback is not told of the batches; it therefore stands in for ``trainer.training_step`` while training runs.
+    A callback is not told of the batches; it therefore stands in for `trainer.training_step` while training runs.
 
     Args:
         trainer: the one that it is added to.
-        sync_first_pass: average the first pass's gradients over DDP workers too (see ``TwoPasses``).
+        sync_first_pass: average the first pass's gradients over DDP workers too (see `TwoPasses`).
     """
 
     def __init__(self, trainer: Trainer, sync_first_pass: bool = False):
@@ -40,5 +40,5 @@ class SharpnessCallback(TrainerCallback):
         self.passes = None
 
     def training_step(self, *args) -> torch.Tensor:
-        """As ``Trainer.training_step``; the last micro-batch of a step leaves the second pass's gradients."""
+        """As `Trainer.training_step`; the last micro-batch of a step leaves the second pass's gradients."""
         return self.passes(self.one_pass, *args)

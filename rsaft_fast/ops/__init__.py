@@ -1,4 +1,4 @@
-"""The operations of a sharpness-aware step. Each picks a backend (``backends``)."""
+"""The operations of a sharpness-aware step. Each picks a backend (`backends`)."""
 
 from rsaft_fast.abi.scalars import GradientNorm, StepInputs, StepScalars
 from rsaft_fast.abi.table import CHUNK, TensorTable

@@ -1,6 +1,6 @@
 """Which implementation of the operations runs: CUDA library, Triton kernels, CPU library, plain torch, in that order.
 
-A missing backend never fails at import; it fails when it is forced with ``RSAFT_BACKEND`` and asked to run.
+A missing backend never fails at import; it fails when it is forced with `RSAFT_BACKEND` and asked to run.
 """
 
 import functools
@@ -27,7 +27,7 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class BackendRow(NamedTuple):
-    """One line of ``rsaft-fast doctor``: a backend, whether it runs on this machine, and why (not)."""
+    """One line of `rsaft-fast doctor`: a backend, whether it runs on this machine, and why (not)."""
 
     backend: str
     available: bool
@@ -45,7 +45,7 @@ def describe() -> list[BackendRow]:
 
 
 def forced() -> str | None:
-    """The backend named by ``RSAFT_BACKEND``, or None when the choice is free."""
+    """The backend named by `RSAFT_BACKEND`, or None when the choice is free."""
     name = os.environ.get(ENV)
     if not name:
         return None
@@ -55,7 +55,7 @@ def forced() -> str | None:
 
 
 def why_not(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> str | None:
-    """The reason why ``backend`` cannot run on tensors of this device and these dtypes; None when it can."""
+    """The reason why `backend` cannot run on tensors of this device and these dtypes; None when it can."""
     if backend == "torch":
         return None
     if backend in ("cuda", "cpu"):
@@ -76,7 +76,7 @@ def choose(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> str:
     """Name of the backend for tensors of this device and these dtypes.
 
     Raises:
-        RuntimeError: a backend is forced with ``RSAFT_BACKEND`` and cannot run on them.
+        RuntimeError: a backend is forced with `RSAFT_BACKEND` and cannot run on them.
     """
     name = forced()
     if name is not None:

@@ -24,7 +24,7 @@ _POINTERS = (
 
 
 class _Table(ctypes.Structure):
-    """``rsaft_table`` of csrc/rsaft.h."""
+    """`rsaft_table` of csrc/rsaft.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),
@@ -36,7 +36,7 @@ class _Table(ctypes.Structure):
 
 
 class _Inputs(ctypes.Structure):
-    """``rsaft_step_inputs`` of csrc/rsaft.h."""
+    """`rsaft_step_inputs` of csrc/rsaft.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("hyper", "first_inf", "scaler_inf", "grad_scale", "skip", "skipped")),
@@ -128,7 +128,7 @@ def _norm_pointers(norm: GradientNorm) -> tuple[int, int, int, int]:
 
 
 def _inputs(inputs: StepInputs) -> int:
-    """Address of ``rsaft_step_inputs``: kept with the scalars, rewritten where an address has changed."""
+    """Address of `rsaft_step_inputs`: kept with the scalars, rewritten where an address has changed."""
     scalars = inputs.scalars
     first_inf = None if inputs.first is None else _norm_pointers(inputs.first)[3]
     key = (first_inf, _pointer(inputs.found_inf), _pointer(inputs.grad_scale), inputs.released)

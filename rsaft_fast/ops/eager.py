@@ -7,9 +7,9 @@ import torch
 
 
 def eager_only(function: Callable) -> Callable:
-    """``torch.compiler.disable`` where dynamo traces, ``torch.no_grad`` where gradients are recorded.
+    """`torch.compiler.disable` where dynamo traces, `torch.no_grad` where gradients are recorded.
 
-    Both cost microseconds a call, and a step makes several. ``disable`` is applied at the first traced call: at import
+    Both cost microseconds a call, and a step makes several. `disable` is applied at the first traced call: at import
     it would load all of dynamo.
     """
 

@@ -1,4 +1,4 @@
-"""Image-space perturbation (RSA-FT, arXiv 2603.21175, eq. 15), one radius a sample, as ``torch.library`` operations."""
+"""Image-space perturbation (RSA-FT, arXiv 2603.21175, eq. 15), one radius a sample, as `torch.library` operations."""
 
 import math
 
@@ -19,16 +19,16 @@ def _check(grad: torch.Tensor, radius: float, norm: str) -> None:
 
 
 def perturb_images(images: torch.Tensor, grad: torch.Tensor, radius: float, norm: str = "l2") -> torch.Tensor:
-    """``images + image_delta(grad, radius, norm)`` in one pass, rounded once, to the images' dtype.
+    """`images + image_delta(grad, radius, norm)` in one pass, rounded once, to the images' dtype.
 
-    Differentiable in ``images`` (identity); nothing flows to ``grad``: the perturbation is a constant (stop-gradient).
+    Differentiable in `images` (identity); nothing flows to `grad`: the perturbation is a constant (stop-gradient).
 
     Args:
-        images: ``(B, ...)``, any scale. grad: gradient of the reward at the images, same shape and device.
-        radius, norm: as in ``image_delta``, in the units of ``images``.
+        images: `(B, ...)`, any scale. grad: gradient of the reward at the images, same shape and device.
+        radius, norm: as in `image_delta`, in the units of `images`.
 
     Raises:
-        ValueError: as in ``image_delta``, or unequal shapes.
+        ValueError: as in `image_delta`, or unequal shapes.
     """
     _check(grad, radius, norm)
     if images.shape != grad.shape:
@@ -37,15 +37,15 @@ def perturb_images(images: torch.Tensor, grad: torch.Tensor, radius: float, norm
 
 
 def image_delta(grad: torch.Tensor, radius: float, norm: str = "l2", dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The step against the reward's gradient whose length is ``radius``, for each sample on its own.
+    """The step against the reward's gradient whose length is `radius`, for each sample on its own.
 
-    It minimises the linearised reward over the ball of that norm: ``-radius * g / ||g||_2`` for ``l2``; the same
-    direction with a root mean square of ``radius`` an element for ``rms``; ``-radius * sign(g)`` for ``linf``.
+    It minimises the linearised reward over the ball of that norm: `-radius * g / ||g||_2` for `l2`; the same
+    direction with a root mean square of `radius` an element for `rms`; `-radius * sign(g)` for `linf`.
     Norms are accumulated in float32 (float64 on CPUs and in plain torch). A sample whose gradient is zero, or holds a
     non-finite value, gets a delta of zero; the other samples are untouched by it.
 
     Args:
-        grad: gradient of the reward at the images, ``(B, ...)``.
+        grad: gradient of the reward at the images, `(B, ...)`.
         radius: in the units of the images, > 0. dtype: of the result; default the gradient's.
 
     Raises:

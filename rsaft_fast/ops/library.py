@@ -1,4 +1,4 @@
-"""The compiled libraries (csrc/), through ctypes: found beside the package or at ``RSAFT_LIBRARY``, loaded once.
+"""The compiled libraries (csrc/), through ctypes: found beside the package or at `RSAFT_LIBRARY`, loaded once.
 
 The same sources serve tensors on GPUs, compiled by nvcc, and tensors in host memory, compiled by the C++ compiler.
 """
@@ -66,7 +66,7 @@ def load(device_type: str = "cuda") -> ctypes.CDLL:
 
 
 def path_of(device_type: str) -> Path:
-    """Where the library for tensors on such devices is looked for: at ``RSAFT_LIBRARY``, else in the package.
+    """Where the library for tensors on such devices is looked for: at `RSAFT_LIBRARY`, else in the package.
 
     On the CPU it is the one that this processor can run.
     """
@@ -80,7 +80,7 @@ def path_of(device_type: str) -> Path:
 
 
 def has_avx2() -> bool:
-    """Whether torch finds the instructions that ``CPU_AVX2`` is made of."""
+    """Whether torch finds the instructions that `CPU_AVX2` is made of."""
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
@@ -102,12 +102,12 @@ def check(library: ctypes.CDLL, error: int) -> None:
 
 @functools.cache
 def why_not(device_type: str = "cuda", wanted: str = "cuda", index: int | None = None) -> str | None:
-    """Why the library ``wanted`` ("cuda", "cpu") cannot serve tensors on this device; None when it can.
+    """Why the library `wanted` ("cuda", "cpu") cannot serve tensors on this device; None when it can.
 
     Args:
         index: which GPU; None is the one that is current now, for this and every later answer: `backends` names it.
 
-    ``RSAFT_LIBRARY`` takes the place of either, even one for host memory that of "cuda": the tests' instrument.
+    `RSAFT_LIBRARY` takes the place of either, even one for host memory that of "cuda": the tests' instrument.
     """
     try:
         runtime, driver = cuda_versions(load(wanted))
@@ -157,7 +157,7 @@ def looked_for() -> int:
 
 
 def forget() -> None:
-    """Look for the library again at the next call (after ``RSAFT_LIBRARY`` has changed)."""
+    """Look for the library again at the next call (after `RSAFT_LIBRARY` has changed)."""
     global _search
     _search += 1
     load.cache_clear()

@@ -1,7 +1,7 @@
 """The operations in plain torch: the oracle for the kernels, and what runs on CPUs and in float64.
 
 Arithmetic is float32 for low-precision tensors and float64 for float64 ones. No value returns to the host, so these
-functions run under ``torch.cuda.set_sync_debug_mode("error")`` too. Tensors are walked flat, in memory order.
+functions run under `torch.cuda.set_sync_debug_mode("error")` too. Tensors are walked flat, in memory order.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def _flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
 def _rows(table: TensorTable, tensor: int | None = None) -> Iterator[SimpleNamespace]:
     """Each tensor's lists by name, flat and None where absent, with its index; those with elements only.
 
-    On the CPU a tensor comes in pieces: ``start`` is where in the tensor one begins, ``slot`` its first chunk.
+    On the CPU a tensor comes in pieces: `start` is where in the tensor one begins, `slot` its first chunk.
     """
     for index in range(len(table)) if tensor is None else (tensor,):
         numel = table.shapes[index].numel()
@@ -58,7 +58,7 @@ def _round(table: TensorTable, row: SimpleNamespace, x: torch.Tensor, step: torc
 
 
 def sum_of_squares(table: TensorTable, adaptive: bool) -> None:
-    """Fills ``table.sum_sq``: each piece's sum in the slot of its first chunk (the kernels use every chunk's slot)."""
+    """Fills `table.sum_sq`: each piece's sum in the slot of its first chunk (the kernels use every chunk's slot)."""
     table.sum_sq.zero_()
     for row in _rows(table):
         if row.grad is None:
@@ -75,9 +75,9 @@ def finish_norm(
     tables: list[TensorTable] | None = None,
     inputs: StepInputs | None = None,
 ) -> None:
-    """The sum of all slots in float64, and what follows from it. ``rho``: float64, as many as ``norm.scale``.
+    """The sum of all slots in float64, and what follows from it. `rho`: float64, as many as `norm.scale`.
 
-    With ``tables`` and ``inputs``: their AdamW coefficients too.
+    With `tables` and `inputs`: their AdamW coefficients too.
     """
     norm.sum_sq.copy_(torch.cat(slots).sum())
     scale_from_sum(norm, rho)
@@ -86,7 +86,7 @@ def finish_norm(
 
 
 def scale_from_sum(norm: GradientNorm, rho: torch.Tensor) -> None:
-    """``norm.sum_sq`` to norm, scale and found_inf."""
+    """`norm.sum_sq` to norm, scale and found_inf."""
     norm.norm.copy_(norm.sum_sq.sqrt())
     norm.found_inf.copy_(~torch.isfinite(norm.norm))
     usable = torch.isfinite(norm.norm) & (norm.norm > 0)
@@ -133,7 +133,7 @@ def sam_restore_(table: TensorTable, norm: GradientNorm, tensor: int | None = No
 
 
 def adamw_coefficients(tables: list[TensorTable], norm: GradientNorm, inputs: StepInputs) -> None:
-    """The skip flag and counter, each tensor's step count, and ``TensorTable.coefficients``."""
+    """The skip flag and counter, each tensor's step count, and `TensorTable.coefficients`."""
     scalars = inputs.scalars
     skip = norm.found_inf
     for flag in (None if inputs.first is None else inputs.first.found_inf, inputs.found_inf):
@@ -174,7 +174,7 @@ def sam_adamw_step_(
     tensor: int | None = None,
     grad: torch.Tensor | None = None,
 ) -> None:
-    """With ``tensor`` and ``grad``: that tensor alone, from this gradient."""
+    """With `tensor` and `grad`: that tensor alone, from this gradient."""
     update = scalars.skip == 0
     intact = torch.ones_like(update) if first is None else first.found_inf == 0
     coefficients = table.coefficients.to(_compute_dtype(table))
@@ -220,7 +220,7 @@ def _stored(row: SimpleNamespace, m: torch.Tensor, v: torch.Tensor) -> list[tupl
 
 
 def step_against_(out: torch.Tensor, images: torch.Tensor | None, grad: torch.Tensor, radius: float, norm: str) -> None:
-    """``out = images + delta``, or ``out = delta`` without images; see ``image_delta``."""
+    """`out = images + delta`, or `out = delta` without images; see `image_delta`."""
     axes = tuple(range(1, grad.dim()))
     length = torch.linalg.vector_norm(grad, dim=axes, dtype=torch.float64) if axes else grad.double().abs()
     length = length.view([len(grad)] + [1] * len(axes))

@@ -47,12 +47,12 @@ def global_norm(
     below 1e-23 on GPU kernels; on CPUs, and in plain torch, they are summed in float64 throughout.
 
     Args:
-        tables: with ``grad`` bound. Absent gradients count as zero. A table with ``adaptive`` sums ``(w * g)**2``,
-            unless ``plain``: clipping is about the gradient itself.
+        tables: with `grad` bound. Absent gradients count as zero. A table with `adaptive` sums `(w * g)**2`,
+            unless `plain`: clipping is about the gradient itself.
         rho: the radius, one for all, or a float64 tensor on the device with one a group.
         out: where to write; new by default.
         process_group: squared norms are summed over its ranks (for parameters sharded over them). None: this rank's.
-        inputs: prepare ``sam_adamw_step_`` from this norm too, as ``adamw_coefficients_`` does, without a launch of its
+        inputs: prepare `sam_adamw_step_` from this norm too, as `adamw_coefficients_` does, without a launch of its
             own.
     """
     tables = [tables] if isinstance(tables, TensorTable) else list(tables)
@@ -88,11 +88,11 @@ def global_norm(
 
 @eager_only
 def sam_perturb_(table: TensorTable, norm: GradientNorm) -> None:
-    """``w += scale * g`` (``scale * w**2 * g`` for an adaptive table), where ``norm.found_inf`` is 0; else nothing.
+    """`w += scale * g` (`scale * w**2 * g` for an adaptive table), where `norm.found_inf` is 0; else nothing.
 
-    With a ``master`` list, weights become ``round(master + e)``; otherwise the ``backup`` list receives the old bits.
+    With a `master` list, weights become `round(master + e)`; otherwise the `backup` list receives the old bits.
     It may be the gradients' own memory (same dtype as the weights): each element is read before it is written. An
-    absent backup needs an absent gradient. ``table.perturbation_sums`` receives what was applied at the weight's
+    absent backup needs an absent gradient. `table.perturbation_sums` receives what was applied at the weight's
     precision, against what was wanted.
     """
     if "master" not in table and "backup" not in table:
@@ -105,9 +105,9 @@ def sam_perturb_(table: TensorTable, norm: GradientNorm) -> None:
 
 @eager_only
 def sam_restore_(table: TensorTable, norm: GradientNorm, tensor: int | None = None) -> None:
-    """Undo ``sam_perturb_`` bit for bit; of all tensors, or of the one with this index.
+    """Undo `sam_perturb_` bit for bit; of all tensors, or of the one with this index.
 
-    ``norm`` is the one that perturb used: after its no-op nothing is written, nor where a backup is absent.
+    `norm` is the one that perturb used: after its no-op nothing is written, nor where a backup is absent.
     """
     if "master" not in table and "backup" not in table:
         raise ValueError("sam_restore_ needs the master or backup list that sam_perturb_ had: table.bind(backup=...)")
@@ -118,10 +118,10 @@ def sam_restore_(table: TensorTable, norm: GradientNorm, tensor: int | None = No
 
 @eager_only
 def adamw_coefficients_(tables: TensorTable | Sequence[TensorTable], norm: GradientNorm, inputs: StepInputs) -> None:
-    """Prepare ``sam_adamw_step_``: the skip flag, step counts, and what its kernel needs of each tensor.
+    """Prepare `sam_adamw_step_`: the skip flag, step counts, and what its kernel needs of each tensor.
 
-    The step is skipped as a whole, restore excepted, when ``norm``, ``inputs.first`` or ``inputs.found_inf`` reports a
-    non-finite value; then ``scalars.skipped`` grows by one and no step count does.
+    The step is skipped as a whole, restore excepted, when `norm`, `inputs.first` or `inputs.found_inf` reports a
+    non-finite value; then `scalars.skipped` grows by one and no step count does.
 
     Args:
         tables: all tables of the step. norm: of the gradients as they are in memory; clipping follows it.
@@ -140,12 +140,12 @@ def sam_adamw_step_(
 ) -> None:
     """Restore, unscale, clip and AdamW (arXiv 1711.05101) in one pass over the weights.
 
-    Prepared by ``global_norm(..., inputs=...)`` or ``adamw_coefficients_``. A tensor without a gradient is restored,
-    not updated; where the step is skipped, all are. 8-bit moments (uint8 ``exp_avg``, ``exp_avg_sq`` and their
-    ``ABSMAX`` lists) are decoded, updated in float32 and rounded to the nearest code of their block (``quantize``).
+    Prepared by `global_norm(..., inputs=...)` or `adamw_coefficients_`. A tensor without a gradient is restored,
+    not updated; where the step is skipped, all are. 8-bit moments (uint8 `exp_avg`, `exp_avg_sq` and their
+    `ABSMAX` lists) are decoded, updated in float32 and rounded to the nearest code of their block (`quantize`).
 
     Args:
-        tables: with ``grad``, ``exp_avg``, ``exp_avg_sq`` bound, and what restoring needs.
+        tables: with `grad`, `exp_avg`, `exp_avg_sq` bound, and what restoring needs.
         first: the norm that the perturbation used, if there was one. restore: whether the weights are perturbed.
     """
     for table in [tables] if isinstance(tables, TensorTable) else list(tables):
@@ -165,7 +165,7 @@ def sam_adamw_step_tensor_(
     first: GradientNorm,
     restore: bool = True,
 ) -> None:
-    """``sam_adamw_step_`` of one tensor of the table, from a gradient that the table does not know.
+    """`sam_adamw_step_` of one tensor of the table, from a gradient that the table does not know.
 
     Raises:
         ValueError, TypeError: the gradient does not fit its weight. Nothing has been written then.

@@ -44,7 +44,7 @@ class Packing:
             self.nbytes += -(-size // ALIGNMENT) * ALIGNMENT
 
     def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """The tensors in a uint8 buffer of ``nbytes``, which they share; it lives as long as any of them."""
+        """The tensors in a uint8 buffer of `nbytes`, which they share; it lives as long as any of them."""
         return [_view(buffer, place) for place in self.places]
 
 
@@ -54,7 +54,7 @@ def _view(buffer: torch.Tensor, place: Place) -> torch.Tensor:
 
 
 def host_buffer(nbytes: int, device: torch.device) -> torch.Tensor:
-    """Uninitialised uint8 memory beside ``device``: on the host, page-locked for a GPU; "meta" has shapes alone.
+    """Uninitialised uint8 memory beside `device`: on the host, page-locked for a GPU; "meta" has shapes alone.
 
     Raises:
         RuntimeError: the driver would not lock so much.

@@ -1,4 +1,4 @@
-"""Sharpness-aware optimizers: ``SAM`` around any torch optimizer, and the fused ``SAMAdamW``."""
+"""Sharpness-aware optimizers: `SAM` around any torch optimizer, and the fused `SAMAdamW`."""
 
 from rsaft_fast.optim.batch_norm import frozen_batch_norm_statistics
 from rsaft_fast.optim.sam import SAM

@@ -12,14 +12,14 @@ RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 @contextmanager
 def frozen_batch_norm_statistics(model: torch.nn.Module) -> Iterator[None]:
-    """Leave running statistics as they are while ``model`` trains: for the second pass of a sharpness-aware step.
+    """Leave running statistics as they are while `model` trains: for the second pass of a sharpness-aware step.
 
-    The second pass sees the same data at ``w + e``; with its statistics too, every batch would count twice, once at
+    The second pass sees the same data at `w + e`; with its statistics too, every batch would count twice, once at
     weights that nobody keeps. Normalisation itself does not change: layers in training mode use the statistics of
     their batch, layers in evaluation mode the running ones.
 
     Covers BatchNorm, SyncBatchNorm and InstanceNorm with running statistics, of any dimension. Blocks nest, and an
-    exception leaves them in order. Enter after ``model.train()``: a mode switched inside the block is not followed.
+    exception leaves them in order. Enter after `model.train()`: a mode switched inside the block is not followed.
     With activation checkpointing the backward belongs inside, as it runs the layers again. A compiled model is
     compiled once more, the first time, and not after.
 

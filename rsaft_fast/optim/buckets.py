@@ -20,8 +20,8 @@ class Storage(NamedTuple):
     Attributes:
         master: its weight is the rounded copy of a float32 master. eight_bit: its moments are 8-bit codes.
         rounding_seed: of stochastic rounding; None rounds to nearest.
-        backup: where its old bits wait while it is perturbed, if there is no master: in memory of their ``own``, or in
-            that of the first pass's ``gradient``.
+        backup: where its old bits wait while it is perturbed, if there is no master: in memory of their `own`, or in
+            that of the first pass's `gradient`.
         static: its gradient stays where it is. offload: its state is on the host.
     """
 
@@ -84,7 +84,7 @@ class Bucket:
         self.table.bind(weight=self.params, grad=gradients, **backup)
 
     def bind_to_perturb(self) -> None:
-        """As ``bind``, with a place for the old bits, in one upload.
+        """As `bind`, with a place for the old bits, in one upload.
 
         Raises:
             ValueError: the gradients' memory cannot take them.
@@ -112,7 +112,7 @@ class Bucket:
         ops.sam_restore_(self.table, norm, index)
 
     def restore_changed(self, norm: ops.GradientNorm, indices: Iterable[int] | None = None) -> None:
-        """As ``restore`` where weights have changed layout, dtype or device since ``perturb``: the table's addresses
+        """As `restore` where weights have changed layout, dtype or device since `perturb`: the table's addresses
         and strides are of the past, the values are not.
 
         Raises:
@@ -172,10 +172,10 @@ class Bucket:
         ops.sam_adamw_step_tensor_(self.table, index, grad, scalars, first=first)
 
     def close(self, for_good: bool = True) -> None:
-        """A pass is over, or broke off: leave nothing on its way. ``for_good``: the weights are not perturbed."""
+        """A pass is over, or broke off: leave nothing on its way. `for_good`: the weights are not perturbed."""
 
     def gradients_taken(self) -> bool:
-        """Whether the gradients' memory now holds the old weights: then nobody may see it as ``p.grad``."""
+        """Whether the gradients' memory now holds the old weights: then nobody may see it as `p.grad`."""
         return not self.storage.master and self.storage.backup == "gradient"
 
     def drop_backup(self, index: int | None = None) -> None:
@@ -204,7 +204,7 @@ class Bucket:
     def _sampled(self) -> list[int]:
         """Indices that are looked at in this pass where not all are: one of each kind, in turn.
 
-        What moves many at once moves all of a kind (``module.to(memory_format=...)`` those of four dimensions), and
+        What moves many at once moves all of a kind (`module.to(memory_format=...)` those of four dimensions), and
         gradients that were made anew have all moved.
         """
         return [kind[self._passes % len(kind)] for kind in self._samples]
@@ -222,7 +222,7 @@ class Bucket:
                 )
 
     def release_gradients(self) -> None:
-        """Hold no reference to gradients between operations, or ``zero_grad(set_to_none=True)`` would free nothing."""
+        """Hold no reference to gradients between operations, or `zero_grad(set_to_none=True)` would free nothing."""
         if not self.storage.static:
             self.table.release("grad")
 
@@ -240,7 +240,7 @@ def make_buckets(
     """One bucket a (dtype, adaptive, storage) over the parameters that require gradients.
 
     Args:
-        param_groups: as in ``torch.optim``. storage_of: how a parameter is kept. kind_of: the class for it.
+        param_groups: as in `torch.optim`. storage_of: how a parameter is kept. kind_of: the class for it.
 
     Raises:
         ValueError: parameters on several devices, overlapping or expanded ones. TypeError: not floating point.

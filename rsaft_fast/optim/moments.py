@@ -27,16 +27,16 @@ STRIDES = "strides"
 
 
 def state_names(master: bool, eight_bit: bool) -> tuple[str, ...]:
-    """The lists that a parameter's state fills, besides ``step``."""
+    """The lists that a parameter's state fills, besides `step`."""
     return MOMENTS + (ABSMAX if eight_bit else ()) + (("master",) if master else ())
 
 
 def empty_state(
     param: torch.Tensor, name: str, eight_bit: bool, device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """A tensor that holds ``name`` of a parameter before its first step: the master is the weight, all else zero.
+    """A tensor that holds `name` of a parameter before its first step: the master is the weight, all else zero.
 
-    ``device``: where it lies; beside the parameter by default.
+    `device`: where it lies; beside the parameter by default.
     """
     wide, device = torch.promote_types(param.dtype, torch.float32), device or param.device
     if name in ABSMAX:
@@ -55,7 +55,7 @@ def fit_state(
     eight_bit: bool,
     device: torch.device | str | None = None,
 ) -> None:
-    """Make of ``state`` one that the parameter can have as it is now, keeping the values.
+    """Make of `state` one that the parameter can have as it is now, keeping the values.
 
     A parameter may have got another layout, dtype or device since; tensors that then lie otherwise are replaced by
     converted ones, missing ones begin, and those of another kind of storage go.
@@ -120,7 +120,7 @@ def with_strides(state: dict) -> dict:
 
 
 def load_moments(state: dict[str, torch.Tensor], saved: Mapping, eight_bit: bool) -> None:
-    """Write the moments of a checkpoint into ``state``, whatever held them: float32 or 8 bits (see ``named_state``).
+    """Write the moments of a checkpoint into `state`, whatever held them: float32 or 8 bits (see `named_state`).
 
     8-bit moments of the same memory layout are taken code by code; anything else goes through its values.
     """

@@ -215,7 +215,7 @@ class OffloadedBucket(Bucket):
     def close(self, for_good: bool = True) -> None:
         """Copy out what is still on the device, and let its memory go.
 
-        Not ``for_good`` keeps the memory: perturbed weights must find their way back though there be no more.
+        Not `for_good` keeps the memory: perturbed weights must find their way back though there be no more.
         """
         for part in self.parts:
             if part.slot is not None:

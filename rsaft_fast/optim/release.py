@@ -14,7 +14,7 @@ class GradientRelease:
 
     The weights' update, and the restore in it, then need the gradient of one layer at a time. What must be known of the
     whole step before (the skip flag, the clipping factor) follows from the first pass's norm and from what
-    ``SAMAdamW.check_finite`` was shown.
+    `SAMAdamW.check_finite` was shown.
 
     Args:
         buckets: of the optimizer. norm: the first pass's. scalars: hyper-parameters and skip flag.

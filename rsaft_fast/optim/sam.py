@@ -11,28 +11,28 @@ from rsaft_fast.optim.workers import Replicas
 
 
 class SAM(SharpnessAware):
-    """Sharpness-aware minimisation (arXiv 2010.01412; ``adaptive=True``: ASAM, arXiv 2102.11600) of any optimizer.
+    """Sharpness-aware minimisation (arXiv 2010.01412; `adaptive=True`: ASAM, arXiv 2102.11600) of any optimizer.
 
-    The base optimizer shares this one's ``param_groups`` and ``state``, so LR schedulers, ``zero_grad`` and checkpoints
+    The base optimizer shares this one's `param_groups` and `state`, so LR schedulers, `zero_grad` and checkpoints
     work on the SAM object alone. Weights are copied before the perturbation and copied back after it: restore is exact
-    to the bit, and ``param.data`` keeps its storage. One copy of the weights is the extra memory.
+    to the bit, and `param.data` keeps its storage. One copy of the weights is the extra memory.
 
-    Whether a step must be skipped is known on the device. A base optimizer built with ``fused=True`` reads it there;
-    for any other, ``step()`` waits for it, as GradScaler does. ``SAMAdamW`` never waits.
+    Whether a step must be skipped is known on the device. A base optimizer built with `fused=True` reads it there;
+    for any other, `step()` waits for it, as GradScaler does. `SAMAdamW` never waits.
 
-    A schedule-free base optimizer trains at other weights than it evaluates: ``train()`` and ``eval()`` are its own,
+    A schedule-free base optimizer trains at other weights than it evaluates: `train()` and `eval()` are its own,
     and a pass at the weights for evaluation is refused.
 
-    bf16 or fp16 weights hold next to nothing of a small perturbation (see ``SAMAdamW``): keep float32 weights here.
+    bf16 or fp16 weights hold next to nothing of a small perturbation (see `SAMAdamW`): keep float32 weights here.
 
     Args:
-        params: parameters or groups (a group may set its own ``rho``, ``adaptive``), or an optimizer instance.
-        base_optimizer: its class, with ``kwargs`` for it; absent when ``params`` is an instance. It makes its step from
+        params: parameters or groups (a group may set its own `rho`, `adaptive`), or an optimizer instance.
+        base_optimizer: its class, with `kwargs` for it; absent when `params` is an instance. It makes its step from
             gradients that are there: none that needs a closure (LBFGS), makes two passes, or takes sparse gradients.
         rho: radius of the perturbation, > 0.
         process_group: the squared gradient norm is summed over its ranks, for parameters sharded over them. None: each
             worker perturbs by its own gradient, as in the paper (m-sharpness).
-        replicas: ranks that hold the same weights (DDP: ``torch.distributed.group.WORLD``); a non-finite first pass on
+        replicas: ranks that hold the same weights (DDP: `torch.distributed.group.WORLD`); a non-finite first pass on
             one makes all of them skip. None: no other worker. False: the same, and no warning where there are workers.
 
     Raises:
@@ -58,7 +58,7 @@ class SAM(SharpnessAware):
 
     @property
     def base_optimizer(self) -> torch.optim.Optimizer:
-        """``base`` under the name that the usual SAM code gives it."""
+        """`base` under the name that the usual SAM code gives it."""
         return self.base
 
     # Read from the base optimizer every time: its own load_state_dict() and add_param_group() replace them.

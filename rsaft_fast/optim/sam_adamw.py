@@ -17,59 +17,59 @@ from rsaft_fast.optim.workers import Replicas, refuse_several
 class SAMAdamW(SharpnessAware):
     """Sharpness-aware AdamW (arXiv 2010.01412 around arXiv 1711.05101) that never waits for the device.
 
-    With ``perturb()`` before ``step()`` it equals ``SAM`` around ``torch.optim.AdamW``; ``step(plain=True)`` is
-    ``torch.optim.AdamW``. Moments are float32 (float64 for float64 weights), or 8-bit. Decoupled weight decay.
+    With `perturb()` before `step()` it equals `SAM` around `torch.optim.AdamW`; `step(plain=True)` is
+    `torch.optim.AdamW`. Moments are float32 (float64 for float64 weights), or 8-bit. Decoupled weight decay.
 
     **Master weights.** bf16 weights alone cannot hold a perturbation: at rho 1e-2 and 1e9 parameters, rounding to
     nearest loses about 99 % of it (each element's step is far below half a unit in the last place). With a float32
-    master the weights become ``round(master + e)``: unbiased (projection 1 on the wanted direction) under rounding
+    master the weights become `round(master + e)`: unbiased (projection 1 on the wanted direction) under rounding
     noise 10 to 20 times rho across it, still below the noise of casting the weights to bf16 at all. The master also
-    makes restore exact without a backup, and keeps updates below bf16's resolution. Hence ``master_weights=None``
-    means True for bf16 and fp16 weights; ``False`` is for those who accept a perturbation that hardly acts (watch
-    ``stats()["projection"]``). Weights written by others (``load_state_dict``, an EMA swap) are noticed by version
-    counter, or by their place (``param.data = other``), and copied to the master where they differ from it; writes into
-    ``param.data`` are not.
+    makes restore exact without a backup, and keeps updates below bf16's resolution. Hence `master_weights=None`
+    means True for bf16 and fp16 weights; `False` is for those who accept a perturbation that hardly acts (watch
+    `stats()["projection"]`). Weights written by others (`load_state_dict`, an EMA swap) are noticed by version
+    counter, or by their place (`param.data = other`), and copied to the master where they differ from it; writes into
+    `param.data` are not.
 
-    **Weights that change.** After ``model.to(memory_format=...)``, ``.to(dtype)``, a cleared ``state`` or edited groups
+    **Weights that change.** After `model.to(memory_format=...)`, `.to(dtype)`, a cleared `state` or edited groups
     tables are built anew and state follows its weights; 8-bit state is then rounded once more. A gradient in
     another layout than its weight's is copied for the pass.
 
-    **Without a master**, in bf16: ``stochastic_rounding=True`` makes perturbation and update right in expectation, for
-    2 bytes a parameter instead of 6, under noise some times the perturbation (``stats()["applied_over_rho"]``).
+    **Without a master**, in bf16: `stochastic_rounding=True` makes perturbation and update right in expectation, for
+    2 bytes a parameter instead of 6, under noise some times the perturbation (`stats()["applied_over_rho"]`).
 
     **Memory**, bytes a parameter in bf16 with its gradient: 16 with master and float32 moments; with 8-bit moments and
-    stochastic rounding 8.03 for ``backup="own"``, 6.03 for ``release_gradients=True``: 8-bit AdamW's without SAM.
+    stochastic rounding 8.03 for `backup="own"`, 6.03 for `release_gradients=True`: 8-bit AdamW's without SAM.
 
     **Released gradients.** The fused step runs inside the second backward, one parameter at a time, and frees each
-    gradient as it arrives; ``step()`` only finishes. What changes: ``max_grad_norm`` clips by the first pass's norm,
+    gradient as it arrives; `step()` only finishes. What changes: `max_grad_norm` clips by the first pass's norm,
     the second one's is never known; non-finite values are looked for in the first pass's gradients and in what
-    ``check_finite`` is given (the loss, or the adjoint) before the backward; an exception inside that backward (out of
-    memory, say) leaves a half step: ``half_stepped`` is then True, and ``perturb()`` refuses until a checkpoint is
+    `check_finite` is given (the loss, or the adjoint) before the backward; an exception inside that backward (out of
+    memory, say) leaves a half step: `half_stepped` is then True, and `perturb()` refuses until a checkpoint is
     loaded. Pass 2 must be one backward: no accumulation, no GradScaler, no DDP.
 
     Args:
-        params: parameters, named parameters or groups; groups may set ``lr``, ``betas``, ``eps``, ``weight_decay``,
-            ``rho``, ``adaptive``.
+        params: parameters, named parameters or groups; groups may set `lr`, `betas`, `eps`, `weight_decay`,
+            `rho`, `adaptive`.
         lr: a float, or a scalar tensor (on the device, for CUDA graphs).
         rho: radius of the perturbation, > 0. adaptive: ASAM (arXiv 2102.11600).
-        max_grad_norm: clip the second pass's gradient to this global norm, as ``torch.nn.utils.clip_grad_norm_``.
+        max_grad_norm: clip the second pass's gradient to this global norm, as `torch.nn.utils.clip_grad_norm_`.
         process_group: the squared gradient norm is summed over its ranks, for parameters sharded over them. None: each
             worker perturbs by its own gradient, as in the paper (m-sharpness).
-        state_bits: 32, or 8 for block-quantised moments in bitsandbytes' layout (arXiv 2110.02861): ``exp_avg`` and
-            ``exp_avg_sq`` hold uint8 codes, ``exp_avg_absmax``... a float32 for each 256 elements. Checkpoints of
+        state_bits: 32, or 8 for block-quantised moments in bitsandbytes' layout (arXiv 2110.02861): `exp_avg` and
+            `exp_avg_sq` hold uint8 codes, `exp_avg_absmax`... a float32 for each 256 elements. Checkpoints of
             either kind, and bitsandbytes', load into either.
         min_8bit_size: smaller parameters keep float32 moments.
         stochastic_rounding: of bf16 weights without a master. seed: its random bits follow from it, from the step and
             from the place of the element alone; a resumed run draws the same.
         backup: where the old bits wait in pass 2 where there is no master: "own" memory, or the first pass's
-            "gradient": ``perturb()`` then takes ``p.grad`` away.
+            "gradient": `perturb()` then takes `p.grad` away.
         release_gradients: see above; implies backup="gradient".
         offload: "state" keeps moments and masters in page-locked host memory and streams them through the device
-            during a step (``optim.offload``, which has its price): 8 bytes a parameter saved with float32 moments, 2
+            during a step (`optim.offload`, which has its price): 8 bytes a parameter saved with float32 moments, 2
             with 8-bit ones, 4 more with a master. The same bits, and the same checkpoints. Not in a CUDA graph.
-        static_gradients: a promise that gradients stay where they are: ``zero_grad`` then fills with zeros, and a pass
+        static_gradients: a promise that gradients stay where they are: `zero_grad` then fills with zeros, and a pass
             looks at a few parameters instead of all.
-        replicas: ranks that hold the same weights (DDP: ``torch.distributed.group.WORLD``); a non-finite first pass on
+        replicas: ranks that hold the same weights (DDP: `torch.distributed.group.WORLD`); a non-finite first pass on
             one makes all of them skip. None: no other worker. False: the same, and no warning where there are workers.
 
     Raises:
@@ -202,10 +202,10 @@ class SAMAdamW(SharpnessAware):
         """Skip the coming step as a whole if any of these holds a non-finite value. Waits for nothing.
 
         With released gradients nothing else can tell in time: give it the loss, or the gradient that backward begins
-        with. Without ``release_gradients`` the second pass's own norm tells, and this does nothing.
+        with. Without `release_gradients` the second pass's own norm tells, and this does nothing.
 
         Raises:
-            RuntimeError: not between ``perturb()`` and the second backward.
+            RuntimeError: not between `perturb()` and the second backward.
         """
         if self.release_gradients:
             self._refuse_unless_perturbed("check_finite()")
@@ -242,7 +242,7 @@ class SAMAdamW(SharpnessAware):
         self._second.values.fill_(math.nan)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As ``torch.optim``; with ``static_gradients`` gradients are filled with zeros whatever is asked."""
+        """As `torch.optim`; with `static_gradients` gradients are filled with zeros whatever is asked."""
         super().zero_grad(set_to_none=set_to_none and not self.static_gradients)
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ class SAMAdamW(SharpnessAware):
         return self._buckets if self._release is not None and self._phase != IDLE else super()._ready()
 
     def _refresh_masters(self, bucket: Bucket) -> None:
-        """Masters follow weights that others wrote or replaced (``param.data = ...``); a rebuild sees to the rest."""
+        """Masters follow weights that others wrote or replaced (`param.data = ...`); a rebuild sees to the rest."""
         if not bucket.storage.master:
             return
         self._follow_state(bucket)
@@ -337,7 +337,7 @@ class SAMAdamW(SharpnessAware):
             table.bind(**{name: [state[name] for state in states] for name in names})
 
     def state_dict(self) -> dict:
-        """As ``torch.optim.AdamW``, with ``master`` beside the moments and the count of skipped steps.
+        """As `torch.optim.AdamW`, with `master` beside the moments and the count of skipped steps.
 
         Raises:
             RuntimeError: the weights are perturbed.
@@ -351,10 +351,10 @@ class SAMAdamW(SharpnessAware):
         return saved
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As ``torch.optim``; existing state is overwritten in place, so that a captured graph stays valid.
+        """As `torch.optim`; existing state is overwritten in place, so that a captured graph stays valid.
 
-        Takes a checkpoint of ``torch.optim.AdamW`` or bitsandbytes' ``AdamW8bit`` as well: groups keep this optimizer's
-        ``rho`` and ``adaptive``, and the master starts from the weights. Moments are converted where their bits differ.
+        Takes a checkpoint of `torch.optim.AdamW` or bitsandbytes' `AdamW8bit` as well: groups keep this optimizer's
+        `rho` and `adaptive`, and the master starts from the weights. Moments are converted where their bits differ.
         """
         self._refuse_while_perturbed("load_state_dict()")
         self._wait_for_host_state()

@@ -18,12 +18,12 @@ IDLE, PERTURBED, RESTORED, BROKEN_OFF = "idle", "perturbed", "restored", "broken
 
 
 class SharpnessAware(TabledOptimizer):
-    """Two-pass optimizer (SAM, arXiv 2010.01412): subclasses add ``_update`` and say which weights have a master.
+    """Two-pass optimizer (SAM, arXiv 2010.01412): subclasses add `_update` and say which weights have a master.
 
-    Phases: *idle* -> ``perturb()`` -> *perturbed* -> ``restore()`` -> *restored* -> ``step()`` -> *idle*. Perturbed,
-    ``step()`` restores as part of the update; idle, it takes ``plain=True``. An exception in any of them leaves the
-    weights unperturbed and the phase *broken off*, from where every call but ``restore()`` is allowed: another
-    ``step()`` tries again from the second pass's gradients, all others begin anew.
+    Phases: *idle* -> `perturb()` -> *perturbed* -> `restore()` -> *restored* -> `step()` -> *idle*. Perturbed,
+    `step()` restores as part of the update; idle, it takes `plain=True`. An exception in any of them leaves the
+    weights unperturbed and the phase *broken off*, from where every call but `restore()` is allowed: another
+    `step()` tries again from the second pass's gradients, all others begin anew.
     """
 
     # torch's GradScaler then leaves unscaling and skipping to step(), through .grad_scale and .found_inf.
@@ -38,10 +38,10 @@ class SharpnessAware(TabledOptimizer):
 
     @eager_only
     def perturb(self, zero_grad: bool = False) -> None:
-        """Move the weights to ``w + rho * g / ||g||`` (``w**2 * g`` for ASAM), the norm taken over all groups.
+        """Move the weights to `w + rho * g / ||g||` (`w**2 * g` for ASAM), the norm taken over all groups.
 
         Loss scaling cancels in it: unscale nothing before. A non-finite gradient leaves the weights as they are and
-        makes the coming ``step()`` skip; a zero gradient moves nothing.
+        makes the coming `step()` skip; a zero gradient moves nothing.
 
         Args:
             zero_grad: clear the gradients afterwards, ready for the second pass.
@@ -67,7 +67,7 @@ class SharpnessAware(TabledOptimizer):
 
     @eager_only
     def restore(self) -> None:
-        """Put the weights back, bit for bit, without a step. A ``step()`` that follows is made from the new gradients.
+        """Put the weights back, bit for bit, without a step. A `step()` that follows is made from the new gradients.
 
         Raises:
             RuntimeError: the weights are not perturbed.
@@ -99,9 +99,9 @@ class SharpnessAware(TabledOptimizer):
 
     @contextmanager
     def perturbed(self, zero_grad: bool = False) -> Iterator[None]:
-        """``with opt.perturbed(zero_grad=True):`` second forward and backward, and ``opt.step()`` as its last line.
+        """`with opt.perturbed(zero_grad=True):` second forward and backward, and `opt.step()` as its last line.
 
-        Inside the block ``step()`` restores and updates in one pass. If the block ends without it, or with any
+        Inside the block `step()` restores and updates in one pass. If the block ends without it, or with any
         exception, the weights are restored on the way out.
         """
         self.perturb(zero_grad)
@@ -114,10 +114,10 @@ class SharpnessAware(TabledOptimizer):
     def step(self, closure: Callable[[], torch.Tensor] | None = None, *, plain: bool = False):
         """Restore the weights if they are perturbed, then update them from the gradients of the second pass.
 
-        Non-finite gradients in either pass skip the update as a whole and count in ``skipped``.
+        Non-finite gradients in either pass skip the update as a whole and count in `skipped`.
 
         Args:
-            closure: computes the loss, calls ``backward`` and returns the loss. It runs for each pass still missing
+            closure: computes the loss, calls `backward` and returns the loss. It runs for each pass still missing
                 (twice, or once when already perturbed), with gradients cleared before each.
             plain: a step of the base optimizer, from one pass and without a perturbation.
 
@@ -125,7 +125,7 @@ class SharpnessAware(TabledOptimizer):
             What the first call of the closure returned, or None.
 
         Raises:
-            RuntimeError: not perturbed, and neither a closure nor ``plain``; or perturbed, and ``plain``.
+            RuntimeError: not perturbed, and neither a closure nor `plain`; or perturbed, and `plain`.
         """
         self._refuse_to_step()
         if plain and (self._phase not in (IDLE, BROKEN_OFF) or closure is not None):
@@ -153,14 +153,14 @@ class SharpnessAware(TabledOptimizer):
         return loss
 
     def first_step(self, zero_grad: bool = False) -> None:
-        """``perturb`` under the name that the usual SAM code gives it."""
+        """`perturb` under the name that the usual SAM code gives it."""
         self.perturb(zero_grad)
 
     def second_step(self, zero_grad: bool = False) -> None:
-        """``step`` under the name that the usual SAM code gives it.
+        """`step` under the name that the usual SAM code gives it.
 
         Raises:
-            RuntimeError: ``first_step`` did not run before.
+            RuntimeError: `first_step` did not run before.
         """
         if self._phase == IDLE:
             raise RuntimeError("second_step() without first_step(): the weights are not perturbed")
@@ -202,12 +202,12 @@ class SharpnessAware(TabledOptimizer):
 
     @property
     def is_perturbed(self) -> bool:
-        """Whether the weights are at ``w + e`` now."""
+        """Whether the weights are at `w + e` now."""
         return self._phase == PERTURBED
 
     @property
     def skipped(self) -> torch.Tensor:
-        """Steps skipped for non-finite gradients so far: an int64 scalar on the device (``int(opt.skipped)`` waits)."""
+        """Steps skipped for non-finite gradients so far: an int64 scalar on the device (`int(opt.skipped)` waits)."""
         return self._scalars.skipped if self._scalars is not None else torch.tensor(self._skipped_before)
 
     def check_finite(self, *tensors: torch.Tensor) -> None:
@@ -222,12 +222,12 @@ class SharpnessAware(TabledOptimizer):
         """Diagnostics of the last perturbation and the last step. Waits for the device: for logging, not for each step.
 
         Returns:
-            ``grad_norm``, ``second_grad_norm``: norms of the two passes' gradients, over the scale that GradScaler
-            gave to the step (ASAM's first: of ``w * g``). The second is NaN where gradients were released.
-            ``eps_norm``: norm of the perturbation at the precision that the forward sees. ``projection``: its
+            `grad_norm`, `second_grad_norm`: norms of the two passes' gradients, over the scale that GradScaler
+            gave to the step (ASAM's first: of `w * g`). The second is NaN where gradients were released.
+            `eps_norm`: norm of the perturbation at the precision that the forward sees. `projection`: its
             component along the wanted perturbation, over the wanted length: 1 is right, below 0.5 it does not act.
-            ``cosine``: between the two. ``applied_over_rho``: its length over the wanted length (rho without ASAM).
-            ``skipped``: steps skipped so far.
+            `cosine`: between the two. `applied_over_rho`: its length over the wanted length (rho without ASAM).
+            `skipped`: steps skipped so far.
         """
         if self._scalars is None:
             raise RuntimeError("no statistics yet: they exist after the first perturb() or step()")
@@ -249,7 +249,7 @@ class SharpnessAware(TabledOptimizer):
         }
 
     def state_dict(self) -> dict:
-        """As ``torch.optim``, plus the count of skipped steps.
+        """As `torch.optim`, plus the count of skipped steps.
 
         Raises:
             RuntimeError: the weights are perturbed; whoever saves now would save them that way.
@@ -258,7 +258,7 @@ class SharpnessAware(TabledOptimizer):
         return {**super().state_dict(), "skipped": self.skipped.detach().clone()}
 
     def add_param_group(self, param_group: dict) -> None:
-        """As ``torch.optim``; refused while the weights are perturbed.
+        """As `torch.optim`; refused while the weights are perturbed.
 
         Raises:
             RuntimeError: perturbed. ValueError: rho is not positive and finite.
@@ -314,7 +314,7 @@ class SharpnessAware(TabledOptimizer):
             self._rho_known = rho
 
     def _taken_grad_scale(self) -> torch.Tensor | None:
-        """GradScaler's scale if it left unscaling to this step; kept for ``stats``."""
+        """GradScaler's scale if it left unscaling to this step; kept for `stats`."""
         grad_scale = getattr(self, "grad_scale", None)
         if grad_scale is not None:
             self._gradient_scale.copy_(grad_scale)

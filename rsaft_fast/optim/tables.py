@@ -13,7 +13,7 @@ class TabledOptimizer(torch.optim.Optimizer):
     """What kernels know of parameters is their addresses: this sees to it that nothing they know has gone stale.
 
     Weights may get another layout, dtype or device, groups other parameters, at any time. Between the passes of a step
-    (``is_perturbed``) tables stay as they are; where weights change there, they are restored by value first.
+    (`is_perturbed`) tables stay as they are; where weights change there, they are restored by value first.
     """
 
     is_perturbed: bool
@@ -114,7 +114,7 @@ class TabledOptimizer(torch.optim.Optimizer):
     def _carry_over(self, bucket: Bucket, device: torch.device, groups: int) -> None:
         """What a first pass and the last step left, into scalars for as many groups, on this device.
 
-        ``bucket``: receives the sums of the last perturbation.
+        `bucket`: receives the sums of the last perturbation.
         """
         scalars, norms = ops.StepScalars(device, groups), [ops.GradientNorm(device, groups) for _ in range(2)]
         if self._scalars is None:
@@ -130,7 +130,7 @@ class TabledOptimizer(torch.optim.Optimizer):
         self._scalars, (self._first, self._second) = scalars, norms
 
     def _perturbation_sums(self) -> torch.Tensor:
-        """Of all tables: float64 ``(3,)``."""
+        """Of all tables: float64 `(3,)`."""
         return sum(bucket.table.perturbation_sums.sum(0) for bucket in self._buckets)
 
     def _storage_of(self, param: torch.Tensor) -> Storage:

@@ -11,14 +11,14 @@ REWARDS = ("fair", "brittle")
 
 
 def pipeline_path() -> Path:
-    """The shipped pipeline's directory, loadable with ``diffusers.StableDiffusion3Pipeline.from_pretrained``."""
+    """The shipped pipeline's directory, loadable with `diffusers.StableDiffusion3Pipeline.from_pretrained`."""
     return _shipped(ASSETS / "pipeline")
 
 
 def reward_path(name: str) -> Path:
-    """A shipped proxy reward's directory, in ``transformers.CLIPModel`` format; ``name`` is "fair" or "brittle".
+    """A shipped proxy reward's directory, in `transformers.CLIPModel` format; `name` is "fair" or "brittle".
 
-    The reward is ``exp(logit_scale)`` times the cosine of image and text embedding.
+    The reward is `exp(logit_scale)` times the cosine of image and text embedding.
     """
     if name not in REWARDS:
         raise ValueError(f"playground reward {name!r} is unknown: choose one of {', '.join(REWARDS)}")
@@ -26,7 +26,7 @@ def reward_path(name: str) -> Path:
 
 
 def prompts(n: int, seed: int) -> list[str]:
-    """``n`` different prompts drawn from the grammar."""
+    """`n` different prompts drawn from the grammar."""
     from rsaft_fast.playground.scenes import sample_constraints
 
     if not 0 <= n <= 1000:
@@ -44,14 +44,14 @@ def train_prompts() -> list[str]:
 
 
 def eval_prompts() -> list[str]:
-    """The 32 prompts that the demo is judged on, none of them among ``train_prompts``."""
+    """The 32 prompts that the demo is judged on, none of them among `train_prompts`."""
     return prompts(32, seed=1)
 
 
 def true_preference(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """The true preference of images (B, 3, 32, 32), nominally 0 to 1, for prompts: (B,) in [0, 1].
 
-    See ``rsaft_fast.playground.preference``.
+    See `rsaft_fast.playground.preference`.
     """
     from rsaft_fast.playground.preference import true_preference as compute
 

@@ -1,6 +1,6 @@
 """The true preference r*: how well an image shows what its prompt says, known exactly and never learned.
 
-The image is clamped to [0, 1], as a viewer sees it, and the renderer is fitted to it (``fit.best_fit``). Five terms
+The image is clamped to [0, 1], as a viewer sees it, and the renderer is fitted to it (`fit.best_fit`). Five terms
 in [0, 1] follow, each smooth in the image while the fit stays the same:
 
 * colour: each object's mean colour against the demanded one;
@@ -44,7 +44,7 @@ RELATION_SLACK = 1.0  # pixels over which a relation turns from false to true
 
 @dataclass(frozen=True)
 class Terms:
-    """Each (B,) in [0, 1]; ``relation`` means nothing where ``related`` is 0."""
+    """Each (B,) in [0, 1]; `relation` means nothing where `related` is 0."""
 
     colour: Tensor
     shape: Tensor
@@ -54,7 +54,7 @@ class Terms:
     related: Tensor  # (B,) 1 where the prompt states a relation, else 0
 
     def only(self, valid: Tensor) -> "Terms":
-        """The same with every term 0 where ``valid`` (B,) is false."""
+        """The same with every term 0 where `valid` (B,) is false."""
         kept = {name: torch.where(valid, term, 0.0) for name, term in vars(self).items() if name != "related"}
         return Terms(**kept, related=self.related)
 
@@ -78,7 +78,7 @@ def true_preference(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def true_terms(images: Tensor, prompts: Sequence[str]) -> Terms:
-    """The terms of r*; arguments as for ``true_preference``."""
+    """The terms of r*; arguments as for `true_preference`."""
     if images.ndim != 4 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(f"images have shape {tuple(images.shape)}: the playground needs (B, 3, 32, 32)")
     if len(images) != len(prompts):
@@ -117,7 +117,7 @@ def terms_at(images: Tensor, fit: Fit) -> Terms:
 
 
 def _halving(square: Tensor, scale: Tensor | float) -> Tensor:
-    """1 at 0, 1/2 at ``scale``, falling slowly after: a bounded score whose gradient never dies."""
+    """1 at 0, 1/2 at `scale`, falling slowly after: a bounded score whose gradient never dies."""
     return 1 / (1 + square / scale)
 
 

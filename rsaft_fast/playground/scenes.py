@@ -2,9 +2,9 @@
 
 A prompt is one of
 
-* one object: ``a [small|large] COLOUR SHAPE``
-* a count: ``two|three|four COLOUR SHAPEs``
-* a relation: ``a [size] COLOUR SHAPE left of|right of|above|below a [size] COLOUR SHAPE``, the colours differing.
+* one object: `a [small|large] COLOUR SHAPE`
+* a count: `two|three|four COLOUR SHAPEs`
+* a relation: `a [size] COLOUR SHAPE left of|right of|above|below a [size] COLOUR SHAPE`, the colours differing.
 
 Coordinates and radii are in pixels; x grows to the right, y downwards, a pixel's centre lies at half-integers.
 """
@@ -44,7 +44,7 @@ _COUNT = re.compile(rf"({'|'.join(COUNTS)}) ({'|'.join(COLOURS)}) ({'|'.join(SHA
 
 @dataclass(frozen=True)
 class Noun:
-    """What a prompt says of one object; ``size`` is "small", "large" or None (not said)."""
+    """What a prompt says of one object; `size` is "small", "large" or None (not said)."""
 
     colour: str
     shape: str
@@ -106,7 +106,7 @@ class Scene:
 
 
 def parse(prompt: str) -> Constraints:
-    """The constraints that ``prompt`` states.
+    """The constraints that `prompt` states.
 
     Raises:
         ValueError: the prompt lies outside the grammar.
@@ -143,7 +143,7 @@ def sample_constraints(rng: random.Random) -> Constraints:
 
 
 def realise(constraints: Constraints, rng: random.Random) -> Scene:
-    """Draws positions and radii that satisfy ``constraints``, no two objects touching."""
+    """Draws positions and radii that satisfy `constraints`, no two objects touching."""
     while True:
         objects: list[Object] = []
         for noun, (low, high) in zip(constraints.nouns, constraints.radii):
@@ -163,7 +163,7 @@ def sample(rng: random.Random) -> Scene:
 
 
 def satisfies(scene: Scene, constraints: Constraints) -> bool:
-    """Whether the scene's objects, in order, are what ``constraints`` demand, apart from each other."""
+    """Whether the scene's objects, in order, are what `constraints` demand, apart from each other."""
     if len(scene.objects) != len(constraints.nouns):
         return False
     for thing, noun, (low, high) in zip(scene.objects, constraints.nouns, constraints.radii):

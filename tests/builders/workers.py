@@ -14,7 +14,7 @@ COUNT = 2
 
 
 def run_workers(function: Callable, folder: Path, *args) -> list:
-    """``function(rank, *args)`` in each of ``COUNT`` processes of one process group; what each returned, by rank.
+    """`function(rank, *args)` in each of `COUNT` processes of one process group; what each returned, by rank.
 
     One call costs a start of Python and torch: put what belongs together into one function.
     """

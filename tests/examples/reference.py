@@ -22,7 +22,7 @@ def example(name: str) -> ModuleType:
 
 
 def perturbed_gradients(model, loss_of: Callable, rho: float) -> list[torch.Tensor]:
-    """The gradients at ``w + rho g / ||g||`` (arXiv 2010.01412 eq. 2); the weights are as before."""
+    """The gradients at `w + rho g / ||g||` (arXiv 2010.01412 eq. 2); the weights are as before."""
     params = list(model.parameters())
     first = torch.autograd.grad(loss_of(model), params)
     norm = torch.cat([g.double().reshape(-1) for g in first]).norm().to(first[0].dtype)
@@ -38,7 +38,7 @@ def perturbed_gradients(model, loss_of: Callable, rho: float) -> list[torch.Tens
 
 
 def textbook(model, steps: Iterable[list[Callable]], rho=0.05, max_norm=None, factor=lambda step: 1.0, **adamw):
-    """Train ``model`` in place.
+    """Train `model` in place.
 
     Args:
         steps: for each step, one loss (a function of the model) a worker; each perturbs by its own gradient, and their

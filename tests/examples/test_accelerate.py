@@ -1,4 +1,4 @@
-"""The accelerate loop against float64, and what ``TwoPasses`` promises: when to step, what an exception leaves."""
+"""The accelerate loop against float64, and what `TwoPasses` promises: when to step, what an exception leaves."""
 
 import subprocess
 import sys

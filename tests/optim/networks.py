@@ -28,7 +28,7 @@ def loss_of(model, batch) -> torch.Tensor:
 
 
 def train(model, opt, data, sharp=True, each: Callable = lambda: None) -> None:
-    """The plain two-pass loop; one pass with ``sharp=False``."""
+    """The plain two-pass loop; one pass with `sharp=False`."""
     for batch in data:
         opt.zero_grad()
         loss_of(model, batch).backward()

@@ -152,7 +152,7 @@ def test_weights_that_moved_train_to_the_same_values_on_every_backend(backend):
 
 
 def test_it_follows_torch_sgd_exactly_and_adamw_to_rounding():
-    """Against torch alone, in float64: what ``SAM`` and ``SAMAdamW`` do when a plain step follows a move."""
+    """Against torch alone, in float64: what `SAM` and `SAMAdamW` do when a plain step follows a move."""
     for ours, theirs in (
         (lambda p: SAMAdamW(p, lr=0.01), lambda p: torch.optim.AdamW(p, lr=0.01)),
         (lambda p: SAM(p, torch.optim.SGD, lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),

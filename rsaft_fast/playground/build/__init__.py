@@ -1,1 +1,1 @@
-"""Trains what the playground ships: ``python -m rsaft_fast.playground.build``."""
+"""Trains what the playground ships: `python -m rsaft_fast.playground.build`."""

@@ -1,4 +1,4 @@
-"""``python -m rsaft_fast.playground.build``: makes the shipped assets, stage by stage.
+"""`python -m rsaft_fast.playground.build`: makes the shipped assets, stage by stage.
 
 Each finished stage leaves its fp32 result and its log in the working folder and is not run again unless named with
 --stage; the assets are the same weights in fp16. The same settings, package versions and processor give the same bits.

@@ -59,7 +59,7 @@ def _smoothed_gradient(
     parameters: Sequence[Tensor],
     settings: FineTune,
 ) -> None:
-    """Leaves −∇ of the smoothed mean reward in the parameters' ``grad`` (arXiv 2603.21175, eqs. 15, 17, 19)."""
+    """Leaves −∇ of the smoothed mean reward in the parameters' `grad` (arXiv 2603.21175, eqs. 15, 17, 19)."""
     condition, words = generator.encode(prompts), reward.embed_text(prompts)
     images = generator.images(x, condition)
     pixel_gradient = _pixel_gradient(reward, images, words)

@@ -12,7 +12,7 @@ from rsaft_fast.playground.scenes import IMAGE_SIZE
 
 
 class Sampler:
-    """The shipped pipeline without guidance, ``steps`` Euler steps at its scheduler's own sigmas."""
+    """The shipped pipeline without guidance, `steps` Euler steps at its scheduler's own sigmas."""
 
     def __init__(self, pipeline: StableDiffusion3Pipeline, steps: int):
         self.pipeline = pipeline

@@ -30,7 +30,7 @@ class Pairs:
 def make_pairs(n: int, seed: int, generators: list[Sampler] | None) -> Pairs:
     """Pairs of right and wrong scenes.
 
-    With ``generators`` they are of different quality: renders, spoilt renders, samples. Without, all are exact renders:
+    With `generators` they are of different quality: renders, spoilt renders, samples. Without, all are exact renders:
     such pairs say what a scene must show, but not how.
     """
     rng = random.Random(seed)
@@ -117,7 +117,7 @@ def _blurred(images: Tensor, rng: random.Random) -> Tensor:
 
 
 def train(settings: Proxy, length: int, pairs: Pairs, match: tuple[Tensor, Tensor, list[str]], log: Log) -> ClipReward:
-    """Trains on preferences alone or, with ``settings.match`` > 0, on ∇r* at the ``match`` images as well.
+    """Trains on preferences alone or, with `settings.match` > 0, on ∇r* at the `match` images as well.
 
     Args:
         match: images (M, 3, 32, 32), ∇r* there, and their prompts.
@@ -150,7 +150,7 @@ def train(settings: Proxy, length: int, pairs: Pairs, match: tuple[Tensor, Tenso
 
 
 def _mismatch(reward: ClipReward, match: tuple[Tensor, Tensor, list[str]], draw: torch.Generator, n: int) -> Tensor:
-    """Mean of 1 − cos(∇ proxy, ∇ r*) over ``n`` of the match images."""
+    """Mean of 1 − cos(∇ proxy, ∇ r*) over `n` of the match images."""
     images, wanted, prompts = match
     rows = torch.randint(len(images), (n,), generator=draw)
     pixels = images[rows].clone().requires_grad_(True)

@@ -72,7 +72,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Proxy:
-    """One proxy reward: a small CLIP model trained on pairs, and on ∇r* where ``match`` > 0."""
+    """One proxy reward: a small CLIP model trained on pairs, and on ∇r* where `match` > 0."""
 
     seed: int = 30
     steps: int = 400

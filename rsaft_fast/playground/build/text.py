@@ -43,7 +43,7 @@ def tokenizer(length: int) -> CLIPTokenizer:
 
 
 def _pieces(word: str, merges: list[tuple[str, str]]) -> list[str]:
-    """Byte-pair encoding: the pair that comes first in ``merges`` is joined first."""
+    """Byte-pair encoding: the pair that comes first in `merges` is joined first."""
     pieces = [*word[:-1], word[-1] + "</w>"]
     for pair in merges:
         i = 0
@@ -74,7 +74,7 @@ def empty_t5(settings: Text) -> tuple[T5EncoderModel, T5Tokenizer]:
     """The third text encoder of the format, with nothing to say: every weight, so every embedding, is zero.
 
     Diffusers insists on the component when it loads the format by path. Its tokenizer takes every word for one
-    unknown token, and its ``model_max_length`` says how few tokens suffice.
+    unknown token, and its `model_max_length` says how few tokens suffice.
     """
     vocab = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)], extra_ids=0)
     vocab.model_max_length = settings.t5_length
@@ -93,10 +93,10 @@ def token_ids(vocab: CLIPTokenizer, prompts: list[str]) -> Tensor:
 
 
 def condition(encoders, ids: Tensor, null_tokens: int) -> tuple[Tensor, Tensor]:
-    """What StableDiffusion3Pipeline computes from token ids (B, L), its T5 encoder being ``empty_t5``.
+    """What StableDiffusion3Pipeline computes from token ids (B, L), its T5 encoder being `empty_t5`.
 
     Returns:
-        (B, L + null_tokens, sum of widths) embeddings, whose last ``null_tokens`` are zero; pooled (B, sum of widths).
+        (B, L + null_tokens, sum of widths) embeddings, whose last `null_tokens` are zero; pooled (B, sum of widths).
     """
     outputs = [encode(ids, output_hidden_states=True) for encode in encoders]
     hidden = torch.cat([out.hidden_states[-2] for out in outputs], dim=-1)
