@@ -1,4 +1,4 @@
-"""Hyper-parameters, step counts and the two passes' norms, turned into a few numbers a tensor for the AdamW kernel.
+"""AdamW coefficients: a few numbers a tensor from hyper-parameters, step counts and the norms of both passes.
 
 Usually the launch that finishes the second norm does this too (`global_norm`); alone it is one small launch.
 """
@@ -15,6 +15,7 @@ TENSORS_BLOCK = 512
 
 @triton.jit
 def skip_flag(norm_inf, first_inf, scaler_inf):
+    """Combine the optional overflow flags with the norm's: 1.0 skips the step."""
     if first_inf is not None:
         norm_inf = tl.maximum(norm_inf, tl.load(first_inf))
     if scaler_inf is not None:
@@ -24,13 +25,14 @@ def skip_flag(norm_inf, first_inf, scaler_inf):
 
 @triton.jit
 def note_skip(skip, skip_out, skipped):
+    """Store the skip flag and add it to the counter of skipped steps."""
     tl.store(skip_out, skip)
     tl.store(skipped, tl.load(skipped) + tl.where(skip != 0, 1, 0))
 
 
 @triton.jit
 def unscaling(grad_scale):
-    """What gradients are multiplied by, in float64."""
+    """Compute the factor that undoes the gradient scaling, in float64."""
     factor = tl.full([], 1.0, tl.float64)
     if grad_scale is not None:
         factor = factor / tl.load(grad_scale).to(tl.float64)
@@ -55,7 +57,10 @@ def write_coefficients(
     RELEASED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of BLOCK tensors. `norm`: of the gradients before `factor`. RELEASED: of their next steps, not counted."""
+    """Write the coefficients of BLOCK tensors.
+
+    `norm`: of the gradients before `factor`. RELEASED: coefficients of the tensors' next steps, which are not counted.
+    """
     i_tensor = first_tensor + tl.arange(0, BLOCK)
     m_tensor = i_tensor < tensors
     b_step = tl.load(steps + i_tensor, mask=m_tensor, other=0.0)
@@ -109,6 +114,7 @@ def rsaft_adamw_coefficients_kernel(
     COUNT: tl.constexpr,
     TENSORS_BLOCK: tl.constexpr,
 ):
+    """Write the coefficients of a table: one program for TENSORS_BLOCK tensors."""
     skip = skip_flag(tl.load(norm_inf), first_inf, scaler_inf)
     if COUNT:
         if tl.program_id(0) == 0:
@@ -120,33 +126,39 @@ def rsaft_adamw_coefficients_kernel(
 
 
 def step_arguments(inputs) -> tuple:
-    """What the kernels take of a step, besides its norm; None is an argument of its own kind to Triton."""
+    """Give the kernels' arguments of a step, besides its norm; None is an argument of its own kind to Triton."""
     scalars = inputs.scalars
     first_inf = None if inputs.first is None else inputs.first.found_inf
     return first_inf, inputs.found_inf, inputs.grad_scale, scalars.skip, scalars.skipped, scalars.hyper
 
 
 def table_arguments(table: TensorTable) -> tuple:
+    """Give the kernels' arguments of a table."""
     return table.addresses, table.group, table.steps, table.coefficients, len(table)
 
 
 def kinds(inputs) -> tuple:
-    """What a compiled form depends on: which flags there are, of which dtype, and whether tensors step one by one."""
+    """Name what the compiled form depends on: each optional flag's dtype, and whether tensors step one by one."""
     optional = None if inputs.first is None else inputs.first.found_inf, inputs.found_inf, inputs.grad_scale
     return *(None if tensor is None else tensor.dtype for tensor in optional), inputs.released
 
 
 def constants(released: bool) -> dict:
+    """Give the compile-time arguments that both kernels take."""
     sizes = dict(N_HYPER=len(HYPER), N_COEFFICIENTS=len(COEFFICIENTS), TENSORS_BLOCK=TENSORS_BLOCK)
     return dict(ROW_GRAD=ROW["grad"], RELEASED=released) | sizes | OPTIONS
 
 
 def variant(first_inf, scaler_inf, grad_scale, released: bool, count: bool) -> tuple:
+    """Choose kernel and constants for `launcher`."""
     return rsaft_adamw_coefficients_kernel, constants(released) | dict(COUNT=count)
 
 
 def adamw_coefficients(tables: list[TensorTable], norm, inputs, count: bool = True) -> None:
-    """`count`: the first of these tables writes the skip flag and counts a skip."""
+    """Write the AdamW coefficients of all tables.
+
+    `count`: the first of these tables writes the skip flag and counts a skip.
+    """
     for index, table in enumerate(tables):
         launch = launcher(variant, table.device, *kinds(inputs), count and index == 0)
         grid = triton.cdiv(len(table), TENSORS_BLOCK), 1, 1

@@ -1,4 +1,4 @@
-"""What the kernels share: table look-up, loads with and without a mask, rounding, launch options.
+"""Helpers of all kernels: table look-up, loads with and without a mask, rounding, launch options.
 
 Names: `a_` addresses, `i_` indices, `b_` blocks of values, `p_` pointers, UPPER compile-time constants.
 """
@@ -25,23 +25,23 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 
 def on(device: torch.device):
-    """Triton launches on the current device: make it the tensors' own."""
+    """Make the tensors' device the current one, on which Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def launch_span(table, tensor: int | None) -> tuple[int, int]:
-    """First chunk and number of chunks of a launch over one tensor of the table, or over all."""
+    """Give first chunk and number of chunks of a launch over one tensor of the table, or over all."""
     return (0, table.chunks) if tensor is None else (table.first_chunk[tensor], table.chunks_of[tensor])
 
 
 def unspecialised(function):
-    """`triton.jit` of a kernel: one compiled form, whatever the values and alignments of its run-time arguments."""
+    """Apply `triton.jit`, with one compiled form whatever the run-time arguments' values and alignments."""
     parameters = inspect.signature(function).parameters.values()
     return triton.jit(function, do_not_specialize=[p.name for p in parameters if p.annotation is not tl.constexpr])
 
 
 class Launcher:
-    """A kernel with its compile-time arguments: compiled by the first launch, launched without Triton's dispatch after.
+    """A kernel with its compile-time arguments: compiled at the first launch, launched without Triton's dispatch after.
 
     Triton looks at every argument of every launch to find the compiled form, which takes longer than small launches
     run. Here the form follows from the constants alone: kernels are `unspecialised`, and run-time arguments, which
@@ -64,13 +64,13 @@ class Launcher:
 
 @cache
 def launcher(variant: Callable[..., tuple], device: torch.device, *choices) -> Launcher:
-    """`variant(*choices)`: a kernel and its constants, by parameter and option name. One compiled form a device."""
+    """Make the `Launcher` of `variant(*choices)`, a kernel and its constants; one compiled form a device."""
     return Launcher(*variant(*choices))
 
 
 @triton.jit
 def chunk_span(i_chunk, numel, chunk_tensor, chunk_index, CHUNK: tl.constexpr):
-    """The tensor of a chunk, the first element of the chunk, and how many it has."""
+    """Look up a chunk: its tensor, its first element, and how many elements it has."""
     i_tensor = tl.load(chunk_tensor + i_chunk)
     start = tl.load(chunk_index + i_chunk).to(tl.int64) * CHUNK
     count = tl.minimum(tl.load(numel + i_tensor) - start, CHUNK).to(tl.int32)
@@ -79,12 +79,13 @@ def chunk_span(i_chunk, numel, chunk_tensor, chunk_index, CHUNK: tl.constexpr):
 
 @triton.jit
 def address_of(addresses, ROW: tl.constexpr, tensors, i_tensor):
+    """Load the address of a tensor in one list of the table; 0 where the list lacks it."""
     return tl.load(addresses + ROW * tensors + i_tensor)
 
 
 @triton.jit
 def vector_part(joined_addresses, count, BLOCK: tl.constexpr):
-    """Elements that whole blocks with 16-byte accesses can do: none if any list (addresses or-ed) is misaligned.
+    """Count the elements in whole 16-byte-aligned blocks; 0 if any list (addresses or-ed) is misaligned.
 
     Chunks are multiples of 16 bytes long, so the base addresses decide.
     """
@@ -94,12 +95,14 @@ def vector_part(joined_addresses, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def pointer_to(address, start, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """Turn an address into a pointer to the element `start`, with the alignment hint of vector accesses."""
     # The hint counts only after the cast to a pointer; on the integer the compiler drops it.
     return advance(address.to(tl.pointer_type(DTYPE)), start, VECTOR)
 
 
 @triton.jit
 def advance(pointer, start, VECTOR: tl.constexpr):
+    """Move a pointer by `start` elements, with the alignment hint of vector accesses."""
     pointer += start
     if VECTOR:
         pointer = tl.multiple_of(pointer, 16)
@@ -111,7 +114,10 @@ NO_POLICY = tl.constexpr("")  # Triton 3.6 wants a default wrapped
 
 @triton.jit
 def load(pointer, offsets, count, VECTOR: tl.constexpr, KEEP: tl.constexpr = NO_POLICY):
-    """`KEEP`: an eviction policy, what the cache should do with these values."""
+    """Load a block, masked unless VECTOR.
+
+    `KEEP`: an eviction policy, what the cache should do with these values.
+    """
     if VECTOR:
         return tl.load(pointer + offsets, eviction_policy=KEEP)
     return tl.load(pointer + offsets, mask=offsets < count, other=0, eviction_policy=KEEP)
@@ -119,6 +125,7 @@ def load(pointer, offsets, count, VECTOR: tl.constexpr, KEEP: tl.constexpr = NO_
 
 @triton.jit
 def store(pointer, offsets, count, values, VECTOR: tl.constexpr, KEEP: tl.constexpr = NO_POLICY):
+    """Store a block, masked unless VECTOR; `KEEP` as in `load`."""
     if VECTOR:
         tl.store(pointer + offsets, values, eviction_policy=KEEP)
     else:
@@ -127,7 +134,7 @@ def store(pointer, offsets, count, values, VECTOR: tl.constexpr, KEEP: tl.conste
 
 @triton.jit
 def rounded(b_x, DTYPE: tl.constexpr):
-    """float32 to DTYPE, to nearest even.
+    """Round float32 to DTYPE, to nearest even.
 
     bf16 goes through integers: Triton's interpreter truncates that cast, and one source must give one result.
     """
@@ -139,7 +146,7 @@ def rounded(b_x, DTYPE: tl.constexpr):
 
 @triton.jit
 def nearest_bf16(b_bits):
-    """Bits of float32 numbers to those of the nearest bf16 numbers."""
+    """Round the bits of float32 numbers to those of the nearest bf16 numbers."""
     b_up = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16
     return tl.where((b_bits & 0x7FFFFFFF) > 0x7F800000, (b_bits >> 16) | 0x40, b_up)
 
@@ -165,7 +172,11 @@ def _restore_block(
 def restore_chunk(
     a_weight, a_source, start, count, first_inf, WEIGHT: tl.constexpr, SOURCE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Nothing where perturbing was a no-op (`first_inf`: the source holds something else), or without a source."""
+    """Restore a chunk of a weight from its source.
+
+    Does nothing after a perturbation that was a no-op (`first_inf`: the source holds something else), or without a
+    source.
+    """
     count = tl.where((first_inf == 0.0) & (a_source != 0), count, 0)
     vector = vector_part(a_weight | a_source, count, BLOCK)
     for first in range(0, vector, BLOCK):

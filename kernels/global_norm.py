@@ -61,6 +61,7 @@ def rsaft_sum_of_squares_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Sum the squares of each chunk's gradient into the chunk's slot."""
     i_chunk = tl.program_id(0)
     i_tensor, start, count = chunk_span(i_chunk, numel, chunk_tensor, chunk_index, CHUNK)
     a_grad = address_of(addresses, ROW_GRAD, tensors, i_tensor)
@@ -81,7 +82,7 @@ def rsaft_sum_of_squares_kernel(
 
 @triton.jit
 def _finish(slots, count, values, rho, found_inf, groups, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr):
-    """Adds the slots to `values` (sum of squares, norm, scales: GradientNorm's layout); returns norm and flag."""
+    """Add the slots to `values` (sum of squares, norm, scales: GradientNorm's layout); return norm and flag."""
     b_sum = tl.zeros([BLOCK], dtype=tl.float64)
     for first in range(0, count, BLOCK):
         i_slot = first + tl.arange(0, BLOCK)
@@ -106,6 +107,7 @@ def _finish(slots, count, values, rho, found_inf, groups, FIRST: tl.constexpr, L
 def rsaft_finish_norm_kernel(
     slots, values, rho, found_inf, count, groups, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """Add the slots up to norm, scales and found_inf, in one program."""
     _finish(slots, count, values, rho, found_inf, groups, FIRST, LAST, BLOCK)
 
 
@@ -136,7 +138,7 @@ def rsaft_finish_step_kernel(
     RELEASED: tl.constexpr,
     TENSORS_BLOCK: tl.constexpr,
 ):
-    """`rsaft_finish_norm_kernel`, then `rsaft_adamw_coefficients_kernel` for a table, in one program."""
+    """Run `rsaft_finish_norm_kernel`, then `rsaft_adamw_coefficients_kernel` for a table, in one program."""
     norm, skip = _finish(slots, count, values, rho, found_inf, groups, FIRST, True, BLOCK)
     skip = skip_flag(skip, first_inf, scaler_inf)
     note_skip(skip, skip_out, skipped)
@@ -149,12 +151,14 @@ def rsaft_finish_step_kernel(
 
 
 def variant(weight: torch.dtype, grad: torch.dtype, adaptive: bool, block: int) -> tuple:
+    """Choose kernel and constants of `sum_of_squares` for `launcher`."""
     rows = dict(ROW_WEIGHT=ROW["weight"], ROW_GRAD=ROW["grad"])
     dtypes = dict(WEIGHT=DTYPES[weight], GRAD=DTYPES[grad])
     return rsaft_sum_of_squares_kernel, rows | dtypes | dict(ADAPTIVE=adaptive, CHUNK=CHUNK, BLOCK=block) | OPTIONS
 
 
 def sum_of_squares(table: TensorTable, adaptive: bool) -> None:
+    """Fill `table.sum_sq`: each chunk's sum of squares in its own slot."""
     if not table.chunks:
         return
     launch = launcher(variant, table.device, table.dtypes["weight"], table.dtypes["grad"], adaptive, BLOCK)
@@ -171,15 +175,20 @@ def sum_of_squares(table: TensorTable, adaptive: bool) -> None:
 
 
 def norm_variant(first: bool, last: bool) -> tuple:
+    """Choose kernel and constants of a launch that finishes the norm alone."""
     return rsaft_finish_norm_kernel, dict(FIRST=first, LAST=last, BLOCK=SLOT_BLOCK) | OPTIONS
 
 
 def step_variant(first_inf, scaler_inf, grad_scale, released: bool, first: bool) -> tuple:
+    """Choose kernel and constants of the launch that finishes the norm and writes AdamW's coefficients."""
     return rsaft_finish_step_kernel, constants(released) | dict(FIRST=first, BLOCK=SLOT_BLOCK)
 
 
 def finish_norm(slots: list[torch.Tensor], norm, rho: torch.Tensor, tables=None, inputs=None) -> None:
-    """With `tables` and `inputs`: the last launch writes the last table's coefficients too."""
+    """Add all slots up in float64 to norm, scale and found_inf.
+
+    With `tables` and `inputs`: the last launch writes the last table's coefficients too.
+    """
     device = norm.values.device
     with on(device):
         for index, table_slots in enumerate(slots):

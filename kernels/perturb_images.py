@@ -24,6 +24,7 @@ GRID_LIMIT = 65535  # of a grid's second dimension
 def rsaft_sample_sums_kernel(
     grad, slots, elements: tl.int64, first_sample, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """Sum the squares of each (sample, chunk) of the gradient into its slot."""
     i_sample, i_chunk = first_sample + tl.program_id(1), tl.program_id(0)
     start = i_chunk.to(tl.int64) * CHUNK
     p_grad = advance(grad, i_sample.to(tl.int64) * elements + start, ALIGNED)
@@ -80,7 +81,10 @@ def rsaft_perturb_images_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`radius`: already negative and, for rms, times the square root of the elements."""
+    """Write `images + delta`, or `delta` alone, for one (sample, chunk).
+
+    `radius`: already negative and, for rms, times the square root of the elements.
+    """
     # Backwards: of a sample too large for the L2 cache, its end is what is left there after the norm.
     i_sample, i_chunk = first_sample + tl.program_id(1), tl.num_programs(0) - 1 - tl.program_id(0)
     i_slot = tl.arange(0, SLOTS)
@@ -104,18 +108,23 @@ def rsaft_perturb_images_kernel(
 
 
 def sums_variant(grad: torch.dtype, aligned: bool, block: int) -> tuple:
+    """Choose kernel and constants of the first launch for `launcher`."""
     return rsaft_sample_sums_kernel, dict(ALIGNED=aligned, CHUNK=CHUNK, BLOCK=block) | OPTIONS
 
 
 def variant(
     out: torch.dtype, grad: torch.dtype, images: torch.dtype | None, aligned: bool, sign: bool, slots: int, block: int
 ) -> tuple:
-    """`slots`: a power of two that is not below the chunks of a sample."""
+    """Choose kernel and constants of the second launch.
+
+    `slots`: a power of two that is not below the chunks of a sample.
+    """
     kinds = dict(OUT=DTYPES[out], IMAGES=images is not None, SIGN=sign, SLOTS=slots, ALIGNED=aligned)
     return rsaft_perturb_images_kernel, kinds | dict(CHUNK=CHUNK, BLOCK=block) | OPTIONS
 
 
 def step_against_(out: torch.Tensor, images: torch.Tensor | None, grad: torch.Tensor, radius: float, norm: str) -> None:
+    """Write `out = images + delta`, or `out = delta` without images; see `rsaft_fast.ops.image_delta`."""
     if out.numel() == 0:
         return
     if not all(_sample_after_sample(tensor, out) for tensor in (out, grad, images) if tensor is not None):
@@ -141,7 +150,7 @@ def step_against_(out: torch.Tensor, images: torch.Tensor | None, grad: torch.Te
 
 
 def _sample_after_sample(tensor: torch.Tensor, out: torch.Tensor) -> bool:
-    """Whether samples lie one after the other without holes, their elements in the order of `out`'s."""
+    """Tell whether samples lie one after the other without holes, their elements in the order of `out`'s."""
     if tensor.is_contiguous() and out.is_contiguous():
         return True
     if tensor.stride() != out.stride():

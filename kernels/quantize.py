@@ -20,8 +20,11 @@ _TINY = tl.constexpr(2.0**-126)
 
 
 def _keys(signed: bool) -> tuple[int, ...]:
-    """Of each decade: the bits of the power of ten that lifts it to [0.1, 1], and in the lowest nine, which are zero
-    there, the exponent of its number of values. One selection yields both."""
+    """Pack two numbers a decade into one key, so that one selection yields both.
+
+    The bits of the power of ten that lifts the decade to [0.1, 1], and in the lowest nine, which are zero there, the
+    exponent of its number of values.
+    """
     factors = [struct.unpack("<i", struct.pack("<f", 10.0 ** (6 - decade)))[0] for decade in range(definition.DECADES)]
     return tuple(factor | (127 + decade + (not signed)) for decade, factor in enumerate(factors))
 
@@ -37,7 +40,7 @@ def _with_sign_of(b_magnitude, b_x):
 
 @triton.jit
 def dequantize(b_codes, SIGNED: tl.constexpr):
-    """uint8 codes to float32 fractions of the absmax."""
+    """Decode uint8 codes to float32 fractions of the absmax."""
     # To float by adding bits to those of 2^23: a conversion takes four times as long.
     b_c = (b_codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
     b_c = b_c - (8388608.0 + (127.0 if SIGNED else -1.0))
@@ -57,7 +60,7 @@ def dequantize(b_codes, SIGNED: tl.constexpr):
 
 @triton.jit
 def quantize(b_x, SIGNED: tl.constexpr):
-    """float32 fractions of the absmax to the nearest uint8 code."""
+    """Encode float32 fractions of the absmax as the nearest uint8 codes."""
     LIMITS: tl.constexpr = _SIGNED_LIMITS if SIGNED else _UNSIGNED_LIMITS
     KEYS: tl.constexpr = _SIGNED_KEYS if SIGNED else _UNSIGNED_KEYS
     ZERO: tl.constexpr = _SIGNED_ZERO if SIGNED else _UNSIGNED_ZERO
@@ -82,7 +85,10 @@ def quantize(b_x, SIGNED: tl.constexpr):
 
 @triton.jit
 def rows_of(first, BLOCK: tl.constexpr):
-    """Elements `first` and on as (rows, 256): one block of state a row. Within a warp, for the sizes that we use."""
+    """Give the offsets of the elements from `first` on as (rows, 256): one block of state a row.
+
+    Within a warp, for the sizes that we use.
+    """
     i_row = tl.arange(0, BLOCK // BLOCK_8BIT)
     return first + i_row[:, None] * BLOCK_8BIT + tl.arange(0, BLOCK_8BIT)[None, :]
 
@@ -91,7 +97,7 @@ def rows_of(first, BLOCK: tl.constexpr):
 def load_moments(
     a_codes, a_absmax, start, first, count, SIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Codes to float32 values `(rows, 256)`."""
+    """Load codes and absmax, and decode them to float32 values `(rows, 256)`."""
     i_row = first // BLOCK_8BIT + tl.arange(0, BLOCK // BLOCK_8BIT)
     absmax = pointer_to(a_absmax, start // BLOCK_8BIT, tl.float32, False)
     b_absmax = load(absmax, i_row, tl.cdiv(count, BLOCK_8BIT), VECTOR)
@@ -103,6 +109,7 @@ def load_moments(
 def store_moments(
     a_codes, a_absmax, start, first, count, b_x, SIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """Encode float32 values `(rows, 256)`, and store their codes and absmax."""
     offsets = rows_of(first, BLOCK)
     if not VECTOR:
         b_x = tl.where(offsets < count, b_x, 0.0)

@@ -14,13 +14,13 @@ PERTURBATION, UPDATE = tl.constexpr(philox.PERTURBATION), tl.constexpr(philox.UP
 
 
 def rounding_seed(table) -> int | None:
-    """The key, where this table's weights are rounded stochastically: those that no master stands behind."""
+    """Give the key where this table's weights are rounded stochastically (those without a master), else None."""
     return None if table.rounding_seed is None or "master" in table else table.rounding_seed % 2**64
 
 
 @triton.jit
 def random16(seed, parameter, step, PURPOSE: tl.constexpr, first, BLOCK: tl.constexpr):
-    """16 random bits for each of BLOCK elements from `first` (int64, a multiple of 8) on, in uint32."""
+    """Draw 16 random bits, in uint32, for each of BLOCK elements from `first` (int64, a multiple of 8) on."""
     pack = first // 8 + tl.arange(0, BLOCK // 8)
     draw = (2 * step.to(tl.int64) + PURPOSE).to(tl.uint32)
     counter = pack.to(tl.uint32), (pack >> 32).to(tl.uint32), parameter.to(tl.uint32), draw
@@ -32,8 +32,10 @@ def random16(seed, parameter, step, PURPOSE: tl.constexpr, first, BLOCK: tl.cons
 
 @triton.jit
 def round_stochastically(b_x, b_random):
-    """float32 to bf16: up with the probability of the part cut off. An infinity stays one under any addition below
-    2^16; all NaN become one."""
+    """Round float32 to bf16: up with the probability of the part cut off.
+
+    An infinity stays one under any addition below 2^16; all NaN become one.
+    """
     b_bits = (b_x.to(tl.uint32, bitcast=True) + b_random) >> 16
     return tl.where(b_x == b_x, b_bits, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
@@ -50,7 +52,7 @@ def rounded_as_asked(
     first,
     BLOCK: tl.constexpr,
 ):
-    """float32 to DTYPE, to nearest or stochastically; `b_x`: BLOCK elements in any shape."""
+    """Round float32 to DTYPE, to nearest or stochastically; `b_x`: BLOCK elements in any shape."""
     if STOCHASTIC:
         b_random = random16(seed, parameter, step, PURPOSE, first, BLOCK)
         return round_stochastically(b_x, tl.reshape(b_random, b_x.shape))

@@ -1,4 +1,4 @@
-"""Restore, unscale, clip and AdamW in one pass: the weight is read from where restoring would read it.
+"""Fused restore, unscaling, clipping and AdamW in one pass: the weight is read from where restoring would read it.
 
 Moments are float32, or 8-bit codes with an absmax for each 256 elements (`quantize`). Floor: 28 bytes a parameter,
 for fp32 with backup and for bf16 weights with a float32 master alike; with 8-bit moments 10 for bf16 without a master.
@@ -59,7 +59,10 @@ def _update(
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block. `c`: the coefficients, in the order of their columns. All loads first, so that they overlap."""
+    """Update one block; `c`: the coefficients, in the order of their columns.
+
+    All loads come first, so that they overlap.
+    """
     offsets = rows_of(first, BLOCK) if STATE == tl.uint8 else first + tl.arange(0, BLOCK)
     source = pointer_to(a_source, start, SOURCE, VECTOR)
     exp_avg = pointer_to(a_exp_avg, start, tl.float32, VECTOR)
@@ -127,7 +130,9 @@ def rsaft_sam_adamw_kernel(
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """`ROW_SOURCE`: the master, the backup, or (nothing to restore) the weight itself.
+    """Update one chunk: AdamW where the step is made, else restore.
+
+    `ROW_SOURCE`: the master, the backup, or (nothing to restore) the weight itself.
 
     `grad`: address of the gradient of the one tensor whose chunks these are; 0: look it up in the table.
     """
@@ -183,6 +188,7 @@ def variant(
     stochastic: bool,
     block: int,
 ) -> tuple:
+    """Choose kernel and constants for `launcher`."""
     lists = ("weight", "grad", "exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
     rows = {f"ROW_{name.upper()}": ROW[name] for name in lists} | dict(ROW_SOURCE=ROW[source])
     dtypes = dict(WEIGHT=DTYPES[weight], GRAD=DTYPES[grad], SOURCE=DTYPES[source_dtype], STATE=DTYPES[state])
@@ -199,6 +205,7 @@ def variant(
 def sam_adamw_step_(
     table: TensorTable, scalars, first, restore: bool, tensor: int | None = None, grad: torch.Tensor | None = None
 ) -> None:
+    """Restore and update the weights of a table, or of its one `tensor` from `grad`."""
     first_chunk, chunks = launch_span(table, tensor)
     if not chunks:
         return

@@ -48,7 +48,10 @@ def _perturb(
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes one block; returns applied and wanted. `a_source`: the master, or where the backup goes."""
+    """Write one block; return applied and wanted perturbation.
+
+    `a_source`: the master, or where the backup goes.
+    """
     offsets = first + tl.arange(0, BLOCK)
     weight = pointer_to(a_weight, start, WEIGHT, VECTOR)
     b_g = load(pointer_to(a_grad, start, GRAD, VECTOR), offsets, count, VECTOR).to(tl.float32)
@@ -107,6 +110,7 @@ def rsaft_sam_perturb_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Perturb one chunk, back up its old bits, and sum applied², applied·wanted and wanted²."""
     # Backwards: the end of the gradients may still be in the L2 cache after the norm.
     i_chunk = tl.num_programs(0) - 1 - tl.program_id(0)
     i_tensor, start, count = chunk_span(i_chunk, numel, chunk_tensor, chunk_index, CHUNK)
@@ -150,6 +154,7 @@ def rsaft_sam_perturb_kernel(
 def variant(
     weight: torch.dtype, grad: torch.dtype, master: bool, adaptive: bool, stochastic: bool, block: int
 ) -> tuple:
+    """Choose kernel and constants for `launcher`."""
     rows = dict(ROW_WEIGHT=ROW["weight"], ROW_GRAD=ROW["grad"], ROW_SOURCE=ROW["master" if master else "backup"])
     choices = dict(MASTER=master, ADAPTIVE=adaptive, STOCHASTIC=stochastic)
     sizes = dict(CHUNK=CHUNK, BLOCK=block, maxnreg=80)  # registers for three blocks on a multiprocessor
@@ -157,6 +162,7 @@ def variant(
 
 
 def sam_perturb_(table: TensorTable, norm) -> None:
+    """Perturb the weights of a table by `norm.scale`; do nothing where `norm.found_inf` is set."""
     if not table.chunks:
         return
     seed = rounding_seed(table)

@@ -1,4 +1,4 @@
-"""Restore: the weight's old bits from the backup, or the float32 master rounded again. Nothing after a no-op."""
+"""Restore: the weight's old bits from the backup, or the float32 master rounded again; nothing after a no-op."""
 
 import torch
 import triton.language as tl
@@ -35,6 +35,7 @@ def rsaft_sam_restore_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Restore one chunk."""
     i_chunk = first_chunk + tl.program_id(0)
     i_tensor, start, count = chunk_span(i_chunk, numel, chunk_tensor, chunk_index, CHUNK)
     a_weight = address_of(addresses, ROW_WEIGHT, tensors, i_tensor)
@@ -43,12 +44,14 @@ def rsaft_sam_restore_kernel(
 
 
 def variant(weight: torch.dtype, source: str, source_dtype: torch.dtype, block: int) -> tuple:
+    """Choose kernel and constants for `launcher`."""
     rows = dict(ROW_WEIGHT=ROW["weight"], ROW_SOURCE=ROW[source])
     dtypes = dict(WEIGHT=DTYPES[weight], SOURCE=DTYPES[source_dtype])
     return rsaft_sam_restore_kernel, rows | dtypes | dict(CHUNK=CHUNK, BLOCK=block) | OPTIONS
 
 
 def sam_restore_(table: TensorTable, norm, tensor: int | None = None) -> None:
+    """Restore the weights of a table, or of its one `tensor`."""
     first_chunk, chunks = launch_span(table, tensor)
     if not chunks:
         return

@@ -1,4 +1,4 @@
-"""An fp32 matrix as bf16 parts that add up to it bit for bit, stacked in the order that a product wants them in.
+"""Split of an fp32 matrix into bf16 parts that add up to it bit for bit, stacked in the order that a product wants.
 
 One launch where plain torch takes six: low-rank layers are so small that launching is what they cost. Elements are read
 once, in any strides, and written once for each entry of the order.
@@ -15,7 +15,7 @@ BLOCK = 1024
 
 @triton.jit
 def _nearest_bf16(b_x):
-    """The nearest bf16 number, in fp32; halves go away from zero, which is as near."""
+    """Round to the nearest bf16 number, in fp32; halves go away from zero, which is as near."""
     return ((b_x.to(tl.uint32, bitcast=True) + 0x8000) & 0xFFFF0000).to(tl.float32, bitcast=True)
 
 
@@ -41,6 +41,7 @@ def rsaft_split_kernel(
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Split BLOCK elements, and write each part where the order asks for it."""
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < elements
     place = (offsets // columns).to(tl.int64) * row_stride + (offsets % columns).to(tl.int64) * column_stride
@@ -56,13 +57,13 @@ def rsaft_split_kernel(
 
 
 def variant(order: tuple[int, ...], block: int) -> tuple:
-    """The order as one number, two bits an entry, the first in the lowest."""
+    """Choose kernel and constants; the order becomes one number, two bits an entry, the first in the lowest."""
     code = sum(part << (2 * i) for i, part in enumerate(order))
     return rsaft_split_kernel, dict(ORDER=code, COUNT=len(order), BLOCK=block) | OPTIONS
 
 
 def split(wide: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """(r, n) fp32, any strides, fewer than 2^31 elements -> (len(order) * r, n) bf16."""
+    """Split (r, n) fp32, any strides, fewer than 2^31 elements, into (len(order) * r, n) bf16."""
     rows, columns = wide.shape
     out = torch.empty(len(order) * rows, columns, dtype=torch.bfloat16, device=wide.device)
     if out.numel():

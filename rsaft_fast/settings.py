@@ -1,4 +1,4 @@
-"""The base of every typed setting: what a recipe may say is declared beside the code that obeys it."""
+"""Base of every typed setting: what a recipe may say is declared beside the code that obeys it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the host and every kernel agree on: chunk tables, scalars, 8-bit codes, random bits."""
+"""Layouts that the host and every kernel share: chunk tables, scalars, 8-bit codes, random bits."""

@@ -1,4 +1,4 @@
-"""Random bits that depend on what is rounded and on nothing else: Philox4x32-10 (Salmon et al., SC 2011).
+"""Random bits of stochastic rounding by Philox4x32-10 (Salmon et al., SC 2011), a function of what is rounded alone.
 
 The counter is (pack of eight elements, parameter, step and purpose), the key the seed. So the bits of an update do not
 change with chunking, backend, launch order or steps that were skipped.
@@ -15,13 +15,13 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
 
 def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32 bits of the product of two unsigned 32-bit numbers, held in int64."""
+    """Multiply two unsigned 32-bit numbers, held in int64; give the product's high and low 32 bits."""
     high, low = a * (b >> 16), a * (b & 0xFFFF)
     return (high + (low >> 16)) >> 16, ((high << 16) + low) & _MASK
 
 
 def philox(counter: tuple[torch.Tensor, ...], seed: int) -> tuple[torch.Tensor, ...]:
-    """Four words of 32 random bits (in int64) for each counter of four such words."""
+    """Draw four words of 32 random bits (in int64) for each counter of four such words."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
@@ -33,7 +33,7 @@ def philox(counter: tuple[torch.Tensor, ...], seed: int) -> tuple[torch.Tensor, 
 
 
 def random16(numel: int, seed: int, step: torch.Tensor, parameter: int, purpose: int, start: int = 0) -> torch.Tensor:
-    """16 random bits for each of `numel` elements of a tensor, in memory order: int64 `(numel,)`.
+    """Draw 16 random bits for each of `numel` elements of a tensor, in memory order: int64 `(numel,)`.
 
     Args:
         step: scalar on the device: steps that this tensor has taken, the one being made included for an update.
@@ -52,7 +52,7 @@ def random16(numel: int, seed: int, step: torch.Tensor, parameter: int, purpose:
 
 
 def round_stochastically(x: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """float32 to bf16: up with the probability of the part cut off. `bits`: 16 random ones an element, int64."""
+    """Round float32 to bf16, up with the probability of the part cut off; `bits`: 16 random ones each, int64."""
     raw = x.view(torch.int32).long() & _MASK
     rounded = ((raw + bits) >> 16).to(torch.int32)
     rounded = torch.where(rounded >= 0x8000, rounded - 0x10000, rounded).to(torch.int16).view(torch.bfloat16)

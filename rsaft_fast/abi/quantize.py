@@ -1,4 +1,4 @@
-"""The 8-bit codes of optimizer state: bitsandbytes' dynamic map (arXiv 1511.04561, arXiv 2110.02861), in closed form.
+"""8-bit codes of optimizer state: bitsandbytes' dynamic map (arXiv 1511.04561, arXiv 2110.02861), in closed form.
 
 A block of `BLOCK` elements shares a float32 `absmax`; a code stands for a fraction of it. The map has seven
 decades, 10^-6 to 1. Signed, decade `10^(n-6)` holds 2^n values, n = 0..6, evenly spaced over [0.1, 1] of it, and
@@ -21,17 +21,17 @@ DECADES = 7
 
 
 def decade_limits(signed: bool) -> list[float]:
-    """Where decade j ends and j + 1 begins, for nearest rounding: half way between their neighbouring values."""
+    """Compute where decade j ends and j + 1 begins: half way between their neighbouring values."""
     return [10.0 ** (j - 6) * (1 + 0.9 / 2 ** (j if signed else j + 1)) for j in range(DECADES - 1)]
 
 
 def zero_limit(signed: bool) -> float:
-    """Magnitudes below it are nearer to zero than to the smallest value."""
+    """Compute the magnitude below which zero is nearer than the smallest value."""
     return 0.5e-6 * (0.1 + (0.45 if signed else 0.225))
 
 
 def one_limit(signed: bool) -> float:
-    """Values from it on are nearer to 1 than to the largest value of the last decade."""
+    """Compute the magnitude from which 1 is nearer than the largest value of the last decade."""
     return 1 - 0.225 / (64 if signed else 128)
 
 
@@ -40,7 +40,7 @@ def _bit(d: torch.Tensor, bit: int, factor: float) -> torch.Tensor:
 
 
 def dequantize(codes: torch.Tensor, signed: bool) -> torch.Tensor:
-    """uint8 codes to float32 fractions of the absmax, in [-1, 1] (signed) or [0, 1]; any shape."""
+    """Decode uint8 codes to float32 fractions of the absmax, in [-1, 1] (signed) or [0, 1]; any shape."""
     c = codes.int()
     q = (c - 127).abs() if signed else c + 1
     mantissa, exponent = torch.frexp(q.float().clamp(min=1.0))  # q = mantissa 2^exponent, mantissa in [0.5, 1)
@@ -55,7 +55,10 @@ def dequantize(codes: torch.Tensor, signed: bool) -> torch.Tensor:
 
 
 def quantize(x: torch.Tensor, signed: bool) -> torch.Tensor:
-    """float32 fractions of the absmax to the nearest uint8 code; any shape. Values beyond 1 take the last code."""
+    """Encode float32 fractions of the absmax as the nearest uint8 codes; any shape.
+
+    Values beyond 1 take the last code.
+    """
     a = x.float().abs()
     decade = torch.zeros_like(a, dtype=torch.int32)
     for limit in decade_limits(signed):
@@ -72,17 +75,17 @@ def quantize(x: torch.Tensor, signed: bool) -> torch.Tensor:
 
 
 def blocks(numel: int) -> int:
-    """Number of absmax values of a tensor."""
+    """Count the absmax values of a tensor with `numel` elements."""
     return -(-numel // BLOCK)
 
 
 def dequantize_blocks(codes: torch.Tensor, absmax: torch.Tensor, signed: bool) -> torch.Tensor:
-    """Flat codes `(n,)` and absmax `(blocks(n),)` to float32 values `(n,)`."""
+    """Decode flat codes `(n,)` and absmax `(blocks(n),)` to float32 values `(n,)`."""
     return dequantize(codes, signed) * absmax.repeat_interleave(BLOCK)[: codes.numel()]
 
 
 def quantize_blocks(x: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 values `(n,)` to codes `(n,)` and absmax `(blocks(n),)`.
+    """Encode float32 values `(n,)` as codes `(n,)` and absmax `(blocks(n),)`.
 
     A block whose absmax is subnormal becomes zero: its reciprocal would overflow, and no update could see it.
     """

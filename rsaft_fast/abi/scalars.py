@@ -1,4 +1,4 @@
-"""Scalars that one kernel leaves on the device for the next one. Nothing here is read by the host during a step."""
+"""Scalars that one kernel leaves on the device for the next one; the host reads none of them during a step."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ COEFFICIENTS = (
 
 
 class GradientNorm:
-    """The result of `global_norm`, on the device.
+    """Gradient norm on the device: the result of `global_norm`.
 
     Attributes:
         values: float64 `(2 + groups,)`; the next three are its views.
@@ -53,7 +53,7 @@ class StepScalars:
 
 @dataclass
 class StepInputs:
-    """What AdamW's coefficients are made of, besides a norm.
+    """Inputs of AdamW's coefficients, besides a norm.
 
     Attributes:
         scalars: hyper-parameters, one row a group; receives the skip flag and counter.

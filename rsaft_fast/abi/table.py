@@ -1,4 +1,4 @@
-"""TensorTable: many tensors as one launch, through device-resident addresses, sizes and a (tensor, chunk) list."""
+"""Table of tensors that one launch walks: device-resident addresses, sizes and a (tensor, chunk) list."""
 
 from collections.abc import Iterable, Sequence
 
@@ -22,7 +22,7 @@ ROW = {name: row for row, name in enumerate(LISTS)}
 
 
 def pinned(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor ready to be copied to `device` without waiting.
+    """Page-lock a CPU tensor, so that it is copied to `device` without waiting.
 
     Always fresh memory: an earlier copy may still be reading its own. (The host allocator keeps it until then.)
     """
@@ -30,7 +30,7 @@ def pinned(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor on `device`, copied without waiting."""
+    """Copy a CPU tensor to `device` without waiting."""
     return pinned(values, device).to(device, non_blocking=True)
 
 
@@ -39,7 +39,7 @@ class WeightsChangedError(ValueError):
 
 
 class LayoutError(ValueError):
-    """A tensor's strides are not its weight's."""
+    """A tensor's strides differ from its weight's."""
 
 
 class TensorTable:
@@ -128,8 +128,10 @@ class TensorTable:
         return len(self.shapes)
 
     def part(self, first: int, last: int) -> "TensorTable":
-        """A table of weights `first` to `last - 1` alone: its own lists, with the step counts, coefficients and
-        sums of this one."""
+        """Make a table of the weights `first` to `last - 1`.
+
+        It has its own lists, and the step counts, coefficients and sums of this one.
+        """
         table = TensorTable(
             self["weight"][first:last],
             group=self._group_rows[first:last],
@@ -144,7 +146,7 @@ class TensorTable:
 
     @property
     def float_dtypes(self) -> tuple[torch.dtype, ...]:
-        """The dtypes of all lists but codes: what a backend must be able to compute with."""
+        """Dtypes of all lists but codes: what a backend must be able to compute with."""
         return tuple(dtype for dtype in self.dtypes.values() if dtype is not torch.uint8)
 
     @property
@@ -177,7 +179,7 @@ class TensorTable:
                 self._check(name, tensors)
                 raise
             # Also where they did not move: a view of another shape, dtype or order may begin at the same address.
-            if not self._fit_at_a_glance(name, tensors) or 0 in addresses:
+            if not self._differ_in_addresses_alone(name, tensors) or 0 in addresses:
                 self._check(name, tensors)
             if addresses != self._bound.get(name):
                 moved[name] = addresses
@@ -203,15 +205,15 @@ class TensorTable:
         self._lists[name][index] = None
 
     def holds(self, name: str, index: int, tensor: torch.Tensor | None) -> bool:
-        """Whether entry `index` of a list is where this tensor lies."""
+        """Tell whether entry `index` of a list has this tensor's address."""
         return tensor is not None and self._bound[name][index] == tensor.data_ptr()
 
     def places(self, name: str) -> list[int | None]:
-        """The addresses of a list as uploaded last: another object once they have moved."""
+        """Give the addresses of a list as uploaded last; another list object once they have moved."""
         return self._bound[name]
 
     def suits(self, index: int, weight: torch.Tensor) -> bool:
-        """Whether a weight has the shape, layout, dtype and device that the table was built for."""
+        """Tell whether a weight has the shape, layout, dtype and device that the table was built for."""
         return (
             weight.dtype is self.dtypes["weight"]
             and weight.device == self.device
@@ -220,7 +222,10 @@ class TensorTable:
         )
 
     def _upload(self, moved: dict[str, list[int | None]]) -> None:
-        """One copy, from the first moved row to the last: rows between them are written as they are known."""
+        """Upload the moved addresses in one copy, from the first moved row to the last.
+
+        Rows between them are written as they are known.
+        """
         if not moved:
             return
         self._bound.update(moved)
@@ -232,8 +237,8 @@ class TensorTable:
         )
         self.addresses[rows[0] : rows[-1] + 1].copy_(pinned(block, self.device), non_blocking=True)
 
-    def _fit_at_a_glance(self, name: str, tensors: Sequence[torch.Tensor | None]) -> bool:
-        """Whether a list is plainly as it was but for its addresses. What is not, `check` looks at closely."""
+    def _differ_in_addresses_alone(self, name: str, tensors: Sequence[torch.Tensor | None]) -> bool:
+        """Tell whether a list differs from the known one in addresses alone; if not, `check` looks at each tensor."""
         dtype, device = self.dtypes.get(name), self._device_index
         if dtype is None or name not in self._bound or len(tensors) != len(self):
             return False
@@ -252,7 +257,7 @@ class TensorTable:
         )
 
     def _check_overlap(self, written: dict[str, Sequence[torch.Tensor | None]]) -> None:
-        """Of lists that are about to be bound, with each other and with the weights."""
+        """Check lists that are about to be bound for shared memory, with each other and with the weights."""
         if written:
             lists = {"weight": self._lists.get("weight", ()), **written}
             check_overlap((f"{name} {i}", t) for name, tensors in lists.items() for i, t in enumerate(tensors))
@@ -274,7 +279,7 @@ class TensorTable:
             self.check(name, index, tensors[index], tensors[present[0]].dtype)
 
     def check(self, name: str, index: int, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> None:
-        """Whether a tensor fits as entry `index` of a list of this dtype (default: as the list has been).
+        """Check that a tensor fits as entry `index` of a list of this dtype (default: as the list has been).
 
         Raises:
             ValueError, TypeError: it does not; the text says what to change.
@@ -312,7 +317,7 @@ class TensorTable:
 
 
 def _allowed_dtypes(weight: torch.dtype) -> dict[str, tuple[torch.dtype, ...]]:
-    """What kernels, which see addresses only, may be told that a list holds. A backup holds the weights' own bits."""
+    """Give the dtypes that each list may have; a backup holds the weights' own bits."""
     state = torch.promote_types(weight, torch.float32)
     moments = (state, torch.uint8)
     own = {"backup": (weight,), "master": (state,), "exp_avg": moments, "exp_avg_sq": moments}
@@ -320,7 +325,7 @@ def _allowed_dtypes(weight: torch.dtype) -> dict[str, tuple[torch.dtype, ...]]:
 
 
 def order(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides that matter: those of dimensions longer than 1 in a tensor that is not empty."""
+    """Give the strides that matter: those of dimensions longer than 1 in a tensor that is not empty."""
     if 0 in shape:
         return ()
     return tuple(stride for size, stride in zip(shape, strides) if size > 1)
@@ -342,7 +347,7 @@ def _check_layout(index: int, weight: torch.Tensor) -> None:
 
 
 def check_overlap(tensors: Iterable[tuple[str, torch.Tensor | None]]) -> None:
-    """Raises ValueError if two of these named dense tensors share memory."""
+    """Raise ValueError if two of these named dense tensors share memory."""
     spans = [
         (start, start + tensor.numel() * tensor.element_size(), name)
         for name, tensor in tensors

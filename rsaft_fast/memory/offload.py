@@ -24,14 +24,14 @@ import torch
 from torch import nn
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.ops.transfer import CopyStream, Packing, hold_for, host_buffer, reached
+from rsaft_fast.ops.transfer import CopyStream, Packing, host_buffer, record_event, wait_for
 
 BUFFERS = 2
 """Copies alive at once: the block that computes, and the one that comes next."""
 
 
 def transformer_blocks(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """The blocks that can be streamed, by name: the entries of every list called `*transformer_blocks`.
+    """List the blocks that can be streamed, by name: the entries of every list called `*transformer_blocks`.
 
     These are what diffusers checkpoints one by one, and hold nearly all weights: 57 with 99 % of them in FLUX.1, 24 or
     38 in SD3 and 3.5, 70 with 85 % in SDXL's UNet (inside its down, mid and up blocks).
@@ -41,12 +41,12 @@ def transformer_blocks(denoiser: nn.Module) -> dict[str, nn.Module]:
 
 
 def spread(count: int, among: int) -> list[int]:
-    """`count` of `among` places, evenly: a copy then has the time of as many resident blocks as possible."""
+    """Choose `count` of `among` places, evenly: a copy then has the time of as many resident blocks as possible."""
     return [(2 * i + 1) * among // (2 * count) for i in range(count)]
 
 
 class _Block:
-    """A block whose parameters and buffers lie in one host buffer."""
+    """Block whose parameters and buffers lie in one host buffer."""
 
     def __init__(self, name: str, module: nn.Module, device: torch.device):
         self.name = name
@@ -66,7 +66,7 @@ class _Block:
 
     @contextmanager
     def computing_with(self, buffer: torch.Tensor) -> Iterator[None]:
-        """The module's tensors are views of this buffer."""
+        """Let the module's tensors be views of this buffer, inside the `with` block."""
         for (held, key), view in zip(self.slots, self.packing.views(buffer)):
             held[key] = view
         try:
@@ -146,9 +146,9 @@ class OffloadedBlocks:
 
     @contextmanager
     def weights_of(self, index: int) -> Iterator[None]:
-        """The block computes with a copy on the device; the next blocks' copies are under way."""
+        """Let the block compute with a copy on the device, while the next blocks' weights are copied."""
         buffer, arrived = self._coming.pop(index, None) or self._fetch(index)
-        hold_for(arrived, self.device)
+        wait_for(arrived, self.device)
         with torch.no_grad():
             self._look_ahead(index)
         if not _in_backward():
@@ -162,7 +162,7 @@ class OffloadedBlocks:
         with torch.no_grad():
             buffer = torch.empty(block.packing.nbytes, dtype=torch.uint8, device=self.device)
             # The memory may be that of a tensor that kernels still in the queue read.
-            arrived = self._copies.copy(buffer, block.host, after=[reached(self.device)])
+            arrived = self._copies.copy(buffer, block.host, after=[record_event(self.device)])
         self.fetches += 1
         return buffer, arrived
 
@@ -174,7 +174,7 @@ class OffloadedBlocks:
     def _expect(self, indices: list[int]) -> None:
         for index in [i for i in self._coming if i not in indices]:
             # Its memory goes back to the computation's pool, so that must not run ahead of the copy.
-            hold_for(self._coming.pop(index)[1], self.device)
+            wait_for(self._coming.pop(index)[1], self.device)
         for index in indices:
             if index not in self._coming:
                 self._coming[index] = self._fetch(index)
@@ -192,12 +192,12 @@ class OffloadedBlocks:
 
 
 def _in_backward() -> bool:
-    """Whether this is a recomputation: autograd runs a graph in this thread."""
+    """Tell whether this is a recomputation: autograd runs a graph in this thread."""
     return torch._C._current_graph_task_id() != -1
 
 
 class _StreamedForward:
-    """A block's `forward` between the arrival of its weights and their end."""
+    """Stand-in for a block's `forward`, between the arrival of its weights and their end."""
 
     def __init__(self, stream: OffloadedBlocks, index: int, module: nn.Module):
         self.stream, self.index = stream, index

@@ -1,4 +1,4 @@
-"""The operations of a sharpness-aware step. Each picks a backend (`backends`)."""
+"""Operations of a sharpness-aware step, each on the backend that `backends` picks."""
 
 from rsaft_fast.abi.scalars import GradientNorm, StepInputs, StepScalars
 from rsaft_fast.abi.table import CHUNK, TensorTable

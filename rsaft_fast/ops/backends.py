@@ -1,4 +1,6 @@
-"""Which implementation of the operations runs: CUDA library, Triton kernels, CPU library, plain torch, in that order.
+"""Choice of the backend that runs the operations: CUDA library, Triton kernels, CPU library or plain torch.
+
+Tried in that order.
 
 A missing backend never fails at import; it fails when it is forced with `RSAFT_BACKEND` and asked to run.
 """
@@ -35,7 +37,7 @@ class BackendRow(NamedTuple):
 
 
 def describe() -> list[BackendRow]:
-    """Rows (backend, available, why), in the order in which they are tried."""
+    """List each backend, whether it is available, and why, in the order in which they are tried."""
     gpu = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     rows = []
     for backend in ORDER:
@@ -45,7 +47,7 @@ def describe() -> list[BackendRow]:
 
 
 def forced() -> str | None:
-    """The backend named by `RSAFT_BACKEND`, or None when the choice is free."""
+    """Read the backend that `RSAFT_BACKEND` names; None when the choice is free."""
     name = os.environ.get(ENV)
     if not name:
         return None
@@ -55,7 +57,7 @@ def forced() -> str | None:
 
 
 def why_not(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> str | None:
-    """The reason why `backend` cannot run on tensors of this device and these dtypes; None when it can."""
+    """Say why `backend` cannot run on tensors of this device and these dtypes; None when it can."""
     if backend == "torch":
         return None
     if backend in ("cuda", "cpu"):
@@ -73,7 +75,7 @@ def why_not(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...] 
 
 
 def choose(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> str:
-    """Name of the backend for tensors of this device and these dtypes.
+    """Name the backend for tensors of this device and these dtypes.
 
     Raises:
         RuntimeError: a backend is forced with `RSAFT_BACKEND` and cannot run on them.
@@ -90,10 +92,10 @@ def choose(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> str:
 
 
 def implementation(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> ModuleType:
-    """The module that implements the operations for tensors of this device and these dtypes."""
+    """Import the module that implements the operations for tensors of this device and these dtypes."""
     # Asked several times a step: looked up again only when what the choice depends on has changed.
     return _implementation(
-        _placed(device), dtypes, os.environ.get(ENV), os.environ.get("TRITON_INTERPRET"), library.looked_for()
+        _placed(device), dtypes, os.environ.get(ENV), os.environ.get("TRITON_INTERPRET"), library.search_number()
     )
 
 
@@ -103,7 +105,7 @@ def _implementation(device: torch.device, dtypes: tuple[torch.dtype, ...], *_: o
 
 
 def _placed(device: torch.device) -> torch.device:
-    """The device with the number of its GPU: answers are kept, and which one is current changes."""
+    """Give the device with the number of its GPU: answers are kept, and which one is current changes."""
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return device

@@ -1,4 +1,4 @@
-"""The operations through the compiled library (csrc/): the same functions as the other backends have.
+"""Backend of the compiled library (csrc/): the same functions as the other backends have.
 
 A step over small tensors is bound by this module, so it repeats nothing: a table's C struct is built once for each set
 of bound lists, addresses of scalars once an object, and a call is then one foreign call with plain integers.
@@ -45,7 +45,7 @@ class _Inputs(ctypes.Structure):
 
 
 class _Prepared:
-    """The C struct of a table whose bound lists and types stay as they are; a second is pointed at single tensors."""
+    """C struct of a table whose bound lists and dtypes stay as they are; a second one points at single tensors."""
 
     def __init__(self, table: TensorTable):
         dtypes = [DTYPES[table.dtypes[name]] if name in table else _ABSENT for name in LISTS]
@@ -63,7 +63,7 @@ class _Prepared:
         self.address, self.part_address = ctypes.addressof(self.whole), ctypes.addressof(self.part)
 
     def of_tensor(self, table: TensorTable, tensor: int, grad: torch.Tensor | None) -> int:
-        """Address of the struct that walks this tensor's chunks only, with this gradient for its own."""
+        """Give the address of the struct that walks this tensor's chunks only, with this gradient for its own."""
         offset = 4 * table.first_chunk[tensor]
         self.part.chunk_tensor = self.whole.chunk_tensor + offset
         self.part.chunk_index = self.whole.chunk_index + offset
@@ -74,7 +74,7 @@ class _Prepared:
 
 
 class _Cache(dict):
-    """Addresses that belong to one object, kept with it. A copy of the object has other memory and starts without."""
+    """Addresses that belong to one object, kept with it; a copy of the object has other memory and starts without."""
 
     def __deepcopy__(self, memo) -> "_Cache":
         return _Cache()
@@ -100,7 +100,10 @@ def _prepared(table: TensorTable) -> _Prepared:
 
 
 def _call(device: torch.device, function: str, *arguments) -> None:
-    """Run on the tensors' device and PyTorch's current stream there; on the CPU on as many threads as PyTorch uses."""
+    """Call a function of the library on the tensors' device and PyTorch's current stream there.
+
+    On the CPU it runs on as many threads as PyTorch uses.
+    """
     loaded = library.load(device.type)
     if device.type != "cuda":
         error = getattr(loaded, function)(*arguments, torch.get_num_threads())
@@ -118,7 +121,7 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 
 
 def _norm_pointers(norm: GradientNorm) -> tuple[int, int, int, int]:
-    """Of values, norm, scale, found_inf. They live as long as the object."""
+    """Give the addresses of values, norm, scale and found_inf, which live as long as the object."""
     cache = _cache(norm)
     found = cache.get("pointers")
     if found is None:
@@ -128,7 +131,7 @@ def _norm_pointers(norm: GradientNorm) -> tuple[int, int, int, int]:
 
 
 def _inputs(inputs: StepInputs) -> int:
-    """Address of `rsaft_step_inputs`: kept with the scalars, rewritten where an address has changed."""
+    """Give the address of `rsaft_step_inputs`: kept with the scalars, rewritten where an address has changed."""
     scalars = inputs.scalars
     first_inf = None if inputs.first is None else _norm_pointers(inputs.first)[3]
     key = (first_inf, _pointer(inputs.found_inf), _pointer(inputs.grad_scale), inputs.released)
@@ -148,7 +151,7 @@ def _check_count(tables: Sequence) -> None:
 
 
 def _table_array(owner: GradientNorm, tables: Sequence[TensorTable]) -> int:
-    """Address of an array of the tables' structs, kept with the norm."""
+    """Give the address of an array of the tables' structs, kept with the norm."""
     addresses = [_prepared(table).address for table in tables]
     cache = _cache(owner)
     found = cache.get("tables")
@@ -160,7 +163,7 @@ def _table_array(owner: GradientNorm, tables: Sequence[TensorTable]) -> int:
 
 
 def _slot_arrays(norm: GradientNorm, slots: list[torch.Tensor]) -> tuple[int, int]:
-    """Addresses of an array of the slots' addresses and of one of their counts, kept with the norm."""
+    """Give the addresses of arrays of the slots' addresses and of their counts, kept with the norm."""
     cache = _cache(norm)
     found = cache.get("slots")
     if found is None or len(found[0]) != len(slots) or any(a is not b for a, b in zip(found[0], slots)):
@@ -174,6 +177,7 @@ def _slot_arrays(norm: GradientNorm, slots: list[torch.Tensor]) -> tuple[int, in
 
 
 def sum_of_squares(table: TensorTable, adaptive: bool) -> None:
+    """Fill `table.sum_sq`: each chunk's sum of squares in its own slot."""
     _call(table.device, "rsaft_sum_of_squares", _prepared(table).address, adaptive)
 
 
@@ -184,6 +188,7 @@ def finish_norm(
     tables: list[TensorTable] | None = None,
     inputs: StepInputs | None = None,
 ) -> None:
+    """Add all slots up in float64 to norm, scale and found_inf; with `inputs`, write `tables`' coefficients too."""
     values, _, _, found_inf = _norm_pointers(norm)
     _call(
         rho.device,
@@ -200,17 +205,20 @@ def finish_norm(
 
 
 def sam_perturb_(table: TensorTable, norm: GradientNorm) -> None:
+    """Perturb the weights of a table by `norm.scale`; do nothing where `norm.found_inf` is set."""
     _, _, scale, found_inf = _norm_pointers(norm)
     _call(table.device, "rsaft_sam_perturb", _prepared(table).address, scale, found_inf)
 
 
 def sam_restore_(table: TensorTable, norm: GradientNorm, tensor: int | None = None) -> None:
+    """Restore the weights of a table, or of its one `tensor`."""
     prepared = _prepared(table)
     address = prepared.address if tensor is None else prepared.of_tensor(table, tensor, None)
     _call(table.device, "rsaft_sam_restore", address, _norm_pointers(norm)[3])
 
 
 def adamw_coefficients(tables: list[TensorTable], norm: GradientNorm, inputs: StepInputs) -> None:
+    """Write the skip flag and counter, each tensor's step count, and `TensorTable.coefficients`."""
     _, value, _, found_inf = _norm_pointers(norm)
     arguments = (_table_array(norm, tables), len(tables), value, found_inf, _inputs(inputs))
     _call(tables[0].device, "rsaft_adamw_coefficients", *arguments)
@@ -224,6 +232,7 @@ def sam_adamw_step_(
     tensor: int | None = None,
     grad: torch.Tensor | None = None,
 ) -> None:
+    """Restore and update the weights of a table, or of its one `tensor` from `grad`."""
     prepared = _prepared(table)
     address = prepared.address if tensor is None else prepared.of_tensor(table, tensor, grad)
     cache = _cache(scalars)
@@ -235,6 +244,7 @@ def sam_adamw_step_(
 
 
 def step_against_(out: torch.Tensor, images: torch.Tensor | None, grad: torch.Tensor, radius: float, norm: str) -> None:
+    """Write `out = images + delta`, or `out = delta` without images; see `image_delta`."""
     if out.numel() == 0:
         return
     if not all(tensor.is_contiguous() for tensor in (out, grad, images) if tensor is not None):

@@ -1,4 +1,4 @@
-"""Keeps operations on raw addresses out of traced graphs and out of autograd, at little cost where there is neither."""
+"""Decorator that keeps operations on raw addresses out of traced graphs and autograd, at little cost elsewhere."""
 
 import functools
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import torch
 
 
 def eager_only(function: Callable) -> Callable:
-    """`torch.compiler.disable` where dynamo traces, `torch.no_grad` where gradients are recorded.
+    """Apply `torch.compiler.disable` where dynamo traces, and `torch.no_grad` where gradients are recorded.
 
     Both cost microseconds a call, and a step makes several. `disable` is applied at the first traced call: at import
     it would load all of dynamo.

@@ -19,7 +19,7 @@ def _check(grad: torch.Tensor, radius: float, norm: str) -> None:
 
 
 def perturb_images(images: torch.Tensor, grad: torch.Tensor, radius: float, norm: str = "l2") -> torch.Tensor:
-    """`images + image_delta(grad, radius, norm)` in one pass, rounded once, to the images' dtype.
+    """Compute `images + image_delta(grad, radius, norm)` in one pass, rounded once, to the images' dtype.
 
     Differentiable in `images` (identity); nothing flows to `grad`: the perturbation is a constant (stop-gradient).
 
@@ -37,7 +37,7 @@ def perturb_images(images: torch.Tensor, grad: torch.Tensor, radius: float, norm
 
 
 def image_delta(grad: torch.Tensor, radius: float, norm: str = "l2", dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The step against the reward's gradient whose length is `radius`, for each sample on its own.
+    """Compute each sample's step of length `radius` against the reward's gradient.
 
     It minimises the linearised reward over the ball of that norm: `-radius * g / ||g||_2` for `l2`; the same
     direction with a root mean square of `radius` an element for `rms`; `-radius * sign(g)` for `linf`.

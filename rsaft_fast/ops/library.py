@@ -1,4 +1,4 @@
-"""The compiled libraries (csrc/), through ctypes: found beside the package or at `RSAFT_LIBRARY`, loaded once.
+"""Loader of the compiled libraries (csrc/), through ctypes: beside the package or at `RSAFT_LIBRARY`, loaded once.
 
 The same sources serve tensors on GPUs, compiled by nvcc, and tensors in host memory, compiled by the C++ compiler.
 """
@@ -38,12 +38,12 @@ _LEAST_CAPABILITY = (8, 0)  # the kernels' reductions over a warp, and their bf1
 
 
 class LibraryError(RuntimeError):
-    """The library cannot serve; the text says why and what mends it."""
+    """A compiled library cannot be used; the text says why and what mends it."""
 
 
 @functools.cache
 def load(device_type: str = "cuda") -> ctypes.CDLL:
-    """The library for tensors on devices of this type, its ABI and the driver checked.
+    """Load the library for tensors on devices of this type, and check its ABI and the driver.
 
     Raises:
         LibraryError: not built, of another ABI, or newer than the driver.
@@ -66,7 +66,7 @@ def load(device_type: str = "cuda") -> ctypes.CDLL:
 
 
 def path_of(device_type: str) -> Path:
-    """Where the library for tensors on such devices is looked for: at `RSAFT_LIBRARY`, else in the package.
+    """Give the path of the library for devices of this type: `RSAFT_LIBRARY`, else in the package.
 
     On the CPU it is the one that this processor can run.
     """
@@ -80,19 +80,19 @@ def path_of(device_type: str) -> Path:
 
 
 def has_avx2() -> bool:
-    """Whether torch finds the instructions that `CPU_AVX2` is made of."""
+    """Tell whether torch finds the instructions that `CPU_AVX2` is made of."""
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def cuda_versions(library: ctypes.CDLL) -> tuple[int, int]:
-    """CUDA version of the runtime in the library, and the newest that the driver serves; 13010 is 13.1, 0 is none."""
+    """Read the CUDA versions of the library's runtime and of the driver; 13010 is 13.1, 0 is none."""
     runtime, driver = ctypes.c_int(), ctypes.c_int()
     check(library, library.rsaft_cuda_versions(ctypes.byref(runtime), ctypes.byref(driver)))
     return runtime.value, driver.value
 
 
 def check(library: ctypes.CDLL, error: int) -> None:
-    """Raise for an error code that a function of the library returned: CUDA's, or that of the one for host memory."""
+    """Raise `LibraryError` for an error code that the library returned: CUDA's, or that of host memory."""
     if error:
         runtime, driver = ctypes.c_int(), ctypes.c_int()
         library.rsaft_cuda_versions(ctypes.byref(runtime), ctypes.byref(driver))
@@ -102,7 +102,7 @@ def check(library: ctypes.CDLL, error: int) -> None:
 
 @functools.cache
 def why_not(device_type: str = "cuda", wanted: str = "cuda", index: int | None = None) -> str | None:
-    """Why the library `wanted` ("cuda", "cpu") cannot serve tensors on this device; None when it can.
+    """Say why the library `wanted` ("cuda", "cpu") cannot serve tensors on this device; None when it can.
 
     Args:
         index: which GPU; None is the one that is current now, for this and every later answer: `backends` names it.
@@ -131,7 +131,7 @@ def why_not(device_type: str = "cuda", wanted: str = "cuda", index: int | None =
 
 
 def _why_not_card(library: ctypes.CDLL, index: int | None) -> str | None:
-    """Asks the driver, as a launch would: machine code for this card, or PTX that it can be made from."""
+    """Ask the driver, as a launch would, for machine code for this card, or PTX to make it from."""
     with torch.cuda.device(torch.cuda.current_device() if index is None else index):
         error = library.rsaft_cuda_serves_device()
         if not error:
@@ -151,8 +151,8 @@ def _why_not_card(library: ctypes.CDLL, index: int | None) -> str | None:
 _search = 0
 
 
-def looked_for() -> int:
-    """Which search for the library its present answers come from."""
+def search_number() -> int:
+    """Count the searches for the library so far: an answer belongs to the search that it came from."""
     return _search
 
 

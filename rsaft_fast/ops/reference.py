@@ -1,4 +1,4 @@
-"""The operations in plain torch: the oracle for the kernels, and what runs on CPUs and in float64.
+"""Backend in plain torch: the oracle for the kernels, and what runs on CPUs and in float64.
 
 Arithmetic is float32 for low-precision tensors and float64 for float64 ones. No value returns to the host, so these
 functions run under `torch.cuda.set_sync_debug_mode("error")` too. Tensors are walked flat, in memory order.
@@ -23,12 +23,12 @@ def _compute_dtype(table: TensorTable) -> torch.dtype:
 
 
 def _flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """All elements in memory order, as a view: layouts are dense, so nothing lies between them."""
+    """View all elements in memory order: layouts are dense, so nothing lies between them."""
     return None if tensor is None else tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
 def _rows(table: TensorTable, tensor: int | None = None) -> Iterator[SimpleNamespace]:
-    """Each tensor's lists by name, flat and None where absent, with its index; those with elements only.
+    """Give each tensor's lists by name, flat and None where absent, with its index; those with elements only.
 
     On the CPU a tensor comes in pieces: `start` is where in the tensor one begins, `slot` its first chunk.
     """
@@ -50,7 +50,7 @@ def _cut(name: str, flat: torch.Tensor | None, start: int, size: int) -> torch.T
 
 
 def _round(table: TensorTable, row: SimpleNamespace, x: torch.Tensor, step: torch.Tensor, purpose: int) -> torch.Tensor:
-    """To the weight's dtype."""
+    """Round to the weight's dtype."""
     if table.rounding_seed is None or "master" in table:
         return x.to(table.dtypes["weight"])
     bits = random16(x.numel(), table.rounding_seed, step, table.parameters[row.index], purpose, row.start)
@@ -58,7 +58,7 @@ def _round(table: TensorTable, row: SimpleNamespace, x: torch.Tensor, step: torc
 
 
 def sum_of_squares(table: TensorTable, adaptive: bool) -> None:
-    """Fills `table.sum_sq`: each piece's sum in the slot of its first chunk (the kernels use every chunk's slot)."""
+    """Fill `table.sum_sq`: each piece's sum in the slot of its first chunk (the kernels use every chunk's slot)."""
     table.sum_sq.zero_()
     for row in _rows(table):
         if row.grad is None:
@@ -75,7 +75,7 @@ def finish_norm(
     tables: list[TensorTable] | None = None,
     inputs: StepInputs | None = None,
 ) -> None:
-    """The sum of all slots in float64, and what follows from it. `rho`: float64, as many as `norm.scale`.
+    """Add all slots up in float64 to norm, scale and found_inf; `rho`: float64, as many as `norm.scale`.
 
     With `tables` and `inputs`: their AdamW coefficients too.
     """
@@ -86,7 +86,7 @@ def finish_norm(
 
 
 def scale_from_sum(norm: GradientNorm, rho: torch.Tensor) -> None:
-    """`norm.sum_sq` to norm, scale and found_inf."""
+    """Compute norm, scale and found_inf from `norm.sum_sq`."""
     norm.norm.copy_(norm.sum_sq.sqrt())
     norm.found_inf.copy_(~torch.isfinite(norm.norm))
     usable = torch.isfinite(norm.norm) & (norm.norm > 0)
@@ -94,6 +94,7 @@ def scale_from_sum(norm: GradientNorm, rho: torch.Tensor) -> None:
 
 
 def sam_perturb_(table: TensorTable, norm: GradientNorm) -> None:
+    """Perturb the weights of a table by `norm.scale`; do nothing where `norm.found_inf` is set."""
     dtype = _compute_dtype(table)
     finite = norm.found_inf == 0
     scale = norm.scale[table.group.long()].to(dtype)
@@ -122,18 +123,22 @@ def sam_perturb_(table: TensorTable, norm: GradientNorm) -> None:
 
 
 def _unperturbed(row: SimpleNamespace, intact: torch.Tensor) -> torch.Tensor:
-    """The weight's old bits. Without a source it was never perturbed; nor was it where perturbing was a no-op."""
+    """Give the weight's old bits.
+
+    Without a source it was never perturbed; nor was it where perturbing was a no-op.
+    """
     source = row.backup if row.master is None else row.master.to(row.weight.dtype)
     return row.weight if source is None else torch.where(intact, source, row.weight)
 
 
 def sam_restore_(table: TensorTable, norm: GradientNorm, tensor: int | None = None) -> None:
+    """Restore the weights of a table, or of its one `tensor`."""
     for row in _rows(table, tensor):
         row.weight.copy_(_unperturbed(row, norm.found_inf == 0))
 
 
 def adamw_coefficients(tables: list[TensorTable], norm: GradientNorm, inputs: StepInputs) -> None:
-    """The skip flag and counter, each tensor's step count, and `TensorTable.coefficients`."""
+    """Write the skip flag and counter, each tensor's step count, and `TensorTable.coefficients`."""
     scalars = inputs.scalars
     skip = norm.found_inf
     for flag in (None if inputs.first is None else inputs.first.found_inf, inputs.found_inf):
@@ -174,7 +179,7 @@ def sam_adamw_step_(
     tensor: int | None = None,
     grad: torch.Tensor | None = None,
 ) -> None:
-    """With `tensor` and `grad`: that tensor alone, from this gradient."""
+    """Restore and update the weights of a table, or of its one `tensor` from `grad`."""
     update = scalars.skip == 0
     intact = torch.ones_like(update) if first is None else first.found_inf == 0
     coefficients = table.coefficients.to(_compute_dtype(table))
@@ -220,7 +225,7 @@ def _stored(row: SimpleNamespace, m: torch.Tensor, v: torch.Tensor) -> list[tupl
 
 
 def step_against_(out: torch.Tensor, images: torch.Tensor | None, grad: torch.Tensor, radius: float, norm: str) -> None:
-    """`out = images + delta`, or `out = delta` without images; see `image_delta`."""
+    """Write `out = images + delta`, or `out = delta` without images; see `image_delta`."""
     axes = tuple(range(1, grad.dim()))
     length = torch.linalg.vector_norm(grad, dim=axes, dtype=torch.float64) if axes else grad.double().abs()
     length = length.view([len(grad)] + [1] * len(axes))

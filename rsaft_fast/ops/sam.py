@@ -1,4 +1,4 @@
-"""The table operations: global norm, perturbation, restore, and restore + AdamW, on the backend that fits the table.
+"""Table operations: global norm, perturbation, restore, and restore + AdamW, on the backend that fits the table.
 
 Every operation writes through raw addresses, returns nothing to the host, bumps the version counters of what it wrote
 and is kept out of traced graphs.
@@ -20,13 +20,13 @@ def _implementation(table: TensorTable):
 
 
 def _common(tables: Sequence[TensorTable]):
-    """What takes all of these tables in one call: plain torch where one of them needs it (float64)."""
+    """Choose the backend that takes all of these tables in one call; plain torch where one needs it (float64)."""
     found = [_implementation(table) for table in tables]
     return reference if reference in found else found[0]
 
 
 def _written(weights: Sequence[torch.Tensor]) -> None:
-    """Autograd must notice the write; of state and backups it keeps none."""
+    """Let autograd notice the write; of state and backups it keeps none."""
     torch.autograd.graph.increment_version(weights)
 
 
@@ -40,7 +40,7 @@ def global_norm(
     process_group: torch.distributed.ProcessGroup | None = None,
     inputs: StepInputs | None = None,
 ) -> GradientNorm:
-    """L2 norm over all gradients of all tables, and the perturbation's scale (SAM, arXiv 2010.01412, eq. 2).
+    """Compute the L2 norm over all gradients of all tables, and the perturbation's scale (arXiv 2010.01412, eq. 2).
 
     Squares are summed in float32 within a chunk (float64 on the torch path for float64), the chunks in float64 and in
     fixed order: the same bits on every run. Float32 squares overflow above 1.8e19 (counted as non-finite) and vanish
@@ -88,7 +88,7 @@ def global_norm(
 
 @eager_only
 def sam_perturb_(table: TensorTable, norm: GradientNorm) -> None:
-    """`w += scale * g` (`scale * w**2 * g` for an adaptive table), where `norm.found_inf` is 0; else nothing.
+    """Add `scale * g` (`scale * w**2 * g` for an adaptive table) to the weights, unless `norm.found_inf` is set.
 
     With a `master` list, weights become `round(master + e)`; otherwise the `backup` list receives the old bits.
     It may be the gradients' own memory (same dtype as the weights): each element is read before it is written. An
@@ -138,7 +138,7 @@ def sam_adamw_step_(
     first: GradientNorm | None = None,
     restore: bool = False,
 ) -> None:
-    """Restore, unscale, clip and AdamW (arXiv 1711.05101) in one pass over the weights.
+    """Restore, unscale, clip and make AdamW's step (arXiv 1711.05101) in one pass over the weights.
 
     Prepared by `global_norm(..., inputs=...)` or `adamw_coefficients_`. A tensor without a gradient is restored,
     not updated; where the step is skipped, all are. 8-bit moments (uint8 `exp_avg`, `exp_avg_sq` and their
@@ -165,7 +165,7 @@ def sam_adamw_step_tensor_(
     first: GradientNorm,
     restore: bool = True,
 ) -> None:
-    """`sam_adamw_step_` of one tensor of the table, from a gradient that the table does not know.
+    """Make `sam_adamw_step_` of one tensor of the table, from a gradient that the table does not know.
 
     Raises:
         ValueError, TypeError: the gradient does not fit its weight. Nothing has been written then.
@@ -176,7 +176,7 @@ def sam_adamw_step_tensor_(
 
 
 def _check(table: TensorTable, norm: GradientNorm | None, *lists: str) -> None:
-    """What a kernel reads without looking: the lists, by address, and a row of the norm for each group."""
+    """Check what a kernel reads without looking: the lists, by address, and a row of the norm for each group."""
     for name in lists:
         table[name]  # or a KeyError that says what to bind
     if norm is not None and (norm.scale.numel() < table.groups or norm.scale.device != table.device):

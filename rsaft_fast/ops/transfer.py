@@ -17,7 +17,7 @@ ALIGNMENT = 256
 
 
 class Place(NamedTuple):
-    """Where a tensor lies in a packed buffer, and what it looks like there."""
+    """Place of a tensor in a packed buffer: offset, shape, strides and dtype."""
 
     offset: int
     shape: torch.Size
@@ -26,7 +26,7 @@ class Place(NamedTuple):
 
 
 class Packing:
-    """Tensors side by side in one buffer, so that one copy moves them all.
+    """Layout of tensors side by side in one buffer, so that one copy moves them all.
 
     Args:
         tensors: dense ones, of any shapes and dtypes; only their looks are read.
@@ -44,7 +44,7 @@ class Packing:
             self.nbytes += -(-size // ALIGNMENT) * ALIGNMENT
 
     def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """The tensors in a uint8 buffer of `nbytes`, which they share; it lives as long as any of them."""
+        """View the tensors in a uint8 buffer of `nbytes`, which they share; it lives as long as any of them."""
         return [_view(buffer, place) for place in self.places]
 
 
@@ -54,7 +54,7 @@ def _view(buffer: torch.Tensor, place: Place) -> torch.Tensor:
 
 
 def host_buffer(nbytes: int, device: torch.device) -> torch.Tensor:
-    """Uninitialised uint8 memory beside `device`: on the host, page-locked for a GPU; "meta" has shapes alone.
+    """Allocate uninitialised uint8 memory beside `device`: page-locked for a GPU; "meta" has shapes alone.
 
     Raises:
         RuntimeError: the driver would not lock so much.
@@ -78,7 +78,7 @@ def _lock_pages(buffer: torch.Tensor) -> None:
 
 
 class CopyStream:
-    """Copies that run in order beside the computation: a CUDA stream of its own. Elsewhere each is done at once."""
+    """Copies that run in order beside the computation: a CUDA stream of its own; elsewhere each is done at once."""
 
     def __init__(self, device: torch.device):
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -86,7 +86,10 @@ class CopyStream:
     def copy(
         self, target: torch.Tensor, source: torch.Tensor, after: Sequence[torch.cuda.Event | None] = ()
     ) -> torch.cuda.Event | None:
-        """Copy once the events have come; returns the event of its end. One side must be page-locked, or it waits."""
+        """Copy once the events have come; return the event of its end.
+
+        One side must be page-locked, or it waits.
+        """
         if self._stream is None:
             target.copy_(source)
             return None
@@ -98,17 +101,17 @@ class CopyStream:
             return self._stream.record_event()
 
     def synchronize(self) -> None:
-        """The host waits for all copies so far."""
+        """Let the host wait for all copies so far."""
         if self._stream is not None:
             self._stream.synchronize()
 
 
-def reached(device: torch.device) -> torch.cuda.Event | None:
-    """An event that comes when the computation has got to here."""
+def record_event(device: torch.device) -> torch.cuda.Event | None:
+    """Record an event that comes when the computation has got to here."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
-def hold_for(event: torch.cuda.Event | None, device: torch.device) -> None:
-    """The computation goes on from here only once the event has come; the host does not wait."""
+def wait_for(event: torch.cuda.Event | None, device: torch.device) -> None:
+    """Let the computation go on from here only once the event has come; the host does not wait."""
     if event is not None:
         torch.cuda.current_stream(device).wait_event(event)

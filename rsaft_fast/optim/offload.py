@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from rsaft_fast import ops
-from rsaft_fast.ops.transfer import CopyStream, Packing, hold_for, host_buffer, reached
+from rsaft_fast.ops.transfer import CopyStream, Packing, host_buffer, record_event, wait_for
 from rsaft_fast.optim.buckets import Bucket
 from rsaft_fast.optim.moments import empty_state, fit_state
 
@@ -33,7 +33,7 @@ BUFFERS = 3
 
 
 def split(sizes: Sequence[int], limit: int) -> list[range]:
-    """Consecutive items in ranges of at most `limit` bytes; a larger item has a range of its own."""
+    """Split consecutive items into ranges of at most `limit` bytes; a larger item has a range of its own."""
     ranges, first, total = [], 0, 0
     for index, size in enumerate(sizes):
         if index > first and total + size > limit:
@@ -45,7 +45,7 @@ def split(sizes: Sequence[int], limit: int) -> list[range]:
 
 @dataclass
 class _Slot:
-    """A staging buffer, and the event after which it may be overwritten."""
+    """Staging buffer, and the event after which it may be overwritten."""
 
     buffer: torch.Tensor
     free: Any = None
@@ -71,20 +71,20 @@ class Part:
     left: set[int] = field(default_factory=set)
 
     def host_views(self) -> Iterator[tuple[int, str, torch.Tensor]]:
-        """Index in the bucket, name and memory of every tensor of state."""
+        """List index in the bucket, name and memory of every tensor of state."""
         owners = [(index, name) for name in self.names for index in self.members]
         for (index, name), view in zip(owners, self.packing.views(self.host)):
             yield index, name, view
 
     def staged_lists(self) -> dict[str, list[torch.Tensor]]:
-        """The state on the device, as the table's lists."""
+        """Give the state on the device, as the table's lists."""
         views = self.packing.views(self.slot.buffer[: self.packing.nbytes])
         count = len(self.members)
         return {name: views[i * count : (i + 1) * count] for i, name in enumerate(self.names)}
 
 
 class Staging:
-    """The staging buffers of one optimizer: taken from the allocator when a pass begins, given back when it ends."""
+    """Staging buffers of one optimizer: taken from the allocator when a pass begins, given back when it ends."""
 
     def __init__(self, device: torch.device, buffers: int = BUFFERS):
         self.device, self.buffers = device, buffers
@@ -94,13 +94,13 @@ class Staging:
         self._made = 0
 
     def reserve(self, parts: int) -> None:
-        """Take the memory now: where there is none, nothing has been touched yet."""
+        """Allocate the buffers now: where there is no memory, nothing has been touched yet."""
         while self._made < min(self.buffers, parts):
             self._idle.append(self._new())
 
     @property
     def has_room(self) -> bool:
-        """Whether a part can be begun without more memory than was planned."""
+        """Tell whether a part can be begun without more memory than was planned."""
         return bool(self._idle) or self._made < self.buffers
 
     def _new(self) -> _Slot:
@@ -114,14 +114,14 @@ class Staging:
         part.written = False
 
     def begin(self, part: Part) -> None:
-        """Start copying a part to its place."""
+        """Start to copy a part to its place."""
         target = part.slot.buffer[: part.packing.nbytes]
-        part.arrived = self._inward.copy(target, part.host, after=[part.slot.free, reached(self.device)])
+        part.arrived = self._inward.copy(target, part.host, after=[part.slot.free, record_event(self.device)])
 
     def end(self, part: Part) -> None:
         """Copy a part out if it was written; its buffer goes to the next."""
-        hold_for(part.arrived, self.device)
-        part.slot.free = reached(self.device)
+        wait_for(part.arrived, self.device)
+        part.slot.free = record_event(self.device)
         if part.written:
             source = part.slot.buffer[: part.packing.nbytes]
             part.slot.free = self._outward.copy(part.host, source, after=[part.slot.free])
@@ -129,19 +129,22 @@ class Staging:
         part.slot = part.arrived = None
 
     def close(self) -> None:
-        """The pass is over: what the computation does next may have the buffers' memory."""
+        """End the pass: what the computation does next may have the buffers' memory."""
         for slot in self._idle:
-            hold_for(slot.free, self.device)
+            wait_for(slot.free, self.device)
         self._made -= len(self._idle)
         self._idle.clear()
 
     def synchronize(self) -> None:
-        """Wait until what the host would read is there."""
+        """Wait until the host can read what was copied."""
         self._outward.synchronize()
 
 
 class OffloadedBucket(Bucket):
-    """A bucket whose state is on the host. Its own table knows weights, gradients and backups, and the norm's slots."""
+    """Bucket whose state is on the host.
+
+    Its own table knows weights, gradients and backups, and the norm's slots.
+    """
 
     staging: Staging
 
@@ -153,7 +156,7 @@ class OffloadedBucket(Bucket):
         self._opened_now: list[Part] = []
 
     def bind_state(self, names: tuple[str, ...], states: list[dict[str, torch.Tensor]], staging: Staging) -> None:
-        """Move the state that there is, and zeros where there is none yet, to host buffers.
+        """Move the existing state, and zeros where there is none yet, to host buffers.
 
         Args:
             names: of the lists. states: of each parameter; their tensors become views of the host buffers.
@@ -190,7 +193,7 @@ class OffloadedBucket(Bucket):
         if not self.storage.master:
             return super().perturb(norm)
         try:
-            self._each(lambda part: ops.sam_perturb_(part.table, norm))
+            self._each_part(lambda part: ops.sam_perturb_(part.table, norm))
         except BaseException:
             self.close(for_good=False)
             self.restore(norm)  # parts that were not perturbed lose nothing by it
@@ -200,8 +203,8 @@ class OffloadedBucket(Bucket):
         if not self.storage.master:
             return super().restore(norm, index)
         if index is None:
-            return self._each(lambda part: ops.sam_restore_(part.table, norm), gradients=False)
-        part = self._opened(index)
+            return self._each_part(lambda part: ops.sam_restore_(part.table, norm), gradients=False)
+        part = self._part_on_device(index)
         ops.sam_restore_(part.table, norm, index - part.members.start)
 
     def restore_changed(self, norm: ops.GradientNorm, indices: Iterable[int] | None = None) -> None:
@@ -210,10 +213,12 @@ class OffloadedBucket(Bucket):
         super().restore_changed(norm, indices)
 
     def step(self, scalars: ops.StepScalars, first: ops.GradientNorm | None, restore: bool) -> None:
-        self._each(lambda part: ops.sam_adamw_step_(part.table, scalars, first=first, restore=restore), writes=True)
+        self._each_part(
+            lambda part: ops.sam_adamw_step_(part.table, scalars, first=first, restore=restore), writes=True
+        )
 
     def close(self, for_good: bool = True) -> None:
-        """Copy out what is still on the device, and let its memory go.
+        """Copy out what is still on the device, and free its memory.
 
         Not `for_good` keeps the memory: perturbed weights must find their way back though there be no more.
         """
@@ -227,21 +232,24 @@ class OffloadedBucket(Bucket):
         if for_good:
             self.staging.close()
 
-    def _each(self, operation: Callable[[Part], None], writes: bool = False, gradients: bool = True) -> None:
-        """The operation on every part with its state on the device; the parts after it are on their way."""
+    def _each_part(self, operation: Callable[[Part], None], writes: bool = False, gradients: bool = True) -> None:
+        """Run the operation on every part with its state on the device, while the parts after it are copied."""
         self.reserve()
         ahead = self.staging.buffers - 1
         for index, part in enumerate(self.parts):
             for coming in self.parts[index : index + ahead]:
                 if coming.slot is None:
                     self._begin(coming, gradients)
-            hold_for(part.arrived, self.staging.device)
+            wait_for(part.arrived, self.staging.device)
             operation(part)
             part.written = writes
             self._end(part)
 
     def _begin(self, part: Part, gradients: bool) -> None:
-        """Addresses first: one engine copies inward, in order, and kernels must not wait for the next part's state."""
+        """Start to copy a part, addresses first.
+
+        One engine copies inward, in order, and kernels must not wait for the next part's state.
+        """
         self.staging.take(part)
         self._bind_part(part, gradients)
         self.staging.begin(part)
@@ -263,7 +271,7 @@ class OffloadedBucket(Bucket):
     # -- released gradients --------------------------------------------------------------------------------------------
 
     def step_tensor(self, index: int, grad: torch.Tensor, scalars: ops.StepScalars, first: ops.GradientNorm) -> None:
-        part = self._opened(index)
+        part = self._part_on_device(index)
         ops.sam_adamw_step_tensor_(part.table, index - part.members.start, grad, scalars, first=first)
         part.written = True
         part.left.discard(index)
@@ -276,15 +284,15 @@ class OffloadedBucket(Bucket):
         if part is not None and "backup" in part.table:
             part.table.forget("backup", index - part.members.start)
 
-    def _opened(self, index: int) -> Part:
-        """The part of a parameter on the device; the one that came after it in the last pass is on its way."""
+    def _part_on_device(self, index: int) -> Part:
+        """Give a parameter's part on the device, and start to copy the part that came after it in the last pass."""
         part = self._part_of[index]
         self.reserve()
         if part.slot is None:
             self._begin(part, gradients=False)  # they come one by one, and none may be kept
         if not part.left:
             part.left = set(part.members)
-            hold_for(part.arrived, self.staging.device)
+            wait_for(part.arrived, self.staging.device)
             self._opened_now.append(part)
             place = self._arrivals.index(part)
             for other in self._arrivals[place + 1 : place + 2]:

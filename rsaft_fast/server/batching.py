@@ -28,7 +28,7 @@ class _Job:
 
     @property
     def kind(self) -> tuple:
-        """What jobs must share to be scored in one call."""
+        """Shape and dtype of a picture, which jobs must share to be scored in one call."""
         return self.images.shape[1:], self.images.dtype
 
 
