@@ -12,7 +12,7 @@ RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 @contextmanager
 def frozen_batch_norm_statistics(model: torch.nn.Module) -> Iterator[None]:
-    """Leave running statistics as they are while `model` trains: for the second pass of a sharpness-aware step.
+    """Keep the running statistics of `model` as they are: for the second pass of a sharpness-aware step.
 
     The second pass sees the same data at `w + e`; with its statistics too, every batch would count twice, once at
     weights that nobody keeps. Normalisation itself does not change: layers in training mode use the statistics of

@@ -1,4 +1,4 @@
-"""Parameters of all groups, sorted into one TensorTable a kind of storage."""
+"""Buckets: the parameters of all groups, sorted into one TensorTable a kind of storage."""
 
 import operator
 import warnings
@@ -15,7 +15,7 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class Storage(NamedTuple):
-    """How a parameter is kept; parameters that are kept alike share a table.
+    """Kind of storage of a parameter; parameters of one kind share a table.
 
     Attributes:
         master: its weight is the rounded copy of a float32 master. eight_bit: its moments are 8-bit codes.
@@ -68,7 +68,10 @@ class Bucket:
             self._bind_gradients()
 
     def _bind_gradients(self, as_backup: bool = False) -> list[torch.Tensor | None]:
-        """With the weights. Of a gradient in another layout a copy is bound, as kernels walk both in memory order."""
+        """Bind gradients beside the weights.
+
+        Of a gradient in another layout a copy is bound, as kernels walk both in memory order.
+        """
         gradients = [p.grad for p in self.params]
         try:
             self._bind(gradients, as_backup)
@@ -84,7 +87,7 @@ class Bucket:
         self.table.bind(weight=self.params, grad=gradients, **backup)
 
     def bind_to_perturb(self) -> None:
-        """As `bind`, with a place for the old bits, in one upload.
+        """Attach weights, gradients and a place for the old bits, in one upload.
 
         Raises:
             ValueError: the gradients' memory cannot take them.
@@ -104,16 +107,17 @@ class Bucket:
                 raise
 
     def perturb(self, norm: ops.GradientNorm) -> None:
-        """To w + e."""
+        """Move the weights to w + e."""
         ops.sam_perturb_(self.table, norm)
 
     def restore(self, norm: ops.GradientNorm, index: int | None = None) -> None:
-        """Back from it; one parameter, or all."""
+        """Put the weights back from w + e; those of one parameter, or all."""
         ops.sam_restore_(self.table, norm, index)
 
     def restore_changed(self, norm: ops.GradientNorm, indices: Iterable[int] | None = None) -> None:
-        """As `restore` where weights have changed layout, dtype or device since `perturb`: the table's addresses
-        and strides are of the past, the values are not.
+        """Restore weights that have changed layout, dtype or device since `perturb`.
+
+        The table's addresses and strides are of the past, the values are not.
 
         Raises:
             ValueError: a weight has another shape now. No weight has been written then.
@@ -132,7 +136,7 @@ class Bucket:
                 param.copy_(torch.where(intact, old.to(param.device, param.dtype), param))
 
     def _old_weight(self, index: int) -> torch.Tensor | None:
-        """A perturbed weight's old value. None: it was never perturbed."""
+        """Give a perturbed weight's old value; None if it was never perturbed."""
         if self.storage.master:
             return self._states[index]["master"].to(self.table.dtypes["weight"])
         return None if self._backup is None else self._backup[index]
@@ -140,16 +144,16 @@ class Bucket:
     # -- state of the parameters, for optimizers that keep some --------------------------------------------------------
 
     def know_state(self, states: list[dict[str, torch.Tensor]], names: Iterable[str]) -> None:
-        """Remember which tensors the table has for state."""
+        """Remember which state tensors the table holds."""
         self._states = states
         self._state_lists = {name: [state[name] for state in states] for name in names}
 
     def known_state(self, name: str) -> list[torch.Tensor]:
-        """The tensors that the table has for it."""
+        """Give the state tensors `name` that the table holds."""
         return self._state_lists[name]
 
     def state_replaced(self, state: Mapping[torch.Tensor, dict[str, torch.Tensor]]) -> bool:
-        """Whether an optimizer's state holds other tensors than the table knows: cleared, say, or set anew."""
+        """Tell whether an optimizer's state holds other tensors than the table knows: cleared, say, or set anew."""
         indices = self._sampled() if self.storage.static else None
         params, states = _at(self.params, indices), _at(self._states, indices)
         if any(map(operator.is_not, map(state.get, params), states)):
@@ -161,10 +165,10 @@ class Bucket:
         )
 
     def reserve(self) -> None:
-        """Take what memory a step needs, before anything is touched."""
+        """Allocate the memory that a step needs, before anything is touched."""
 
     def step(self, scalars: ops.StepScalars, first: ops.GradientNorm | None, restore: bool) -> None:
-        """Restore where asked, and AdamW's update."""
+        """Restore the weights where asked, and make AdamW's update."""
         ops.sam_adamw_step_(self.table, scalars, first=first, restore=restore)
 
     def step_tensor(self, index: int, grad: torch.Tensor, scalars: ops.StepScalars, first: ops.GradientNorm) -> None:
@@ -172,14 +176,17 @@ class Bucket:
         ops.sam_adamw_step_tensor_(self.table, index, grad, scalars, first=first)
 
     def close(self, for_good: bool = True) -> None:
-        """A pass is over, or broke off: leave nothing on its way. `for_good`: the weights are not perturbed."""
+        """End a pass, finished or broken off, and leave no copy under way.
+
+        `for_good`: the weights are not perturbed.
+        """
 
     def gradients_taken(self) -> bool:
         """Whether the gradients' memory now holds the old weights: then nobody may see it as `p.grad`."""
         return not self.storage.master and self.storage.backup == "gradient"
 
     def drop_backup(self, index: int | None = None) -> None:
-        """Free backup that lives in gradients; of one tensor, or all."""
+        """Free the backup that lives in gradients; of one tensor, or all."""
         if self.gradients_taken() and self._backup is not None:
             if index is None:
                 self._backup = None
@@ -189,7 +196,7 @@ class Bucket:
                 self.table.forget("backup", index)
 
     def _own_backup(self) -> list[torch.Tensor]:
-        """Storage of the weights' own dtype, kept from step to step so that its addresses stay."""
+        """Allocate backup storage of the weights' dtype, kept from step to step so that its addresses stay."""
         if self._backup is None:
             if self.table.dtypes["weight"] in LOW_PRECISION and self.storage.rounding_seed is None:
                 warnings.warn(
@@ -202,7 +209,7 @@ class Bucket:
         return self._backup
 
     def _sampled(self) -> list[int]:
-        """Indices that are looked at in this pass where not all are: one of each kind, in turn.
+        """Choose the indices that this pass looks at where it does not look at all: one of each kind, in turn.
 
         What moves many at once moves all of a kind (`module.to(memory_format=...)` those of four dimensions), and
         gradients that were made anew have all moved.
@@ -222,12 +229,12 @@ class Bucket:
                 )
 
     def release_gradients(self) -> None:
-        """Hold no reference to gradients between operations, or `zero_grad(set_to_none=True)` would free nothing."""
+        """Drop the references to gradients between operations, or `zero_grad(set_to_none=True)` would free nothing."""
         if not self.storage.static:
             self.table.release("grad")
 
     def remember_versions(self) -> None:
-        """Call after own writes; a version that differs later means that somebody else wrote."""
+        """Remember the tensors' versions after own writes; one that differs later means that somebody else wrote."""
         if self.storage.master:
             self.versions = [p._version for p in self.params]
 
@@ -237,7 +244,7 @@ def make_buckets(
     storage_of: Callable[[torch.Tensor], Storage],
     kind_of: Callable[[Storage], type[Bucket]] = lambda storage: Bucket,
 ) -> list[Bucket]:
-    """One bucket a (dtype, adaptive, storage) over the parameters that require gradients.
+    """Sort the parameters that require gradients into one bucket a (dtype, adaptive, storage).
 
     Args:
         param_groups: as in `torch.optim`. storage_of: how a parameter is kept. kind_of: the class for it.
@@ -269,7 +276,7 @@ def make_buckets(
 
 
 def check_weights_apart(buckets: list[Bucket]) -> None:
-    """Raises ValueError if parameters of different buckets share memory; a table looks at its own."""
+    """Raise ValueError if parameters of different buckets share memory; a table looks at its own."""
     if len(buckets) > 1:
         check_overlap(
             (f"weight {index}", param)
@@ -279,7 +286,10 @@ def check_weights_apart(buckets: list[Bucket]) -> None:
 
 
 def in_layout_of(weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor | None:
-    """The gradient itself if it lies as its weight does, else a copy that does. What cannot be its gradient stays."""
+    """Give the gradient itself if it lies as its weight does, else a copy that does.
+
+    What cannot be its gradient stays as it is.
+    """
     if grad is None or grad.layout is not torch.strided or grad.device != weight.device or grad.shape != weight.shape:
         return grad
     if grad.stride() == weight.stride() or not grad.data_ptr():
@@ -288,7 +298,7 @@ def in_layout_of(weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tenso
 
 
 def _one_of_each_kind(params: list[torch.Tensor]) -> list[list[int]]:
-    """Indices by the number of dimensions longer than 1."""
+    """Group the indices by the number of dimensions longer than 1."""
     kinds: dict[int, list[int]] = {}
     for index, param in enumerate(params):
         kinds.setdefault(sum(size > 1 for size in param.shape), []).append(index)

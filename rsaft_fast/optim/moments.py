@@ -27,14 +27,14 @@ STRIDES = "strides"
 
 
 def state_names(master: bool, eight_bit: bool) -> tuple[str, ...]:
-    """The lists that a parameter's state fills, besides `step`."""
+    """Name the lists that a parameter's state fills, besides `step`."""
     return MOMENTS + (ABSMAX if eight_bit else ()) + (("master",) if master else ())
 
 
 def empty_state(
     param: torch.Tensor, name: str, eight_bit: bool, device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """A tensor that holds `name` of a parameter before its first step: the master is the weight, all else zero.
+    """Make the tensor `name` of a parameter before its first step: the master is the weight, all else zero.
 
     `device`: where it lies; beside the parameter by default.
     """
@@ -55,7 +55,7 @@ def fit_state(
     eight_bit: bool,
     device: torch.device | str | None = None,
 ) -> None:
-    """Make of `state` one that the parameter can have as it is now, keeping the values.
+    """Change `state` into one that the parameter can have as it is now, keeping the values.
 
     A parameter may have got another layout, dtype or device since; tensors that then lie otherwise are replaced by
     converted ones, missing ones begin, and those of another kind of storage go.
@@ -86,7 +86,7 @@ def _lies_as(tensor: torch.Tensor, like: torch.Tensor, device: torch.device) -> 
 
 
 def check_shapes(param: torch.Tensor, state: Mapping) -> None:
-    """Raises ValueError for state of another shape than the parameter's, in this module's names."""
+    """Raise ValueError for state of another shape than the parameter's, in this module's names."""
     for name in (*MOMENTS, "master"):
         value = state.get(name)
         if value is not None and value.shape != param.shape:
@@ -97,7 +97,7 @@ def check_shapes(param: torch.Tensor, state: Mapping) -> None:
 
 
 def named_state(saved: Mapping) -> dict:
-    """A parameter's state from a checkpoint in this module's names, whoever wrote it.
+    """Give a parameter's state from a checkpoint in this module's names, whoever wrote it.
 
     Codes come in the layout that they were written in: their blocks follow it, and a format that keeps no strides
     (safetensors) has lost it.
@@ -112,7 +112,7 @@ def named_state(saved: Mapping) -> dict:
 
 
 def with_strides(state: dict) -> dict:
-    """A parameter's state for a checkpoint, with the strides of its codes if they are no matter of course."""
+    """Add the strides of a parameter's codes to its state for a checkpoint, unless they follow from the shape."""
     codes = state.get(MOMENTS[0])
     if codes is None or codes.dtype is not torch.uint8 or codes.is_contiguous():
         return state

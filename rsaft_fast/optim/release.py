@@ -1,4 +1,4 @@
-"""The fused step inside the second backward: each gradient is used as it arrives, and freed."""
+"""Released gradients: the fused step inside the second backward, which uses and frees each gradient as it arrives."""
 
 import functools
 
@@ -10,7 +10,7 @@ from rsaft_fast.optim.buckets import Bucket, in_layout_of
 
 
 class GradientRelease:
-    """Steps every parameter from the hook that autograd calls when its gradient is complete.
+    """Hooks that step every parameter when autograd has completed its gradient.
 
     The weights' update, and the restore in it, then need the gradient of one layer at a time. What must be known of the
     whole step before (the skip flag, the clipping factor) follows from the first pass's norm and from what
@@ -37,7 +37,7 @@ class GradientRelease:
         return any(bool(stepped.any()) for stepped in self.stepped)
 
     def listen(self) -> None:
-        """From now on gradients are those of the second pass."""
+        """Treat gradients from now on as those of the second pass."""
         self.forget()
         self.adjoint_inf.zero_()
         self.listening, self.armed = True, False
@@ -49,7 +49,7 @@ class GradientRelease:
         self.adjoint_inf.copy_(torch.maximum(self.adjoint_inf, torch.stack(flags).any().float()))
 
     def arm(self) -> None:
-        """What all tensors share is decided here, once, before the first of them is touched."""
+        """Decide once what all tensors share, before the first of them is touched."""
         if not self.armed:
             self.armed = True
             inputs = ops.StepInputs(self.scalars, self.norm, found_inf=self.adjoint_inf, released=True)
@@ -76,7 +76,7 @@ class GradientRelease:
         bucket.drop_backup(index)
 
     def restore_rest(self) -> None:
-        """Parameters that no gradient reached go back to their unperturbed weights."""
+        """Restore the parameters that no gradient reached to their unperturbed weights."""
         self.listening = False
         left = [(~stepped).nonzero().flatten().tolist() for stepped in self.stepped]
         try:
@@ -95,7 +95,7 @@ class GradientRelease:
                 bucket.restore(self.norm, index)
 
     def count(self) -> None:
-        """The step of every parameter that took one, and the skip if it was one."""
+        """Count the step of every parameter that took one, and the skip if it was one."""
         self.arm()
         for bucket, stepped in zip(self.buckets, self.stepped):
             steps = bucket.table.steps
@@ -104,7 +104,7 @@ class GradientRelease:
         self.forget()
 
     def forget(self) -> None:
-        """Whatever has been stepped belongs to the past."""
+        """Forget the parameters stepped so far."""
         for stepped in self.stepped:
             stepped.zero_()
 

@@ -1,4 +1,4 @@
-"""SAM around any torch optimizer."""
+"""SAM: the two-pass step around any torch optimizer."""
 
 import inspect
 
@@ -96,7 +96,7 @@ class SAM(SharpnessAware):
         self._drop_tables()
 
     def state_dict(self) -> dict:
-        """As the base optimizer's, plus the count of skipped steps.
+        """Give the base optimizer's state dict, plus the count of skipped steps.
 
         Raises:
             RuntimeError: the weights are perturbed; whoever saves now would save them that way.
@@ -107,7 +107,7 @@ class SAM(SharpnessAware):
         return {**self.base.state_dict(), "skipped": self.skipped.detach().clone()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As the base optimizer's; also takes a checkpoint of the base optimizer alone."""
+        """Load the base optimizer's state dict, or a checkpoint of the base optimizer alone."""
         self._refuse_while_perturbed("load_state_dict()")
         self.base.load_state_dict(self._with_defaults(state_dict) if "param_groups" in state_dict else state_dict)
         self._restore_skipped(state_dict)
@@ -115,7 +115,7 @@ class SAM(SharpnessAware):
     # -- schedule-free base optimizers ---------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Weights for training, if the base optimizer has others for evaluation; else nothing.
+        """Put the weights for training in place, if the base optimizer has others for evaluation; else do nothing.
 
         Raises:
             RuntimeError: the weights are perturbed; the base optimizer would take that for a step of its own.
@@ -123,7 +123,7 @@ class SAM(SharpnessAware):
         self._switch("train")
 
     def eval(self) -> None:
-        """Weights for evaluation, if the base optimizer has others for training; else nothing.
+        """Put the weights for evaluation in place, if the base optimizer has others for training; else do nothing.
 
         Raises:
             RuntimeError: the weights are perturbed.
@@ -161,7 +161,7 @@ class SAM(SharpnessAware):
         return flag
 
     def _step_base(self, skip: torch.Tensor) -> None:
-        grad_scale = self._taken_grad_scale()
+        grad_scale = self._take_grad_scale()
         if getattr(self.base, "_step_supports_amp_scaling", False):
             self.base.grad_scale, self.base.found_inf = grad_scale, skip
             try:
@@ -205,7 +205,7 @@ def _build_base(params, base_optimizer, kwargs: dict) -> torch.optim.Optimizer:
 
 
 def _check_base(base: torch.optim.Optimizer) -> None:
-    """Raises TypeError for what cannot make its step from gradients that are there already."""
+    """Raise TypeError for a base that cannot make its step from the gradients that are there."""
     name = type(base).__name__
     if not isinstance(base, torch.optim.Optimizer):
         raise TypeError(f"the base optimizer is a {name}, not a torch.optim.Optimizer")

@@ -11,7 +11,7 @@ from rsaft_fast.optim.moments import check_shapes, fit_state, load_moments, name
 from rsaft_fast.optim.offload import OffloadedBucket, Staging
 from rsaft_fast.optim.release import GradientRelease
 from rsaft_fast.optim.sharpness import IDLE, PERTURBED, SharpnessAware, upload
-from rsaft_fast.optim.workers import Replicas, refuse_several
+from rsaft_fast.optim.workers import Replicas, refuse_several_workers
 
 
 class SAMAdamW(SharpnessAware):
@@ -143,7 +143,7 @@ class SAMAdamW(SharpnessAware):
             return self._finish_released()
         self._upload_hyper()
         first = None if self._phase == IDLE else self._first
-        inputs = ops.StepInputs(self._scalars, first, self._taken_grad_scale(), getattr(self, "found_inf", None))
+        inputs = ops.StepInputs(self._scalars, first, self._take_grad_scale(), getattr(self, "found_inf", None))
         for bucket in buckets:
             self._follow_state(bucket)
             bucket.reserve()
@@ -199,7 +199,7 @@ class SAMAdamW(SharpnessAware):
             self._release.listen()
 
     def check_finite(self, *tensors: torch.Tensor) -> None:
-        """Skip the coming step as a whole if any of these holds a non-finite value. Waits for nothing.
+        """Skip the coming step as a whole if any of these tensors holds a non-finite value; wait for nothing.
 
         With released gradients nothing else can tell in time: give it the loss, or the gradient that backward begins
         with. Without `release_gradients` the second pass's own norm tells, and this does nothing.
@@ -242,7 +242,7 @@ class SAMAdamW(SharpnessAware):
         self._second.values.fill_(math.nan)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As `torch.optim`; with `static_gradients` gradients are filled with zeros whatever is asked."""
+        """Clear the gradients as `torch.optim` does; with `static_gradients`, always fill them with zeros."""
         super().zero_grad(set_to_none=set_to_none and not self.static_gradients)
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ class SAMAdamW(SharpnessAware):
         self._hyper_known: list | None = None
 
     def _wait_for_host_state(self) -> None:
-        """Before the host reads or writes what may still be on its way to it."""
+        """Wait until the host may read or write state whose copies may still be under way."""
         if self._staging is not None:
             self._staging.synchronize()
 
@@ -280,7 +280,7 @@ class SAMAdamW(SharpnessAware):
             self._release.remove()
             self._release = None
         if self.release_gradients:
-            refuse_several()
+            refuse_several_workers()
             self._release = GradientRelease(self._buckets, self._first, self._scalars)
 
     def _built(self) -> list[Bucket]:
@@ -294,7 +294,7 @@ class SAMAdamW(SharpnessAware):
         return self._buckets if self._release is not None and self._phase != IDLE else super()._ready()
 
     def _refresh_masters(self, bucket: Bucket) -> None:
-        """Masters follow weights that others wrote or replaced (`param.data = ...`); a rebuild sees to the rest."""
+        """Update masters whose weights others wrote or replaced (`param.data = ...`); a rebuild does the rest."""
         if not bucket.storage.master:
             return
         self._follow_state(bucket)
@@ -302,11 +302,11 @@ class SAMAdamW(SharpnessAware):
             moved = not bucket.table.holds("weight", index, param)
             if (moved or param._version != version) and bucket.table.suits(index, param):
                 self._wait_for_host_state()
-                _agree(self.state[param]["master"], param)
+                _refreshed_master(self.state[param]["master"], param)
         bucket.remember_versions()
 
     def _follow_state(self, bucket: Bucket) -> None:
-        """State that was cleared, or set to other tensors, since the table learned of it."""
+        """Bind state that was cleared, or set to other tensors, since the table learned of it."""
         if bucket.state_replaced(self.state):
             self._bind_state(bucket)
 
@@ -327,7 +327,7 @@ class SAMAdamW(SharpnessAware):
                 fit_state(param, state, master, eight_bit)
         if master and not perturbed:
             for param, state in zip(bucket.params, states):  # loaded, perhaps, before the weights were
-                _agree(state["master"], param)
+                _refreshed_master(state["master"], param)
         steps = [torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=table.device) for state in states]
         table.steps.copy_(torch.stack(steps))
         for state, step in zip(states, table.steps.unbind()):
@@ -337,7 +337,7 @@ class SAMAdamW(SharpnessAware):
             table.bind(**{name: [state[name] for state in states] for name in names})
 
     def state_dict(self) -> dict:
-        """As `torch.optim.AdamW`, with `master` beside the moments and the count of skipped steps.
+        """Give a state dict as `torch.optim.AdamW`'s, with `master` beside the moments and the count of skipped steps.
 
         Raises:
             RuntimeError: the weights are perturbed.
@@ -351,7 +351,7 @@ class SAMAdamW(SharpnessAware):
         return saved
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As `torch.optim`; existing state is overwritten in place, so that a captured graph stays valid.
+        """Load a state dict in place, so that a captured graph stays valid.
 
         Takes a checkpoint of `torch.optim.AdamW` or bitsandbytes' `AdamW8bit` as well: groups keep this optimizer's
         `rho` and `adaptive`, and the master starts from the weights. Moments are converted where their bits differ.
@@ -407,7 +407,7 @@ _OPTIONS = (
 """What a copied optimizer keeps besides its groups and state."""
 
 
-def _agree(master: torch.Tensor, weight: torch.Tensor) -> None:
-    """The master keeps its extra bits where it still rounds to the weight, and takes the weight where it does not."""
+def _refreshed_master(master: torch.Tensor, weight: torch.Tensor) -> None:
+    """Keep the master's extra bits where it still rounds to the weight, and take the weight where it does not."""
     here = master.to(weight.device)
     master.copy_(torch.where(here.to(weight.dtype) == weight, here, weight.to(here.dtype)))

@@ -1,4 +1,4 @@
-"""What SAM and SAMAdamW share: perturb, restore, the state between the two passes, and its diagnostics."""
+"""Base of SAM and SAMAdamW: perturb, restore, the state between the two passes, and its diagnostics."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from rsaft_fast.abi.table import WeightsChangedError, pinned
 from rsaft_fast.ops.eager import eager_only
 from rsaft_fast.optim.buckets import Bucket
 from rsaft_fast.optim.tables import TabledOptimizer
-from rsaft_fast.optim.workers import Replicas, warn_of_silence
+from rsaft_fast.optim.workers import Replicas, warn_if_several_workers
 
 IDLE, PERTURBED, RESTORED, BROKEN_OFF = "idle", "perturbed", "restored", "broken off"
 
@@ -67,7 +67,9 @@ class SharpnessAware(TabledOptimizer):
 
     @eager_only
     def restore(self) -> None:
-        """Put the weights back, bit for bit, without a step. A `step()` that follows is made from the new gradients.
+        """Put the weights back, bit for bit, without a step.
+
+        A `step()` that follows is made from the new gradients.
 
         Raises:
             RuntimeError: the weights are not perturbed.
@@ -86,7 +88,7 @@ class SharpnessAware(TabledOptimizer):
         self._phase = RESTORED
 
     def _put_back(self) -> None:
-        """All weights, wherever they lie now."""
+        """Restore all weights, wherever they lie now."""
         try:
             for bucket in self._buckets:
                 bucket.table.bind(weight=bucket.params)
@@ -99,7 +101,9 @@ class SharpnessAware(TabledOptimizer):
 
     @contextmanager
     def perturbed(self, zero_grad: bool = False) -> Iterator[None]:
-        """`with opt.perturbed(zero_grad=True):` second forward and backward, and `opt.step()` as its last line.
+        """Perturb, and restore at the end of the `with` block unless it made the step.
+
+        `with opt.perturbed(zero_grad=True):` second forward and backward, and `opt.step()` as its last line.
 
         Inside the block `step()` restores and updates in one pass. If the block ends without it, or with any
         exception, the weights are restored on the way out.
@@ -153,11 +157,11 @@ class SharpnessAware(TabledOptimizer):
         return loss
 
     def first_step(self, zero_grad: bool = False) -> None:
-        """`perturb` under the name that the usual SAM code gives it."""
+        """Call `perturb`, under the name that the usual SAM code gives it."""
         self.perturb(zero_grad)
 
     def second_step(self, zero_grad: bool = False) -> None:
-        """`step` under the name that the usual SAM code gives it.
+        """Call `step`, under the name that the usual SAM code gives it.
 
         Raises:
             RuntimeError: `first_step` did not run before.
@@ -185,7 +189,7 @@ class SharpnessAware(TabledOptimizer):
             raise
 
     def _abandon(self, error: BaseException) -> None:
-        """Something failed between perturb() and the end of step(): the weights go back, and nothing is left over."""
+        """Put the weights back and clean up after an error between perturb() and the end of step()."""
         if self._phase == PERTURBED:
             self.restore()
         if self._phase == RESTORED:
@@ -211,7 +215,7 @@ class SharpnessAware(TabledOptimizer):
         return self._scalars.skipped if self._scalars is not None else torch.tensor(self._skipped_before)
 
     def check_finite(self, *tensors: torch.Tensor) -> None:
-        """What the second backward begins with, for optimizers that must know before it; others wait for its norm."""
+        """Prepare the second backward, for optimizers that must know before it; others wait for its norm."""
 
     @property
     def half_stepped(self) -> bool:
@@ -219,7 +223,9 @@ class SharpnessAware(TabledOptimizer):
         return False
 
     def stats(self) -> dict[str, float]:
-        """Diagnostics of the last perturbation and the last step. Waits for the device: for logging, not for each step.
+        """Give diagnostics of the last perturbation and the last step.
+
+        Waits for the device: for logging, not for each step.
 
         Returns:
             `grad_norm`, `second_grad_norm`: norms of the two passes' gradients, over the scale that GradScaler
@@ -249,7 +255,7 @@ class SharpnessAware(TabledOptimizer):
         }
 
     def state_dict(self) -> dict:
-        """As `torch.optim`, plus the count of skipped steps.
+        """Give the state dict of `torch.optim`, plus the count of skipped steps.
 
         Raises:
             RuntimeError: the weights are perturbed; whoever saves now would save them that way.
@@ -258,7 +264,7 @@ class SharpnessAware(TabledOptimizer):
         return {**super().state_dict(), "skipped": self.skipped.detach().clone()}
 
     def add_param_group(self, param_group: dict) -> None:
-        """As `torch.optim`; refused while the weights are perturbed.
+        """Add a group as `torch.optim` does; refused while the weights are perturbed.
 
         Raises:
             RuntimeError: perturbed. ValueError: rho is not positive and finite.
@@ -269,7 +275,7 @@ class SharpnessAware(TabledOptimizer):
         self._drop_tables()
 
     def check_group(self, group: dict) -> None:
-        """Raises ValueError for a hyper-parameter out of its range."""
+        """Raise ValueError for a hyper-parameter out of its range."""
         check_rho(group["rho"])
 
     # -- scalars -------------------------------------------------------------------------------------------------------
@@ -280,9 +286,9 @@ class SharpnessAware(TabledOptimizer):
         self._was_scaled = False
 
     def _agree_with_replicas(self) -> None:
-        """A first pass that is non-finite on one worker is skipped on all: else their weights would part."""
+        """Skip a first pass that is non-finite on one worker on all: else their weights would part."""
         if self.replicas is None and self.process_group is None:
-            warn_of_silence(stacklevel=4)
+            warn_if_several_workers(stacklevel=4)
         elif self.replicas:
             dist.all_reduce(self._first.found_inf, dist.ReduceOp.MAX, group=self.replicas)
 
@@ -313,8 +319,8 @@ class SharpnessAware(TabledOptimizer):
             upload(self._rho, rho)
             self._rho_known = rho
 
-    def _taken_grad_scale(self) -> torch.Tensor | None:
-        """GradScaler's scale if it left unscaling to this step; kept for `stats`."""
+    def _take_grad_scale(self) -> torch.Tensor | None:
+        """Give GradScaler's scale if it left unscaling to this step; keep it for `stats`."""
         grad_scale = getattr(self, "grad_scale", None)
         if grad_scale is not None:
             self._gradient_scale.copy_(grad_scale)
@@ -337,7 +343,7 @@ class SharpnessAware(TabledOptimizer):
         raise NotImplementedError
 
     def _with_defaults(self, state_dict: dict) -> dict:
-        """The checkpoint with groups that have every key of this optimizer, whoever wrote it."""
+        """Give the checkpoint groups that have every key of this optimizer, whoever wrote it."""
         groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
         return {**state_dict, "param_groups": groups}
 
@@ -347,10 +353,10 @@ class SharpnessAware(TabledOptimizer):
             self._scalars.skipped.fill_(self._skipped_before)
 
     def _begin_second_pass(self) -> None:
-        """Called when the weights are at w + e."""
+        """Prepare the second pass; the weights are at w + e."""
 
     def _refuse_to_step(self) -> None:
-        """Raises RuntimeError where no step may be made, perturbed or not."""
+        """Raise RuntimeError where no step may be made, perturbed or not."""
 
     def _refuse_to_perturb(self) -> None:
         self._refuse_to_step()
@@ -377,11 +383,11 @@ class SharpnessAware(TabledOptimizer):
 
 
 def check_rho(rho: float) -> None:
-    """Raises ValueError unless the radius is positive and finite."""
+    """Raise ValueError unless the radius is positive and finite."""
     if not (rho > 0 and math.isfinite(rho)):
         raise ValueError(f"rho={rho}: the radius must be positive and finite; for no perturbation leave perturb() out")
 
 
 def upload(target: torch.Tensor, values: list) -> None:
-    """Host numbers to a device tensor, without waiting."""
+    """Copy host numbers to a device tensor, without waiting."""
     target.copy_(pinned(torch.tensor(values, dtype=target.dtype), target.device), non_blocking=True)

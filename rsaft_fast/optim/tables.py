@@ -1,4 +1,4 @@
-"""The tables of an optimizer's parameters: built when they are needed, and again when they no longer fit."""
+"""Tables of an optimizer's parameters: built when they are needed, and again when they no longer fit."""
 
 import operator
 
@@ -10,7 +10,7 @@ from rsaft_fast.optim.buckets import Bucket, Storage, check_weights_apart, make_
 
 
 class TabledOptimizer(torch.optim.Optimizer):
-    """What kernels know of parameters is their addresses: this sees to it that nothing they know has gone stale.
+    """Optimizer whose kernels know parameters by address; it rebuilds the tables that have gone stale.
 
     Weights may get another layout, dtype or device, groups other parameters, at any time. Between the passes of a step
     (`is_perturbed`) tables stay as they are; where weights change there, they are restored by value first.
@@ -35,7 +35,7 @@ class TabledOptimizer(torch.optim.Optimizer):
         self._outdated = True
 
     def _built(self) -> list[Bucket]:
-        """The buckets; built anew when parameters were added, replaced or unfrozen since.
+        """Give the buckets; build them anew when parameters were added, replaced or unfrozen since.
 
         Between the two passes they stay: what was perturbed is what is restored.
         """
@@ -45,7 +45,7 @@ class TabledOptimizer(torch.optim.Optimizer):
         return self._buckets
 
     def _bound(self, bind: str) -> list[Bucket]:
-        """The buckets, bound by this method; built anew where weights got another layout, dtype or device since."""
+        """Give the buckets, bound by this method; build anew where weights got another layout, dtype or device."""
         buckets = self._built()
         try:
             self._bind_all(buckets, bind)
@@ -71,11 +71,11 @@ class TabledOptimizer(torch.optim.Optimizer):
             raise
 
     def _ready(self) -> list[Bucket]:
-        """Buckets with weights and gradients bound."""
+        """Give the buckets with weights and gradients bound."""
         return self._bound("bind")
 
     def _groups_changed(self) -> bool:
-        """Whether the groups hold other parameters, or are adaptive otherwise, than the tables know."""
+        """Tell whether the groups hold other parameters, or are adaptive otherwise, than the tables know."""
         for group in self.param_groups:
             for name in ("rho", "adaptive"):  # a base optimizer's own methods know nothing of them
                 group.setdefault(name, self.defaults[name])
@@ -112,7 +112,7 @@ class TabledOptimizer(torch.optim.Optimizer):
         self._buckets = buckets
 
     def _carry_over(self, bucket: Bucket, device: torch.device, groups: int) -> None:
-        """What a first pass and the last step left, into scalars for as many groups, on this device.
+        """Copy what a first pass and the last step left into scalars for as many groups, on this device.
 
         `bucket`: receives the sums of the last perturbation.
         """
@@ -130,11 +130,11 @@ class TabledOptimizer(torch.optim.Optimizer):
         self._scalars, (self._first, self._second) = scalars, norms
 
     def _perturbation_sums(self) -> torch.Tensor:
-        """Of all tables: float64 `(3,)`."""
+        """Add up the perturbation sums of all tables: float64 `(3,)`."""
         return sum(bucket.table.perturbation_sums.sum(0) for bucket in self._buckets)
 
     def _storage_of(self, param: torch.Tensor) -> Storage:
-        """How a parameter is kept."""
+        """Give a parameter's kind of storage."""
         return Storage()
 
     def _kind_of(self, storage: Storage) -> type[Bucket]:

@@ -1,4 +1,4 @@
-"""What an optimizer must know of other workers, said before it goes wrong."""
+"""Checks of what an optimizer must know of other workers, before their weights part."""
 
 import warnings
 from typing import Literal
@@ -13,8 +13,8 @@ def _count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def warn_of_silence(stacklevel: int) -> None:
-    """For an optimizer that was told of no other worker."""
+def warn_if_several_workers(stacklevel: int) -> None:
+    """Warn where other workers run and the optimizer was told of none."""
     if _count() > 1:
         warnings.warn(
             f"{_count()} workers, and the optimizer knows of none: a first pass that is non-finite on one would be "
@@ -24,8 +24,8 @@ def warn_of_silence(stacklevel: int) -> None:
         )
 
 
-def refuse_several() -> None:
-    """For what works on one worker only.
+def refuse_several_workers() -> None:
+    """Refuse several workers, for what works on one only.
 
     Raises:
         RuntimeError: there are more.
