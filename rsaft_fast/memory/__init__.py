@@ -1,4 +1,4 @@
-"""Memory: activation checkpointing and the accounting of what autograd keeps."""
+"""Memory: activation checkpointing, offload, decoding in strips, and the bytes that autograd keeps."""
 
 from rsaft_fast.memory.accounting import SavedTensorBytes, saved_tensor_bytes
 from rsaft_fast.memory.checkpointing import (

@@ -1,4 +1,4 @@
-"""Counting the bytes that autograd keeps alive, on any device."""
+"""Accounting of the bytes that autograd keeps alive, on any device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class SavedTensorBytes(saved_tensors_hooks):
-    """Counts the storages that graphs built inside the `with` block keep for their backward pass.
+    """Count of the bytes of storages that graphs built inside the `with` block keep for their backward pass.
 
     A storage saved many times counts once, with its whole size, from its first saving until the last graph that holds
     it is freed, also after the block. What a checkpointed call recomputes during the backward pass is not seen, as it
@@ -29,7 +29,7 @@ class SavedTensorBytes(saved_tensors_hooks):
         self._ignored = {_storage_id(tensor): tensor for tensor in ignore}
         # A finaliser may run while the lock is held by its own thread, when the garbage collector strikes.
         self._lock = threading.RLock()
-        super().__init__(lambda tensor: _Kept(tensor, self), lambda kept: kept.tensor)
+        super().__init__(lambda tensor: _SavedTensor(tensor, self), lambda kept: kept.tensor)
 
     def __enter__(self) -> SavedTensorBytes:
         super().__enter__()
@@ -52,8 +52,8 @@ class SavedTensorBytes(saved_tensors_hooks):
                 self.alive -= size
 
 
-class _Kept:
-    """One saved tensor; autograd drops it when the graph is freed."""
+class _SavedTensor:
+    """Saved tensor; autograd drops it when the graph is freed."""
 
     __slots__ = ("tensor", "counter", "key", "size")
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing that really happens, also under `eval()`.
+"""Activation checkpointing that also works under `eval()`.
 
 transformers' own gradient checkpointing does nothing unless the module is in training mode, and that of diffusers takes
 a VAE decoder by whole up-blocks, whose recomputation is then the decode's peak. `checkpoint_calls` wraps single
@@ -18,21 +18,21 @@ from torch.utils.checkpoint import checkpoint
 
 
 class ReplacedForward:
-    """Stands in for a module's `forward`. It holds the module itself, so a deep copy follows its copy."""
+    """Stand-in for a module's `forward`; it holds the module itself, so a deep copy follows its copy."""
 
     def __init__(self, module: nn.Module):
         self.module = module
         self.inner = module.__dict__.get("forward")
 
     def run(self, *args, **kwargs):
-        """What the module does without it."""
+        """Run the module's own `forward`."""
         if self.inner is not None:
             return self.inner(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
 class _RecomputedForward(ReplacedForward):
-    """A `forward` that keeps its inputs alone."""
+    """Stand-in for a `forward` that keeps its inputs alone."""
 
     def __call__(self, *args, **kwargs):
         if not torch.is_grad_enabled():
@@ -88,6 +88,8 @@ def checkpoint_vae_decoder(vae: nn.Module) -> Checkpointing:
 
 
 def checkpoint_clip_vision(model: nn.Module) -> Checkpointing:
-    """Checkpoint each encoder layer of the image tower of a transformers `CLIPModel` (CLIP-H, batch 32, bf16: 6.3 GiB
-    of activations become 0.7)."""
+    """Checkpoint each encoder layer of the image tower of a transformers `CLIPModel`.
+
+    CLIP-H, batch 32, bf16: 6.3 GiB of activations become 0.7.
+    """
     return checkpoint_calls(model.vision_model.encoder.layers)

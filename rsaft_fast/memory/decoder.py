@@ -1,4 +1,4 @@
-"""Backward through a diffusers VAE decoder in a fraction of the memory, exactly: `backbone.checkpoint: decoder-strips`.
+"""Exact backward through a diffusers VAE decoder in a fraction of the memory: `backbone.checkpoint: decoder-strips`.
 
 The decoder is walked by hand, picture by picture, as a chain of layers that work in row strips (`memory.strips`), so
 that no layer needs a full-size tensor beside its input, its output and, in a resnet, the one between. Of a forward pass
@@ -32,7 +32,10 @@ from rsaft_fast.memory.strips import STRIP_ELEMENTS, NormSiluConv, Recomputed, R
 
 
 class Layer(Protocol):
-    """One picture (1, C, H, W) in, one out. `backward` may write over x, which is not used again."""
+    """Layer of one picture (1, C, H, W).
+
+    `backward` may write over x, which is not used again.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: ...
 
@@ -40,7 +43,7 @@ class Layer(Protocol):
 
 
 class Chain:
-    """Layers one after the other; a layer itself."""
+    """Sequence of layers; a layer itself."""
 
     def __init__(self, layers: list[Layer]):
         self.layers = layers
@@ -56,7 +59,7 @@ class Chain:
             yield from layer.single_layers() if isinstance(layer, Chain) else (layer,)
 
     def inputs(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Of every layer; the last layer is not run."""
+        """Compute the input of every layer; the last layer is not run."""
         found = [x]
         for layer in self.layers[:-1]:
             found.append(layer.forward(found[-1]))
@@ -66,22 +69,22 @@ class Chain:
         return self.backward_from(self.inputs(x), gradient, room)
 
     def backward_from(self, inputs: list[torch.Tensor], gradient: torch.Tensor, room: int) -> torch.Tensor:
-        """`inputs` is emptied from its end."""
+        """Compute the gradient at the input from all layers' inputs; `inputs` is emptied from its end."""
         for layer in reversed(self.layers):
             x = inputs.pop()
             gradient = layer.backward(x, gradient, room - sum(t.numel() for t in inputs))
         return gradient
 
 
-class _Walk:
-    """A decoder as chains, one for each resolution, and what to keep on the way through them."""
+class _StripDecoder:
+    """Decoder as chains, one for each resolution, and what to keep on the way through them."""
 
     def __init__(self, decoder: Decoder, strip_elements: int):
         self.segments = _segments(decoder, strip_elements)
         norms = [m.num_channels for m in decoder.up_blocks[-1].modules() if isinstance(m, nn.GroupNorm)]
         self.widest = max([decoder.conv_out.in_channels, *norms])
 
-    def images(self, latents: torch.Tensor, last: _Kept | None = None) -> torch.Tensor:
+    def images(self, latents: torch.Tensor, last: _KeptActivations | None = None) -> torch.Tensor:
         """Decode one picture after the other; of the last one, `last` keeps what its backward pass starts from."""
         images = None
         for index in _pictures(latents):
@@ -96,15 +99,15 @@ class _Walk:
             del image
         return images
 
-    def keep(self, x: torch.Tensor, kept: _Kept) -> None:
-        """Run all but the last layer."""
+    def keep(self, x: torch.Tensor, kept: _KeptActivations) -> None:
+        """Run all but the last layer, and keep the inputs of each chain."""
         for segment in self.segments[:-1]:
             kept.starts.append(x)
             x = segment.forward(x)
         kept.inputs = self.segments[-1].inputs(x)
 
-    def latent_gradient(self, kept: _Kept, gradient: torch.Tensor) -> torch.Tensor:
-        """Of one picture; `kept` is emptied."""
+    def latent_gradient(self, kept: _KeptActivations, gradient: torch.Tensor) -> torch.Tensor:
+        """Compute the gradient at one picture's latent; `kept` is emptied."""
         # What the first resnet of the last resolution cannot do without: its input and two tensors of half the size,
         # beside what the resolution starts from. Others may fill up to that with what saves them time.
         room = kept.inputs[0].numel() + 2 * self.widest * gradient[0, 0].numel()
@@ -114,7 +117,7 @@ class _Walk:
         return gradient
 
 
-class _Kept:
+class _KeptActivations:
     """Activations of one picture that wait for its backward pass.
 
     Attributes:
@@ -127,7 +130,10 @@ class _Kept:
 
 
 def _pictures(batch: torch.Tensor) -> range:
-    """Which ones to decode. Where shapes alone count, two show what all of them take, and estimates stay quick."""
+    """Choose the pictures to decode.
+
+    Where shapes alone count, two show what all of them take, and estimates stay quick.
+    """
     return range(max(0, len(batch) - 2) if batch.is_meta else 0, len(batch))
 
 
@@ -136,12 +142,15 @@ def _picture(batch: torch.Tensor, index: int) -> torch.Tensor:
 
 
 class _Decode(torch.autograd.Function):
-    """The pictures of one call, (B, C, h, w) -> (B, 3, H, W). One picture's activations are alive at a time: the last
-    one's stay from the forward to the backward pass, where the others are decoded again."""
+    """Decoder of one call's pictures, (B, C, h, w) -> (B, 3, H, W).
+
+    One picture's activations are alive at a time: the last one's stay from the forward to the backward pass, where the
+    others are decoded again.
+    """
 
     @staticmethod
-    def forward(ctx, latents: torch.Tensor, walk: _Walk) -> torch.Tensor:
-        ctx.walk, ctx.kept = walk, _Kept()
+    def forward(ctx, latents: torch.Tensor, walk: _StripDecoder) -> torch.Tensor:
+        ctx.walk, ctx.kept = walk, _KeptActivations()
         ctx.save_for_backward(latents)
         return walk.images(latents, ctx.kept)
 
@@ -153,15 +162,17 @@ class _Decode(torch.autograd.Function):
         for index in reversed(_pictures(latents)):
             kept, ctx.kept = ctx.kept, None
             if kept is None:
-                kept = _Kept()
+                kept = _KeptActivations()
                 ctx.walk.keep(_picture(latents, index), kept)
             found[index] = ctx.walk.latent_gradient(kept, _picture(gradient, index))[0]
         return found, None
 
 
 def _segments(decoder: Decoder, strip_elements: int) -> list[Chain]:
-    """The decoder's layers by resolution. A layer after an upsampling takes it into itself: of the two, the input that
-    is kept is the smaller one."""
+    """Split the decoder's layers by resolution.
+
+    A layer after an upsampling takes it into itself: of the two, the input that is kept is the smaller one.
+    """
     segments = [Chain([Recomputed(decoder.conv_in)])]
 
     def append(layer: Layer) -> None:
@@ -182,7 +193,7 @@ def _segments(decoder: Decoder, strip_elements: int) -> list[Chain]:
 
 
 def _modules(decoder: Decoder) -> Iterator[nn.Module]:
-    """Between `conv_in` and the tail: resnets, attentions and upsamplers where blocks are of the known kinds."""
+    """List the modules between `conv_in` and the tail: resnets, attentions and upsamplers of the known kinds."""
     mid = decoder.mid_block
     if _is_plain(mid, UNetMidBlock2D):
         yield mid.resnets[0]
@@ -213,7 +224,7 @@ def _layer(module: nn.Module, strip_elements: int) -> Layer:
 
 
 def _resnet_parts(resnet: ResnetBlock2D) -> tuple | None:
-    """Its two layers and its shortcut; None if it is of another kind."""
+    """Give a resnet's two layers and its shortcut; None if it is of another kind."""
     known = (
         resnet.time_emb_proj is None
         and resnet.time_embedding_norm in ("default", "group")  # without an embedding the same
@@ -243,7 +254,7 @@ def _with_no_embedding(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Of that class itself, and nobody has put anything in its way: a hook, or another forward."""
+    """Tell whether a module is of that class itself, without hooks or another forward."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return type(module) is kind and "forward" not in module.__dict__ and not any(hooks)
 
@@ -268,7 +279,7 @@ def _is_conv(module: nn.Module, kernel: tuple[int, int], padding: tuple[int, int
 
 
 class StripForward(ReplacedForward):
-    """The decoder's `forward`, in strips."""
+    """Stand-in for the decoder's `forward`, in strips."""
 
     def __init__(self, module: nn.Module, strip_elements: int):
         super().__init__(module)
@@ -277,14 +288,14 @@ class StripForward(ReplacedForward):
     def __call__(self, sample: torch.Tensor, latent_embeds: torch.Tensor | None = None) -> torch.Tensor:
         if latent_embeds is not None or not self._is_frozen() or _autocast(sample.device):
             return self.run(sample, latent_embeds)
-        walk = _Walk(self.module, self.strip_elements)
+        walk = _StripDecoder(self.module, self.strip_elements)
         if torch.is_grad_enabled() and sample.requires_grad:
             return _Decode.apply(sample, walk)
         with torch.no_grad():
             return walk.images(sample)
 
     def _is_frozen(self) -> bool:
-        """Whether nothing but the latents could want a gradient, and nothing random is drawn."""
+        """Tell whether nothing but the latents could want a gradient, and nothing random is drawn."""
         drawn = self.module.training and any(m.p > 0 for m in self.module.modules() if isinstance(m, nn.Dropout))
         return not drawn and not (torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters()))
 

@@ -1,4 +1,4 @@
-"""Which of a pipeline's networks recompute their activations in the backward pass, and which blocks of the denoiser."""
+"""Choice of a pipeline's networks, and of the denoiser's blocks, that recompute activations in the backward pass."""
 
 from __future__ import annotations
 
@@ -51,8 +51,10 @@ def checkpoint_denoiser(denoiser: nn.Module, enabled: bool = True, keep_blocks: 
 
 
 class _CheckpointedCall:
-    """How diffusers' networks call a block under checkpointing; those that are kept are simply called. An object, not
-    a closure: a deep copy of the network takes its own blocks along."""
+    """Call of a block under diffusers' checkpointing; blocks that are kept are simply called.
+
+    An object, not a closure: a deep copy of the network takes its own blocks along.
+    """
 
     def __init__(self, kept: Iterable[nn.Module]):
         self.kept = list(kept)
@@ -65,7 +67,7 @@ class _CheckpointedCall:
 
 
 def denoiser_blocks(denoiser: nn.Module) -> Iterator[nn.Module]:
-    """The blocks that diffusers checkpoints one by one, in the order in which they run.
+    """List the blocks that diffusers checkpoints one by one, in the order in which they run.
 
     Of a transformer its blocks; of a UNet the resnets (but for the first of the middle, which diffusers leaves out) and
     the transformer blocks between them.

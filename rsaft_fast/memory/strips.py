@@ -1,4 +1,4 @@
-"""A VAE decoder's layers row strip by row strip: exact, forward and backward, and never a second full-size tensor.
+"""Layers of a VAE decoder in row strips: exact, forward and backward, and never a second full-size tensor.
 
 A 3x3 convolution sees one row beyond its strip (the halo); GroupNorm's statistics are those of the whole picture, taken
 before any strip is normalised. Nothing is approximated: results differ from the plain layers' by rounding alone, and
@@ -30,13 +30,13 @@ OfRows = Callable[[Rows], torch.Tensor]
 
 
 def row_strips(height: int, row_elements: int, strip_elements: int) -> Iterator[Rows]:
-    """Strips of equal height, the last one smaller; at least a row each."""
+    """Split rows into strips of equal height, the last one smaller; at least a row each."""
     rows = max(1, strip_elements // row_elements)
     return ((top, min(top + rows, height)) for top in range(0, height, rows))
 
 
 def equal_strips(height: int, row_elements: int, strip_elements: int) -> Iterator[Rows]:
-    """Strips of the greatest height that divides the picture's."""
+    """Split rows into strips of the greatest height that divides the picture's."""
     rows = min(height, max(1, strip_elements // row_elements))
     while height % rows:
         rows -= 1
@@ -44,7 +44,7 @@ def equal_strips(height: int, row_elements: int, strip_elements: int) -> Iterato
 
 
 def empty_picture(like: torch.Tensor, channels: int, height: int, width: int) -> torch.Tensor:
-    """Uninitialised (1, channels, height, width), channels-last."""
+    """Allocate an uninitialised (1, channels, height, width), channels-last."""
     size = (1, channels, height, width)
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
@@ -54,7 +54,10 @@ def _take(x: torch.Tensor, rows: Rows) -> torch.Tensor:
 
 
 def _with_halo(rows: Rows, height: int) -> tuple[Rows, tuple[int, int]]:
-    """The rows that a 3x3 kernel sees, and how many of them lie above and below the picture, where it sees zeros."""
+    """Give the rows that a 3x3 kernel sees, and how many of them lie above and below the picture.
+
+    There the kernel sees zeros.
+    """
     top, bottom = rows
     above, below = int(top == 0), int(bottom == height)
     return (top - 1 + above, bottom + 1 - below), (above, below)
@@ -69,12 +72,12 @@ def _channels_last(weight: torch.Tensor) -> torch.Tensor:
 
 
 def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """3x3 convolution of rows that have their halo, zeros at the sides: two rows fewer."""
+    """Convolve rows that have their halo by 3x3, with zeros at the sides: two rows fewer."""
     return functional.conv2d(x, weight, bias, padding=(0, 1))
 
 
 def convolution_gradient(weight: torch.Tensor, gradient: torch.Tensor) -> OfRows:
-    """Rows of the gradient at a 3x3 convolution's input, given that at its output."""
+    """Compute rows of the gradient at a 3x3 convolution's input from that at its output."""
 
     def of(rows: Rows) -> torch.Tensor:
         seen, missing = _with_halo(rows, gradient.shape[2])
@@ -102,7 +105,7 @@ class Normalization:
 
 
 def _by_channel(of_groups: torch.Tensor, channels: int) -> torch.Tensor:
-    """(G,) -> (C,)."""
+    """Repeat (G,) to (C,)."""
     groups = of_groups.numel()
     return of_groups[:, None].expand(groups, channels // groups).reshape(channels)
 
@@ -122,8 +125,10 @@ class NormSiluConv:
         return row_strips(x.shape[2], wider * x.shape[3], self.strip_elements)
 
     def normalization(self, x: torch.Tensor) -> Normalization:
-        """One pass over strips of equal height: the variance is the mean of theirs and the variance of their means, for
-        E[x^2] - E[x]^2 would cancel."""
+        """Compute the normalisation in one pass over strips of equal height.
+
+        The variance is the mean of theirs and the variance of their means, for E[x^2] - E[x]^2 would cancel.
+        """
         _, channels, height, width = x.shape
         wide, groups = _wide(x.dtype), self.norm.num_groups
         moments = [
@@ -138,7 +143,7 @@ class NormSiluConv:
         return Normalization(scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1), mean, rstd)
 
     def forward(self, x: torch.Tensor, normalization: Normalization, add: OfRows | None = None) -> torch.Tensor:
-        """conv(SiLU(norm(x))), plus `add`."""
+        """Compute conv(SiLU(norm(x))), plus `add`."""
         weight, bias = _channels_last(self.conv.weight), self.conv.bias
         out = empty_picture(x, self.conv.out_channels, *x.shape[2:])
         for rows in self._strips(x):
@@ -159,7 +164,7 @@ class NormSiluConv:
         keep: bool,
         add: OfRows | None = None,
     ) -> torch.Tensor:
-        """The gradient at x, given that at the output, plus `add`; written over x, and returned.
+        """Compute the gradient at x from that at the output, plus `add`; written over x, and returned.
 
         GroupNorm's gradient needs two sums over each group before any of its elements is known (Wu and He 2018):
         dx = rstd (gamma dn - mean(gamma dn) - xhat mean(gamma dn xhat)), with dn the gradient at the norm's output.
@@ -195,7 +200,10 @@ class NormSiluConv:
     def _correction(
         self, sums: torch.Tensor, by_output: torch.Tensor, x: torch.Tensor, normalization: Normalization
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """b, c of dx = rstd gamma dn + b x + c, from the channels' sums of dn and of dn times the norm's output."""
+        """Compute b, c of dx = rstd gamma dn + b x + c.
+
+        From the channels' sums of dn and of dn times the norm's output.
+        """
         count = x.numel() / self.norm.num_groups
         mean, rstd = normalization.mean, normalization.rstd
         plain = (self.norm.weight * sums).view(len(mean), -1).sum(1) / count
@@ -213,12 +221,12 @@ class Resnet:
         self.first, self.second, self.shortcut = first, second, shortcut
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(1, C, H, W) -> (1, C', H, W); three tensors are alive, x, conv1's output and this one's."""
+        """Map (1, C, H, W) to (1, C', H, W); three tensors are alive: x, conv1's output and this one's."""
         hidden = self.first.forward(x, self.first.normalization(x))
         return self.second.forward(hidden, self.second.normalization(hidden), lambda rows: self._skip(_take(x, rows)))
 
     def backward(self, x: torch.Tensor, gradient: torch.Tensor, room: int) -> torch.Tensor:
-        """The gradient at x, written over it.
+        """Compute the gradient at x, written over it.
 
         Args:
             room: elements that may be alive; with enough for one tensor beside x, the gradient and conv1's output,
@@ -247,11 +255,11 @@ class Tail:
         self.layer = layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(1, C, H, W) -> (1, 3, H, W)."""
+        """Map (1, C, H, W) to pixels (1, 3, H, W)."""
         return self.layer.forward(x, self.layer.normalization(x))
 
     def backward(self, x: torch.Tensor, gradient: torch.Tensor, room: int) -> torch.Tensor:
-        """As `Resnet.backward`."""
+        """Compute the gradient at x, written over it."""
         keep = 2 * x.numel() + gradient.numel() <= room
         return self.layer.backward_(x, gradient, self.layer.normalization(x), keep=keep)
 
@@ -263,12 +271,12 @@ class Upsample:
         self.conv, self.strip_elements = conv, strip_elements
 
     def _strips(self, x: torch.Tensor) -> Iterator[Rows]:
-        """Of the low resolution."""
+        """Split the rows of the low resolution into strips."""
         wider = max(self.conv.in_channels, self.conv.out_channels)
         return row_strips(x.shape[2], 4 * wider * x.shape[3], self.strip_elements)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(1, C, H, W) -> (1, C', 2H, 2W)."""
+        """Map (1, C, H, W) to (1, C', 2H, 2W)."""
         weight, bias = _channels_last(self.conv.weight), self.conv.bias
         height, width = x.shape[2:]
         out = empty_picture(x, self.conv.out_channels, 2 * height, 2 * width)
@@ -282,7 +290,7 @@ class Upsample:
         return out
 
     def backward(self, x: torch.Tensor, gradient: torch.Tensor, room: int) -> torch.Tensor:
-        """The gradient at x, in a tensor of its own; neither x's values nor the room matter."""
+        """Compute the gradient at x, in a tensor of its own; neither x's values nor the room matter."""
         before = convolution_gradient(_channels_last(self.conv.weight), gradient)
         out = torch.empty_like(x)
         for top, bottom in self._strips(x):

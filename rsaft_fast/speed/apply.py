@@ -15,8 +15,10 @@ from rsaft_fast.speed.settings import SpeedSettings
 
 
 def apply_speed(backbone: PipelineBackbone, settings: SpeedSettings) -> None:
-    """Set a loaded backbone up as the recipe says, after adapters and checkpointing are attached and before the
-    optimizer is built. On the meta device, where shapes alone count, nothing is compiled or captured.
+    """Set a loaded backbone up as the recipe says.
+
+    After adapters and checkpointing are attached and before the optimizer is built. On the meta device, where shapes
+    alone count, nothing is compiled or captured.
 
     Raises:
         UserError: a setting that this model or device cannot have.
@@ -35,7 +37,7 @@ def apply_speed(backbone: PipelineBackbone, settings: SpeedSettings) -> None:
 
 
 def use_channels_last(backbone: PipelineBackbone) -> None:
-    """Hold the UNet and the VAE's decoder in channels-last layout; their outputs follow their weights.
+    """Convert the UNet and the VAE's decoder to channels-last layout; their outputs follow their weights.
 
     Raises:
         UserError: the denoiser is a transformer.

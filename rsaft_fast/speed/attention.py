@@ -49,7 +49,7 @@ PACKAGES: dict[str, Callable] = {"xformers": _xformers, "flash3": _flash3}
 """Kernels of other packages, each of (B, L, H, D) queries, keys and values."""
 
 
-class _Instead(TorchFunctionMode):
+class _AttentionReplaced(TorchFunctionMode):
     """Another function in the place of torch's attention."""
 
     def __init__(self, attend: Callable):
@@ -67,15 +67,18 @@ class _Instead(TorchFunctionMode):
         return self.attend(*(t.transpose(1, 2) for t in (query, key, value))).transpose(1, 2)
 
 
-def _choice(name: str) -> Callable[[], AbstractContextManager]:
-    """A context in which torch's attention is the kernel of that name."""
+def _with_kernel(name: str) -> Callable[[], AbstractContextManager]:
+    """Give a context in which torch's attention is the kernel of that name."""
     if name in TORCH_KERNELS:
         return partial(sdpa_kernel, TORCH_KERNELS[name])
-    return partial(_Instead, PACKAGES[name]) if name in PACKAGES else nullcontext
+    return partial(_AttentionReplaced, PACKAGES[name]) if name in PACKAGES else nullcontext
 
 
-class _UnderChoice:
-    """An attention layer's `forward` under its choice; entered at each call, so that recomputation is under it too."""
+class _ForwardWithKernel:
+    """Stand-in for an attention layer's `forward`, under its choice.
+
+    Entered at each call, so that recomputation is under it too.
+    """
 
     def __init__(self, forward: Callable, choice: Callable[[], AbstractContextManager]):
         # The bound method: torch.compile cannot look `type(layer).forward` up, as diffusers allows the class in graphs.
@@ -100,11 +103,11 @@ def set_attention(model: nn.Module, name: str) -> None:
         if hasattr(layer.processor, "_attention_backend"):  # else the environment could name another
             layer.processor._attention_backend = "native"
         if name != "sdpa":
-            layer.forward = _UnderChoice(layer.forward, _choice(name))
+            layer.forward = _ForwardWithKernel(layer.forward, _with_kernel(name))
 
 
 def check_attention(name: str, device: torch.device, dtype: torch.dtype, head_dims: Iterable[int] = (64,)) -> None:
-    """Run the kernel forward and backward on a few tokens.
+    """Check that a kernel runs, forward and backward, on a few tokens.
 
     Raises:
         UserError: it does not run: not installed, not on this device, or not for this precision or head size.
@@ -112,7 +115,7 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype, head_di
     for head_dim in sorted(head_dims):
         query, key, value = torch.zeros(3, 1, 2, 128, head_dim, device=device, dtype=dtype, requires_grad=True)
         try:
-            with torch.enable_grad(), _choice(name)():
+            with torch.enable_grad(), _with_kernel(name)():
                 functional.scaled_dot_product_attention(query, key, value).sum().backward()
         except (ImportError, OSError, RuntimeError, NotImplementedError, ValueError) as error:
             raise UserError(

@@ -1,4 +1,4 @@
-"""What of a recipe's section `speed` can be found wrong before anything is loaded."""
+"""Checks of a recipe's section `speed` before anything is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rsaft_fast.speed.settings import SpeedSettings
 
 
 def check_agreement(settings: SpeedSettings, *, quantize: str | None, offload_blocks: int) -> None:
-    """Refuse keys that do not go together.
+    """Refuse keys that contradict each other.
 
     Args:
         quantize, offload_blocks: `backbone`'s.
@@ -59,7 +59,7 @@ def require_cuda(device: torch.device) -> None:
 
 
 def _cannot_compile(device: torch.device) -> str | None:
-    """What Inductor lacks for code on this device: on the CPU it writes C++, for CUDA Triton, started by C."""
+    """Name what Inductor lacks for code on this device: on the CPU it writes C++, for CUDA Triton, started by C."""
     compilers = {"cpu": ("CXX", ("g++", "clang++")), "cuda": ("CC", ("cc", "gcc", "clang"))}
     variable, names = compilers.get(device.type, ("CC", ()))
     if not any(map(shutil.which, (os.environ.get(variable) or names[0], *names))):

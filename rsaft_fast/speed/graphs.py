@@ -1,4 +1,4 @@
-"""The rollout's network call as a CUDA graph: captured once a shape, replayed with new contents.
+"""CUDA graph of the rollout's network call: captured once a shape, replayed with new contents.
 
 A captured graph reads its inputs and the weights where they lay. Inputs are copied there before each replay; weights
 change in place (the optimizer, a SAM perturbation, a loaded checkpoint), and the graph sees the change. Weights that
@@ -22,14 +22,14 @@ WARM_UP = 3
 
 
 class CUDACapture:
-    """Captures calls into graphs that share one memory pool; they are replayed one after the other, never at once."""
+    """Capture of calls into graphs that share one memory pool; they are replayed one after the other, never at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """A function that replays `run`, and what it writes its results to."""
+        """Capture `run`; return a function that replays it, and what it writes its results to."""
         with torch.cuda.device(self.device):
             return self._capture(run)
 
@@ -55,7 +55,7 @@ class _Captured:
 
 
 class GraphedForward:
-    """A network's `forward` that replays a graph where there is no gradient, and runs as it is where there is.
+    """Stand-in for a network's `forward`: it replays a graph where there is no gradient, else runs as it is.
 
     One graph for each structure of the arguments (keywords, constants) and each shape and dtype of their tensors.
 

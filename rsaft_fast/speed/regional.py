@@ -1,4 +1,4 @@
-"""torch.compile by region: the blocks that a denoiser repeats, compiled once for all of them.
+"""Compilation by region: the blocks that a denoiser repeats, compiled once for all of them.
 
 The blocks' parameters are inputs of the compiled code, not constants in it, so weights that change in place (the
 optimizer, a SAM perturbation) need no new compilation. With and without gradient are two entries of the same cache.
@@ -19,7 +19,7 @@ _MOST_ENTRIES = 64
 
 
 class _CompiledForward:
-    """A block's `forward`, compiled; without gradient alone, or always."""
+    """Stand-in for a block's `forward`, compiled; without gradient alone, or always."""
 
     def __init__(self, forward: Callable, with_gradient: bool, **options):
         self.eager, self.with_gradient = forward, with_gradient
@@ -31,7 +31,7 @@ class _CompiledForward:
 
 
 def repeated_blocks(denoiser: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a diffusers denoiser.
+    """List the transformer blocks of a diffusers denoiser.
 
     Raises:
         ValueError: none is known by name.

@@ -1,4 +1,4 @@
-"""The recipe's section `speed`."""
+"""Settings of a recipe's section `speed`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Attention = Literal["auto", "sdpa", "cudnn", "flash", "efficient", "xformers", "
 
 
 class SpeedSettings(Settings):
-    """What makes an update faster without changing what it computes, but for the last bits.
+    """Choices that make an update faster without changing what it computes, but for the last bits.
 
     Attributes:
         cfg: classifier-free guidance as one network call of both branches, which fills a GPU that a small batch leaves
@@ -38,5 +38,5 @@ class SpeedSettings(Settings):
     channels_last: bool = False
 
     def portable(self) -> SpeedSettings:
-        """What holds on every machine, and needs no warming up."""
+        """Give the settings that hold on every machine and need no warming up."""
         return SpeedSettings(cfg=self.cfg, channels_last=self.channels_last)
