@@ -1,4 +1,4 @@
-"""The Hugging Face hub: which names are its ids, its files in the cache here, and why it did not give them."""
+"""Hugging Face hub: which names are its ids, its files in the cache here, and why it did not give them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ _ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
 
 
 def is_hub_id(name: str | Path) -> bool:
-    """Whether a name has the form owner/name."""
+    """Tell whether a name has the form owner/name."""
     return _ID.fullmatch(str(name)) is not None
 
 
 def snapshot(what: str, repository: str, patterns: Sequence[str], revision: str | None = None) -> Path:
-    """The folder of a repository with the files of these patterns, downloaded once; without a connection, as cached.
+    """Give the folder of a repository with the files of these patterns.
+
+    Downloaded once; without a connection, as cached.
 
     Args:
         what: how messages call it, such as "pipeline".
@@ -90,7 +92,7 @@ def _reason(error: Exception, repository: str) -> str:
 
 
 def _cause(error: BaseException | None, kind: type[BaseException]) -> bool:
-    """Whether the error, or one that it was raised from, is of that kind."""
+    """Tell whether the error, or one that it was raised from, is of that kind."""
     while error is not None:
         if isinstance(error, kind):
             return True
@@ -99,7 +101,7 @@ def _cause(error: BaseException | None, kind: type[BaseException]) -> bool:
 
 
 def _is_of_network(error: Exception) -> bool:
-    """Errors of connections: Python's own, and those of the client's library, which has changed its name before."""
+    """Tell errors of connections: Python's own, and the client library's, which has renamed its own before."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"ConnectionError", "TimeoutError", "TransportError"})
 

@@ -1,4 +1,4 @@
-"""One process at a time in a folder: a lock of the operating system's, which dies with the process that holds it."""
+"""Lock of a folder for one process: the operating system's, which dies with the process that holds it."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ class FolderHeldError(UserError):
 
 
 @contextmanager
-def sole_writer(folder: Path, key: str, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
-    """Hold a folder, made if need be, against every other process that asks in this way. What was made and is still
-    empty at the end goes again.
+def sole_writer(folder: Path, key: str, log: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+    """Hold a folder, made if need be, against every other process that asks in this way.
+
+    What was made and is still empty at the end goes again.
 
     `flock` on a file in the folder: it holds on this machine and, where NFS has its lock service, on others. A process
     that dies leaves the file and no lock; the next one takes both over.
 
     Args:
         key: what the user called the folder, for the message.
-        say: takes a line where the file system has no locks: the block runs without one.
+        log: takes a line where the file system has no locks: the block runs without one.
 
     Raises:
         FolderHeldError: another process holds it; the line names process, machine and time.
@@ -43,7 +44,7 @@ def sole_writer(folder: Path, key: str, say: Callable[[str], None] = lambda line
     """
     made: list[Path] = []
     try:
-        descriptor = _take(folder, key, say, made)
+        descriptor = _take(folder, key, log, made)
         try:
             yield
         finally:
@@ -61,7 +62,7 @@ class NoLocksError(OSError):
 
 
 def lock(path: Path, descriptor: int) -> bool:
-    """Hold the open file of that path against every other process until it is closed, by `flock`.
+    """Lock the open file of that path against every other process until it is closed, by `flock`.
 
     Returns:
         False where the path has another file by now, or none: its last holder removed it; open it anew.
@@ -81,13 +82,13 @@ def lock(path: Path, descriptor: int) -> bool:
 
 
 def unlink_own(path: Path, descriptor: int) -> None:
-    """Remove the file of that path where it is still the open one, and nothing where it cannot be removed."""
+    """Remove the file of that path where it is still the open one, and do nothing where it cannot be removed."""
     with suppress(OSError):
         if _is(path, descriptor):
             path.unlink()
 
 
-def _take(folder: Path, key: str, say: Callable[[str], None], made: list[Path]) -> int:
+def _take(folder: Path, key: str, log: Callable[[str], None], made: list[Path]) -> int:
     path, tries = folder / LOCK, 0
     while True:
         _make(folder, made)
@@ -108,7 +109,7 @@ def _take(folder: Path, key: str, say: Callable[[str], None], made: list[Path]) 
             ) from None
         except NoLocksError as error:
             last = _holder(descriptor, patience=0)
-            say(
+            log(
                 f"warning: the file system of {folder} has no locks ({error.strerror}): nothing keeps a second process "
                 f"from writing there; the last to begin was {last}"
             )
@@ -124,7 +125,7 @@ def _take(folder: Path, key: str, say: Callable[[str], None], made: list[Path]) 
 
 
 def _make(folder: Path, made: list[Path]) -> None:
-    """`mkdir -p`, noting what was not there."""
+    """Make a folder as `mkdir -p` does, noting what was not there."""
     absent = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     for path in reversed(absent):
         try:
@@ -158,7 +159,10 @@ def _note(descriptor: int) -> None:
 
 
 def _holder(descriptor: int, patience: int = 20) -> str:
-    """Who holds it, in words; between locking and noting there is a moment in which the file says nothing yet."""
+    """Say who holds it.
+
+    Between locking and noting there is a moment in which the file says nothing yet.
+    """
     for _ in range(patience + 1):
         try:
             holder = json.loads(os.pread(descriptor, 1000, 0))

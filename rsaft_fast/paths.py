@@ -1,4 +1,4 @@
-"""Paths as a user writes them: checked and made whole once, where they enter a recipe or the command line."""
+"""Paths as a user writes them: checked and completed once, where they enter a recipe or the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SET = re.compile(r"([\w.\-]+=)(~.*)", re.DOTALL)
 
 
 def user_path(text: str) -> str:
-    """A path of this machine, with `~` and `~user` as the folder that they stand for.
+    """Check a path of this machine, and replace `~` and `~user` by the folder that they stand for.
 
     Environment variables stay as they are: a recipe of somebody else's shall not read them.
 
@@ -30,7 +30,7 @@ def user_path(text: str) -> str:
 
 
 def user_place(text: str) -> str:
-    """`user_path`, for what may also be an address, a hub id, the name of something, or NAME=PATH."""
+    """Apply `user_path` to what may also be an address, a hub id, the name of something, or NAME=PATH."""
     if match := _SET.fullmatch(text):
         return match[1] + _whole(match[2])
     return _whole(text)
@@ -51,7 +51,7 @@ def _whole(text: str) -> str:
 
 
 def require_text(text: str) -> None:
-    """Refuse what no text and no name of a file holds.
+    """Refuse what no text and no file name may hold.
 
     Raises:
         ValueError: a NUL character, or half a character (a lone surrogate: bytes that were not UTF-8).

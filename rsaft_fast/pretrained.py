@@ -41,7 +41,7 @@ TRANSFORMERS = {"safetensors": "model", "bin": "pytorch_model"}
 
 
 def read_config(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in a config file of a model.
+    """Read the JSON object in a config file of a model.
 
     Args:
         what: how messages call the file, such as "config".
@@ -65,7 +65,7 @@ def read_config(path: Path, what: str) -> dict[str, Any]:
 
 
 def _fault(key: str, value: Any) -> str | None:
-    """What makes a value impossible in a model's config, or None."""
+    """Say what makes a value impossible in a model's config, or None."""
     waiting = [value]
     while waiting:
         item = waiting.pop()
@@ -91,7 +91,7 @@ def _shown(number: float) -> str:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weight files of one model.
+    """Weight files of one model.
 
     Attributes:
         files: names within its folder; of shards, their index is among them.
@@ -105,12 +105,12 @@ class Weights:
 
     @property
     def options(self) -> dict[str, Any]:
-        """For `from_pretrained`."""
+        """Give the keywords for `from_pretrained`."""
         return {"variant": self.variant, "use_safetensors": self.format == "safetensors"}
 
 
 def choose_weights(where: str, names: Iterable[str], bases: Mapping[str, str]) -> Weights:
-    """Which of a folder's files are a model's weights: safetensors before pickles, and the plain ones before variants.
+    """Choose a folder's weight files: safetensors before pickles, and the plain ones before variants.
 
     Args:
         where: the folder, for messages.
@@ -144,7 +144,7 @@ def choose_weights(where: str, names: Iterable[str], bases: Mapping[str, str]) -
 
 
 def check_weights(folder: Path, weights: Weights) -> list[Path]:
-    """Look at weight files without reading them: there, whole, and what their names say.
+    """Check weight files without reading them: there, whole, and what their names say.
 
     Returns:
         The files that hold weights, without indices.
@@ -165,7 +165,7 @@ def check_weights(folder: Path, weights: Weights) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names."""
+    """List the files that an index names."""
     placed = read_config(index, "index of weights").get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
         raise UserError(f"index of weights {str(index)!r} has no weight_map; download it anew")
@@ -176,7 +176,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def check_file(path: Path) -> None:
-    """Look at one weight file without reading it; errors as `check_weights`."""
+    """Check one weight file without reading it; errors as `check_weights`."""
     with open_regular(path, "weight file") as stream:
         try:
             start = stream.read(len(LFS_POINTER))
@@ -204,7 +204,7 @@ def load_model(
     unread: str | None = None,
     **options: Any,
 ) -> torch.nn.Module:
-    """A model of diffusers or transformers from its folder, every weight of it from the file.
+    """Load a model of diffusers or transformers from its folder, every weight of it from the file.
 
     Args:
         weights: what `choose_weights` said; None leaves it to the library.
@@ -248,7 +248,7 @@ def load_model(
 
 
 def first_sentence(error: Exception) -> str:
-    """An exception's first sentence: both libraries add advice about their own options."""
+    """Give an exception's first sentence: both libraries add advice about their own options."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     first = lines[0].partition(". If you want")[0]
     if first.endswith(":") and len(lines) > 1:

@@ -1,4 +1,4 @@
-"""What a run tells while it works: a line a stage, a bar on a terminal, a line now and then in a file."""
+"""Progress of a run: a line a stage, a bar on a terminal, a line now and then in a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INTERVAL = 10.0
 
 
 def tell(line: str) -> None:
-    """A line for the user, above the bar where there is one.
+    """Print a line for the user, above the bar where there is one.
 
     A terminal that has gone, or a log file on a full disk, is no reason to end a run: from then on it runs silently.
     """
@@ -29,7 +29,7 @@ def tell(line: str) -> None:
 
 
 def on_terminal() -> bool:
-    """Whether somebody may be watching."""
+    """Tell whether somebody may be watching."""
     try:
         return sys.stderr is not None and sys.stderr.isatty()
     except ValueError:  # closed
@@ -37,9 +37,9 @@ def on_terminal() -> bool:
 
 
 def watched(
-    items: Iterable[Any], what: str, total: int, unit: str = "prompt", say: Callable[[str], None] = tell
+    items: Iterable[Any], what: str, total: int, unit: str = "prompt", log: Callable[[str], None] = tell
 ) -> Iterator[Any]:
-    """An iteration that may take minutes: a bar beside it on a terminal, else a line every ten seconds."""
+    """Show the progress of an iteration that may take minutes: a bar on a terminal, else a line every ten seconds."""
     if on_terminal():
         yield from tqdm(items, desc=what, total=total, unit=unit, delay=1, leave=False, dynamic_ncols=True)
         return
@@ -47,5 +47,5 @@ def watched(
     for done, item in enumerate(items):
         if time.monotonic() - last >= INTERVAL:
             last = time.monotonic()
-            say(f"{what}: {done} of {total}")
+            log(f"{what}: {done} of {total}")
         yield item

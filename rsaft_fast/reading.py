@@ -1,4 +1,4 @@
-"""Reading files that a user names: regular ones alone, and no more of them than fits."""
+"""Reading of files that a user names: regular ones alone, and no more of them than fits."""
 
 from __future__ import annotations
 

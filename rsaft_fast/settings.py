@@ -25,8 +25,10 @@ UserPlace = Annotated[str, AfterValidator(user_place)]
 
 
 class Settings(BaseModel):
-    """A frozen, validated group of keys; an unknown key is refused, and so is a value that nothing could compute
-    with or write down."""
+    """Frozen, validated group of keys.
+
+    An unknown key is refused, and so is a value that nothing could compute with or write down.
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, str_max_length=LONGEST_TEXT

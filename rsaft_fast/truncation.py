@@ -1,4 +1,4 @@
-"""Prompts that are longer than their reader reads: counted, and one of them named."""
+"""Note about prompts that are longer than their reader reads: counted, and one of them named."""
 
 from __future__ import annotations
 

@@ -41,11 +41,11 @@ _TAG = "tag:yaml.org,2002:"
 
 
 class YAMLTextError(ValueError):
-    """Text that is not YAML, or more of it than a recipe has; one line."""
+    """Text is not YAML, or more of it than a recipe has; one line."""
 
 
 def parse_yaml(text: str) -> Any:
-    """What a YAML document says.
+    """Parse a YAML document.
 
     Raises:
         YAMLTextError: another syntax, a key given twice or that is no text, an object of Python's, or more values,
@@ -73,7 +73,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """Text from which `parse_yaml`, and readers of YAML 1.1, make the same value."""
+    """Write text from which `parse_yaml`, and readers of YAML 1.1, make the same value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -133,8 +133,10 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def _check(root: yaml.Node) -> None:
-    """Refuse a document with more than `MOST_VALUES` values, deeper than `DEEPEST`, or with a tag that its text or a
-    recipe does not have."""
+    """Refuse a document that is too large, too deep, or has a tag that no recipe has.
+
+    More than `MOST_VALUES` values, deeper than `DEEPEST`, or with a tag that its text or a recipe does not have.
+    """
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node, level: int) -> int:

@@ -1,4 +1,4 @@
-"""Batches of prompts: which, in which order, with which draws. All of it follows from (seed, step)."""
+"""Batches of prompts: which, in which order, with which draws; all of it follows from (seed, step)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rsaft_fast.sampling.protocol import Backbone, Conditioning
 
 
 def epoch_order(seed: int, size: int, first: int, count: int, stream: int = 0) -> list[int]:
-    """Indices `first` to `first + count` of an endless sequence of permutations of range(size), one an epoch."""
+    """Give indices `first` to `first + count` of an endless sequence of permutations of range(size), one an epoch."""
     places = (divmod(n, size) for n in range(first, first + count))
     return [_permutation(seed, epoch, size, stream)[place] for epoch, place in places]
 

@@ -12,7 +12,7 @@ from rsaft_fast.recipe.config import SamplerSettings
 
 
 def negative_texts(backbone: PipelineBackbone, sampler: SamplerSettings) -> list[str]:
-    """What guidance steers away from: one text, "" for the model's own unconditional prompt, or none.
+    """List what guidance steers away from: one text, "" for the model's own unconditional prompt, or none.
 
     Raises:
         UserError: a negative prompt that nothing would use, or a guidance scale that the model does not have.
@@ -29,7 +29,7 @@ def negative_texts(backbone: PipelineBackbone, sampler: SamplerSettings) -> list
 
 
 class EncodedPrompts:
-    """The conditioning of any batch of prompts, from encodings that lie on the host.
+    """Conditioning of any batch of prompts, from encodings that lie on the host.
 
     Each prompt is encoded alone: its encoding does not depend on which others came with it. An empty text is the
     model's unconditional prompt.
@@ -43,13 +43,13 @@ class EncodedPrompts:
 
     @classmethod
     def encode(cls, backbone: PipelineBackbone, texts: Iterable[str], sampler: SamplerSettings) -> EncodedPrompts:
-        """Encode now, by a backbone that has its text encoders."""
+        """Encode prompts now, by a backbone that has its text encoders."""
         wanted = dict.fromkeys([*texts, *negative_texts(backbone, sampler)])
         embed = lambda text: {n: t.cpu() for n, t in backbone.embed_text([text or None]).items()}  # noqa: E731
         return cls(backbone, {text: embed(text) for text in wanted}, sampler)
 
     def __call__(self, texts: Sequence[str]) -> Conditioning:
-        """The conditioning of a batch of these texts, on the backbone's device."""
+        """Give the conditioning of a batch of these texts, on the backbone's device."""
         rows = [self.rows[text] for text in texts]
         positive = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         negative = self._negative and {

@@ -1,4 +1,4 @@
-"""Prompts encoded once: their encodings on disk, and the text encoders loaded for those alone that are not there.
+"""Encodings of prompts, made once: on disk, and by text encoders that are loaded for the missing ones alone.
 
 An encoding is kept under a hash of all that its bits depend on: the text encoders and tokenizers (see `identity`), the
 denoiser's own shapes for it, the dtype, the device that encodes, the libraries' versions, and the prompt. What is cheap
@@ -36,7 +36,7 @@ Row = dict[str, torch.Tensor]
 
 
 class EncodingCache:
-    """A folder of encodings, one safetensors file a prompt.
+    """Folder of encodings, one safetensors file a prompt.
 
     A file is complete or not there, and its bytes are checked whenever it is read. Runs may share a folder.
     """
@@ -48,7 +48,7 @@ class EncodingCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def read(self, key: str) -> Row | None:
-        """The encoding, or None where there is none.
+        """Read the encoding, or None where there is none.
 
         Raises:
             DamagedEncodingError: the file is not what was written.
@@ -71,7 +71,7 @@ class EncodingCache:
             raise DamagedEncodingError(path) from error
 
     def write(self, key: str, row: Row) -> None:
-        """Keep an encoding.
+        """Write an encoding.
 
         Raises:
             UserError: the folder cannot be written, or is full.
@@ -90,24 +90,24 @@ class EncodingCache:
 
 
 class DamagedEncodingError(Exception):
-    """A file of the cache is not what was written."""
+    """A file of the cache differs from what was written."""
 
 
 def _split(content: bytes) -> tuple[dict[str, Any], bytes]:
-    """Header and payload of a safetensors file."""
+    """Split a safetensors file into header and payload."""
     end = 8 + int.from_bytes(content[:8], "little")
     return json.loads(content[8:end]), content[end:]
 
 
 def _join(header: dict[str, Any], payload: bytes) -> bytes:
-    """A safetensors file of both."""
+    """Make a safetensors file of header and payload."""
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text + payload
 
 
 def default_folder() -> Path:
-    """`rsaft_fast/encodings` in the user's cache (XDG base directories).
+    """Give the folder `rsaft_fast/encodings` in the user's cache (XDG base directories).
 
     Raises:
         RuntimeError: nothing says where that is: no XDG_CACHE_HOME, no HOME, and a user id without an entry.
@@ -115,8 +115,8 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rsaft_fast" / "encodings"
 
 
-def open_cache(setting: str | None, say: Callable[[str], None]) -> EncodingCache | None:
-    """The cache that `data.encoding_cache` names.
+def open_cache(setting: str | None, log: Callable[[str], None]) -> EncodingCache | None:
+    """Open the cache that `data.encoding_cache` names.
 
     Raises:
         UserError: a folder of the user's own cannot be made.
@@ -131,13 +131,13 @@ def open_cache(setting: str | None, say: Callable[[str], None]) -> EncodingCache
     except (OSError, RuntimeError) as error:
         if setting != AUTO:
             raise UserError(f"data.encoding_cache {setting} cannot be made: {error}; give another folder") from error
-        say(f"encodings of prompts are not kept: {error}; data.encoding_cache names another folder")
+        log(f"encodings of prompts are not kept: {error}; data.encoding_cache names another folder")
         return None
     return EncodingCache(folder)
 
 
 class Encodings(Mapping[str, Row]):
-    """The encoding of each prompt that a run will see; "" is the unconditional prompt.
+    """Encodings of the prompts that a run will see; "" is the unconditional prompt.
 
     Made, it knows which are missing; `complete` makes those. With a cache, rows are read from the disk when they are
     asked for (2.7 MB each of SD3, 4 MB of FLUX.1); without one they are held in memory.
@@ -153,13 +153,14 @@ class Encodings(Mapping[str, Row]):
         settings: BackboneSettings,
         texts: Sequence[str],
         cache: EncodingCache | None,
-        say: Callable[[str], None] = lambda line: None,
+        log: Callable[[str], None] = lambda line: None,
     ):
-        """
+        """Find which encodings are there, and check that the others can be made.
+
         Raises:
             UserError: some are missing, and so is a text encoder.
         """
-        self.shapes, self.settings, self.cache, self.say = shapes, settings, cache, say
+        self.shapes, self.settings, self.cache, self.log = shapes, settings, cache, log
         self.texts = list(dict.fromkeys(texts))
         self.files = TextFiles(local_path(settings.path), cache and cache.folder)
         self._rows: dict[str, Row] = {}
@@ -168,7 +169,7 @@ class Encodings(Mapping[str, Row]):
         if self.missing:
             self._require_text_encoders()
         for note in shapes.notes + tuple(shapes.cut_prompts(self.texts)):
-            say(note)
+            log(note)
 
     def __getitem__(self, text: str) -> Row:
         if text in self._rows:
@@ -223,24 +224,24 @@ class Encodings(Mapping[str, Row]):
         del self.missing[text]
 
     def _find(self) -> None:
-        """Which encodings are there, complete."""
+        """Find the encodings that are there, complete."""
         identity = self.files.identity() if self.cache is not None else None
         self.missing = dict.fromkeys(self.texts)
         if identity is None:
             return
-        common = hashlib.sha256(json.dumps(self._circumstances(identity), sort_keys=True).encode()).hexdigest()
+        common = hashlib.sha256(json.dumps(self._determinants(identity), sort_keys=True).encode()).hexdigest()
         self._keys = {text: hashlib.sha256(f"{common} {text}".encode()).hexdigest() for text in self.texts}
         for text in watched(self.texts, "reading encodings", len(self.texts)):
             try:
                 row = self.cache.read(self._keys[text])
             except DamagedEncodingError as error:
-                self.say(f"{error.args[0]} is damaged: its prompt is encoded again")
+                self.log(f"{error.args[0]} is damaged: its prompt is encoded again")
                 continue
             if row is not None:
                 del self.missing[text]
 
-    def _circumstances(self, identity: dict[str, str]) -> dict[str, Any]:
-        """All that an encoding's bits depend on, but for the prompt."""
+    def _determinants(self, identity: dict[str, str]) -> dict[str, Any]:
+        """List all that an encoding's bits depend on, but for the prompt."""
         shapes, device = self.shapes, self.shapes.device
         return {
             "format": FORMAT,
@@ -267,13 +268,13 @@ class Encodings(Mapping[str, Row]):
 
 
 def load_shapes(settings: BackboneSettings, dtype: torch.dtype, device: torch.device) -> PipelineBackbone:
-    """The recipe's backbone without a weight: seconds and megabytes."""
+    """Load the recipe's backbone without a weight: seconds and megabytes."""
     size = {"height": settings.height, "width": settings.width}
     return load_backbone(settings.path, **size, dtype=dtype, device=device, text=False, networks=False)
 
 
 def load_text_encoders(settings: BackboneSettings, shapes: PipelineBackbone) -> PipelineBackbone:
-    """The same with its text encoders, on the host."""
+    """Load the recipe's backbone with its text encoders alone, on the host."""
     size = {"height": shapes.height, "width": shapes.width}
     return load_backbone(settings.path, **size, dtype=shapes.compute_dtype, device=shapes.device, networks=False)
 
@@ -290,7 +291,10 @@ class Watched(list):
 
 
 def free_memory(device: torch.device) -> None:
-    """Give the device back what nothing refers to any more. The host's memory can wait for Python's own collections."""
+    """Give the device back what nothing refers to any more.
+
+    The host's memory can wait for Python's own collections.
+    """
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Which pictures a command line names, in which order, and which prompt belongs to each."""
+"""Lists of pictures: which ones a command line names, in which order, and which prompt belongs to each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SINGLE = "files"
 
 @dataclass(frozen=True)
 class Picture:
-    """One file of a set, and its prompt and seed where a listing has them.
+    """Picture file of a set, and its prompt and seed where a listing has them.
 
     Attributes:
         place: among all pictures of the command line.
@@ -37,12 +37,12 @@ class Picture:
     seed: int | None = None
 
 
-def find_pictures(paths: Sequence[str], say: Callable[[str], None]) -> list[Picture]:
-    """The pictures of those files and folders; of a folder in the order of its pictures.json, or in natural order.
+def find_pictures(paths: Sequence[str], log: Callable[[str], None]) -> list[Picture]:
+    """List the pictures of files and folders, those of a folder in the order of its pictures.json or in natural order.
 
     Args:
         paths: of files and folders.
-        say: takes a line about what of a folder is passed over.
+        log: takes a line about what of a folder is passed over.
 
     Raises:
         UserError: nothing there, no picture in it, a listing that is none, or the same folder twice.
@@ -57,7 +57,7 @@ def find_pictures(paths: Sequence[str], say: Callable[[str], None]) -> list[Pict
                 raise UserError(f"{folders[real]!r} and {path!r} are the same folder; give it once")
             folders[real] = path
             group = path if path != SINGLE else f"{path}/"
-            found += [(file, group, prompt, seed) for file, prompt, seed in _of_folder(place, path, say)]
+            found += [(file, group, prompt, seed) for file, prompt, seed in _of_folder(place, path, log)]
         elif os.path.lexists(place):
             found.append((place, SINGLE, None, None))
         else:
@@ -68,20 +68,20 @@ def find_pictures(paths: Sequence[str], say: Callable[[str], None]) -> list[Pict
     return [Picture(index, *entry) for index, entry in enumerate(found)]
 
 
-def _of_folder(place: Path, path: str, say: Callable[[str], None]) -> list[tuple[Path, str | None, int | None]]:
+def _of_folder(place: Path, path: str, log: Callable[[str], None]) -> list[tuple[Path, str | None, int | None]]:
     if os.path.exists(place / LISTING):
         listed = _listed(place)
         taken = [file for file, _, _ in listed]
         unlisted = [p for p in picture_files(place)[0] if p not in taken and p.name != GRID]
         if unlisted:
-            say(passed_over(place, taken, [p.name for p in place.iterdir() if p not in unlisted]))
+            log(passed_over(place, taken, [p.name for p in place.iterdir() if p not in unlisted]))
         return listed
     files, others = picture_files(place)
     if not files:
         hint = f" ({others})" if others else ""
         raise UserError(f"folder {path!r} holds no picture; it needs files ending in {', '.join(ENDINGS)}{hint}")
     if others:
-        say(others)
+        log(others)
     return [(file, None, None) for file in files]
 
 
@@ -107,21 +107,21 @@ def _entry(folder: Path, number: int, entry: Any) -> tuple[Path, str, int | None
 
 
 def sizes(pictures: Sequence[Picture]) -> dict[str, int]:
-    """Number of pictures by set, in order."""
+    """Count the pictures of each set, in order."""
     return {group: len(list(inside)) for group, inside in groupby(pictures, key=lambda picture: picture.group)}
 
 
 def assign_prompts(
-    pictures: Sequence[Picture], prompts: Sequence[str] | None, source: str, say: Callable[[str], None]
+    pictures: Sequence[Picture], prompts: Sequence[str] | None, source: str, log: Callable[[str], None]
 ) -> list[str]:
-    """A prompt for each picture, in their order.
+    """Give a prompt to each picture, in their order.
 
     Args:
         pictures: of `find_pictures`.
         prompts: one a picture, or one a picture of every set (the same for each), or a single one for all; None takes
             those of the listings.
         source: where they come from, for messages.
-        say: takes the lines about what went where.
+        log: takes the lines about what went where.
 
     Raises:
         UserError: another number of prompts, or a picture without any.
@@ -147,11 +147,11 @@ def assign_prompts(
         )
     if len(prompts) > 1:
         pairs = [(pictures[i].file.name, assigned[i][:40]) for i in (0, len(pictures) - 1)]
-        say(
+        log(
             f"prompts go to the pictures in their order (2.png before 10.png): {pairs[0][0]} {pairs[0][1]!r} to "
             f"{pairs[1][0]} {pairs[1][1]!r}"
         )
     own = [(picture.prompt, prompt) for picture, prompt in zip(pictures, assigned) if picture.prompt is not None]
     if differing := sum(mine != given for mine, given in own):
-        say(f"--prompts {source} is taken; {differing} of {len(own)} prompts in {LISTING} are others")
+        log(f"--prompts {source} is taken; {differing} of {len(own)} prompts in {LISTING} are others")
     return assigned

@@ -1,4 +1,4 @@
-"""Reading picture files: one way for scores, for the server and for the denoising loss."""
+"""Reading of picture files: one way for scores, for the server and for the denoising loss."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _UPRIGHT = {
 
 
 def read_picture(file: str | Path | BinaryIO, name: str = "", max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-    """A picture as (1, 3, H, W) in fp32, 0 to 1; see `open_rgb`.
+    """Read a picture as (1, 3, H, W) in fp32, 0 to 1; see `open_rgb`.
 
     Raises:
         UserError: see `open_rgb`.
@@ -107,7 +107,7 @@ def _orientation(picture: Image.Image) -> int | None:
 
 
 def _from_16_bits(picture: Image.Image) -> Image.Image:
-    """Grey of 16 bits in 8; Pillow's own conversion cuts everything above 255 to white."""
+    """Convert grey of 16 bits to 8; Pillow's own conversion cuts everything above 255 to white."""
     values = np.asarray(picture).astype(np.float64)
     grey = Image.fromarray((values / 257).round().astype(np.uint8))
     transparent = picture.info.get("transparency")
@@ -135,19 +135,19 @@ def check_pictures(files: Iterable[Path]) -> None:
 
 
 def progress(items: Iterable, what: str, total: int) -> Iterable:
-    """A bar beside an iteration over pictures that takes longer than moments."""
+    """Show a bar beside an iteration over pictures that takes longer than moments."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(items, desc=what, total=total, unit="picture", delay=3, mininterval=interval, leave=False)
 
 
 def natural_key(name: str) -> tuple:
-    """What to sort names by so that 2.png comes before 10.png, in any case of letters."""
+    """Give the key to sort names by so that 2.png comes before 10.png, in any case of letters."""
     parts = re.split("([0-9]+)", name.casefold())
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
 def picture_files(folder: Path) -> tuple[list[Path], str]:
-    """A folder's pictures in natural order, and a line about what else is there ("" for nothing).
+    """List a folder's pictures in natural order, and say what else is there ("" for nothing).
 
     Hidden files and folders within it are passed over. A broken link or a pipe that is called a picture is not: to
     read it fails, and says so.

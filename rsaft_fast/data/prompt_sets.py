@@ -1,4 +1,4 @@
-"""The public prompt sets by name: where each is published, and what it is worth knowing before training on it."""
+"""Public prompt sets by name: where each is published, and what it is worth knowing before training on it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TABLES = ("*.csv", "*.tsv", "*.json", "*.jsonl", "*.txt", "data/*.parquet")
 
 @dataclass(frozen=True)
 class PromptSet:
-    """One published set.
+    """Published prompt set.
 
     Attributes:
         files: patterns of its files below the repository, in the set's order; one file each.
@@ -31,7 +31,7 @@ class PromptSet:
 
     @property
     def place(self) -> str:
-        """Where to download it by hand."""
+        """Say where to download the set by hand."""
         where = f"the dataset {self.hub} on the Hugging Face hub" if self.hub else self.home
         return f"{', '.join(self.files)} from {where}"
 
@@ -52,13 +52,13 @@ SETS = {
 
 
 def named_set(source: str) -> tuple[str, str] | None:
-    """The set's name and the path given for it ("" for none), where `source` is NAME or NAME=PATH; else None."""
+    """Split `source`, NAME or NAME=PATH, into the set's name and the path ("" for none); None for anything else."""
     name, _, path = source.partition("=")
     return (name, path) if name in SETS else None
 
 
 def set_files(name: str, path: str = "") -> list[Path]:
-    """The files of a set: at `path` (a file, or a folder that holds them), else in the hub's cache or from the hub.
+    """Find the files of a set: at `path` (a file, or a folder that holds them), else in the hub's cache or the hub.
 
     Raises:
         UserError: nothing there, or a hub that cannot be reached; it says which file to download from where.
@@ -94,7 +94,7 @@ def _fetch(name: str, wanted: PromptSet) -> Path:
 
 
 def _found(name: str, folder: Path, wanted: PromptSet) -> list[Path]:
-    """The set's files below a folder, or lying in it without their own folders."""
+    """Find the set's files below a folder, or lying in it without their own folders."""
     if wanted.files == _TABLES:
         files = [file for pattern in _TABLES for file in sorted(folder.glob(pattern))]
         if len(files) != 1:
@@ -115,7 +115,7 @@ def _found(name: str, folder: Path, wanted: PromptSet) -> list[Path]:
 
 
 def prompt_notes(source: str, prompts: Sequence[str], training: bool = False) -> list[str]:
-    """What the user of a named set should know: a copy that is not whole, a set that leaks into its own evaluation."""
+    """Say what the user of a set should know: a copy that is not whole, a set that leaks into its own evaluation."""
     named = named_set(source)
     if named is None:
         return []
@@ -136,7 +136,10 @@ def prompt_notes(source: str, prompts: Sequence[str], training: bool = False) ->
 
 
 def overlap_note(training: Sequence[str], evaluation: Sequence[str], where: str) -> str | None:
-    """How many prompts of an evaluation are trained on, word for word (case and spacing aside); None for none."""
+    """Say how many prompts of an evaluation are trained on, word for word (case and spacing aside).
+
+    None for none.
+    """
     known = {_folded(prompt) for prompt in training}
     judged = {_folded(prompt) for prompt in evaluation}
     if not (shared := len(known & judged)):

@@ -1,4 +1,4 @@
-"""Prompt sets by name or from files."""
+"""Prompts: sets by name or from files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ Found = Iterator[tuple[str, Any]]
 
 
 def load_prompts(source: str | Path, column: str | None = None, held_out: bool = False) -> list[str]:
-    """The prompts of a published set or of a UTF-8 file in order, duplicates kept; or those that ship with the package.
+    """Load the prompts of a published set, of a UTF-8 file, or those that ship with the package.
+
+    In order, duplicates kept.
 
     Args:
         source: a name of `prompt_sets.SETS` (from the hub's cache or the hub), NAME=PATH for a set that lies here, or
@@ -85,7 +87,7 @@ def _from_file(path: Path, column: str | None, source: str) -> list[str]:
 
 
 def checked_prompt(text: Any, where: str) -> str:
-    """A prompt or caption as it will be read: without blanks and byte-order marks at its ends.
+    """Check a prompt or caption, and strip blanks and byte-order marks at its ends.
 
     Args:
         text: as it was found.
@@ -115,7 +117,10 @@ def checked_prompt(text: Any, where: str) -> str:
 
 
 def _lines(text: str) -> Iterator[tuple[str, str]]:
-    """Lines that are not empty. Only newlines end one: a prompt may hold other separators."""
+    """Give the lines that are not empty.
+
+    Only newlines end one: a prompt may hold other separators.
+    """
     for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
         if line.strip():
             yield f"line {number}", line
@@ -142,21 +147,21 @@ def _from_tsv(path: Path, text: str, column: str | None) -> Found:
 
 
 def _is_quoted(cell: str) -> bool:
-    """Whether it stands in quotation marks as programs write them: with those inside doubled, or for a comma's sake."""
+    """Tell whether text is quoted as programs do it: with quotation marks inside doubled, or for a comma's sake."""
     inside = cell[1:-1]
     whole = len(cell) > 2 and cell[0] == cell[-1] == '"' and '"' not in inside.replace('""', "")
     return whole and ('""' in inside or "," in inside)
 
 
 def _hold_lines(cells: Sequence[str]) -> bool:
-    """Whether a cell opens a quotation mark that a later one closes: both are one cell, of several lines."""
+    """Tell whether a cell opens a quotation mark that a later one closes: both are one cell, of several lines."""
     odd = [cell for cell in cells if cell.count('"') % 2]
     opened = next((index for index, cell in enumerate(odd) if cell.startswith('"')), len(odd))
     return any(cell.endswith('"') for cell in odd[opened + 1 :])
 
 
 def _rows(path: Path, text: str, **dialect) -> Iterator[tuple[int, list[str]]]:
-    """Line number and fields of the rows that hold something."""
+    """Give line number and fields of the rows that hold something."""
     # A quotation mark quotes behind the blank that follows a comma, too.
     rows = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True, **dialect)
     line = 1
@@ -184,8 +189,8 @@ def _from_table(path: Path, rows: Iterator[tuple[int, list[str]]], column: str |
         yield f"line {line}", row[index]
 
 
-class _Object(dict):
-    """A JSON object, and the keys that it has more than once."""
+class _JSONObject(dict):
+    """JSON object, and the keys that it has more than once."""
 
     def __init__(self, pairs: list[tuple[str, Any]]):
         super().__init__(pairs)
@@ -195,7 +200,7 @@ class _Object(dict):
 
 def _from_json(path: Path, text: str, column: str | None) -> Found:
     content = _parse(path, "", text) if text.strip() else []
-    if isinstance(content, _Object):
+    if isinstance(content, _JSONObject):
         content, column = content[_column(path, content.names, column)], None
     if not isinstance(content, list):
         raise UserError(f"prompt file {str(path)!r} holds a {type(content).__name__}; expected a list of prompts")
@@ -207,7 +212,7 @@ def _from_jsonl(path: Path, text: str, column: str | None) -> Found:
 
 
 def json_lines(path: Path, text: str) -> Found:
-    """What the lines of a .jsonl hold, and where each stands; empty ones are left out.
+    """Parse the lines of a .jsonl, each with where it stands; empty ones are left out.
 
     Raises:
         UserError: a line is not JSON.
@@ -217,10 +222,10 @@ def json_lines(path: Path, text: str) -> Found:
 
 
 def _of_entries(path: Path, entries: Found, column: str | None) -> Found:
-    """The prompts of strings or objects; the first object says which of its keys holds those of all."""
+    """Give the prompts of strings or objects; the first object says which of its keys holds those of all."""
     key = None
     for place, entry in entries:
-        if not isinstance(entry, _Object):
+        if not isinstance(entry, _JSONObject):
             if column is not None:
                 raise UserError(
                     f"prompt file {str(path)!r}, {place} is a {type(entry).__name__} and has no column {column!r}; "
@@ -258,13 +263,13 @@ def _from_parquet(path: Path, column: str | None) -> Found:
 
 def _parse(path: Path, place: str, text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_Object)
+        return json.loads(text, object_pairs_hook=_JSONObject)
     except (ValueError, RecursionError) as error:
         raise UserError(f"prompt file {str(path)!r}{place} is not JSON ({error}); mend or re-export it") from error
 
 
 def _column(path: Path, names: Sequence[str], column: str | None, place: str = "") -> str:
-    """The one of `names` that holds the prompts."""
+    """Choose the one of `names` that holds the prompts."""
     for known in COLUMNS if column is None else (column,):
         if column is None:
             found = [name for name in names if name.strip().casefold() == known]
@@ -292,5 +297,5 @@ READERS: dict[str, Callable[[Path, str, str | None], Found]] = {
 
 
 def first_prompts(prompts: Sequence[str], count: int) -> list[str]:
-    """`count` prompts, from the start again where there are fewer."""
+    """Give `count` prompts, from the start again where there are fewer."""
     return [prompts[i % len(prompts)] for i in range(count)]

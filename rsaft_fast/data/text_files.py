@@ -1,4 +1,4 @@
-"""Which text encoders and tokenizers a pipeline has, told by their files without loading them."""
+"""Identity of a pipeline's text encoders and tokenizers, from their files, without loading them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WINDOWS, WINDOW = 16, 2**16
 
 
 class TextFiles:
-    """The files of a pipeline's text encoders and tokenizers.
+    """Files of a pipeline's text encoders and tokenizers.
 
     A pipeline of the hub is its commit, which names the content of every file. One in a folder is the content of its
     tokenizers and configs, and of each weight file the size, the time of its last change and a megabyte spread over it,
@@ -42,7 +42,7 @@ class TextFiles:
         self.is_local = os.path.isdir(self.folder)
 
     def identity(self) -> dict[str, str] | None:
-        """By component; None where it cannot be told (yet)."""
+        """Give the identity of each component; None where it cannot be told (yet)."""
         if not self.is_local:
             index = try_to_load_from_cache(self.path, INDEX)
             return {"hub": f"{self.path}@{Path(index).parent.name}"} if isinstance(index, str) else None
@@ -51,19 +51,19 @@ class TextFiles:
 
     @cached_property
     def components(self) -> list[str]:
-        """Names of the text encoders and tokenizers of a folder's index."""
+        """List the names of the text encoders and tokenizers of a folder's index."""
         index = json.loads(read_text(self.folder / INDEX, "pipeline's index", 2**24))
         parts = [name for name, entry in index.items() if isinstance(entry, list) and any(entry)]
         return [name for name in parts if is_text_encoder(name) or name.startswith("tokenizer")]
 
     def without_weights(self) -> list[str]:
-        """Text encoders of a folder that cannot be loaded."""
+        """List the text encoders of a folder that cannot be loaded."""
         if not self.is_local:
             return []
         return [name for name in self.components if is_text_encoder(name) and not self._weights(name)]
 
     def remember(self) -> None:
-        """Note the identity for the day on which weights are deleted."""
+        """Write down the identity for the day on which weights are deleted."""
         if self.memory is None or not self.is_local or self.without_weights():
             return
         noted = {
@@ -117,7 +117,7 @@ def _digest(folder: Path, weights: bool = True) -> str:
 
 
 def _pieces(path: Path):
-    """Evenly spread over the file, its first and last bytes among them."""
+    """Choose pieces evenly spread over the file, its first and last bytes among them."""
     last = max(path.stat().st_size - WINDOW, 0)
     with path.open("rb") as stream:
         for index in range(WINDOWS):

@@ -1,1 +1,1 @@
-"""Evaluation: what is said of pictures when they are compared."""
+"""Evaluation: comparisons of sets of pictures."""

@@ -1,4 +1,4 @@
-"""Sets of pictures against each other: which picture belongs to which, and by how much the scores differ."""
+"""Comparison of two sets of pictures: which picture belongs to which, and by how much the scores differ."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MANY = 10_000
 
 @dataclass(frozen=True)
 class Pairing:
-    """Which pictures of two sets belong together.
+    """Pairs of pictures of two sets.
 
     Attributes:
         how: by what they were found.
@@ -32,7 +32,7 @@ class Pairing:
 
 @dataclass(frozen=True)
 class Difference:
-    """Scores of the second set less those of the first, over pairs.
+    """Difference of the second set's scores from the first's, over pairs.
 
     Attributes:
         mean: of the differences.
@@ -82,7 +82,7 @@ def _matches(
 
 
 def _counted(pictures: Sequence[Picture], key: Callable[[Picture], Hashable]) -> list[tuple[Hashable, int]]:
-    """Keys, with how often each was there before."""
+    """Give keys, with how often each was there before."""
     seen: Counter[Hashable] = Counter()
     names = []
     for picture in pictures:
@@ -92,7 +92,7 @@ def _counted(pictures: Sequence[Picture], key: Callable[[Picture], Hashable]) ->
 
 
 def difference(first: Sequence[float], second: Sequence[float], prompts: Sequence[str]) -> Difference:
-    """The difference of paired scores, with its interval.
+    """Compute the difference of paired scores, with its interval.
 
     Args:
         first, second: scores of the pairs, at least one.
@@ -106,7 +106,10 @@ def difference(first: Sequence[float], second: Sequence[float], prompts: Sequenc
 
 
 def _half_width(values: Sequence[float], groups: Sequence[Hashable]) -> float:
-    """Of the mean's interval, from the sums of the groups' residuals; of single values, the usual standard error."""
+    """Compute the half-width of the mean's interval, from the sums of the groups' residuals.
+
+    Of single values it is the usual standard error's.
+    """
     mean, sums = fmean(values), defaultdict(float)
     for value, group in zip(values, groups):
         sums[group] += value - mean
@@ -117,7 +120,7 @@ def _half_width(values: Sequence[float], groups: Sequence[Hashable]) -> float:
 
 
 def student_quantile(freedom: int, level: float = LEVEL) -> float:
-    """The t below whose absolute value a fraction `level` of Student's distribution lies, by bisection."""
+    """Find, by bisection, the t below whose absolute value a fraction `level` of Student's distribution lies."""
     if freedom > _MANY:
         return NormalDist().inv_cdf((1 + level) / 2)
     low, high = 0.0, math.pi / 2
@@ -128,7 +131,7 @@ def student_quantile(freedom: int, level: float = LEVEL) -> float:
 
 
 def _student_inside(angle: float, freedom: int) -> float:
-    """Fraction within t = sqrt(freedom) tan(angle): Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    """Compute the fraction within t = sqrt(freedom) tan(angle): Abramowitz and Stegun, 26.7.3 and 26.7.4."""
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = freedom % 2
     term, total = (cosine if odd else 1.0), 0.0
@@ -139,7 +142,7 @@ def _student_inside(angle: float, freedom: int) -> float:
 
 
 def difference_table(first: str, second: str, pairing: Pairing, differences: Mapping[str, Difference]) -> str:
-    """Aligned plain text: what is compared, a row for each reward, and in words what follows.
+    """Write aligned plain text: what is compared, a row for each reward, and in words what follows.
 
     Args:
         first, second: names of the sets.
@@ -162,7 +165,7 @@ def difference_table(first: str, second: str, pairing: Pairing, differences: Map
 
 
 def verdict(first: str, second: str, differences: Mapping[str, Difference]) -> str:
-    """In words, what the intervals say."""
+    """Put into words what the intervals say."""
     words = {
         1: f"{second} is better than {first}",
         -1: f"{second} is worse than {first}",

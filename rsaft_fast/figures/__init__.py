@@ -1,1 +1,1 @@
-"""What is drawn or printed: picture grids, curves, tables."""
+"""Figures: picture grids, curves, tables."""

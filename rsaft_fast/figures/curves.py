@@ -1,4 +1,4 @@
-"""The comparison figure: a sample grid beside the runs' curves."""
+"""Comparison figure: a sample grid beside the runs' curves."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _draw_heading(title: str, subtitle: str, width: int) -> Image.Image:
 
 
 def _draw_curves(panels: Sequence[Panel], columns: Sequence[str], height: int) -> Image.Image:
-    """All panels as a picture `_CURVES_WIDTH` wide."""
+    """Draw all panels as a picture `_CURVES_WIDTH` wide."""
     runs = list(dict.fromkeys([*columns, *(label for panel in panels for label in panel.curves)]))
     styles = {label: _style(index) for index, label in enumerate(runs)}
     figure = Figure(figsize=(_CURVES_WIDTH / _DPI, height / _DPI), dpi=_DPI, layout="constrained", facecolor=PAPER)
@@ -120,7 +120,7 @@ def _draw_curves(panels: Sequence[Panel], columns: Sequence[str], height: int) -
 
 
 def _step_ticks(panels: Sequence[Panel]) -> Locator:
-    """Ticks at the steps that were measured, where these are few and far enough apart for their numbers."""
+    """Choose ticks at the steps that were measured, where these are few and far enough apart for their numbers."""
     steps = sorted({step for panel in panels for curve in panel.curves.values() for step in curve.steps})
     gaps = [after - before for before, after in zip(steps, steps[1:])]
     if gaps and min(gaps) >= (steps[-1] - steps[0]) / 12:
@@ -129,7 +129,10 @@ def _step_ticks(panels: Sequence[Panel]) -> Locator:
 
 
 def _step_range(panels: Sequence[Panel]) -> tuple[float, float]:
-    """From the first to the last step of any curve, with a margin; steps without a finite value count too."""
+    """Give the range from the first to the last step of any curve, with a margin.
+
+    Steps without a finite value count too.
+    """
     steps = [step for panel in panels for curve in panel.curves.values() for step in curve.steps] or [0, 1]
     margin = 0.03 * (max(steps) - min(steps)) or 1.0
     return min(steps) - margin, max(steps) + margin

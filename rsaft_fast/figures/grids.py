@@ -26,7 +26,7 @@ _PROMPT_LINES = 6
 
 @dataclass(frozen=True)
 class _Layout:
-    """Pixels of everything in a grid, from the size of its pictures."""
+    """Layout of a grid in pixels, from the size of its pictures."""
 
     width: int
     height: int
@@ -104,7 +104,7 @@ def save_grid(
     columns: Mapping[str, torch.Tensor],
     captions: Mapping[str, Sequence[str]] | None = None,
 ) -> Path:
-    """`compose_grid` written to `path` as PNG, whole or not at all."""
+    """Write `compose_grid` to `path` as PNG, whole or not at all."""
     return save_png(compose_grid(prompts, columns, captions), path)
 
 
@@ -125,7 +125,7 @@ def save_png(image: Image.Image, path: str | Path) -> Path:
 
 
 def displayed_size(width: int, height: int) -> tuple[int, int]:
-    """A picture's size in a grid."""
+    """Compute a picture's size in a grid."""
     longest = max(width, height)
     if longest > GREATEST_SIDE:
         return tuple(max(1, round(side * GREATEST_SIDE / longest)) for side in (width, height))
@@ -134,7 +134,7 @@ def displayed_size(width: int, height: int) -> tuple[int, int]:
 
 
 def to_picture(image: torch.Tensor, size: tuple[int, int] | None = None) -> Image.Image:
-    """One image (3, H, W), nominally 0 to 1, as 8-bit RGB of `size` (width, height); NaN becomes black.
+    """Convert one image (3, H, W), nominally 0 to 1, to 8-bit RGB of `size` (width, height); NaN becomes black.
 
     Enlarged by repeating pixels, so that a small picture shows what it is; reduced with an antialiased filter.
     """
@@ -147,24 +147,27 @@ def to_picture(image: torch.Tensor, size: tuple[int, int] | None = None) -> Imag
 
 
 def run_colour(index: int) -> str:
-    """The colour of a run, the same in grids and curves."""
+    """Give the colour of a run, the same in grids and curves."""
     return RUN_COLOURS[index % len(RUN_COLOURS)]
 
 
 @lru_cache(maxsize=16)
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib ships, `size` pixels high."""
+    """Load DejaVu Sans, which matplotlib ships, `size` pixels high."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
 def printable(text: str) -> str:
-    """`text` on one line: control characters have no glyph, and a line break would start a line of its own."""
+    """Put `text` on one line.
+
+    Control characters have no glyph, and a line break would start a line of its own.
+    """
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def wrap(text: str, width: int, size: int, most_lines: int, bold: bool = False) -> list[str]:
-    """`text` in at most `most_lines` (at least one) lines of `width` pixels, with an ellipsis where it is cut."""
+    """Wrap `text` to at most `most_lines` (at least one) lines of `width` pixels, with an ellipsis where it is cut."""
     face = font(size, bold)
     lines: list[str] = []
     rest = printable(text)
@@ -182,7 +185,7 @@ def wrap(text: str, width: int, size: int, most_lines: int, bold: bool = False) 
 
 
 def _fitting(text: str, width: int, face: ImageFont.FreeTypeFont) -> int:
-    """How many of the first characters fit; at least one."""
+    """Count how many of the first characters fit; at least one."""
     low, high = 1, len(text)
     while low < high:
         middle = (low + high + 1) // 2

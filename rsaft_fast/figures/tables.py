@@ -1,4 +1,4 @@
-"""The summary table of a comparison."""
+"""Summary table of a comparison."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Change = tuple[float, float]
 
 
 def summary_table(runs: Mapping[str, Mapping[str, Change]], decimals: int = 3) -> str:
-    """Aligned plain text: a row for each run; for each quantity its value before, after, and the change.
+    """Write aligned plain text: a row for each run; for each quantity its value before, after, and the change.
 
     Args:
         runs: run label to quantity ("proxy reward", "true preference r*", "S1") to (before, after). A quantity that

@@ -17,7 +17,7 @@ Loss = TypeVar("Loss")
 
 
 class TwoPasses:
-    """Calls the forward and backward of each micro-batch once; after a step's last one perturbs, and calls all again.
+    """Runner of both passes: it calls the forward and backward of each micro-batch, perturbs, and calls all again.
 
     What follows it in the loop stays as it was: the gradients it leaves are those of the second pass, so
     `accelerator.clip_grad_norm_` clips the right ones, and `optimizer.step()` restores and updates::
@@ -59,7 +59,7 @@ class TwoPasses:
             self.optimizer.replicas = model.process_group
 
     def __call__(self, forward_backward: Callable[..., Loss], *args) -> Loss:
-        """One micro-batch of the first pass and, if it completes the step, the second pass.
+        """Run one micro-batch of the first pass and, if it completes the step, the second pass.
 
         An exception in either drops what the step has gathered: weights are restored, gradients cleared. (In a released
         backward it leaves a half step: see `SAMAdamW`.) So does a step that the loop did not take before the next.
@@ -99,7 +99,9 @@ class TwoPasses:
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> SharpnessAware:
-    """The `SAM` or `SAMAdamW` inside what `accelerator.prepare` made of it: `perturb`, `stats` are its own.
+    """Give the `SAM` or `SAMAdamW` inside what `accelerator.prepare` made of it.
+
+    `perturb` and `stats` are its own.
 
     Raises:
         TypeError: there is none.

@@ -7,7 +7,9 @@ from rsaft_fast.integrations.accelerate import TwoPasses
 
 
 class SharpnessCallback(TrainerCallback):
-    """Makes each training step of a Trainer, or of any subclass, a two-pass step::
+    """Callback that makes each training step of a Trainer, or of any subclass, a two-pass step.
+
+    Usage::
 
         optimizer = SAMAdamW(model.parameters(), lr=1e-4, rho=0.05)
         trainer = Trainer(model, args, train_dataset=data, optimizers=(optimizer, None))
@@ -40,5 +42,5 @@ class SharpnessCallback(TrainerCallback):
         self.passes = None
 
     def training_step(self, *args) -> torch.Tensor:
-        """As `Trainer.training_step`; the last micro-batch of a step leaves the second pass's gradients."""
+        """Run `Trainer.training_step`; the last micro-batch of a step leaves the second pass's gradients."""
         return self.passes(self.one_pass, *args)

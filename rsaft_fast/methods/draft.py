@@ -52,6 +52,6 @@ class DRaFTLV(GradientMethod):
 
 
 def last_calls(num_steps: int, k: int, uncond) -> GradientPlan:
-    """The plan in which the last `k` calls are graded, input included."""
+    """Make the plan in which the last `k` calls are graded, input included."""
     graded = tuple(range(num_steps - k, num_steps))
     return GradientPlan(num_steps, last=num_steps - 1, finish="sampler", graded=graded, through=graded, uncond=uncond)

@@ -1,4 +1,4 @@
-"""From reward to loss: the three maps that the reward-gradient methods train with."""
+"""Losses of a reward: the three maps that the reward-gradient methods train with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Loss(Settings):
     scale: float = Field(default=1.0, gt=0)
 
     def __call__(self, rewards: torch.Tensor) -> torch.Tensor:
-        """Loss (B,) of rewards (B,)."""
+        """Compute the loss (B,) of rewards (B,)."""
         if self.map == "linear":
             return -self.scale * rewards
         if self.map == "hinge":
@@ -34,7 +34,7 @@ class Loss(Settings):
         return self.scale * (self.target - rewards).abs()
 
     def derivative(self, rewards: torch.Tensor) -> torch.Tensor:
-        """dloss/dr (B,), 0 at a hinge's or target's kink."""
+        """Compute dloss/dr (B,), 0 at a hinge's or target's kink."""
         leaf = rewards.detach().requires_grad_(True)
         with torch.enable_grad():
             (slope,) = torch.autograd.grad(self(leaf).sum(), leaf)

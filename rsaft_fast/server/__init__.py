@@ -1,4 +1,7 @@
-"""Rewards behind HTTP, for those that need another process, environment or machine; `rewards.remote` is the client."""
+"""Server of rewards behind HTTP, for those that need another process, environment or machine.
+
+`rewards.remote` is the client.
+"""
 
 from rsaft_fast.server.app import make_app
 from rsaft_fast.server.batching import Batcher

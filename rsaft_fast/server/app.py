@@ -1,4 +1,4 @@
-"""The HTTP side of a reward server; `rewards.wire` says what travels."""
+"""HTTP side of a reward server; `rewards.wire` says what travels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.rewards import wire
 from rsaft_fast.rewards.base import Reward
 from rsaft_fast.server.batching import Batcher
-from rsaft_fast.server.bodies import Busy, Parts, Room, Slow, receive, unpack_json, unpack_tensors
+from rsaft_fast.server.bodies import Busy, ByteLimit, Parts, SlowBody, receive, unpack_json, unpack_tensors
 from rsaft_fast.server.limits import Limits
 
 log = logging.getLogger(__name__)
@@ -37,12 +37,12 @@ _LONGEST_DETAIL = 500
 
 
 def make_app(rewards: Mapping[str, Reward], token: str, device: torch.device, limits: Limits | None = None) -> FastAPI:
-    """The application that serves these rewards by name; every request needs the token."""
+    """Make the application that serves these rewards by name; every request needs the token."""
     limits = limits or Limits()
     scoring, unpacking = ThreadPoolExecutor(1, "reward"), ThreadPoolExecutor(2, "unpack")
     batchers: dict[str, Batcher] = {}
     prints = {name: wire.fingerprint(asdict(reward.spec)) for name, reward in rewards.items()}
-    room = Room(limits.max_held_bytes)
+    room = ByteLimit(limits.max_held_bytes)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -101,7 +101,7 @@ def make_app(rewards: Mapping[str, Reward], token: str, device: torch.device, li
 
 
 class Guard:
-    """Answers who has no token or speaks another protocol, before a byte of the body is read."""
+    """Filter that refuses clients without a token or of another protocol before a byte of the body is read."""
 
     def __init__(self, app: ASGIApp, token: str):
         self.app, self.token = app, token
@@ -133,14 +133,14 @@ def _refusal(request: Request, token: str) -> Response | None:
 
 
 def _answer_to(error: Exception) -> Response:
-    """What the client learns of what went wrong with its request."""
+    """Choose what the client learns of what went wrong with its request."""
     if isinstance(error, ClientDisconnect):
         return Response(status_code=400)  # nobody reads it
-    if isinstance(error, Slow):
+    if isinstance(error, SlowBody):
         return _refused(408, str(error))
     if isinstance(error, wire.TooLarge):
         return _refused(413, str(error))
-    if isinstance(error, _Malformed):
+    if isinstance(error, _MalformedBody):
         return _refused(400, str(error))
     if isinstance(error, UserError):
         return _refused(422, str(error))
@@ -158,8 +158,8 @@ def _refused(status: int, detail: str, headers: Mapping[str, str] | None = None)
     return JSONResponse({"detail": line[:_LONGEST_DETAIL]}, status, dict(headers or {}))
 
 
-class _Malformed(UserError):
-    """The body is not what the protocol says; a reward's own `UserError` is about what it holds."""
+class _MalformedBody(UserError):
+    """The body breaks the protocol; a reward's own `UserError` is about what it holds."""
 
 
 def _unpack(kind: str, body: io.BytesIO, limits: Limits) -> Parts:
@@ -167,7 +167,7 @@ def _unpack(kind: str, body: io.BytesIO, limits: Limits) -> Parts:
     return _UNPACK[kind](body.getvalue(), limits)
 
 
-def _let_go(body: io.BytesIO, room: Room) -> None:
+def _let_go(body: io.BytesIO, room: ByteLimit) -> None:
     size = body.tell()
     # A call that was cancelled before it began still has it.
     body.close()
@@ -180,12 +180,12 @@ async def _scores(batcher: Batcher, unpacked: Future[Parts]) -> torch.Tensor:
     except wire.TooLarge:
         raise
     except UserError as error:
-        raise _Malformed(str(error)) from error
+        raise _MalformedBody(str(error)) from error
     return torch.cat([await batcher.score(images, prompts) for images, prompts in parts] or [torch.zeros(0)])
 
 
 async def _while_connected(request: Request, awaited: Awaitable[torch.Tensor]) -> torch.Tensor:
-    """What is awaited; given up when the client goes, who would else be computed for while others wait."""
+    """Await something, and give it up when the client goes, who would else be computed for while others wait."""
     answer, gone = asyncio.ensure_future(awaited), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)

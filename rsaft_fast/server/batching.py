@@ -1,4 +1,4 @@
-"""Requests that wait together go through the reward together."""
+"""Batching of requests: those that wait together go through the reward together."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Job:
 
 
 class Batcher:
-    """One reward, one call at a time, in a thread beside the event loop.
+    """Queue of one reward: one call at a time, in a thread beside the event loop.
 
     Nobody waits for company: a call takes what has arrived during the one before it. A request that comes alone is
     scored alone, so its scores are bit for bit those of a local call; in company they may differ by rounding.
@@ -55,7 +55,7 @@ class Batcher:
         self._arrived = asyncio.Event()
 
     async def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Scores (B,) on the CPU.
+        """Score pictures when their turn comes: (B,) on the CPU.
 
         Raises:
             Busy: `max_waiting` requests wait already.
@@ -85,7 +85,7 @@ class Batcher:
                 _settle(job, Busy("the server is shutting down"))
 
     def _take(self) -> list[_Job]:
-        """The longest waiting job, and others of its kind that fit into one call with it."""
+        """Take the longest waiting job, and others of its kind that fit into one call with it."""
         jobs: list[_Job] = []
         room = self.max_pictures
         for job in list(self._waiting):

@@ -1,4 +1,4 @@
-"""A request's body: received within its limits, and unpacked to pictures and prompts.
+"""Bodies of requests: received within their limits, and unpacked to pictures and prompts.
 
 Unpacking belongs into a thread: a PNG of 20 million pixels takes a second, in which the event loop would answer nobody.
 """
@@ -26,23 +26,23 @@ Parts = list[tuple[torch.Tensor, list[str]]]
 _NO_LISTS = "the body is not {'prompts': [...], 'images': [base64, ...]}"
 
 
-class Slow(Exception):
-    """A body that did not arrive in time."""
+class SlowBody(Exception):
+    """A body did not arrive in time."""
 
 
 class Busy(Exception):
-    """Not now: too much is being served, or the server is ending."""
+    """Too much is being served now, or the server is ending."""
 
 
-class Room:
-    """The bytes of bodies that are held at one time; several threads may take and give back."""
+class ByteLimit:
+    """Limit of the bytes of bodies that are held at one time; several threads may take and give back."""
 
     def __init__(self, most: int):
         self.most, self.held = most, 0
         self._lock = threading.Lock()
 
     def take(self, size: int) -> None:
-        """Hold `size` bytes more.
+        """Take `size` bytes more.
 
         Raises:
             Busy: they do not fit.
@@ -57,12 +57,12 @@ class Room:
             self.held -= size
 
 
-async def receive(request: Request, body: io.BytesIO, limits: Limits, room: Room) -> None:
-    """Read the request's body into `body`, holding its bytes of `room`; who calls gives them back.
+async def receive(request: Request, body: io.BytesIO, limits: Limits, room: ByteLimit) -> None:
+    """Read the request's body into `body`, holding its bytes of `room`; the caller gives them back.
 
     Raises:
         TooLarge: more than `limits.max_bytes`.
-        Slow: it took longer than `limits.timeout`, or came slower than `limits.min_rate`.
+        SlowBody: it took longer than `limits.timeout`, or came slower than `limits.min_rate`.
         Busy: no room.
         ClientDisconnect: the client has gone.
     """
@@ -80,9 +80,9 @@ async def receive(request: Request, body: io.BytesIO, limits: Limits, room: Room
                 return reading.result()
             waited = loop.time() - began
             if waited >= limits.timeout:
-                raise Slow(f"the body took too long to arrive (the limit is {limits.timeout:g} s)")
+                raise SlowBody(f"the body took too long to arrive (the limit is {limits.timeout:g} s)")
             if body.tell() < limits.min_rate * waited:
-                raise Slow(
+                raise SlowBody(
                     f"the body came too slowly: {body.tell()} bytes in {waited:.0f} s (the limit is "
                     f"{limits.min_rate:g} bytes a second)"
                 )
@@ -90,7 +90,7 @@ async def receive(request: Request, body: io.BytesIO, limits: Limits, room: Room
         reading.cancel()
 
 
-async def _read(request: Request, body: io.BytesIO, limits: Limits, room: Room) -> None:
+async def _read(request: Request, body: io.BytesIO, limits: Limits, room: ByteLimit) -> None:
     async for chunk in request.stream():
         if body.tell() + len(chunk) > limits.max_bytes:
             raise _too_large(limits)
@@ -103,7 +103,7 @@ def _too_large(limits: Limits) -> wire.TooLarge:
 
 
 def unpack_tensors(body: bytes, limits: Limits) -> Parts:
-    """Images (B, 3, H, W) and B prompts of a safetensors body, in one part.
+    """Unpack images (B, 3, H, W) and B prompts of a safetensors body, in one part.
 
     Raises:
         UserError: malformed; `wire.TooLarge`: beyond a limit.
@@ -115,7 +115,7 @@ def unpack_tensors(body: bytes, limits: Limits) -> Parts:
 
 
 def unpack_json(body: bytes, limits: Limits) -> Parts:
-    """The pictures (1, 3, H, W) of a JSON body, each with its prompt; they may differ in size.
+    """Unpack the pictures (1, 3, H, W) of a JSON body, each with its prompt; they may differ in size.
 
     Raises:
         UserError: malformed; `wire.TooLarge`: beyond a limit.

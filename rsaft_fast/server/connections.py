@@ -1,4 +1,4 @@
-"""The server's side of a connection: whatever a client draws out has an end.
+"""Connections of the server: whatever a client draws out has an end.
 
 uvicorn ends a connection that is idle after an answer, and nothing else: one that never sends a byte, or a header at a
 byte a minute, stays for ever. The states below each have an end, and when all places are taken, a new connection takes
@@ -27,7 +27,7 @@ _WAITING = 1024
 
 
 class Connection(H11Protocol):
-    """uvicorn's HTTP/1.1 over h11, with an end to every state.
+    """HTTP/1.1 connection of uvicorn over h11, with an end to every state.
 
     idle: no byte of a request yet; head: a part of its headers; body: the headers, and a part of the body; scoring: all
     of it, until the answer is written; ending: answered before the body had come, or refused.
@@ -43,7 +43,7 @@ class Connection(H11Protocol):
 
     @property
     def state(self) -> str:
-        """Where the exchange is."""
+        """State of the exchange."""
         theirs, ours = self.conn.their_state, self.conn.our_state
         if theirs is h11.IDLE and ours is h11.IDLE:
             return HEAD if self.conn.trailing_data[0] else IDLE
@@ -76,7 +76,7 @@ class Connection(H11Protocol):
             self._timer.cancel()
 
     def shutdown(self) -> None:
-        """The server ends: what is being scored is answered, what has not wholly come is not waited for."""
+        """End the connection: what is being scored is answered, what has not wholly come is not waited for."""
         if self.state == SCORING:
             super().shutdown()
         else:
@@ -97,7 +97,7 @@ class Connection(H11Protocol):
         self._timer = self.loop.call_later(seconds, self.transport.abort)
 
     def _make_room(self) -> None:
-        """Hang up on the one that has asked for nothing for longest, if there are too many."""
+        """Close the one that has asked for nothing for longest, if there are too many."""
         alive = [connection for connection in self.connections if not connection.transport.is_closing()]
         if len(alive) > self.most:
             spare = [connection for connection in alive if connection._watched in _SPARE and connection is not self]
@@ -114,7 +114,7 @@ class _Server(uvicorn.Server):
 
 
 def make_server(app: Any, limits: Limits, **options: Any) -> uvicorn.Server:
-    """A uvicorn that serves `app` within `limits`; `options` are further ones of `uvicorn.Config`.
+    """Make a uvicorn that serves `app` within `limits`; `options` are further ones of `uvicorn.Config`.
 
     Raises:
         UserError: this process may hardly open a connection.

@@ -1,4 +1,4 @@
-"""What one client may ask of a reward server, and how long it may take over it."""
+"""Limits of one client: what it may ask of a reward server, and how long it may take over it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Limits:
-    """What one client may ask of the server. Times are in seconds.
+    """Limits of what one client may ask of the server; times are in seconds.
 
     Attributes:
         max_pictures: of one request, and of one call of the reward.
@@ -50,7 +50,7 @@ class Limits:
 
 
 def connections_that_fit(limits: Limits) -> int:
-    """How many connections may be open at one time: `max_connections`, or fewer where open files are limited.
+    """Count the connections that may be open at one time: `max_connections`, or fewer where files are limited.
 
     The limit of this process is raised as far as it may be. Without a free file nobody is accepted any more, however
     idle the others are.
@@ -81,8 +81,10 @@ def connections_that_fit(limits: Limits) -> int:
 
 
 def accepted_at_once(connections: int) -> int:
-    """Of so many connections at one time: the new ones in one turn of the event loop. Fewer than half of them, so that
-    those before had a turn to say what they ask for, and are not taken for silent."""
+    """Count the new connections in one turn of the event loop, of so many at one time.
+
+    Fewer than half of them, so that those before had a turn to say what they ask for, and are not taken for silent.
+    """
     return max(1, min(_MOST_AT_ONCE, connections // 2 - 1))
 
 

@@ -1,1 +1,1 @@
-"""Smoothing: both balls, the sharpness S1, and whether S1 can be trusted."""
+"""Smoothing: perturbation of pictures and weights, the sharpness S1, and whether S1 can be trusted."""

@@ -1,4 +1,4 @@
-"""The smoothed reward: image-space perturbation, and the settings of both perturbations.
+"""Smoothed reward: image-space perturbation, and the settings of both perturbations.
 
 RSA-FT (arXiv 2603.21175) maximises E r(x_0(x_T, c; theta + eps) + delta, c) (eq. 19) with
 delta = -rho grad_x r / ||grad_x r|| (eq. 15) and eps = -rho_w grad_theta r / ||grad_theta r|| (eq. 17), both treated
@@ -25,7 +25,7 @@ Space = Literal["pixel01", "pixel11", "latent", "reward_input"]
 
 
 class ImageSmoothing(Settings):
-    """The ball around the picture.
+    """Ball around the picture.
 
     Attributes:
         radius: rho of eq. 15, per sample. The paper uses 1e-2.
@@ -42,14 +42,14 @@ class ImageSmoothing(Settings):
 
 
 class ParameterGroup(Settings):
-    """Parameters whose name matches `match` (a regular expression, searched) get a radius of their own."""
+    """Parameters whose name matches `match` (a regular expression, searched), with a radius of their own."""
 
     match: str
     rho: float = Field(gt=0, le=1e6)
 
 
 class ParameterSmoothing(Settings):
-    """The ball around the weights.
+    """Ball around the weights.
 
     Attributes:
         rho: rho_w of eq. 17: one global L2 norm over everything that is trained. The paper uses 1e-2.
@@ -63,7 +63,7 @@ class ParameterSmoothing(Settings):
 
 
 class Smoothing(Settings):
-    """Which balls, and the questions that the paper leaves open.
+    """Choice of balls, and of the answers to questions that the paper leaves open.
 
     Attributes:
         image, parameters: null turns one off; both off is the plain method.
@@ -86,7 +86,7 @@ class Smoothing(Settings):
 
 @dataclass(frozen=True)
 class Observation:
-    """A reward and its derivatives at one batch of endpoints.
+    """Reward and its derivatives at one batch of endpoints.
 
     Attributes:
         latents: where the decoder was evaluated (a latent perturbation included), (B, *latent_shape).
@@ -155,7 +155,7 @@ def perturbed_rewards(
     delta: torch.Tensor,
     space: Space,
 ) -> torch.Tensor:
-    """r at an observed endpoint plus `delta`, (B,), without gradient.
+    """Compute r at an observed endpoint plus `delta`, (B,), without gradient.
 
     Raises:
         NonFiniteRewardError: a score is NaN or infinite.
@@ -182,7 +182,7 @@ def require_finite(rewards: torch.Tensor, prompts: Sequence[str]) -> None:
 
 @phase(DECODER)
 def latent_gradient(backbone: Backbone, observation: Observation, image_cotangent: torch.Tensor) -> torch.Tensor:
-    """(d image / d latent)^T image_cotangent: the decoder re-run with a graph of its own."""
+    """Compute (d image / d latent)^T image_cotangent: the decoder re-run with a graph of its own."""
     leaf = observation.latents.detach().requires_grad_(True)
     with torch.enable_grad():
         images = backbone.decode(leaf)
@@ -191,7 +191,7 @@ def latent_gradient(backbone: Backbone, observation: Observation, image_cotangen
 
 
 def image_perturbation(backbone: Backbone, observation: Observation, smoothing: ImageSmoothing) -> torch.Tensor:
-    """delta of eq. 15 in the smoothing's own space, ready to be added there; exactly the radius asked for.
+    """Compute delta of eq. 15 in the smoothing's own space, ready to be added there; exactly the radius asked for.
 
     Pixel perturbations are in units of [0, 1] pictures: a radius in [-1, 1] is half as long there.
     """

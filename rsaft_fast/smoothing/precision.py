@@ -1,5 +1,8 @@
-"""Is a low-precision reward good enough for a radius? The sharpness S1 is a small difference of two scores: at an L2
-radius of 1e-2 a bf16 tower's is mostly rounding, and a perturbation found through it points nowhere."""
+"""Check that a low-precision reward is good enough for a radius.
+
+The sharpness S1 is a small difference of two scores: at an L2 radius of 1e-2 a bf16 tower's is mostly rounding, and a
+perturbation found through it points nowhere.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def s1_error(
     norm: Literal["l2", "rms"] = "l2",
     space: Space = "pixel01",
 ) -> float:
-    """Mean |S1 - S1 in fp32| over mean |S1 in fp32| at these pictures; 0 for a reward in fp32 or float64.
+    """Compute mean |S1 - S1 in fp32| over mean |S1 in fp32| at these pictures; 0 for a reward in fp32 or float64.
 
     The comparison runs a float32 copy of the reward, of the same (rounded) weights: 4 bytes a parameter more.
 
@@ -76,7 +79,7 @@ def require_s1_precision(
 
 
 def low_precision(reward: Reward) -> list[TowerReward]:
-    """The towers, of the reward or of what it is made of, that a small radius may be too much for."""
+    """List the towers, of the reward or of what it is made of, that a small radius may be too much for."""
     towers = [module for module in reward.modules() if isinstance(module, TowerReward)]
     return [tower for tower in towers if tower.differentiable and tower.dtype in (torch.bfloat16, torch.float16)]
 
@@ -87,7 +90,7 @@ def check_precision(
     prompts: Sequence[str],
     draw: Callable[[list[str]], torch.Tensor],
 ) -> None:
-    """`require_s1_precision` of each tower in low precision, at each ball around pictures or reward inputs.
+    """Apply `require_s1_precision` to each low-precision tower, at each ball around pictures or reward inputs.
 
     A ball in the latent space is left to the user: what it does to a picture is the decoder's.
 

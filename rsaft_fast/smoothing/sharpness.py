@@ -1,4 +1,4 @@
-"""The sharpness S1 of a reward at given pictures (RSA-FT, arXiv 2603.21175, eq. 10)."""
+"""Sharpness S1 of a reward at given pictures (RSA-FT, arXiv 2603.21175, eq. 10)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sharpness(
     space: Space = "pixel01",
     batch_size: int = 8,
 ) -> torch.Tensor:
-    """S1 = r(x) - r(x - radius * g / ||g||) with g = grad_x r(x), for each picture; its mean is eq. 10.
+    """Compute S1 = r(x) - r(x - radius * g / ||g||) with g = grad_x r(x), for each picture; its mean is eq. 10.
 
     Warns when the first batch's S1 is not clear of what rounding alone does to the reward: then take a reward in
     float32 or a larger radius.
