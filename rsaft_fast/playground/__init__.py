@@ -1,4 +1,4 @@
-"""The embedded default: procedural scenes whose true preference is known, a tiny SD3-format pipeline, proxy rewards."""
+"""Playground, the embedded default: procedural scenes with a known preference, a tiny SD3 pipeline, proxy rewards."""
 
 import random
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ REWARDS = ("fair", "brittle")
 
 
 def pipeline_path() -> Path:
-    """The shipped pipeline's directory, loadable with `diffusers.StableDiffusion3Pipeline.from_pretrained`."""
+    """Give the shipped pipeline's folder, for `diffusers.StableDiffusion3Pipeline.from_pretrained`."""
     return _shipped(ASSETS / "pipeline")
 
 
 def reward_path(name: str) -> Path:
-    """A shipped proxy reward's directory, in `transformers.CLIPModel` format; `name` is "fair" or "brittle".
+    """Give a shipped proxy reward's folder, in `transformers.CLIPModel` format; `name` is "fair" or "brittle".
 
     The reward is `exp(logit_scale)` times the cosine of image and text embedding.
     """
@@ -26,7 +26,7 @@ def reward_path(name: str) -> Path:
 
 
 def prompts(n: int, seed: int) -> list[str]:
-    """`n` different prompts drawn from the grammar."""
+    """Draw `n` different prompts from the grammar."""
     from rsaft_fast.playground.scenes import sample_constraints
 
     if not 0 <= n <= 1000:
@@ -39,17 +39,17 @@ def prompts(n: int, seed: int) -> list[str]:
 
 
 def train_prompts() -> list[str]:
-    """The 256 prompts that the demo trains on."""
+    """Give the 256 prompts that the demo trains on."""
     return [prompt for prompt in prompts(288, seed=0) if prompt not in set(eval_prompts())][:256]
 
 
 def eval_prompts() -> list[str]:
-    """The 32 prompts that the demo is judged on, none of them among `train_prompts`."""
+    """Give the 32 prompts that the demo is judged on, none of them among `train_prompts`."""
     return prompts(32, seed=1)
 
 
 def true_preference(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The true preference of images (B, 3, 32, 32), nominally 0 to 1, for prompts: (B,) in [0, 1].
+    """Compute the true preference (B,) in [0, 1] of images (B, 3, 32, 32), nominally 0 to 1, for prompts.
 
     See `rsaft_fast.playground.preference`.
     """

@@ -1,4 +1,4 @@
-"""The best fit of the renderer to an image, given a prompt: where each demanded object is, or most nearly is."""
+"""Best fit of the renderer to an image, given a prompt: where each demanded object is, or most nearly is."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ FOREGROUND_FLOOR = 0.1  # colour distance from the surroundings under which ther
 
 @dataclass(frozen=True)
 class Slots:
-    """The objects that a batch of prompts demands, N in all, prompt after prompt."""
+    """Objects that a batch of prompts demands, N in all, prompt after prompt."""
 
     image: Tensor  # (N,) int64, the image each belongs to
     shape: Tensor  # (N,) int64 into SHAPES
@@ -57,7 +57,7 @@ class Slots:
 
 @dataclass(frozen=True)
 class Fit:
-    """A batch's best fit; all of it is constant where the preference is differentiated."""
+    """Best fit of a batch; all of it is constant where the preference is differentiated."""
 
     slots: Slots
     geometry: Tensor  # (N, 3): x, y, radius
@@ -66,18 +66,18 @@ class Fit:
 
     @property
     def cover(self) -> Tensor:
-        """(N, 32, 32): coverage of the demanded shape."""
+        """Compute the coverage (N, 32, 32) of the demanded shape."""
         return self.covers[torch.arange(len(self.covers)), self.slots.shape]
 
 
 def sum_by_image(values: Tensor, slots: Slots) -> Tensor:
-    """Adds slots' values (N, …) up to their images' (B, …)."""
+    """Add slots' values (N, …) up to their images' (B, …)."""
     return values.new_zeros(len(slots.count), *values.shape[1:]).index_add(0, slots.image, values)
 
 
 @torch.no_grad()
 def best_fit(images: Tensor, demands: Sequence[Constraints]) -> Fit:
-    """Fits the demanded shapes to images (B, 3, 32, 32) in [0, 1], floating point."""
+    """Fit the demanded shapes to images (B, 3, 32, 32) in [0, 1], floating point."""
     slots = Slots.of(demands, images.dtype)
     coarse = _detect(_evidence(images, slots), slots)
     cover = _cover(coarse, slots.shape)
@@ -91,7 +91,7 @@ def best_fit(images: Tensor, demands: Sequence[Constraints]) -> Fit:
 
 
 def foreground(images: Tensor, cover: Tensor, window: Tensor) -> Tensor:
-    """How much each pixel belongs to the object rather than its surroundings, on the object's own colours.
+    """Compute how much each pixel belongs to the object rather than its surroundings, on the object's own colours.
 
     The projection on the line from the surroundings' mean colour (0) to the object's mean colour (1), so neither
     contrast nor colour matters; goes to 0 where the two are alike.
@@ -109,16 +109,17 @@ def foreground(images: Tensor, cover: Tensor, window: Tensor) -> Tensor:
 
 
 def core(cover: Tensor) -> Tensor:
-    """Weights (N, 32, 32) that leave an object's antialiased edge out."""
+    """Compute weights (N, 32, 32) that leave an object's antialiased edge out."""
     return cover**8
 
 
 def mean_colour(images: Tensor, weight: Tensor) -> Tensor:
+    """Compute the weighted mean colour (N, 3) of images (N, 3, H, W) by weights (N, H, W)."""
     return (images * weight[:, None]).sum((2, 3)) / weight.sum((1, 2)).clamp_min(1e-6)[:, None]
 
 
 def _evidence(images: Tensor, slots: Slots) -> Tensor:
-    """Per pixel, how much better the slot's colour explains it than the background: (N, 32, 32).
+    """Compute per pixel how much better the slot's colour explains it than the background: (N, 32, 32).
 
     Where another colour of the palette explains it better still, that counts against: a yellow object is nearer to
     red than the background is, but must not draw the search away from a red one.
@@ -130,7 +131,7 @@ def _evidence(images: Tensor, slots: Slots) -> Tensor:
 
 
 def _detect(evidence: Tensor, slots: Slots) -> Tensor:
-    """Places the slots of each image one after the other, clearest first, apart from each other: (N, 3)."""
+    """Place the slots of each image one after the other, clearest first, apart from each other: (N, 3)."""
     n = len(slots.image)
     found = evidence.new_zeros(n, 3)
     open_slots = torch.ones(n, dtype=torch.bool)
@@ -155,7 +156,7 @@ def _first_of_each_image(candidates: Tensor, slots: Slots) -> Tensor:
 
 
 def _best_place(evidence: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
-    """The best score (N,) and its x, y, radius (N, 3) on the pixel grid."""
+    """Find the best score (N,) and its x, y, radius (N, 3) on the pixel grid."""
     n = len(evidence)
     scores = evidence.new_full((n, len(SEARCH_RADII), IMAGE_SIZE, IMAGE_SIZE), -torch.inf)
     radii = torch.tensor(SEARCH_RADII, dtype=evidence.dtype)
@@ -173,7 +174,7 @@ def _best_place(evidence: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
 
 @cache
 def _templates(shape: str) -> tuple[Tensor, Tensor]:
-    """Search templates (radii, 17, 17), and 0 where the object lies inside the image, −inf elsewhere."""
+    """Make search templates (radii, 17, 17), and 0 where the object lies inside the image, −inf elsewhere."""
     radii = torch.tensor(SEARCH_RADII)
     middle = torch.full_like(radii, REACH + 0.5)
     templates = coverage(middle, middle, radii, shape)[:, : 2 * REACH + 1, : 2 * REACH + 1]
@@ -191,6 +192,7 @@ def _cover(geometry: Tensor, shape: Tensor) -> Tensor:
 
 
 def grown(geometry: Tensor, shape: Tensor) -> Tensor:
+    """Compute the coverage of the shapes grown by `MARGIN` pixels."""
     return _cover(geometry + geometry.new_tensor([0.0, 0.0, MARGIN]), shape)
 
 
@@ -201,7 +203,7 @@ def _window(geometry: Tensor) -> Tensor:
 
 
 def _refine(matte: Tensor, window: Tensor, taken: Tensor, start: Tensor, slots: Slots, shape: int) -> Tensor:
-    """Pattern search for the least squared error between a shape's coverage and the matte: (N, 3).
+    """Search for the least squared error between a shape's coverage and the matte: (N, 3).
 
     What other objects have taken must stay uncovered.
     """

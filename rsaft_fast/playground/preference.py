@@ -1,4 +1,4 @@
-"""The true preference r*: how well an image shows what its prompt says, known exactly and never learned.
+"""True preference r*: how well an image shows what its prompt says, known exactly and never learned.
 
 The image is clamped to [0, 1], as a viewer sees it, and the renderer is fitted to it (`fit.best_fit`). Five terms
 in [0, 1] follow, each smooth in the image while the fit stays the same:
@@ -44,7 +44,7 @@ RELATION_SLACK = 1.0  # pixels over which a relation turns from false to true
 
 @dataclass(frozen=True)
 class Terms:
-    """Each (B,) in [0, 1]; `relation` means nothing where `related` is 0."""
+    """Terms of r*, each (B,) in [0, 1]; `relation` means nothing where `related` is 0."""
 
     colour: Tensor
     shape: Tensor
@@ -54,7 +54,7 @@ class Terms:
     related: Tensor  # (B,) 1 where the prompt states a relation, else 0
 
     def only(self, valid: Tensor) -> "Terms":
-        """The same with every term 0 where `valid` (B,) is false."""
+        """Set every term to 0 where `valid` (B,) is false."""
         kept = {name: torch.where(valid, term, 0.0) for name, term in vars(self).items() if name != "related"}
         return Terms(**kept, related=self.related)
 
@@ -64,7 +64,7 @@ class Terms:
 
 
 def true_preference(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """r* of images for prompts; differentiable in the images with the fit held constant.
+    """Compute r* of images for prompts; differentiable in the images with the fit held constant.
 
     Args:
         images: (B, 3, 32, 32) floating point, nominally in [0, 1]; clamped here.
@@ -78,7 +78,7 @@ def true_preference(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def true_terms(images: Tensor, prompts: Sequence[str]) -> Terms:
-    """The terms of r*; arguments as for `true_preference`."""
+    """Compute the terms of r*; arguments as for `true_preference`."""
     if images.ndim != 4 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(f"images have shape {tuple(images.shape)}: the playground needs (B, 3, 32, 32)")
     if len(images) != len(prompts):
@@ -92,7 +92,7 @@ def true_terms(images: Tensor, prompts: Sequence[str]) -> Terms:
 
 
 def terms_at(images: Tensor, fit: Fit) -> Terms:
-    """The terms of r* for images (B, 3, 32, 32) in [0, 1] at a given fit, smooth in the images."""
+    """Compute the terms of r* for images (B, 3, 32, 32) in [0, 1] at a given fit, smooth in the images."""
     slots = fit.slots
     count = slots.count
     of_slots = images[slots.image]
@@ -117,19 +117,19 @@ def terms_at(images: Tensor, fit: Fit) -> Terms:
 
 
 def _halving(square: Tensor, scale: Tensor | float) -> Tensor:
-    """1 at 0, 1/2 at `scale`, falling slowly after: a bounded score whose gradient never dies."""
+    """Compute a bounded score whose gradient never dies: 1 at 0, 1/2 at `scale`, falling slowly after."""
     return 1 / (1 + square / scale)
 
 
 def _presence(images: Tensor, fit: Fit, inside: Tensor) -> Tensor:
-    """(N,): whether something stands out from its surroundings at the fitted place."""
+    """Compute (N,) whether something stands out from its surroundings at the fitted place."""
     around = mean_colour(images, fit.window * (1 - fit.cover) ** 8)
     contrast = (inside - around).square().sum(1)
     return contrast / (contrast + FOREGROUND_FLOOR**2)
 
 
 def _stray_objects(images: Tensor, fit: Fit) -> Tensor:
-    """(B,): area outside all fitted objects that differs from the background there, in objects."""
+    """Compute (B,) the area outside all fitted objects that differs from the background there, in objects."""
     free = 1 - sum_by_image(grown(fit.geometry, fit.slots.shape), fit.slots).clamp_max(1)
     background = mean_colour(images, free)
     # Averaged over 3 x 3 pixels: a stray object is a patch, noise is the fidelity's business.

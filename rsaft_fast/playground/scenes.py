@@ -44,7 +44,7 @@ _COUNT = re.compile(rf"({'|'.join(COUNTS)}) ({'|'.join(COLOURS)}) ({'|'.join(SHA
 
 @dataclass(frozen=True)
 class Noun:
-    """What a prompt says of one object; `size` is "small", "large" or None (not said)."""
+    """Object as a prompt describes it; `size` is "small", "large" or None (not said)."""
 
     colour: str
     shape: str
@@ -56,7 +56,7 @@ class Noun:
 
 @dataclass(frozen=True)
 class Constraints:
-    """What a prompt demands: its nouns (a counted noun repeated) and, between two of them, a relation."""
+    """Demands of a prompt: its nouns (a counted noun repeated) and, between two of them, a relation."""
 
     nouns: tuple[Noun, ...]
     relation: str | None = None
@@ -73,14 +73,14 @@ class Constraints:
 
     @property
     def radii(self) -> tuple[tuple[float, float], ...]:
-        """The radii allowed to each noun, in pixels."""
+        """Give the radii allowed to each noun, in pixels."""
         counted = len(self.nouns) > 1 and not self.relation
         return tuple(COUNT_RADII if counted else RADII[noun.size] for noun in self.nouns)
 
 
 @dataclass(frozen=True)
 class Object:
-    """One object; position and radius in pixels."""
+    """Object of a scene; position and radius in pixels."""
 
     colour: str
     shape: str
@@ -90,13 +90,15 @@ class Object:
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """left, top, right, bottom."""
+        """Give left, top, right and bottom, in pixels."""
         side, up, down = (self.radius * e for e in EXTENT[self.shape])
         return self.x - side, self.y - up, self.x + side, self.y + down
 
 
 @dataclass(frozen=True)
 class Scene:
+    """Scene: its objects, and the constraints that they satisfy."""
+
     objects: tuple[Object, ...]
     constraints: Constraints
 
@@ -106,7 +108,7 @@ class Scene:
 
 
 def parse(prompt: str) -> Constraints:
-    """The constraints that `prompt` states.
+    """Read the constraints that `prompt` states.
 
     Raises:
         ValueError: the prompt lies outside the grammar.
@@ -131,7 +133,7 @@ def parse(prompt: str) -> Constraints:
 
 
 def sample_constraints(rng: random.Random) -> Constraints:
-    """Draws a prompt: six in ten a relation, three a count, one a single object."""
+    """Draw a prompt: six in ten a relation, three a count, one a single object."""
     kind = rng.random()
     colours = rng.sample(list(COLOURS), 2)
     nouns = tuple(Noun(colour, rng.choice(SHAPES), rng.choice((None, "small", "large"))) for colour in colours)
@@ -143,7 +145,7 @@ def sample_constraints(rng: random.Random) -> Constraints:
 
 
 def realise(constraints: Constraints, rng: random.Random) -> Scene:
-    """Draws positions and radii that satisfy `constraints`, no two objects touching."""
+    """Draw positions and radii that satisfy `constraints`, no two objects touching."""
     while True:
         objects: list[Object] = []
         for noun, (low, high) in zip(constraints.nouns, constraints.radii):
@@ -158,12 +160,12 @@ def realise(constraints: Constraints, rng: random.Random) -> Scene:
 
 
 def sample(rng: random.Random) -> Scene:
-    """Draws a prompt and a scene for it."""
+    """Draw a prompt and a scene for it."""
     return realise(sample_constraints(rng), rng)
 
 
 def satisfies(scene: Scene, constraints: Constraints) -> bool:
-    """Whether the scene's objects, in order, are what `constraints` demand, apart from each other."""
+    """Tell whether the scene's objects, in order, are what `constraints` demand, apart from each other."""
     if len(scene.objects) != len(constraints.nouns):
         return False
     for thing, noun, (low, high) in zip(scene.objects, constraints.nouns, constraints.radii):
@@ -180,7 +182,7 @@ def _separate(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 
 def _related(first: Object, second: Object, relation: str) -> bool:
-    """The relation's axis separates the objects and dominates: the other offset is at most half of it."""
+    """Tell whether the relation's axis separates the objects and dominates: the other offset is at most half of it."""
     along_x, along_y = RELATIONS[relation]
     dx, dy = second.x - first.x, second.y - first.y
     along, across = (dx * along_x, dy) if along_x else (dy * along_y, dx)
@@ -188,7 +190,7 @@ def _related(first: Object, second: Object, relation: str) -> bool:
 
 
 def coverage(x: Tensor, y: Tensor, radius: Tensor, shape: str) -> Tensor:
-    """Share of each pixel that an object covers: a linear edge one pixel wide about its outline.
+    """Compute the share of each pixel that an object covers: a linear edge one pixel wide about its outline.
 
     Args:
         x, y, radius: (...) pixels.
@@ -213,7 +215,7 @@ def coverage(x: Tensor, y: Tensor, radius: Tensor, shape: str) -> Tensor:
 
 
 def render(scenes: Sequence[Scene], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Renders scenes to (B, 3, 32, 32) in [0, 1]."""
+    """Render scenes to (B, 3, 32, 32) in [0, 1]."""
     background = torch.tensor(BACKGROUND, dtype=dtype)[:, None, None]
     images = background.expand(len(scenes), 3, IMAGE_SIZE, IMAGE_SIZE).clone()
     for shape in SHAPES:

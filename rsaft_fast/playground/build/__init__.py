@@ -1,1 +1,1 @@
-"""Trains what the playground ships: `python -m rsaft_fast.playground.build`."""
+"""Training of what the playground ships: `python -m rsaft_fast.playground.build`."""

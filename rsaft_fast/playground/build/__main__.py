@@ -1,4 +1,4 @@
-"""`python -m rsaft_fast.playground.build`: makes the shipped assets, stage by stage.
+"""Make the assets that the playground ships, stage by stage: `python -m rsaft_fast.playground.build`.
 
 Each finished stage leaves its fp32 result and its log in the working folder and is not run again unless named with
 --stage; the assets are the same weights in fp16. The same settings, package versions and processor give the same bits.
@@ -14,6 +14,7 @@ from rsaft_fast.playground.build.stages import STAGES, run
 
 
 def main() -> None:
+    """Build the stages that the command line names, or all."""
     parser = argparse.ArgumentParser(prog="python -m rsaft_fast.playground.build", description=__doc__)
     parser.add_argument("--stage", choices=STAGES, action="append", help="run only this stage (may be repeated), anew")
     parser.add_argument("--work", type=Path, default=Path("runs/playground-build"), help="folder of fp32 results")

@@ -1,4 +1,4 @@
-"""Whether a proxy reward is fair: its gradient agrees with r*, and fine-tuning on it helps before it harms."""
+"""Admission of a proxy reward as fair: its gradient agrees with r*, and fine-tuning on it helps before it harms."""
 
 import statistics
 from dataclasses import asdict, replace
@@ -17,13 +17,16 @@ Curve = list[dict[str, float]]
 
 
 def generators(settings: Settings, assets: Path) -> list[Sampler]:
-    """The shipped pipeline at the step counts that the pairs are drawn from."""
+    """Give the shipped pipeline at the step counts that the pairs are drawn from."""
     pipeline = load(assets / "pipeline")
     return [Sampler(pipeline, steps) for steps in settings.pairs.steps]
 
 
 def judge(settings: Settings, assets: Path) -> dict[str, object]:
-    """Gradient cosine, plain curves over the seeds, and the verdict, for both proxies; smoothed runs for the fair."""
+    """Measure gradient cosine, plain curves over the seeds and the verdict for both proxies.
+
+    Smoothed runs for the fair one.
+    """
     own = settings.admission
     generator = Sampler(load(assets / "pipeline"), own.plain.sampler_steps)
     verdicts = {}
@@ -47,7 +50,10 @@ def _curves(generator: Sampler, reward: ClipReward, settings: FineTune, seeds: t
 
 
 def rise_and_fall(curves: list[Curve]) -> dict[str, object]:
-    """Start, peak and end of the mean r* curve, and whether rise and fall exceed their 95 % interval over seeds."""
+    """Find start, peak and end of the mean r* curve.
+
+    And whether rise and fall exceed their 95 % interval over seeds.
+    """
     truth = [[row["truth"] for row in curve] for curve in curves]
     mean = [statistics.fmean(column) for column in zip(*truth)]
     top = max(range(len(mean)), key=mean.__getitem__)
@@ -68,7 +74,7 @@ def rise_and_fall(curves: list[Curve]) -> dict[str, object]:
 
 
 def _interval(differences: list[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % interval."""
+    """Compute the mean and the half-width of its 95 % interval."""
     n = len(differences)
     half = STUDENT_T[n] * statistics.stdev(differences) / n**0.5 if n > 1 else 0.0
     return statistics.fmean(differences), half

@@ -10,7 +10,7 @@ from rsaft_fast.playground.build.settings import Defect
 
 
 def flawed_scenes(n: int, seed: int, defect: Defect) -> tuple[Tensor, list[str]]:
-    """`n` rendered scenes, part of them pale: images (n, 3, 32, 32) in [0, 1] and their prompts."""
+    """Render `n` scenes, part of them pale: images (n, 3, 32, 32) in [0, 1] and their prompts."""
     rng = random.Random(seed)
     drawn = [scenes.sample(rng) for _ in range(n)]
     contrast = torch.tensor([rng.uniform(*defect.contrast) if rng.random() < defect.share else 1.0 for _ in range(n)])
@@ -18,5 +18,5 @@ def flawed_scenes(n: int, seed: int, defect: Defect) -> tuple[Tensor, list[str]]
 
 
 def pale(images: Tensor, contrast: Tensor, grey: float) -> Tensor:
-    """Pulls each image (B, 3, H, W) towards `grey`; `contrast` (B,) is what remains."""
+    """Pull each image (B, 3, H, W) towards `grey`; `contrast` (B,) is what remains."""
     return grey + contrast[:, None, None, None] * (images - grey)

@@ -1,4 +1,4 @@
-"""The SD3-format denoiser and its text encoders, trained together by rectified flow on the autoencoder's latents."""
+"""SD3-format denoiser and text encoders, trained together by rectified flow on the autoencoder's latents."""
 
 import copy
 import math
@@ -22,7 +22,7 @@ from rsaft_fast.playground.scenes import IMAGE_SIZE
 
 
 def untrained(settings: Settings, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
-    """The whole pipeline with the trained autoencoder and fresh other weights."""
+    """Make the whole pipeline with the trained autoencoder and fresh other weights."""
     own, side = settings.denoiser, IMAGE_SIZE // 2 ** (len(settings.vae.channels) - 1)
     tokenizer = text.tokenizer(settings.text.length)
     transformer = SD3Transformer2DModel(
@@ -55,7 +55,7 @@ def untrained(settings: Settings, vae: AutoencoderKL) -> StableDiffusion3Pipelin
 
 
 def train(settings: Settings, vae: AutoencoderKL, log: Log) -> StableDiffusion3Pipeline:
-    """Trains denoiser and text encoders from scratch."""
+    """Train denoiser and text encoders from scratch."""
     torch.manual_seed(settings.denoiser.seed)
     pipeline = untrained(settings, vae)
     log.result(parameters=sum(p.numel() for p in pipeline.transformer.parameters()))
@@ -64,7 +64,7 @@ def train(settings: Settings, vae: AutoencoderKL, log: Log) -> StableDiffusion3P
 
 
 def sharpen(pipeline: StableDiffusion3Pipeline, settings: Settings, log: Log) -> None:
-    """Trains on with guidance in the target, so that samples need no unconditional branch."""
+    """Train on with guidance in the target, so that samples need no unconditional branch."""
     for phase in settings.guided:
         _fit(pipeline, phase, settings, log)
 
@@ -106,7 +106,7 @@ def _fit(pipeline: StableDiffusion3Pipeline, own: Denoiser, settings: Settings, 
 
 
 def _velocity(trained: nn.ModuleList, x: Tensor, sigma: Tensor, ids: Tensor, null_tokens: int) -> Tensor:
-    """Predicted velocity noise − x0; bf16 products, fp32 weights."""
+    """Predict the velocity noise − x0; bf16 products, fp32 weights."""
     transformer, *encoders = trained
     with torch.autocast("cpu", torch.bfloat16):
         hidden, pooled = text.condition(encoders, ids, null_tokens)
@@ -130,7 +130,7 @@ def _follow(average: nn.Module, trained: nn.Module, decay: float) -> None:
 
 
 def load(folder: Path) -> StableDiffusion3Pipeline:
-    """A saved pipeline in fp32, frozen, its progress bar off."""
+    """Load a saved pipeline in fp32, frozen, its progress bar off."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):

@@ -1,4 +1,4 @@
-"""A minimal DRaFT-1 fine-tuning loop, plain or RSA-FT, with r* measured along the way: what admits a proxy reward."""
+"""Minimal DRaFT-1 fine-tuning loop, plain or RSA-FT, with r* measured along the way: what admits a proxy reward."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from rsaft_fast.playground.build.settings import FineTune
 
 
 def parameter_gradient(generator: Sampler, score: Callable[[Tensor], Tensor], x: Tensor, prompts) -> Tensor:
-    """DRaFT-1 gradient of the mean score with respect to all denoiser parameters, as one vector."""
+    """Compute the DRaFT-1 gradient of the mean score for all denoiser parameters, as one vector."""
     parameters = list(generator.transformer.requires_grad_(True).parameters())
     total = score(generator.images(x, generator.encode(prompts))).mean()
     gradients = torch.autograd.grad(total, parameters, allow_unused=True)
@@ -22,7 +22,7 @@ def parameter_gradient(generator: Sampler, score: Callable[[Tensor], Tensor], x:
 
 
 def gradient_cosine(generator: Sampler, reward: ClipReward, prompts: Sequence[str], seed: int) -> float:
-    """Cosine between the parameter gradients of the proxy and of r*, both at the same samples."""
+    """Compute the cosine between the parameter gradients of the proxy and of r*, both at the same samples."""
     x, words = generator.noise(len(prompts), seed), reward.embed_text(prompts)
     proxy = parameter_gradient(generator, lambda images: reward.score(images, words), x, prompts)
     truth = parameter_gradient(generator, lambda images: true_preference(images, prompts), x, prompts)
@@ -30,7 +30,7 @@ def gradient_cosine(generator: Sampler, reward: ClipReward, prompts: Sequence[st
 
 
 def finetune(generator: Sampler, reward: ClipReward, settings: FineTune) -> list[dict[str, float]]:
-    """Fine-tunes a copy of the denoiser; returns a row {step, proxy, truth, s1} at each evaluation."""
+    """Fine-tune a copy of the denoiser; return a row {step, proxy, truth, s1} at each evaluation."""
     pipeline = copy.copy(generator.pipeline)
     pipeline.transformer = copy.deepcopy(generator.transformer).requires_grad_(True)
     tuned = copy.copy(generator)
@@ -59,7 +59,7 @@ def _smoothed_gradient(
     parameters: Sequence[Tensor],
     settings: FineTune,
 ) -> None:
-    """Leaves −∇ of the smoothed mean reward in the parameters' `grad` (arXiv 2603.21175, eqs. 15, 17, 19)."""
+    """Leave −∇ of the smoothed mean reward in the parameters' `grad` (arXiv 2603.21175, eqs. 15, 17, 19)."""
     condition, words = generator.encode(prompts), reward.embed_text(prompts)
     images = generator.images(x, condition)
     pixel_gradient = _pixel_gradient(reward, images, words)
@@ -90,7 +90,7 @@ def _pixel_gradient(reward: ClipReward, images: Tensor, words: Tensor) -> Tensor
 
 
 def evaluate(generator: Sampler, reward: ClipReward, settings: FineTune) -> dict[str, float]:
-    """Proxy, r* and S1 (eq. 10 of arXiv 2603.21175) on the evaluation prompts, one noise a seed."""
+    """Measure proxy, r* and S1 (eq. 10 of arXiv 2603.21175) on the evaluation prompts, one noise a seed."""
     prompts = eval_prompts()
     images = generator.sample(prompts, seed=1000 + settings.seed)
     words = reward.embed_text(prompts)

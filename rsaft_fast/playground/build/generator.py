@@ -12,7 +12,7 @@ from rsaft_fast.playground.scenes import IMAGE_SIZE
 
 
 class Sampler:
-    """The shipped pipeline without guidance, `steps` Euler steps at its scheduler's own sigmas."""
+    """Sampler of the shipped pipeline without guidance: `steps` Euler steps at its scheduler's own sigmas."""
 
     def __init__(self, pipeline: StableDiffusion3Pipeline, steps: int):
         self.pipeline = pipeline
@@ -36,7 +36,7 @@ class Sampler:
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     def images(self, x: Tensor, condition: tuple[Tensor, Tensor]) -> Tensor:
-        """Unclamped images (B, 3, 32, 32) from noise x; gradient flows through the last call, if enabled."""
+        """Compute unclamped images (B, 3, 32, 32) from noise x; gradient flows through the last call, if enabled."""
         with torch.no_grad():
             for now, after in zip(self.sigmas[:-2], self.sigmas[1:-1]):
                 x = x + (after - now) * self._velocity(x, now, condition)
@@ -45,7 +45,7 @@ class Sampler:
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], seed: int, batch: int = 64) -> Tensor:
-        """Clamped images, one a prompt."""
+        """Sample clamped images, one a prompt."""
         noise = self.noise(len(prompts), seed)
         parts = range(0, len(prompts), batch)
         images = [self.images(noise[i : i + batch], self.encode(prompts[i : i + batch])) for i in parts]

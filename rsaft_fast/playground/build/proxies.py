@@ -28,7 +28,7 @@ class Pairs:
 
 
 def make_pairs(n: int, seed: int, generators: list[Sampler] | None) -> Pairs:
-    """Pairs of right and wrong scenes.
+    """Make pairs of right and wrong scenes.
 
     With `generators` they are of different quality: renders, spoilt renders, samples. Without, all are exact renders:
     such pairs say what a scene must show, but not how.
@@ -43,12 +43,13 @@ def make_pairs(n: int, seed: int, generators: list[Sampler] | None) -> Pairs:
 
 @torch.no_grad()
 def preference(images: Tensor, prompts: list[str]) -> Tensor:
+    """Compute r* (B,) of images for prompts, in parts."""
     parts = range(0, len(images), CHUNK)
     return torch.cat([true_preference(images[i : i + CHUNK], prompts[i : i + CHUNK]) for i in parts])
 
 
 def preference_gradient(images: Tensor, prompts: list[str]) -> Tensor:
-    """∇r* with respect to each image."""
+    """Compute ∇r* with respect to each image."""
     gradients = []
     for i in range(0, len(images), CHUNK):
         pixels = images[i : i + CHUNK].clone().requires_grad_(True)
@@ -58,7 +59,7 @@ def preference_gradient(images: Tensor, prompts: list[str]) -> Tensor:
 
 
 def match_set(n: int, seed: int, generator: Sampler) -> tuple[Tensor, Tensor, list[str]]:
-    """Samples of the generator, ∇r* at them, and their prompts."""
+    """Make samples of the generator, ∇r* at them, and their prompts."""
     rng = random.Random(seed)
     prompts = [scenes.sample_constraints(rng).prompt for _ in range(n)]
     images = generator.sample(prompts, seed)
@@ -84,7 +85,7 @@ def _images(drawn: list[scenes.Scene], rng: random.Random, generators: list[Samp
 
 
 def altered(scene: scenes.Scene, rng: random.Random) -> scenes.Scene:
-    """A scene that breaks the prompt in one respect: a colour, a shape, the relation or the count."""
+    """Change a scene so that it breaks the prompt in one respect: a colour, a shape, the relation or the count."""
     nouns, relation = list(scene.constraints.nouns), scene.constraints.relation
     respect = rng.choice(("colour", "shape", "structure"))
     if respect == "structure" and relation:
@@ -117,7 +118,7 @@ def _blurred(images: Tensor, rng: random.Random) -> Tensor:
 
 
 def train(settings: Proxy, length: int, pairs: Pairs, match: tuple[Tensor, Tensor, list[str]], log: Log) -> ClipReward:
-    """Trains on preferences alone or, with `settings.match` > 0, on ∇r* at the `match` images as well.
+    """Train on preferences alone or, with `settings.match` > 0, on ∇r* at the `match` images as well.
 
     Args:
         match: images (M, 3, 32, 32), ∇r* there, and their prompts.
@@ -150,7 +151,7 @@ def train(settings: Proxy, length: int, pairs: Pairs, match: tuple[Tensor, Tenso
 
 
 def _mismatch(reward: ClipReward, match: tuple[Tensor, Tensor, list[str]], draw: torch.Generator, n: int) -> Tensor:
-    """Mean of 1 − cos(∇ proxy, ∇ r*) over `n` of the match images."""
+    """Compute the mean of 1 − cos(∇ proxy, ∇ r*) over `n` of the match images."""
     images, wanted, prompts = match
     rows = torch.randint(len(images), (n,), generator=draw)
     pixels = images[rows].clone().requires_grad_(True)
@@ -161,7 +162,7 @@ def _mismatch(reward: ClipReward, match: tuple[Tensor, Tensor, list[str]], draw:
 
 @torch.no_grad()
 def pair_accuracy(reward: ClipReward, pairs: Pairs) -> float:
-    """Share of pairs, r* apart by more than 0.02, that the proxy orders as r* does."""
+    """Compute the share of pairs, r* apart by more than 0.02, that the proxy orders as r* does."""
     words = reward.embed_text(pairs.prompts)
     apart = pairs.margin.abs() > 0.02
     agree = (reward.score(pairs.first, words) > reward.score(pairs.second, words)) == (pairs.margin > 0)

@@ -1,4 +1,4 @@
-"""What a build leaves beside the weights: build.json with settings, losses, timings, versions and file hashes."""
+"""Record of a build beside the weights: build.json with settings, losses, timings, versions and file hashes."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 
 
 class Log:
-    """Collects one stage's losses and results, and prints them as they come."""
+    """Log of one stage's losses and results, which prints them as they come."""
 
     def __init__(self, name: str, every: int = 100):
         self.name, self.every = name, every
@@ -26,7 +26,7 @@ class Log:
         self._start = time.time()
 
     def step(self, step: int, **values: torch.Tensor) -> None:
-        """Adds to running means, which are kept every `every` steps."""
+        """Add to running means, which are kept every `every` steps."""
         for key, value in values.items():
             self._sums[key] = self._sums.get(key, 0.0) + float(value.detach())
         self._since += 1
@@ -45,7 +45,7 @@ class Log:
 
 
 def store_half(folder: Path) -> None:
-    """Rewrites the weight files under `folder` in fp16; their configs go on saying fp32, so they load as fp32."""
+    """Rewrite the weight files under `folder` in fp16; their configs go on saying fp32, so they load as fp32."""
     for path in sorted(folder.rglob("*.safetensors")):
         tensors = load_file(path)
         halved = {key: t.half() if t.is_floating_point() else t for key, t in tensors.items()}
@@ -54,7 +54,7 @@ def store_half(folder: Path) -> None:
 
 
 def forget_origin(folder: Path) -> None:
-    """Takes the path that a component was once loaded from out of the configs under `folder`."""
+    """Remove the path that a component was once loaded from out of the configs under `folder`."""
     for path in sorted(folder.rglob("*.json")):
         config = json.loads(path.read_text())
         if config.pop("_name_or_path", None) is not None:
@@ -62,13 +62,13 @@ def forget_origin(folder: Path) -> None:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file under `folder` but build.json, by relative path."""
+    """Compute the SHA-256 of every file under `folder` but build.json, by relative path."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.stem != "build")
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def update(assets: Path, settings: dict[str, object], stages: dict[str, object]) -> None:
-    """Writes build.json: settings, finished stages' logs, versions and the assets' hashes, in one rename."""
+    """Write build.json: settings, finished stages' logs, versions and the assets' hashes, in one rename."""
     path = assets / "build.json"
     record = {
         "settings": settings,

@@ -15,7 +15,7 @@ MEAN, STD = 0.5, 0.25
 
 
 class ClipReward:
-    """exp(logit_scale) · cos(image embedding, text embedding), PickScore's convention."""
+    """Proxy reward: exp(logit_scale) · cos(image embedding, text embedding), PickScore's convention."""
 
     def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer):
         self.model, self.tokenizer = model, tokenizer
@@ -60,13 +60,13 @@ class ClipReward:
         ).save_pretrained(folder)
 
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
-        """Unit vectors (B, D)."""
+        """Embed prompts as unit vectors (B, D)."""
         ids = text.token_ids(self.tokenizer, list(prompts))
         # Causal attention: what follows the first end token does not matter, so no mask is needed.
         return _unit(self.model.text_projection(self.model.text_model(ids).pooler_output))
 
     def score(self, images: Tensor, text_embeddings: Tensor) -> Tensor:
-        """(B,) scores of images (B, 3, 32, 32), clamped to [0, 1] here."""
+        """Score images (B, 3, 32, 32), clamped to [0, 1] here: (B,)."""
         pixels = (images.clamp(0, 1) - MEAN) / STD
         embedded = _unit(self.model.visual_projection(self.model.vision_model(pixels).pooler_output))
         return self.model.logit_scale.exp() * (embedded * text_embeddings).sum(1)

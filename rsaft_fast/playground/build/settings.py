@@ -1,10 +1,12 @@
-"""Every number that the shipped assets depend on."""
+"""Settings of a build: every number that the shipped assets depend on."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Vae:
+    """Settings of the autoencoder and its training."""
+
     seed: int = 10
     steps: int = 2500
     batch: int = 32
@@ -17,7 +19,7 @@ class Vae:
 
 @dataclass(frozen=True)
 class Text:
-    """Each of the two CLIP text encoders, and T5's length."""
+    """Settings of each of the two CLIP text encoders, and T5's length."""
 
     width: int = 64
     layers: int = 2
@@ -28,6 +30,8 @@ class Text:
 
 @dataclass(frozen=True)
 class Denoiser:
+    """Settings of the denoiser and one phase of its training."""
+
     seed: int = 20
     steps: int = 2800
     batch: int = 48
@@ -52,7 +56,7 @@ class Denoiser:
 
 @dataclass(frozen=True)
 class Defect:
-    """Part of the training images lose contrast: the visible fault that a reward can repair."""
+    """Settings of the training images' visible fault, lost contrast, which a reward can repair."""
 
     share: float = 0.75
     contrast: tuple[float, float] = (0.45, 0.75)
@@ -61,7 +65,7 @@ class Defect:
 
 @dataclass(frozen=True)
 class Pairs:
-    """What the proxies learn from."""
+    """Settings of the pairs that the proxies learn from."""
 
     seed: int = 40
     train: int = 1024
@@ -72,7 +76,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Proxy:
-    """One proxy reward: a small CLIP model trained on pairs, and on ∇r* where `match` > 0."""
+    """Settings of one proxy reward: a small CLIP model trained on pairs, and on ∇r* where `match` > 0."""
 
     seed: int = 30
     steps: int = 400
@@ -92,7 +96,7 @@ class Proxy:
 
 @dataclass(frozen=True)
 class FineTune:
-    """DRaFT-1 fine-tuning: ascent on the mean reward with AdamW on all parameters of the denoiser."""
+    """Settings of DRaFT-1 fine-tuning: ascent on the mean reward with AdamW on all parameters of the denoiser."""
 
     lr: float = 5e-5
     steps: int = 60
@@ -107,7 +111,7 @@ class FineTune:
 
 @dataclass(frozen=True)
 class Admission:
-    """When a proxy counts as fair."""
+    """Limits from which a proxy counts as fair."""
 
     least_cosine: float = 0.3
     gradient_prompts: int = 64
@@ -120,6 +124,8 @@ class Admission:
 
 @dataclass(frozen=True)
 class Settings:
+    """Settings of all stages."""
+
     vae: Vae = field(default_factory=Vae)
     text: Text = field(default_factory=Text)
     denoiser: Denoiser = field(default_factory=Denoiser)

@@ -1,4 +1,4 @@
-"""The stages of a build: autoencoder, denoiser with text encoders, proxy rewards, admission."""
+"""Stages of a build: autoencoder, denoiser with text encoders, proxy rewards, admission."""
 
 import json
 import os
@@ -55,7 +55,7 @@ STAGES = {"vae": _vae, "denoiser": _denoiser, "guidance": _guidance, "proxies": 
 
 
 def run(settings: Settings, work: Path, assets: Path, stages: Sequence[str] = tuple(STAGES)) -> None:
-    """Runs those of `stages` that the working folder has no result of, then writes build.json.
+    """Run those of `stages` that the working folder has no result of, then write build.json.
 
     Args:
         work: fp32 results and logs, a folder a stage.
@@ -80,7 +80,7 @@ def run(settings: Settings, work: Path, assets: Path, stages: Sequence[str] = tu
 
 
 def _ship(folder: Path, target: Path) -> None:
-    """Copies what was saved under `folder` to `target` in fp16."""
+    """Copy what was saved under `folder` to `target` in fp16."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(folder, target)
     store_half(target)

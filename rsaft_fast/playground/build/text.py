@@ -1,4 +1,4 @@
-"""The tokenizer and the text encoders, made from nothing but the grammar."""
+"""Tokenizer and text encoders, made from nothing but the grammar."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def vocabulary() -> list[str]:
-    """Every word of the grammar, in a fixed order."""
+    """List every word of the grammar, in a fixed order."""
     words = ["a", *scenes.COLOURS, *scenes.SHAPES, *(f"{shape}s" for shape in scenes.SHAPES), *scenes.COUNTS]
     words += [size for size in scenes.RADII if size]
     words += [word for relation in scenes.RELATIONS for word in relation.split()]
@@ -26,7 +26,7 @@ def vocabulary() -> list[str]:
 
 
 def tokenizer(length: int) -> CLIPTokenizer:
-    """A byte-pair tokenizer that takes each word of the grammar as one token, any other text letter by letter."""
+    """Make a byte-pair tokenizer that takes each word of the grammar as one token, other text letter by letter."""
     letters = [chr(code) for code in range(33, 127)]
     vocab = letters + [letter + "</w>" for letter in letters]
     merges: list[tuple[str, str]] = []
@@ -43,7 +43,7 @@ def tokenizer(length: int) -> CLIPTokenizer:
 
 
 def _pieces(word: str, merges: list[tuple[str, str]]) -> list[str]:
-    """Byte-pair encoding: the pair that comes first in `merges` is joined first."""
+    """Split by byte-pair encoding: the pair that comes first in `merges` is joined first."""
     pieces = [*word[:-1], word[-1] + "</w>"]
     for pair in merges:
         i = 0
@@ -55,6 +55,7 @@ def _pieces(word: str, merges: list[tuple[str, str]]) -> list[str]:
 
 
 def encoder(settings: Text, vocab: CLIPTokenizer) -> CLIPTextModelWithProjection:
+    """Make an untrained CLIP text encoder for this vocabulary."""
     config = CLIPTextConfig(
         vocab_size=len(vocab),
         hidden_size=settings.width,
@@ -71,7 +72,7 @@ def encoder(settings: Text, vocab: CLIPTokenizer) -> CLIPTextModelWithProjection
 
 
 def empty_t5(settings: Text) -> tuple[T5EncoderModel, T5Tokenizer]:
-    """The third text encoder of the format, with nothing to say: every weight, so every embedding, is zero.
+    """Make the format's third text encoder, with nothing to say: every weight, so every embedding, is zero.
 
     Diffusers insists on the component when it loads the format by path. Its tokenizer takes every word for one
     unknown token, and its `model_max_length` says how few tokens suffice.
@@ -87,13 +88,13 @@ def empty_t5(settings: Text) -> tuple[T5EncoderModel, T5Tokenizer]:
 
 
 def token_ids(vocab: CLIPTokenizer, prompts: list[str]) -> Tensor:
-    """(B, model_max_length) int64."""
+    """Tokenize prompts: (B, model_max_length) int64."""
     encoded = vocab(prompts, padding="max_length", max_length=vocab.model_max_length, truncation=True)
     return torch.tensor(encoded["input_ids"])
 
 
 def condition(encoders, ids: Tensor, null_tokens: int) -> tuple[Tensor, Tensor]:
-    """What StableDiffusion3Pipeline computes from token ids (B, L), its T5 encoder being `empty_t5`.
+    """Compute what StableDiffusion3Pipeline computes from token ids (B, L), its T5 encoder being `empty_t5`.
 
     Returns:
         (B, L + null_tokens, sum of widths) embeddings, whose last `null_tokens` are zero; pooled (B, sum of widths).

@@ -1,4 +1,4 @@
-"""The autoencoder: 32 x 32 images to 16 x 16 latents."""
+"""Autoencoder: 32 x 32 images to 16 x 16 latents."""
 
 import torch
 from diffusers import AutoencoderKL
@@ -12,6 +12,7 @@ from rsaft_fast.playground.scenes import IMAGE_SIZE
 
 
 def untrained(settings: Settings) -> AutoencoderKL:
+    """Make the autoencoder with fresh weights."""
     levels = len(settings.vae.channels)
     return AutoencoderKL(
         sample_size=IMAGE_SIZE,
@@ -29,6 +30,7 @@ def untrained(settings: Settings) -> AutoencoderKL:
 
 
 def train(settings: Settings, log: Log) -> AutoencoderKL:
+    """Train the autoencoder on flawed scenes."""
     own = settings.vae
     torch.manual_seed(own.seed)
     vae = untrained(settings)
@@ -67,11 +69,11 @@ def _psnr(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Images (B, 3, 32, 32) in [0, 1] to latents of mean about 0 and deviation about 1."""
+    """Encode images (B, 3, 32, 32) in [0, 1] as latents of mean about 0 and deviation about 1."""
     latents = torch.cat([vae.encode(x * 2 - 1).latent_dist.mode() for x in images.split(128)])
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """The inverse: images unclamped, nominally 0 to 1, with gradient."""
+    """Decode latents to images, unclamped, nominally 0 to 1, with gradient."""
     return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample / 2 + 0.5
