@@ -62,8 +62,10 @@ class Fp8:
 
 
 class NF4:
-    """bitsandbytes' NF4 (QLoRA, arXiv 2305.14314): 16 quantiles of a normal distribution times the largest weight of
-    64, which is itself kept in 8 bits: 4.13 bits a weight."""
+    """NF4 of bitsandbytes (QLoRA, arXiv 2305.14314): 4.13 bits a weight.
+
+    16 quantiles of a normal distribution times the largest weight of 64, which is itself kept in 8 bits.
+    """
 
     BLOCK, ABSMAX_BLOCK = 64, 256
 

@@ -22,6 +22,7 @@ REPEATS, QUICK_REPEATS = 20, 5
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run `rsaft-fast bench`."""
     device = device_here()
     if arguments.memory:
         return _memory(arguments, device)

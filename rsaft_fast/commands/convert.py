@@ -8,6 +8,7 @@ from rsaft_fast.rewards.convert import convert
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run `rsaft-fast convert`."""
     written = convert(arguments.source, arguments.folder, arguments.reward, arguments.force)
     beside = f", beside it {', '.join(written.copied)}" if written.copied else ""
     print(f"rsaft-fast: {written.tensors} tensors, {written.bytes / 1e6:.1f} MB in {written.weights}{beside}")

@@ -79,6 +79,7 @@ class Measured:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run `rsaft-fast demo`."""
     _require_assets(arguments.proxy)
     with output_folder(arguments.output, os.path.join("runs", "demo")) as output:
         return _compare(arguments, output)

@@ -29,6 +29,7 @@ EXTRAS = {
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run `rsaft-fast doctor`."""
     for title, lines in (
         ("versions", _versions()),
         ("device", _device()),

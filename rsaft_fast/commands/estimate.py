@@ -17,6 +17,7 @@ _WIDTH = 44
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run `rsaft-fast estimate`."""
     config = load_config(arguments.recipe, arguments.overrides)
     found = estimate(config, say=_say)
     card = round(arguments.card * GIB) if arguments.card is not None else card_memory(config)

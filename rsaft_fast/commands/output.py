@@ -16,8 +16,9 @@ from rsaft_fast.progress import tell
 
 @contextmanager
 def output_folder(asked: str | None, default: str) -> Iterator[Path]:
-    """The folder asked for, which must be new or empty, or the first free one of `default`, `default-2`, ...; held
-    against other commands meanwhile.
+    """Hold the output folder against other commands: the one asked for, or the first free one.
+
+    The one asked for must be new or empty; else it is the first free one of `default`, `default-2`, ...
 
     Raises:
         UserError: it holds something, another process writes there, or it cannot be made.

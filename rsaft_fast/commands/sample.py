@@ -42,6 +42,7 @@ Group = TypeVar("Group", bound=Settings)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run `rsaft-fast sample`."""
     _check_arguments(arguments)
     trained = _read_run(arguments.run) if arguments.run else None
     settings = _backbone(arguments, trained)

@@ -40,6 +40,7 @@ _FIXED = ("picture", "prompt")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run `rsaft-fast score`."""
     check_device(arguments.device, "--device")
     settings = parse_rewards(arguments.reward)
     if taken := next((label for label in settings if label in _FIXED), None):

@@ -19,6 +19,7 @@ MIN_TOKEN = 16
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run `rsaft-fast serve`."""
     try:
         from rsaft_fast.server import Limits, connections_that_fit, make_app, make_server
     except ImportError as error:

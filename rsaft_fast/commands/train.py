@@ -14,6 +14,7 @@ from rsaft_fast.train.loop import train
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run `rsaft-fast train`."""
     outcome = train(load_config(arguments.recipe, arguments.overrides), forecast=announce)
     for line in (outcome.message, *outcome.further):
         print(f"rsaft-fast: {line}", file=sys.stderr if outcome.stopped_by else sys.stdout)

@@ -246,7 +246,10 @@ _VALUES = {
 
 @contextmanager
 def shapes_alone(cuda: bool = True) -> Iterator[None]:
-    """Inside, code on the meta device runs through, and what reads a value gets one. Attention keeps what fused kernels
-    keep (`cuda`: those of the GPU); torch's own meta path would write out the matrix of all pairs."""
+    """Let code on the meta device run through, and give a value to what reads one.
+
+    Attention keeps what fused kernels keep (`cuda`: those of the GPU); torch's own meta path would write out the matrix
+    of all pairs.
+    """
     with _ShapesAlone(), _fused_attention(cuda):
         yield

@@ -58,8 +58,11 @@ def suggest(
 
 
 def fitting(config: Config, suggestions: list[Suggestion], card: int) -> Suggestion | None:
-    """The change that makes a recipe fit into so many bytes: the one that saves least and is enough, else several of
-    them together, the most helpful first; None where all of them are not enough."""
+    """Find the change that makes a recipe fit into so many bytes.
+
+    The one that saves least and is enough, else several of them together, the most helpful first; None where all of
+    them are not enough.
+    """
     enough = [suggestion for suggestion in suggestions if spare(suggestion.peak, card) >= 0]
     if enough:
         # Smaller pictures are another task: they come last.

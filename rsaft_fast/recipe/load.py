@@ -125,8 +125,11 @@ def parse_override(text: str, root: type[Settings] = Config) -> tuple[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The configuration with every default written out, a recipe of its own: whether this run went on from an earlier
-    one is no part of it, and a pipeline's folder is named so that it is found from every working directory."""
+    """Write out the configuration with every default, a recipe of its own.
+
+    Whether this run went on from an earlier one is no part of it, and a pipeline's folder is named so that it is found
+    from every working directory.
+    """
     resolved = config.model_copy(update={"loss": config.training_loss, "resume": None})
     tree = resolved.model_dump(mode="json")
     path = tree["backbone"]["path"]

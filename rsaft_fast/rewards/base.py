@@ -139,8 +139,10 @@ class TowerReward(Reward):
         return next(self.model.parameters()).dtype
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) of any size, nominally 0 to 1, to (B, 3, size, size) in fp32 (float64 where either the
-        images or the model are float64)."""
+        """Preprocess images (B, 3, H, W) of any size, nominally 0 to 1, to (B, 3, size, size).
+
+        In fp32; float64 where either the images or the model are float64.
+        """
         if self.dtype == torch.float64 and images.is_floating_point():
             images = images.double()
         return self.prepare(images)
@@ -151,8 +153,10 @@ class TowerReward(Reward):
 
 
 def score_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What features and scores of a model in `dtype` are computed in: a cosine near 0.25 moves in steps of 0.002 in
-    bf16, which is what rewards differ by."""
+    """Choose the dtype that features and scores of a model in `dtype` are computed in.
+
+    A cosine near 0.25 moves in steps of 0.002 in bf16, which is what rewards differ by.
+    """
     return torch.promote_types(dtype, torch.float32)
 
 

@@ -53,8 +53,10 @@ class Calibration:
     quartiles: tuple[float, float, float]
 
     def affine(self, scaling: Scaling) -> tuple[float, float]:
-        """Centre and width: mean and standard deviation, or the median and the interquartile range over 1.349, which
-        equals the standard deviation of a normal distribution and does not feel outliers.
+        """Give centre and width: mean and standard deviation, or median and scaled interquartile range.
+
+        The interquartile range over 1.349 equals the standard deviation of a normal distribution and does not feel
+        outliers.
 
         Raises:
             UserError: the width is 0: all reference scores were the same.

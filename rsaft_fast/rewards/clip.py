@@ -160,8 +160,10 @@ class ClipReward(TowerReward):
         self.has_text_tower = False
 
     def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Unit text embeddings (B, D) in fp32 (float64 for a float64 model), without gradient; cut at the context
-        length, the end token kept."""
+        """Encode prompts as unit embeddings (B, D), without gradient.
+
+        In fp32 (float64 for a float64 model); cut at the context length, the end token kept.
+        """
         # A prompt pushed out of the cache by a later one of the same batch is still needed here.
         embeddings = {prompt: self._encode_one(prompt) for prompt in dict.fromkeys(prompts)}
         if not prompts:

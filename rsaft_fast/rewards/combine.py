@@ -34,8 +34,11 @@ def weighted(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def worst(scores: torch.Tensor) -> torch.Tensor:
-    """min_k r_k of scores (K, B): (B,). Tied parts share the gradient equally: their mean, which lies in the hull of
-    their gradients and does not depend on the parts' order."""
+    """Compute min_k r_k of scores (K, B): (B,).
+
+    Tied parts share the gradient equally: their mean, which lies in the hull of their gradients and does not depend on
+    the parts' order.
+    """
     return scores.amin(0)
 
 

@@ -1,5 +1,7 @@
-"""Are there as many objects as the prompt says? Counted by colour in the playground's scenes, by a detector in other
-pictures; no gradient."""
+"""Counting reward: whether there are as many objects as the prompt says.
+
+Counted by colour in the playground's scenes, by a detector in other pictures; no gradient.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +38,12 @@ class Eye(Protocol):
 
 
 class PlaygroundEye:
-    """Counts connected areas of each of the playground's colours. A pixel is taken as a mixture of the background and
-    the one colour that explains it best, and belongs to that colour from one half on: an edge of yellow, half
-    background, is nearer to green than to either. Objects of one colour never touch in a scene; shapes are not looked
-    at, nor colours that the prompt does not name."""
+    """Counter of connected areas of each of the playground's colours.
+
+    A pixel is taken as a mixture of the background and the one colour that explains it best, and belongs to that colour
+    from one half on: an edge of yellow, half background, is nearer to green than to either. Objects of one colour never
+    touch in a scene; shapes are not looked at, nor colours that the prompt does not name.
+    """
 
     def wanted(self, prompt: str) -> Mapping[str, int]:
         """Objects by colour.

@@ -78,8 +78,11 @@ class Mask2Former(nn.Module):
 
 
 class Mask2FormerDetector(nn.Module):
-    """Instances as Mask2Former's own evaluation finds them: the likeliest (query, class) pairs, as many as there are
-    queries, each with its class's probability times the mean probability within its mask."""
+    """Detector of instances as Mask2Former's own evaluation finds them.
+
+    The likeliest (query, class) pairs, as many as there are queries, each with its class's probability times the mean
+    probability within its mask.
+    """
 
     def __init__(self, model: Mask2Former, names: Sequence[str], sizes: Mapping[str, int], prepare: dict[str, Any]):
         """`sizes` and `prepare` as `_preparation` reads them."""

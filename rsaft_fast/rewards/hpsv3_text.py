@@ -1,5 +1,7 @@
-"""What HPSv3 reads beside the picture. The instruction is its authors' text: it is taken from their package, not
-shipped with this one."""
+"""Text that HPSv3 reads beside the picture.
+
+The instruction is its authors' text: it is taken from their package, not shipped with this one.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Is the text that a prompt quotes written in the picture? The OCR reward of Flow-GRPO (arXiv 2505.05470), read by
-RapidOCR's models, which are PaddleOCR's; no gradient."""
+"""OCR reward of Flow-GRPO (arXiv 2505.05470): whether the text that a prompt quotes is written in the picture.
+
+Read by RapidOCR's models, which are PaddleOCR's; no gradient.
+"""
 
 from __future__ import annotations
 

@@ -58,8 +58,11 @@ _DROPPED = re.compile(r"lm_head\.|.*\.inv_freq$")
 
 @dataclass(frozen=True)
 class SmartResize:
-    """Images (B, 3, H, W), nominally 0 to 1, to normalised (B, 3, h, w): both sides multiples of `factor`, the number
-    of pixels near `pixels`, the aspect ratio kept as nearly as that allows. Bicubic and antialiased."""
+    """Resize of images (B, 3, H, W), nominally 0 to 1, to normalised (B, 3, h, w).
+
+    Both sides multiples of `factor`, the number of pixels near `pixels`, the aspect ratio kept as nearly as that
+    allows. Bicubic and antialiased.
+    """
 
     pixels: int = PIXELS
     factor: int = 28
@@ -110,8 +113,10 @@ def patchify(pixels: torch.Tensor, patch: int, merge: int, frames: int) -> torch
 
 
 def image_rotary(rows: int, columns: int, merge: int, width: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Cosines and sines (rows * columns, width) in fp32, computed in bf16, of a picture's patches as `patchify` orders
-    them."""
+    """Compute cosines and sines (rows * columns, width) of a picture's patches as `patchify` orders them.
+
+    In fp32, computed in bf16.
+    """
     half = width // 2
     exponents = torch.arange(0, half, 2, device=device, dtype=torch.float) / half
     frequencies = (1.0 / _IMAGE_THETA**exponents).bfloat16()

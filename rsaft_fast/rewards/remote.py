@@ -241,8 +241,9 @@ def load_remote(
 
 
 def check_token_variable(name: str) -> None:
-    """Refuse other variables than this project's: a recipe from a stranger names both the variable and the server that
-    gets its value.
+    """Refuse other variables than this project's.
+
+    A recipe from a stranger names both the variable and the server that gets its value.
 
     Raises:
         UserError: a name that does not begin with `TOKEN_PREFIX`.

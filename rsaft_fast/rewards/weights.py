@@ -30,8 +30,10 @@ _ZIP, _PICKLE, _LFS_POINTER = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
 
 
 def read_state(file: Path) -> State:
-    """The tensors of a checkpoint by name: safetensors, or a pickle that is a state dict or holds one under
-    `state_dict`; the format is read off the first bytes, not the ending. Wrappers' prefixes are taken off.
+    """Read the tensors of a checkpoint by name, without wrappers' prefixes.
+
+    Safetensors, or a pickle that is a state dict or holds one under `state_dict`; the format is read off the first
+    bytes, not the ending.
 
     Raises:
         UserError: another format, a file cut short, a pickle with more than data in it, or no tensors.

@@ -46,8 +46,10 @@ class TooLarge(UserError):
 
 
 def fingerprint(spec: Mapping[str, Any]) -> str:
-    """What two specs, as dicts (of a dataclass or from JSON), share only if they are one reward; where files lie does
-    not count."""
+    """Compute what two specs share only if they are one reward.
+
+    Specs are dicts (of a dataclass or from JSON); where files lie does not count.
+    """
     content = json.dumps(_placeless(spec), sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 

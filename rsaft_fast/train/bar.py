@@ -23,8 +23,10 @@ LEAST_BAR = 10
 
 
 class Progress:
-    """How far the updates are: a bar on a terminal, else a line after the first and the last update and every ten
-    seconds between."""
+    """Progress of the updates: a bar on a terminal, else lines.
+
+    A line after the first and the last update and every ten seconds between.
+    """
 
     def __init__(
         self,

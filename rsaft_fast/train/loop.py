@@ -72,8 +72,10 @@ def train(
     forecast: Forecaster = lambda config, log: lambda phase: None,
     loaders: Callable[[Config, Log, Log], Loaders] = FileLoaders,
 ) -> Outcome:
-    """Fine-tune as the recipe says. The run folder appears with the first finished update: what fails before, at a
-    missing file or for lack of memory, leaves nothing behind. Until the end no other process trains in it.
+    """Fine-tune as the recipe says.
+
+    The run folder appears with the first finished update: what fails before, at a missing file or for lack of memory,
+    leaves nothing behind. Until the end no other process trains in it.
 
     Args:
         log: takes lines for the user.

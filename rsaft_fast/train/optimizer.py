@@ -113,8 +113,10 @@ def check_state(
 
 
 def load_state(optimizer: SAMAdamW, saved: Mapping[str, Any]) -> None:
-    """Take over a checked state dict's moments and counters. Rates and radii are the recipe's: a resumed run has said
-    which of them changed."""
+    """Take over a checked state dict's moments and counters.
+
+    Rates and radii are the recipe's: a resumed run has said which of them changed.
+    """
     own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, settings in zip(optimizer.param_groups, own):

@@ -17,8 +17,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignals:
-    """While entered, the first SIGTERM or Ctrl-C sets `received` and says what is finished first; a second one, of
-    either, raises `Interrupted` at once.
+    """Handler of the first SIGTERM or Ctrl-C, which sets `received` and says what is finished first.
+
+    A second one, of either, raises `Interrupted` at once.
 
     A handler that saved by itself could run in the middle of an update, with perturbed weights. The previous handlers
     come back on exit. Outside the main thread, where Python allows no handlers, nothing is installed.
