@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from builders.backbones import BUILDERS, make_backbone
+from builders.messages import says
 from PIL import Image
 
 from rsaft_fast.algorithms.denoising import DenoisingLoss, captions, load_folder, read_image, regression_target
@@ -156,21 +157,30 @@ def test_training_sees_the_picture_that_a_viewer_shows(tmp_path):
 @pytest.mark.parametrize(
     ("files", "line"),
     [
-        ({}, "holds no pictures"),
-        ({"a.png": None}, "a.png has no caption; put it into a.txt"),
-        ({"a.png": b"no picture", "a.txt": b"x"}, "denoising.images: picture .*a.png' cannot be read"),
-        ({"a.png": None, "a.txt": b"M\xe4dchen"}, r"a.txt' is not UTF-8 \(byte 1\)"),
-        ({"a.png": None, "a.txt": b" \n"}, "a.txt': the prompt is empty"),
-        ({"a.png": PNG[:-30], "a.txt": b"x"}, "a.png' cannot be read"),
-        ({"a.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "a.txt": b"x"}, "a.png' cannot be read"),
-        ({"metadata.jsonl": b'{"file_name": "a.png", "text": null}\n'}, "line 1: the prompt is a NoneType"),
-        ({"metadata.jsonl": b'{"file_name": 3, "text": "x"}\n'}, "line 1 must be an object"),
-        ({"metadata.jsonl": b'{"file_name": "a\\u0000", "text": "x"}\n'}, "line 1 names"),
-        ({"metadata.jsonl": b'{"file_name": "a.png"'}, "line 1 is not JSON"),
-        ({"metadata.jsonl": b"\xff"}, "not UTF-8"),
-        ({"metadata.jsonl": b"[1]\n"}, "line 1 must be an object with file_name and text"),
-        ({"metadata.jsonl": b'{"file_name": "../../etc/passwd", "text": "x"}\n'}, "outside its folder"),
-        ({"metadata.jsonl": b'{"file_name": "gone.png", "text": "x"}\n'}, "gone.png' cannot be read"),
+        ({}, says("denoising.images", ".png", ".webp")),
+        ({"a.png": None}, says("a.png", "caption", "a.txt")),
+        ({"a.png": b"no picture", "a.txt": b"x"}, says("denoising.images", "a.png", "PNG, JPEG")),
+        ({"a.png": None, "a.txt": b"M\xe4dchen"}, says("a.txt", "UTF-8", "byte 1")),
+        ({"a.png": None, "a.txt": b" \n"}, says("a.txt", "empty")),
+        ({"a.png": PNG[:-30], "a.txt": b"x"}, says("denoising.images", "a.png", "truncated")),
+        (
+            {"a.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "a.txt": b"x"},
+            says("denoising.images", "a.png", "PNG, JPEG"),
+        ),
+        ({"metadata.jsonl": b'{"file_name": "a.png", "text": null}\n'}, says("metadata.jsonl", "line 1", "NoneType")),
+        ({"metadata.jsonl": b'{"file_name": 3, "text": "x"}\n'}, says("metadata.jsonl", "line 1", "file_name", "text")),
+        ({"metadata.jsonl": b'{"file_name": "a\\u0000", "text": "x"}\n'}, says("metadata.jsonl", "line 1", r"'a\x00'")),
+        ({"metadata.jsonl": b'{"file_name": "a.png"'}, says("metadata.jsonl", "line 1", "JSON")),
+        ({"metadata.jsonl": b"\xff"}, says("metadata.jsonl", "UTF-8", "byte 0")),
+        ({"metadata.jsonl": b"[1]\n"}, says("metadata.jsonl", "line 1", "file_name", "text")),
+        (
+            {"metadata.jsonl": b'{"file_name": "../../etc/passwd", "text": "x"}\n'},
+            says("metadata.jsonl", "line 1", "'../../etc/passwd'"),
+        ),
+        (
+            {"metadata.jsonl": b'{"file_name": "gone.png", "text": "x"}\n'},
+            says("denoising.images", "gone.png", "No such file"),
+        ),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path, files, line):
@@ -181,5 +191,5 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path, files, line):
             (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=line):
         load_folder(tmp_path)
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match=says("denoising.images", f"'{tmp_path / 'none'}'")):
         load_folder(tmp_path / "none")

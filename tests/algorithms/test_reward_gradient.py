@@ -7,6 +7,7 @@ import pytest
 import torch
 from builders.backbones import PROMPTS, cfg, make_backbone, relative_error
 from builders.clip import write_clip
+from builders.messages import says
 
 from rsaft_fast.algorithms.reward_gradient import PlannedBatch, rsaft_step
 from rsaft_fast.data.batches import MicroBatch
@@ -349,7 +350,7 @@ def test_a_reward_that_is_not_finite_loses_nothing(backbone, reward, monkeypatch
     monkeypatch.setattr(reward, "score", failing)
     batches, schedule = make_batches(backbone, DRaFT()), backbone.schedule(T)
     options = dict(smoothing=BALLS["both"], loss=LINEAR)
-    with pytest.raises(NonFiniteRewardError, match="not finite"):
+    with pytest.raises(NonFiniteRewardError, match=says("finite", "4 of 4", "first: ", "'a red circle'")):
         rsaft_step(backbone, reward, schedule, batches, optimizer, **options)
     for name, p in backbone.trainable_parameters.items():
         assert torch.equal(p, before[name])
@@ -387,7 +388,7 @@ def test_an_exception_in_the_second_pass_restores_the_weights(backbone, reward, 
 
 def test_a_reward_without_gradient_is_refused(backbone, reward, monkeypatch):
     monkeypatch.setattr(reward, "differentiable", False)
-    with pytest.raises(UserError, match="no gradient"):
+    with pytest.raises(UserError, match=says("'clip'", "gradient")):
         step(backbone, reward, BALLS["neither"], make_batches(backbone, DRaFT()))
 
 
