@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from builders.backbones import BUILDERS, PROMPTS, SIZE
+from builders.messages import says
 from safetensors.torch import load_file, save_file
 
 from rsaft_fast.backbones import ADAPTERS, adapter_for, load_backbone
@@ -34,23 +35,23 @@ def refusal(folder) -> str:
 
 
 def test_what_is_no_pipeline_or_an_unknown_one(copy, tmp_path):
-    assert "no diffusers pipeline" in refusal(tmp_path / "absent")
+    assert says("diffusers", tmp_path / "absent").search(refusal(tmp_path / "absent"))
     (tmp_path / "empty").mkdir()
     assert "model_index.json" in refusal(tmp_path / "empty")
     folder = copy("sdxl")
     change(folder / "model_index.json", _class_name="KandinskyPipeline")
     line = refusal(folder)
-    assert "is a KandinskyPipeline" in line and all(adapter in line for adapter in ADAPTERS)
+    assert "KandinskyPipeline" in line and all(adapter in line for adapter in ADAPTERS)
 
 
 @pytest.mark.parametrize(
     "family, part, keys, words",
     [
         ("sdxl", "unet", {"cross_attention_dim": 48}, ["could not be loaded", "attn2.to_k.weight", "48"]),
-        ("sdxl", "unet", {"transformer_layers_per_block": [1, 1]}, ["unet/config.json", "the config has no place for"]),
-        ("flux", "transformer", {"num_layers": 2}, ["transformer/config.json", "the file lacks 32"]),
+        ("sdxl", "unet", {"transformer_layers_per_block": [1, 1]}, ["unet/config.json", "no place for"]),
+        ("flux", "transformer", {"num_layers": 2}, ["transformer/config.json", "lacks 32"]),
         ("flux", "transformer", {"guidance_embeds": False}, ["no place for 4", "guidance_embedder"]),
-        ("sd3", "transformer", {"qk_norm": "rms_norm"}, ["transformer/config.json", "the file lacks", "norm_"]),
+        ("sd3", "transformer", {"qk_norm": "rms_norm"}, ["transformer/config.json", "lacks", "norm_"]),
         ("sd15", "unet", {"block_out_channels": [8, 32]}, ["could not be loaded", "expected shape"]),
         ("flux", "vae", {"latent_channels": 8}, ["could not be loaded", "decoder.conv_in.weight"]),
         ("flux", "text_encoder", {"hidden_size": 32}, ["could not be loaded"]),
@@ -80,7 +81,7 @@ def test_a_denoiser_of_another_vae(copy):
         weights[name] = weights[name][:size, :size].contiguous()
     save_file(weights, other / "vae/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     shutil.copytree(other / "vae", folder / "vae")
-    assert "VAE has 3 latent channels, and its denoiser takes 4" in refusal(folder)
+    assert says("VAE", 3, "denoiser", 4).search(refusal(folder))
 
 
 @pytest.mark.parametrize("family", BUILDERS)
@@ -89,9 +90,9 @@ def test_a_missing_text_encoder_is_seen_before_anything_is_loaded(copy, family, 
     monkeypatch.setattr(adapter_for(folder), "from_pretrained", lambda *args, **options: pytest.fail("it was loaded"))
     last = adapter_for(folder).text_encoders[-1]
     shutil.rmtree(folder / last)
-    assert f"incomplete: its model_index.json names {last}" in refusal(folder)
+    assert says("model_index.json", last, "incomplete").search(refusal(folder))
     change(folder / "model_index.json", **{last: [None, None]})
-    assert f"names no {last}" in refusal(folder)
+    assert says("model_index.json", last).search(refusal(folder))
 
 
 @pytest.mark.parametrize("family", BUILDERS)
@@ -100,7 +101,7 @@ def test_text_encoders_are_left_out_and_missed_clearly(originals, family):
     assert not [
         name for name in backbone.pipeline.components if "text_encoder" in name and backbone.pipeline.components[name]
     ]
-    with pytest.raises(UserError, match="prompts cannot be encoded: the pipeline has no text_encoder"):
+    with pytest.raises(UserError, match=says("prompts", "text_encoder")):
         backbone.encode(PROMPTS)
     drawn = backbone.random_conditioning(3, 1.0)
     assert len(drawn) == 3 and drawn.negative is None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from builders.backbones import BUILDERS, SIZE
 from builders.damages import change, retensor, sharded, weight_file
+from builders.messages import says
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
@@ -100,7 +101,7 @@ def test_clipping_that_the_named_scheduler_does_not_know_is_not_in_effect(copy):
     change(folder / "scheduler/scheduler_config.json", clip_sample=True, thresholding=True)
     assert len(load(folder, networks=False, text=False).schedule(4)) == 4
     change(folder / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
-    with pytest.raises(UserError, match="clip_sample"):
+    with pytest.raises(UserError, match="clip_sample=False"):
         load(folder, networks=False, text=False).schedule(4)
 
 
@@ -116,7 +117,7 @@ def test_the_size_of_a_pair_is_its_side(copy):
 def test_a_network_is_never_completed_with_drawn_weights(copy, family, part):
     folder = copy(family)
     retensor(weight_file(folder, part), "key missing")
-    with pytest.raises(UserError, match=f"{part}/config.json.*the file lacks [12] "):
+    with pytest.raises(UserError, match=says(f"{part}/config.json", 2 if family == "sd3" else 1, "lacks", ".weight")):
         load(folder)
 
 
@@ -149,7 +150,7 @@ def test_several_variants_are_named_and_the_plain_file_comes_first(copy):
         save_file({"odd": torch.ones(1)}, file.with_suffix(f".{variant}.safetensors"), metadata={"format": "pt"})
     assert load(folder).notes == ()
     file.unlink()
-    with pytest.raises(UserError, match=r"fp16\.safetensors.*non_ema\.safetensors"):
+    with pytest.raises(UserError, match=says(".fp16.safetensors", ".non_ema.safetensors")):
         load(folder)
 
 
@@ -159,7 +160,7 @@ def test_only_code_of_diffusers_and_transformers_runs(copy, tmp_path, monkeypatc
     for name in ("unet", "safety_checker", "nothing_of_this_pipeline"):
         folder = copy("sd15")
         change(folder / "model_index.json", **{name: ["stranger", "UNet2DConditionModel"]})
-        with pytest.raises(UserError, match="'stranger'"):
+        with pytest.raises(UserError, match=says("model_index.json", name, "'stranger'")):
             adapter_for(folder)
         shutil.rmtree(folder)
 
@@ -187,7 +188,7 @@ def test_a_single_file_is_told_how_it_becomes_a_folder(tmp_path):
     for suffix in ("safetensors", "ckpt"):
         file = tmp_path / f"civitai.{suffix}"
         file.write_bytes(b"x")
-        with pytest.raises(UserError, match="from_single_file.*save_pretrained"):
+        with pytest.raises(UserError, match=says("from_single_file", "save_pretrained")):
             adapter_for(file)
 
 

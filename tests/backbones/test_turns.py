@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from builders.backbones import BUILDERS, PROMPTS, SIZE
+from builders.messages import says
 from builders.pipelines import tiny_sd3
 
 from rsaft_fast.backbones import load_backbone, turns
@@ -56,7 +57,7 @@ def test_parts_are_shapes_alone_where_they_are_not_loaded(folders, family):
     assert shapes.embedding_shapes == whole.embedding_shapes and shapes.latent_shape == whole.latent_shape
     assert shapes.schedule(3) == whole.schedule(3)
     without_text = load_backbone(folders[family], height=SIZE, width=SIZE, text=False)
-    with pytest.raises(UserError, match="the pipeline has no text_encoder"):
+    with pytest.raises(UserError, match=says("prompts", "text_encoder")):
         list(encode_in_turns(without_text, ["one"]))
 
 
