@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from builders.messages import says
 from builders.recipes import recipe, run_cli, write_recipe
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
@@ -47,8 +48,8 @@ def path(tiny, out, tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("method.kk=3", ["unknown key method.kk", "did you mean method.k?"]),
-        ("method.k=3", ["method.k is 3", "the sampler has 2 steps", "lower method.k or raise sampler.steps"]),
+        ("method.kk=3", ["method.kk", "method.k?"]),
+        ("method.k=3", ["method.k is 3", "2 steps", "sampler.steps"]),
         ("smoothing.parameters.rho=0", ["smoothing.parameters.rho is 0", "greater than 0", "null turns"]),
         ("smoothing.parameters.rho=-0.1", ["smoothing.parameters.rho is -0.1", "greater than 0"]),
         ("smoothing.image.radius=0", ["smoothing.image.radius is 0", "greater than 0"]),
@@ -63,7 +64,7 @@ def path(tiny, out, tmp_path) -> Path:
         ("samples.prompts=missing.txt", ["missing.txt"]),
         ("denoising.images=missing", ["missing", "folder"]),
         ("parameters.lora.targets=[nothing]", ["nothing", "parameters.lora.targets"]),
-        ("smoothing.parameters.groups=[{match: zzz, rho: 0.1}]", ["zzz", "matches no trainable parameter"]),
+        ("smoothing.parameters.groups=[{match: zzz, rho: 0.1}]", ["zzz", "smoothing.parameters.groups"]),
         ("smoothing.parameters.groups=[{match: '(', rho: 0.1}]", ["'('", "regular expression"]),
         ("sharpness.space=reward_input", ["sharpness.space", "pixel01"]),
         ("sampler.negative_prompt=ugly", ["guidance_scale 1"]),
@@ -79,7 +80,7 @@ def test_wrong_values_are_refused_before_anything_is_written(path, out, capsys, 
 
 def test_a_flow_has_no_eta(tiny, out, tmp_path, capsys):
     file = write_recipe(tmp_path / "recipe.yaml", recipe(tiny, out, "sd3", sampler__eta=0.5))
-    assert "eta is 0.5" in attempt(["train", file], capsys, out=out)
+    assert says("eta", 0.5).search(attempt(["train", file], capsys, out=out))
 
 
 @pytest.mark.parametrize(("text", "words"), [("", "no prompt"), ("\n  \n\n", "no prompt"), ("\xff\xfe", "not UTF-8")])
@@ -130,7 +131,7 @@ def test_a_run_is_never_overwritten(tiny, path, out, capsys):
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     capsys.readouterr()
     assert main(["train", str(path)]) == 2
-    assert "resume=auto goes on with it" in capsys.readouterr().err
+    assert "resume=auto" in capsys.readouterr().err
     assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
 
 
@@ -144,41 +145,41 @@ def test_an_output_that_is_a_file_or_cannot_be_made_is_refused(path, tmp_path, c
 
 def test_a_forced_backend_that_cannot_run_is_refused(path, out, capsys, monkeypatch):
     monkeypatch.setenv("RSAFT_BACKEND", "cuda")
-    assert "RSAFT_BACKEND=cuda is forced" in attempt(["train", path], capsys, out=out)
+    assert "RSAFT_BACKEND=cuda" in attempt(["train", path], capsys, out=out)
     monkeypatch.setenv("RSAFT_BACKEND", "metal")
-    assert "not a backend" in attempt(["train", path], capsys, out=out)
+    assert "cuda, triton, cpu, torch" in attempt(["train", path], capsys, out=out)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train"], "train needs a recipe"),
-        (["train", "nothing.yaml"], "'nothing.yaml' is not a file"),
-        (["train", "playground", "oops"], "cannot read 'oops' as an override"),
+        (["train"], says("train", "recipe")),
+        (["train", "nothing.yaml"], says("'nothing.yaml'", "playground.yaml")),
+        (["train", "playground", "oops"], says("'oops'", "key=value")),
     ],
 )
 def test_a_train_command_that_is_incomplete_is_refused(arguments, words, capsys, tmp_path):
-    assert words in attempt(arguments, capsys, out=tmp_path / "none")
+    assert words.search(attempt(arguments, capsys, out=tmp_path / "none"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--verbose"], "COMMAND"),
-        (["trian", "playground"], "did you mean train?"),
-        (["frobnicate"], "there are train"),
-        (["help", "scroe"], "did you mean score?"),
+        (["trian", "playground"], "train?"),
+        (["frobnicate"], "train, "),
+        (["help", "scroe"], "score?"),
         (["train", "playground", "--max_steps", "5"], "max_steps=5?"),
         (["train", "playground", "--max-steps=5"], "max_steps=5?"),
-        (["score", "a", "--reward", "clip=b", "--ouptut", "c"], "did you mean --output?"),
-        (["train", "--help-config", "lr"], "did you mean optimizer.lr?"),
+        (["score", "a", "--reward", "clip=b", "--ouptut", "c"], "--output?"),
+        (["train", "--help-config", "lr"], "optimizer.lr?"),
         (["train", "playground\udcff"], "half a character"),
         (["sample", "playground", "--prompts", "a", "--output", "n" * 300], "255"),
         (["sample", "playground", "--prompts", "a", "--output", "s3://x/y"], "address"),
-        (["sample", "playground", "--prompts", "a", "--steps", "9" * 5000], "not a whole number"),
+        (["sample", "playground", "--prompts", "a", "--steps", "9" * 5000], "whole number"),
         (["estimate", "playground", "--card", "nan"], "from 1"),
-        (["score", "a", "--reward", "clip=b,scale=2024-13-45"], "scale is '2024-13-45'"),
-        (["score", "a", "--reward", "clip=b,metadata=x"], "metadata is a key of"),
+        (["score", "a", "--reward", "clip=b,scale=2024-13-45"], "'2024-13-45'"),
+        (["score", "a", "--reward", "clip=b,metadata=x"], "metadata is"),
         (["sample", "playground"], "--prompts"),
         (["sample", "playground", "--prompts", "a", "--seeds", "-1"], "at least 0"),
         (["demo", "--steps", "0"], "at least 1"),
@@ -302,7 +303,7 @@ def test_a_sampler_whose_last_step_leaves_the_picture_trains_nothing_and_says_so
 def test_levels_that_the_scheduler_cannot_place_are_named(tmp_path):
     scheduler = FlowMatchEulerDiscreteScheduler(shift_terminal=0.1)
     backbone = SimpleNamespace(schedule=lambda steps: flow_schedule(scheduler, steps))
-    with pytest.raises(UserError, match=r"denoising\.levels is 1\b.* 2 to 1000"):
+    with pytest.raises(UserError, match=says("denoising.levels", 1, 2, 1000)):
         DenoisingLoss(backbone, DenoisingSettings(images=str(tmp_path), levels=1), [], seed=0)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders.messages import says
 from builders.recipes import config, environment
 from PIL import Image
 
@@ -70,7 +71,7 @@ def test_doctor_says_what_runs_and_why(capsys, monkeypatch):
         assert words in text
     monkeypatch.setenv("RSAFT_BACKEND", "metal")
     assert main(["doctor"]) == 0
-    assert "RSAFT_BACKEND='metal': not a backend" in capsys.readouterr().out
+    assert "RSAFT_BACKEND='metal'" in capsys.readouterr().out
 
 
 def test_doctor_lists_every_extra_with_its_packages(capsys, monkeypatch):
@@ -83,7 +84,7 @@ def test_doctor_lists_every_extra_with_its_packages(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "version_of", lambda name: None if name in ("ftfy", "uvicorn") else real(name))
     lines = {line.split()[0]: line for line in doctor._optional()}
     assert "none of it" in lines["hps"] and "pip install 'rsaft_fast[hps]'" in lines["hps"]
-    assert "without uvicorn: pip install 'rsaft_fast[server]'" in lines["server"]
+    assert says("uvicorn", "pip install 'rsaft_fast[server]'").search(lines["server"])
 
 
 def test_doctor_has_advice_where_torch_has_no_cuda(monkeypatch):
@@ -103,7 +104,7 @@ def test_doctor_notices_a_torchvision_of_another_build(tmp_path, monkeypatch):
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(doctor, "version_of", lambda package: "0.28.0" if package == "torchvision" else None)
-    assert any("torchvision 0.28.0 does not fit" in fault and "nms" in fault for fault in doctor.faults())
+    assert any("torchvision 0.28.0" in fault and "nms" in fault for fault in doctor.faults())
 
 
 @pytest.mark.parametrize("taken", [False, True])

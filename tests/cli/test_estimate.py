@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from builders.messages import says
 from builders.recipes import config, recipe, write_recipe
 
 from rsaft_fast import phases
@@ -124,8 +125,8 @@ def test_every_suggestion_makes_a_valid_recipe(tiny, out):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("method.k=3", ["method.k is 3", "the sampler has 2 steps"]),
-        ("method.kk=3", ["unknown key method.kk"]),
+        ("method.k=3", ["method.k is 3", "2 steps"]),
+        ("method.kk=3", ["method.kk", "method.k?"]),
         ("backbone.height=33", ["height is 33", "multiples of"]),
         ("backbone.device=abacus", ["'abacus'"]),
         ("backbone.path=/nowhere/at/all", ["/nowhere/at/all"]),
@@ -184,7 +185,7 @@ def test_a_card_is_compared_and_warned_of(tiny, out):
         lines.clear()
         forecast(settings, lines.append, card=card)
         assert len(lines) == count, lines
-    assert "1.00 GiB more than the card has" in lines[1]
+    assert says("1.00 GiB", "card").search(lines[1])
 
 
 def test_an_estimate_that_fails_stops_nothing(tiny, out, monkeypatch):
@@ -207,7 +208,7 @@ def test_out_of_memory_advises_what_the_estimate_says(tiny, out, monkeypatch):
 
     monkeypatch.setattr("rsaft_fast.smoothing.objective.torch.autograd.grad", exhausted)
     best = suggest(settings, estimate(settings), phases.SCORING)[0]
-    with pytest.raises(UserError, match=rf"\({phases.SCORING}\).*Lower the need: set ") as raised:
+    with pytest.raises(UserError, match=says(f"({phases.SCORING})", "backbone.dtype=bf16")) as raised:
         train(settings, forecast=lambda c, say: forecast(c, say, card=2**40).advise)
     assert str(best) in str(raised.value)
 
