@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders.messages import says
 from ops.tables import bits, random_table, same_bits
 from ops.test_adamw import scalars_for, take_step
 
@@ -79,7 +80,7 @@ def test_lists_that_come_and_go_are_followed():
     ops.sam_restore_(table, norm)
     assert same_bits(bits(table["weight"]), old)
     table.release("grad")
-    with pytest.raises(library.LibraryError, match="error 1"):
+    with pytest.raises(library.LibraryError, match=says("error 1", "invalid argument")):
         cuda.sam_perturb_(table, norm)
     assert same_bits(bits(table["weight"]), old)
 
@@ -95,7 +96,7 @@ def test_scalars_of_another_step_are_not_those_of_the_last():
 
 def test_more_tables_than_a_launch_takes_are_refused():
     tables = [random_table("cpu", torch.float32, torch.Generator(), [(3,)])[0] for _ in range(17)]
-    with pytest.raises(ValueError, match="17 tables in one norm.*up to 16"):
+    with pytest.raises(ValueError, match=says("tables", 17, 16)):
         ops.global_norm(tables)
 
 
