@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders.messages import says
 from builders.recipes import PROMPTS, config
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -114,15 +115,15 @@ def test_a_missing_text_encoder_is_told_before_anything_is_loaded(tiny, out, cop
     with pytest.raises(UserError) as caught:
         start(config(tiny, out, "sd3", **options))
     line = str(caught.value)
-    assert "2 of 4 prompts must be encoded" in line and "no weights of text_encoder_3" in line and str(cache) in line
-    with pytest.raises(UserError, match="data.encoding_cache is null"):
+    assert "2 of 4" in line and "text_encoder_3" in line and str(cache) in line
+    with pytest.raises(UserError, match=says("4 of 4", "data.encoding_cache", "null", "text_encoder_3")):
         start(config(tiny, out, "sd3", **options | {"data__encoding_cache": None}))
 
 
 def test_a_bad_reward_ends_the_run_before_a_prompt_is_encoded(tiny, out, cache, monkeypatch):
     no_text_encoders(monkeypatch)
     monkeypatch.setattr(assemble, "prepare_backbone", lambda *args, **options: pytest.fail("it was loaded"))
-    with pytest.raises(UserError, match="there is no reward folder"):
+    with pytest.raises(UserError, match=says("reward", "'/no/such/reward'")):
         start(config(tiny, out, data__encoding_cache=str(cache), reward__path="/no/such/reward"))
 
 
@@ -165,7 +166,7 @@ def test_stale_encodings_are_not_taken_for_those_of_what_replaced_the_encoder(ti
     start(config(tiny, out, "sd3", **options))
     CHANGES["config"](pipeline)
     (pipeline / "text_encoder/model.safetensors").unlink()
-    with pytest.raises(UserError, match="4 of 4 prompts must be encoded .* no weights of text_encoder;"):
+    with pytest.raises(UserError, match=says("4 of 4", "text_encoder;")):
         start(config(tiny, out, "sd3", **options))
 
 
@@ -223,7 +224,7 @@ def test_a_file_that_goes_while_a_run_goes_on_ends_it_with_a_way_out(tiny, out, 
     running.update()
     for file in files_of(cache):
         file.unlink()
-    with pytest.raises(UserError, match="gone or damaged now; resume=auto"):
+    with pytest.raises(UserError, match=says("'one'", "resume=auto")):
         running.update()
     with pytest.raises(KeyError):
         running.encoded.rows["never asked for"]
@@ -253,7 +254,7 @@ def test_a_full_disk_names_the_key_and_leaves_no_half_file(tiny, out, cache, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("rsaft_fast.files.os.replace", full)
-    with pytest.raises(UserError, match=r"data.encoding_cache: .*No space left.*null"):
+    with pytest.raises(UserError, match=says("data.encoding_cache", "No space left", "null")):
         start(config(tiny, out, data__encoding_cache=str(cache)))
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
@@ -261,7 +262,7 @@ def test_a_full_disk_names_the_key_and_leaves_no_half_file(tiny, out, cache, mon
 def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(UserError, match="data.encoding_cache .* cannot be made"):
+    with pytest.raises(UserError, match=says("data.encoding_cache", "Not a directory")):
         open_cache(str(file / "below"), print)
     said = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
@@ -283,7 +284,7 @@ def test_without_a_home_encodings_are_not_kept_and_the_run_goes_on(monkeypatch):
     said = []
     assert open_cache("auto", said.append) is None
     assert "not kept" in said[0] and "home" in said[0] and "data.encoding_cache" in said[0]
-    with pytest.raises(UserError, match="data.encoding_cache ~/x cannot be made"):
+    with pytest.raises(UserError, match=says("data.encoding_cache", "~/x", "home directory")):
         open_cache("~/x", print)
 
 
@@ -335,7 +336,7 @@ def test_prompts_that_the_reward_cuts_are_said_once(tiny, out, cache, tmp_path):
     (tmp_path / "long.txt").write_text(f"{'a red circle ' * 20}\nblue\n")
     said = []
     start(config(tiny, out, data__prompts=str(tmp_path / "long.txt"), data__encoding_cache=str(cache)), said.append)
-    assert sum("reward clip reads 40 tokens" in line and "1 of " in line for line in said) == 1
+    assert len([line for line in said if says("clip", 40, "tokens", "1 of ").search(line)]) == 1
 
 
 def test_what_leaves_has_left_before_the_next_comes(tiny, out, monkeypatch):
@@ -386,12 +387,12 @@ def test_watched_prompts_are_a_list_that_counts(capsys):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_reward_too_coarse_for_the_radius_is_refused_before_the_first_update(tiny, out, dtype, samples):
     options = {"reward__dtype": dtype, "samples": samples, "sharpness": None}
-    with pytest.raises(UserError, match=rf"in {dtype} the S1 .* at radius 0.001 .* set reward.dtype=float32"):
+    with pytest.raises(UserError, match=says(dtype, "S1", "'clip'", "radius", 0.001, "10%", "reward.dtype=float32")):
         train(config(tiny, out, smoothing={"image": {"radius": 1e-3}}, **options))
     assert not out.exists()
-    with pytest.raises(UserError, match="at radius 0.001 .*reward.dtype=float32"):
+    with pytest.raises(UserError, match=says(dtype, "radius", 0.001, "reward.dtype=float32")):
         train(config(tiny, out, smoothing=None, **options | {"sharpness": {"radius": 1e-3}}))
-    with pytest.raises(UserError, match="at radius 0.0001 .*reward.dtype=float32"):
+    with pytest.raises(UserError, match=says(dtype, "radius", 0.0001, "reward.dtype=float32")):
         train(config(tiny, out, smoothing={"image": {"radius": 1e-4, "space": "reward_input"}}, **options))
 
 

@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from builders.messages import says
 from PIL import Image, ImageOps
 
 from rsaft_fast.data.pictures import check_pictures, open_rgb, picture_files, read_picture
@@ -77,7 +78,7 @@ def test_four_inks_become_three_lights():
 def test_animations_are_refused_and_a_phones_two_pictures_in_one_file_are_not():
     other = PICTURE.rotate(180)
     for format in ("PNG", "WEBP"):
-        with pytest.raises(UserError, match="animated .2 frames"):
+        with pytest.raises(UserError, match=says("animated", 2)):
             read(encoded(PICTURE, format, save_all=True, append_images=[other]))
     photo = encoded(PICTURE, "MPO", save_all=True, append_images=[other])
     assert np.array_equal(open_rgb(io.BytesIO(photo)), open_rgb(io.BytesIO(encoded(PICTURE, "JPEG"))))
@@ -96,13 +97,13 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b"", "no PNG, JPEG"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no PNG, JPEG"),
-        (encoded(PICTURE, "GIF"), "no PNG, JPEG"),
-        (encoded(PICTURE, "TIFF"), "no PNG, JPEG"),
-        (png_header(30_000, 30_000), "more than 178956970 pixels"),
-        (png_header(12_000, 12_000), "cannot be read"),
-        *((encoded(PICTURE, format)[:-400], "cannot be read") for format in FORMATS),
+        (b"", "PNG, JPEG, WEBP, BMP"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PNG, JPEG, WEBP, BMP"),
+        (encoded(PICTURE, "GIF"), "PNG, JPEG, WEBP, BMP"),
+        (encoded(PICTURE, "TIFF"), "PNG, JPEG, WEBP, BMP"),
+        (png_header(30_000, 30_000), says("pixels", 178956970)),
+        (png_header(12_000, 12_000), "truncated"),
+        *((encoded(PICTURE, format)[:-400], r"picture (number 0|'.*a\.png') ") for format in FORMATS),
     ],
     ids=["empty", "EPS", "GIF", "TIFF", "bomb", "large", *FORMATS],
 )
@@ -136,7 +137,7 @@ def test_every_file_is_decoded_to_its_end(tmp_path):
     files[7].write_bytes(files[7].read_bytes()[:-300])
     with Image.open(files[7]) as picture:
         picture.verify()
-    with pytest.raises(UserError, match="7.jpg' cannot be read"):
+    with pytest.raises(UserError, match=says("7.jpg'", "truncated")):
         check_pictures(files)
 
 
@@ -147,7 +148,7 @@ def test_a_folder_in_natural_order_and_what_is_passed_over(tmp_path):
     (tmp_path / "inside.png").mkdir()
     files, line = picture_files(tmp_path)
     assert [file.name for file in files] == wanted
-    assert "8 pictures; 4 other" in line and "._1.png, c.gif, inside.png/, ..." in line
+    assert says(8, 4).search(line) and "._1.png, c.gif, inside.png/, ..." in line
     for name in ("notes.md", "c.gif", "._1.png"):
         (tmp_path / name).unlink()
     (tmp_path / "inside.png").rmdir()
@@ -157,5 +158,5 @@ def test_a_folder_in_natural_order_and_what_is_passed_over(tmp_path):
 
 
 def test_a_folder_that_may_not_be_read_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match=says("gone", "No such file")):
         picture_files(tmp_path / "gone")
