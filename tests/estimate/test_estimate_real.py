@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from builders.messages import says
 from builders.recipes import config, environment
 
 from rsaft_fast import phases
@@ -117,7 +118,7 @@ def test_other_published_rewards_have_their_sizes(name, path, millions):
 
 
 def test_a_reward_that_is_not_walked_is_said_so():
-    with pytest.raises(UserError, match="reward.name hpsv3 is not estimated; clip"):
+    with pytest.raises(UserError, match=says("reward.name", "hpsv3", "clip, pickscore")):
         skeleton_reward(RewardSettings(name="hpsv3", path="MizzenAI/HPSv3"))
 
 
