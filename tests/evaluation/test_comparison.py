@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders.messages import says
 
 from rsaft_fast.data.picture_lists import Picture
 from rsaft_fast.evaluation.comparison import (
@@ -119,8 +120,10 @@ def test_what_cannot_be_told_is_not_told():
     }
     text = verdict("A", "B", differences)
     assert "by up, B is better than A" in text and "by down, B is worse than A" in text
-    assert "by open, none, it cannot be told" in text
+    assert says("open, none", "cannot").search(text)
     first, second = pictures(("0", "x", 0), ("1", "y", 0)), pictures(("0", "x", 0), ("1", "y", 0), group="b")
     table = difference_table("A", "B", paired(first, second), differences)
-    assert "2 pairs by prompt and seed" in table and "+0.1000 to +0.9000" in table and "80%" in table
+    assert (
+        says("2 pairs", "prompt and seed").search(table) and says("+0.1000", "+0.9000").search(table) and "80%" in table
+    )
     assert "inf" not in table
