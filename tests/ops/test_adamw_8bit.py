@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from builders.messages import says
 
 from ops.tables import LOW, bits, decoded, flat, memory_order, poison, random_table, same_bits
 from ops.test_adamw import adamw, scalars_for, take_step
@@ -170,7 +171,7 @@ def test_a_gradient_may_lie_below_two_gigabytes(backend):
 
 def test_an_absmax_of_another_shape_is_refused(backend):
     table, _ = random_table(backend, torch.bfloat16, torch.Generator(), [(300,)], state_bits=8)
-    with pytest.raises(ValueError, match=r"exp_avg_absmax 0 is torch.float32 of shape \(1,\).*float32 \(2,\)"):
+    with pytest.raises(ValueError, match=says("exp_avg_absmax 0", "torch.float32", "(1,)", "(2,)")):
         table.bind(exp_avg_absmax=[torch.zeros(1, device=backend)])
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from builders.messages import says
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -172,7 +173,7 @@ def test_the_perturbation_is_a_constant_to_autograd(backend):
         ((-1.0,), "radius=-1.0"),
         ((float("nan"),), "radius=nan"),
         ((float("inf"),), "radius=inf"),
-        ((0.1, "l1"), "norm='l1'.*l2, rms, linf"),
+        ((0.1, "l1"), says("norm='l1'", "l2, rms, linf")),
     ],
 )
 def test_bad_radius_or_norm(call, arguments, message):
@@ -181,9 +182,9 @@ def test_bad_radius_or_norm(call, arguments, message):
 
 
 def test_bad_tensors():
-    with pytest.raises(ValueError, match=r"images have shape \(2, 3\), their gradient \(3, 2\)"):
+    with pytest.raises(ValueError, match=says("images", "(2, 3)", "gradient", "(3, 2)")):
         ops.perturb_images(torch.rand(2, 3), torch.rand(3, 2), 0.1)
-    with pytest.raises(ValueError, match="floating-point batch"):
+    with pytest.raises(ValueError, match=says("(B, ...)", "torch.int64", "(2, 3)")):
         ops.image_delta(torch.ones(2, 3, dtype=torch.int64), 0.1)
-    with pytest.raises(ValueError, match="floating-point batch"):
+    with pytest.raises(ValueError, match=says("(B, ...)", "torch.float32", "()")):
         ops.image_delta(torch.tensor(1.0), 0.1)

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from builders.messages import says
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -53,7 +54,7 @@ def test_a_table_owned_by_a_graph_refuses_moved_addresses():
     table.captured = True
     table.bind(grad=grads)
     known = table.addresses.clone()
-    with pytest.raises(RuntimeError, match="grad moved.*graph"):
+    with pytest.raises(RuntimeError, match=says("grad", "graph", "zero_grad(set_to_none=False)")):
         table.bind(grad=[grads[0].clone()])
     assert torch.equal(table.addresses, known)
 
@@ -67,7 +68,7 @@ def test_released_gradients_are_freed():
     del grad
     gc.collect()
     assert gone() is None
-    with pytest.raises(KeyError, match="no list 'grad'"):
+    with pytest.raises(KeyError, match=says("'grad'", "bound: weight")):
         table["grad"]
 
 
@@ -85,39 +86,39 @@ def test_strides_of_dimensions_of_length_one_do_not_matter():
 
 def test_an_expanded_or_holey_weight_is_refused():
     for bad in (torch.randn(3, 1).expand(3, 4), torch.randn(6, 8)[:, ::2], torch.randn(6, 8)[:, :4]):
-        with pytest.raises(ValueError, match="weight 1 .*expanded, or a view with holes.*contiguous"):
+        with pytest.raises(ValueError, match=says("weight 1", "strides", ".contiguous()")):
             TensorTable([torch.randn(2), bad])
 
 
 def test_overlapping_weights_are_refused():
     base = torch.randn(10)
-    with pytest.raises(ValueError, match="weights 0 and 2 overlap"):
+    with pytest.raises(ValueError, match=says("weights 0 and 2", "overlap")):
         TensorTable([base[:6], torch.randn(3), base[5:]])
     TensorTable([base[:5], base[5:]])
 
 
 def test_other_bad_weights_are_refused():
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match=says("TensorTable", "at least one")):
         TensorTable([])
-    with pytest.raises(TypeError, match="mixed dtypes"):
+    with pytest.raises(TypeError, match=says("weight 1", "float16", "float32")):
         TensorTable([torch.randn(2), torch.randn(2).half()])
-    with pytest.raises(TypeError, match="int64"):
+    with pytest.raises(TypeError, match=says("weight 0", "int64")):
         TensorTable([torch.zeros(2, dtype=torch.int64)])
-    with pytest.raises(TypeError, match="sparse"):
+    with pytest.raises(TypeError, match=says("weight 0", "sparse")):
         TensorTable([torch.eye(3).to_sparse()])
-    with pytest.raises(ValueError, match="one device"):
+    with pytest.raises(ValueError, match=says("weight 1", "meta", "cpu")):
         TensorTable([torch.randn(2), torch.randn(2, device="meta")])
 
 
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
-        (lambda: torch.randn(3, 4).to_sparse(), TypeError, "grad 1 is sparse"),
-        (lambda: torch.randn(3, 4, device="meta"), ValueError, "grad 1 is on meta"),
-        (lambda: torch.randn(3, 4).half(), TypeError, "grad 1 is torch.float16, the list is of torch.float32"),
-        (lambda: torch.randn(4, 3), ValueError, r"shape \(4, 3\), its weight \(3, 4\)"),
-        (lambda: torch.randn(4, 3).t(), ValueError, "strides"),
-        (lambda: torch.randn(3, 1).expand(3, 4), ValueError, "strides"),
+        (lambda: torch.randn(3, 4).to_sparse(), TypeError, says("grad 1", "sparse")),
+        (lambda: torch.randn(3, 4, device="meta"), ValueError, says("grad 1", "meta", "cpu")),
+        (lambda: torch.randn(3, 4).half(), TypeError, says("grad 1", "torch.float16", "torch.float32")),
+        (lambda: torch.randn(4, 3), ValueError, says("grad 1", "(4, 3)", "(3, 4)")),
+        (lambda: torch.randn(4, 3).t(), ValueError, says("grad 1", "strides", "(1, 3)", "(4, 1)")),
+        (lambda: torch.randn(3, 1).expand(3, 4), ValueError, says("grad 1", "strides", "(1, 0)", "(4, 1)")),
     ],
 )
 def test_a_gradient_that_does_not_fit_is_refused_and_nothing_changes(bad, error, message):
@@ -133,7 +134,7 @@ def test_a_gradient_that_does_not_fit_is_refused_and_nothing_changes(bad, error,
 
 def test_lists_of_the_wrong_length_or_name_are_refused():
     table = TensorTable([torch.randn(2)])
-    with pytest.raises(ValueError, match="2 tensors for a table of 1"):
+    with pytest.raises(ValueError, match=says("grad", 2, 1)):
         table.bind(grad=[None, None])
-    with pytest.raises(ValueError, match="unknown list 'gradient'.*" + ", ".join(LISTS)):
+    with pytest.raises(ValueError, match=says("'gradient'", ", ".join(LISTS))):
         table.bind(gradient=[None])
