@@ -1,9 +1,11 @@
 """Bad input: an error that says what is wrong; weights as they were to the bit; and training goes on as if unharmed."""
 
+import re
 from typing import NamedTuple
 
 import pytest
 import torch
+from builders.messages import says
 
 from optim.networks import batches, bits, loss_of, network, train
 from rsaft_fast import ops
@@ -67,15 +69,15 @@ def freed(p):
 class Bad(NamedTuple):
     spoil: object
     error: type
-    words: str
+    words: str | re.Pattern[str]
 
 
 GRADIENTS = {
-    "sparse": Bad(sparse, TypeError, "grad 0 is sparse .torch.sparse_coo.: use dense gradients"),
-    "other shape": Bad(other_shape, ValueError, r"grad 0 has shape \(5, 13\), its weight \(13, 5\)"),
-    "one of another dtype": Bad(of_dtype(torch.bfloat16), TypeError, "mixed dtypes"),
-    "complex": Bad(of_dtype(torch.complex64), TypeError, "grad 0 is torch.complex64.*it must be torch.float32 or"),
-    "freed": Bad(freed, ValueError, "grad 0 has no memory .its storage was resized to 0."),
+    "sparse": Bad(sparse, TypeError, says("grad 0", "torch.sparse_coo", "sparse=False")),
+    "other shape": Bad(other_shape, ValueError, says("grad 0", "(5, 13)", "(13, 5)")),
+    "one of another dtype": Bad(of_dtype(torch.bfloat16), TypeError, says("grad", "torch.float32", "torch.bfloat16")),
+    "complex": Bad(of_dtype(torch.complex64), TypeError, says("grad 0", "torch.complex64", "torch.float32 or")),
+    "freed": Bad(freed, ValueError, says("grad 0", "storage", 0)),
 }
 
 
@@ -121,13 +123,13 @@ def without_memory():
 
 
 PARAMETERS = {
-    "on another device": Bad(
-        lambda: torch.ones(2, device="meta"), ValueError, "parameters on cpu, meta: one optimizer"
+    "on another device": Bad(lambda: torch.ones(2, device="meta"), ValueError, says("cpu, meta", "one optimizer")),
+    "expanded": Bad(expanded, ValueError, says("weight 6", "(3, 4)", "(1, 0)", ".contiguous()")),
+    "holey": Bad(holey, ValueError, says("weight 6", "(6, 4)", "(8, 2)", ".contiguous()")),
+    "complex": Bad(
+        lambda: torch.ones(2, dtype=torch.complex64), TypeError, says("weight 0", "torch.complex64", "floating-point")
     ),
-    "expanded": Bad(expanded, ValueError, r"shape \(3, 4\) has strides \(1, 0\): expanded.*Make it dense"),
-    "holey": Bad(holey, ValueError, r"shape \(6, 4\) has strides \(8, 2\).*Make it dense"),
-    "complex": Bad(lambda: torch.ones(2, dtype=torch.complex64), TypeError, "complex64: only floating-point"),
-    "without memory": Bad(without_memory, ValueError, "has no memory .its storage was resized to 0."),
+    "without memory": Bad(without_memory, ValueError, says("weight 6", "storage", 0)),
 }
 
 
@@ -148,7 +150,7 @@ def test_parameters_that_overlap(make):
     before = base.clone()
     parameters = [torch.nn.Parameter(base[:4]), torch.nn.Parameter(base[2:])]
     opt.add_param_group({"params": parameters})
-    with pytest.raises(ValueError, match="weights 6 and 7 overlap in memory: pass shared storage once"):
+    with pytest.raises(ValueError, match=says("weights 6 and 7", "overlap")):
         opt.perturb()
     assert torch.equal(base, before)
     for parameter in parameters:
@@ -169,7 +171,7 @@ def test_a_weight_that_loses_its_memory_before_the_first_pass(make):
     weight = model[0].weight
     kept, size = weight.detach().clone(), weight.untyped_storage().nbytes()
     weight.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="weight 0 has no memory .its storage was resized to 0.: gather it"):
+    with pytest.raises(ValueError, match=says("weight 0", "storage", 0)):
         opt.perturb()
     weight.untyped_storage().resize_(size)
     weight.data.copy_(kept)
@@ -184,7 +186,7 @@ def test_a_weight_that_loses_its_memory_between_the_passes(make, how):
     weight = model[0].weight
     size = weight.untyped_storage().nbytes()
     weight.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="weight 0 has no memory"):
+    with pytest.raises(ValueError, match=says("weight 0", "storage", 0)):
         getattr(opt, how)()
     assert opt.is_perturbed  # still to be restored, once there is a place
     weight.untyped_storage().resize_(size)
@@ -200,7 +202,7 @@ def test_perturbing_twice(make):
     model, opt = ready(make)
     opt.perturb()
     perturbed = bits(model)
-    with pytest.raises(RuntimeError, match=r"already perturbed: call step\(\) or restore\(\) before perturb\(\)"):
+    with pytest.raises(RuntimeError, match=says("already perturbed", "step()", "restore()")):
         opt.perturb()
     assert torch.equal(bits(model), perturbed) and opt.is_perturbed
     opt.restore()
@@ -210,7 +212,7 @@ def test_perturbing_twice(make):
 def test_restoring_twice(make):
     model, opt = ready(make)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="not perturbed"):
+        with pytest.raises(RuntimeError, match=says("restore()", "not perturbed")):
             opt.restore()
         loss_of(model, batches(1)[0]).backward()
         opt.perturb()
@@ -221,8 +223,8 @@ def test_restoring_twice(make):
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("step", r"step\(\) without perturb\(\).*Call perturb\(\) after the first backward, or step\(plain=True\)"),
-        ("second_step", r"second_step\(\) without first_step\(\)"),
+        ("step", says("step()", "perturb()", "step(plain=True)")),
+        ("second_step", says("second_step()", "first_step()")),
     ],
 )
 def test_stepping_unperturbed(make, how, words):
@@ -239,7 +241,7 @@ def test_stepping_twice(make):
         loss_of(model, batches(1)[0]).backward()
         opt.step()
     once = bits(model)
-    with pytest.raises(RuntimeError, match=r"step\(\) without perturb\(\)"):
+    with pytest.raises(RuntimeError, match=says("step()", "perturb()", "step(plain=True)")):
         opt.step()
     assert torch.equal(bits(model), once)
 
@@ -251,7 +253,7 @@ def test_a_plain_step_between_the_passes(make, restored):
     if restored:
         opt.restore()
     at = bits(model)
-    with pytest.raises(RuntimeError, match=f"plain=True.*{'restored' if restored else 'perturbed'}"):
+    with pytest.raises(RuntimeError, match=says("step(plain=True)", "restored" if restored else "perturbed")):
         opt.step(plain=True)
     assert torch.equal(bits(model), at) and opt.is_perturbed is not restored
     if not restored:
@@ -261,7 +263,7 @@ def test_a_plain_step_between_the_passes(make, restored):
 
 def test_a_plain_step_with_a_closure(make):
     model, opt = ready(make)
-    with pytest.raises(RuntimeError, match="plain=True.*closure"):
+    with pytest.raises(RuntimeError, match=says("step(plain=True)", "closure")):
         opt.step(lambda: loss_of(model, batches(1)[0]), plain=True)
     assert_unharmed(model, opt, make)
 
@@ -288,7 +290,7 @@ def test_a_base_optimizer_that_fails():
 
 @pytest.mark.parametrize("rho", [0.0, -0.1, float("nan"), float("inf")])
 def test_a_bad_radius(make, rho):
-    with pytest.raises(ValueError, match=f"rho={rho}: the radius must be positive and finite"):
+    with pytest.raises(ValueError, match=says(f"rho={rho}", "positive and finite")):
         make(network().parameters(), rho=rho)
     model, opt = ready(make)
     with pytest.raises(ValueError, match=f"rho={rho}"):
@@ -311,9 +313,9 @@ def test_a_bad_hyper_parameter(options):
 
 def test_sam_wants_exactly_one_base():
     params = list(network().parameters())
-    with pytest.raises(TypeError, match="needs a base optimizer"):
+    with pytest.raises(TypeError, match=says("SAM(params, torch.optim.AdamW", "SAM(optimizer)")):
         SAM(params)
-    with pytest.raises(TypeError, match="instance"):
+    with pytest.raises(TypeError, match=says("instance", "base_optimizer")):
         SAM(torch.optim.SGD(params, lr=0.1), torch.optim.SGD)
 
 
@@ -352,7 +354,7 @@ def test_a_list_of_a_dtype_that_it_cannot_have(name, dtype, allowed):
     table = table_of("grad", dtype=torch.bfloat16)
     known = table.addresses.clone()
     lists = {name: [torch.ones(3, 4, dtype=dtype), torch.ones(5, dtype=dtype)]}
-    words = f"{name} 0 is {dtype} beside torch.bfloat16 weights: it must be {allowed}"
+    words = rf"{name} 0 .*{dtype} .*torch\.bfloat16 .*{allowed}"
     assert_refused(lambda: table.bind(**lists), TypeError, words, table)
     assert torch.equal(table.addresses, known)
 
@@ -361,10 +363,8 @@ def test_memory_that_is_gone():
     table = table_of("grad")
     grads = [torch.randn(3, 4), torch.randn(5)]
     grads[1].untyped_storage().resize_(0)
-    assert_refused(
-        lambda: table.bind(grad=grads), ValueError, "grad 1 has no memory .its storage was resized to 0.", table
-    )
-    with pytest.raises(ValueError, match="weight 1 has no memory"):
+    assert_refused(lambda: table.bind(grad=grads), ValueError, says("grad 1", "storage", 0), table)
+    with pytest.raises(ValueError, match=says("weight 1", "storage", 0)):
         TensorTable([torch.randn(2), grads[1]])
 
 
@@ -378,38 +378,38 @@ def test_a_list_that_an_operation_needs():
         lambda: ops.sam_perturb_(table, norm),
         lambda: ops.sam_adamw_step_(table, ops.StepScalars("cpu"), first=norm, restore=True),
     ):
-        assert_refused(operation, KeyError, "the table has no list 'grad'; bind it first", table)
+        assert_refused(operation, KeyError, says("'grad'", "bind"), table)
     table = table_of("grad")
     for operation in (ops.sam_perturb_, ops.sam_restore_):
-        words = "needs .* master or .*backup list"
+        words = says("master", "backup")
         assert_refused(lambda operation=operation: operation(table, norm), ValueError, words, table)
 
 
 def test_a_norm_of_too_few_groups_or_of_elsewhere():
     table = table_of("grad", "backup", group=[0, 2])
     for norm, words in (
-        (ops.GradientNorm("cpu", 2), "a norm of 2 groups on cpu for a table of 3 on cpu"),
-        (ops.GradientNorm("meta", 3), "a norm of 3 groups on meta for a table of 3 on cpu"),
+        (ops.GradientNorm("cpu", 2), says("norm", "2 groups on cpu", "3 on cpu")),
+        (ops.GradientNorm("meta", 3), says("norm", "3 groups on meta", "3 on cpu")),
     ):
         for operation in (ops.sam_perturb_, ops.sam_restore_):
             assert_refused(lambda op=operation, norm=norm: op(table, norm), ValueError, words, table)
-    assert_refused(lambda: ops.global_norm(table, 0.1), ValueError, "a norm of 1 groups", table)
+    assert_refused(lambda: ops.global_norm(table, 0.1), ValueError, says("norm", "1 groups"), table)
 
 
 def test_radii_and_tables_that_do_not_go_together():
     table = table_of("grad")
     for rho, words in (
-        (torch.tensor([0.1]), "rho is torch.float32 of 1 on cpu: it must be float64"),
-        (torch.tensor([0.1, 0.2], dtype=torch.float64), "of 2 on cpu: .* one for each of the norm's 1 groups"),
+        (torch.tensor([0.1]), says("rho", "torch.float32", "float64")),
+        (torch.tensor([0.1, 0.2], dtype=torch.float64), says("rho", 2, "1 groups")),
     ):
         out = ops.GradientNorm("cpu")
         assert_refused(lambda rho=rho, out=out: ops.global_norm(table, rho, out=out), ValueError, words, table)
     elsewhere = TensorTable([torch.ones(2, device="meta")])
-    assert_refused(lambda: ops.global_norm([table, elsewhere]), ValueError, "tables on cpu, meta: one device", table)
-    assert_refused(lambda: ops.global_norm([]), ValueError, "a norm of no table")
+    assert_refused(lambda: ops.global_norm([table, elsewhere]), ValueError, says("tables", "cpu, meta"), table)
+    assert_refused(lambda: ops.global_norm([]), ValueError, says("norm", "table"))
 
 
 @pytest.mark.parametrize("group", [[0], [0, 1, 1], [0, -1]])
 def test_groups_that_are_not_one_for_each_weight(group):
-    with pytest.raises(ValueError, match=r"for 2 weights: one row number, from 0, for each"):
+    with pytest.raises(ValueError, match=says(f"group={group}", 2, "weights")):
         table_of(group=group)

@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from builders.messages import says
 
 from optim.networks import batches, bits, loss_of, network, train, weights
 from rsaft_fast import ops
@@ -78,7 +79,7 @@ def test_what_may_follow_a_base_optimizer_that_failed(then):
         train(model, opt, [batch], sharp=then == "perturb")
         train(twin, sharp, [batch], sharp=then == "perturb")
     assert torch.equal(bits(model), bits(twin))
-    with pytest.raises(RuntimeError, match="without perturb"):
+    with pytest.raises(RuntimeError, match=says("step()", "perturb()", "step(plain=True)")):
         opt.step()
 
 
@@ -168,7 +169,7 @@ def test_an_update_that_breaks_off_among_its_tables_says_so(monkeypatch):
         opt.step()
     assert opt.half_stepped and not opt.is_perturbed
     for refused in (opt.perturb, lambda: opt.step(plain=True)):
-        with pytest.raises(RuntimeError, match="broken off.*checkpoint"):
+        with pytest.raises(RuntimeError, match=says("last step", "last checkpoint")):
             refused()
     monkeypatch.setattr(Bucket, "step", step)
     opt.load_state_dict(SAMAdamW(opt.param_groups).state_dict() | {"param_groups": opt.state_dict()["param_groups"]})
@@ -190,7 +191,7 @@ def test_weights_that_cannot_be_put_back_after_half_an_update_are_known_to_be_ha
         raise ZeroDivisionError
     assert opt.half_stepped and not opt.is_perturbed
     assert any("half done" in note for note in raised.value.__context__.__notes__)
-    with pytest.raises(RuntimeError, match="broken off"):
+    with pytest.raises(RuntimeError, match=says("last step", "last checkpoint")):
         opt.perturb()
 
 
@@ -258,13 +259,13 @@ class NeedsLoss(torch.optim.SGD):
 
 
 BASES = {
-    "LBFGS": (torch.optim.LBFGS, "LBFGS.*closure"),
-    "its own closure": (WithClosure, "WithClosure.*closure"),
-    "its own argument": (NeedsLoss, "NeedsLoss.*loss"),
-    "sparse": (torch.optim.SparseAdam, "SparseAdam.*sparse"),
-    "two passes": (lambda p: SAM(p, torch.optim.SGD, lr=0.1), "SAM makes two passes"),
-    "two passes, fused": (SAMAdamW, "SAMAdamW makes two passes"),
-    "no optimizer": (lambda p: torch.nn.Linear(1, 1), "Linear, not a torch.optim.Optimizer"),
+    "LBFGS": (torch.optim.LBFGS, says("LBFGS", "closure")),
+    "its own closure": (WithClosure, says("WithClosure", "closure")),
+    "its own argument": (NeedsLoss, says("NeedsLoss", "needs loss")),
+    "sparse": (torch.optim.SparseAdam, says("SparseAdam", "sparse=False")),
+    "two passes": (lambda p: SAM(p, torch.optim.SGD, lr=0.1), says("SAM ", "two passes")),
+    "two passes, fused": (SAMAdamW, says("SAMAdamW ", "two passes")),
+    "no optimizer": (lambda p: torch.nn.Linear(1, 1), says("Linear", "torch.optim.Optimizer")),
     "an instance": (torch.optim.SGD([torch.ones(1)], lr=0.1), r"SAM\(optimizer\)"),
 }
 
@@ -347,14 +348,14 @@ def test_schedule_free_modes_wait_for_the_passes_and_the_passes_for_the_mode():
     opt.perturb()
     at = bits(model)
     for refused in (opt.eval, opt.train):
-        with pytest.raises(RuntimeError, match="while the weights are perturbed"):
+        with pytest.raises(RuntimeError, match=says("perturbed", "step()", "restore()")):
             refused()
     assert torch.equal(bits(model), at)
     opt.restore()
     opt.eval()
     at = bits(model)
     for refused in (opt.perturb, lambda: opt.step(plain=True), opt.step):
-        with pytest.raises(RuntimeError, match=r"call optimizer.train\(\)"):
+        with pytest.raises(RuntimeError, match="optimizer.train()"):
             refused()
     assert torch.equal(bits(model), at)
     opt.train()

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from builders.messages import says
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -381,7 +382,7 @@ def test_weights_with_masters_come_back_without_new_memory(monkeypatch, traffic)
 
 
 def test_an_unknown_place_is_refused():
-    with pytest.raises(ValueError, match='offload=\'disk\': "none" or "state"'):
+    with pytest.raises(ValueError, match=says("offload='disk'", '"none"', '"state"')):
         SAMAdamW([torch.nn.Parameter(torch.ones(2))], offload="disk")
 
 
