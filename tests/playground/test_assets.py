@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from builders.messages import says
 from diffusers import StableDiffusion3Pipeline
 from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
 
@@ -91,7 +92,7 @@ def test_rewards_load_with_plain_transformers(name):
 
 
 def test_an_unknown_reward_is_refused_by_name():
-    with pytest.raises(ValueError, match="'honest' is unknown: choose one of fair, brittle"):
+    with pytest.raises(ValueError, match=says("'honest'", "fair, brittle")):
         reward_path("honest")
 
 
