@@ -117,7 +117,7 @@ def test_sizes_that_no_machine_has_are_refused_by_key_value_and_limit(raw, key, 
     (line,) = refused(put(raw, key, value))
     field = next(field for name, _, field in schema.keys(Config) if name == key)
     limit = next(entry.le for entry in field.metadata if hasattr(entry, "le"))
-    assert key in line and f"at most {limit:g}" in line and repr(value) in line
+    assert key in line and f" {limit:g}" in line and repr(value) in line
 
 
 def test_a_list_with_thousands_of_faults_is_told_in_a_few_lines(raw):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from builders.messages import says
 from builders.recipes import recipe
 
 from rsaft_fast.errors import UserError
@@ -29,40 +30,40 @@ def path(tiny, out, tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("method.kk=3", "unknown key method.kk on the command line; did you mean method.k?"),
-        ("methd.k=3", "unknown key methd on the command line; did you mean method?"),
-        ("lr=3", "unknown key lr on the command line; did you mean optimizer.lr?"),
-        ("optimiser={lr: 1.0}", "unknown key optimiser on the command line; did you mean optimizer?"),
-        ("smoothing.image.radios=1", "did you mean smoothing.image.radius?"),
-        ("parameters.lora.r=3", "did you mean parameters.lora.rank?"),
+        ("method.kk=3", says("method.kk", "command line", "method.k?")),
+        ("methd.k=3", says("methd", "command line", "method?")),
+        ("lr=3", says("lr", "command line", "optimizer.lr?")),
+        ("optimiser={lr: 1.0}", says("optimiser", "command line", "optimizer?")),
+        ("smoothing.image.radios=1", says("smoothing.image.radios", "smoothing.image.radius?")),
+        ("parameters.lora.r=3", says("parameters.lora.r ", "parameters.lora.rank?")),
         (
             "smoothing.parameters.rho=0",
-            "rho is 0 on the command line; it must be greater than 0; smoothing.param",
+            says("smoothing.parameters.rho is 0", "command line", "greater than 0", "null"),
         ),
-        ("smoothing.parameters.rho=-1e-2", "smoothing.parameters.rho is -0.01 on the command line; it must be greater"),
+        ("smoothing.parameters.rho=-1e-2", says("smoothing.parameters.rho", -0.01, "command line", "greater than 0")),
         (
             "method.name=drat",
-            "method.name is 'drat' on the command line; did you mean draft? it must be one of refl",
+            says("method.name", "'drat'", "command line", "draft?", "refl, draft, draft_lv"),
         ),
-        ("method={}", "missing key method.name on the command line: one of refl, draft, draft_lv, alignprop, drtune"),
-        ("method=3", "method is 3 on the command line; it must be a section of keys"),
-        ("max_steps=x", "max_steps is 'x' on the command line; it must be a whole number"),
-        ("max_steps=1.5", "max_steps is 1.5 on the command line; it must be a whole number"),
-        ("backbone.dtype=fp8", "backbone.dtype is 'fp8' on the command line; did you mean fp32?"),
-        ("optimizer.betas=[0.9]", "optimizer.betas[1] is missing on the command line; the list is too short"),
-        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas[1] is 1.0 on the command line; it must be less than 1"),
-        ("optimizer.lr=.nan", "optimizer.lr is nan on the command line; it must be a finite number"),
-        ("reward={}", "missing key reward.path on the command line: folder, file or hub id of the weights"),
-        ("keep_checkpoints=0", "keep_checkpoints is 0 on the command line; it must be at least 1"),
-        ("zzz.qqq=1", "unknown key zzz on the command line; valid here: seed, output_dir"),
-        ("foo", "cannot read 'foo' as an override; write key=value"),
-        ("seed=[1", "seed is '[1' on the command line, which is not YAML"),
+        ("method={}", says("missing", "method.name", "command line", "refl, draft, draft_lv, alignprop, drtune")),
+        ("method=3", says("method is 3", "command line", "section")),
+        ("max_steps=x", says("max_steps", "'x'", "command line", "whole number")),
+        ("max_steps=1.5", says("max_steps", 1.5, "command line", "whole number")),
+        ("backbone.dtype=fp8", says("backbone.dtype", "'fp8'", "command line", "fp32?")),
+        ("optimizer.betas=[0.9]", says("optimizer.betas[1]", "missing", "command line")),
+        ("optimizer.betas=[0.9, 1.0]", says("optimizer.betas[1]", 1.0, "command line", "less than 1")),
+        ("optimizer.lr=.nan", says("optimizer.lr", "nan", "command line", "finite")),
+        ("reward={}", says("missing", "reward.path", "command line", "hub id")),
+        ("keep_checkpoints=0", says("keep_checkpoints", 0, "command line", 1)),
+        ("zzz.qqq=1", says("zzz", "command line", "seed, output_dir")),
+        ("foo", says("'foo'", "key=value")),
+        ("seed=[1", says("seed", "'[1'", "command line", "YAML")),
     ],
 )
 def test_a_wrong_key_or_value_is_one_line_that_names_it(path, override, line):
     with pytest.raises(UserError) as raised:
         load_config(path, [override])
-    assert line in str(raised.value)
+    assert line.search(str(raised.value))
     assert "\n" not in str(raised.value)
 
 
@@ -75,7 +76,7 @@ def test_every_fault_has_a_line_of_its_own(path):
 def test_a_fault_in_the_file_names_the_file(tiny, out, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(recipe(tiny, out, method__kk=3)))
-    with pytest.raises(UserError, match=r"unknown key method\.kk in mine\.yaml; did you mean method\.k\?"):
+    with pytest.raises(UserError, match=says("method.kk", "mine.yaml", "method.k?")):
         load_config(file)
 
 
@@ -120,11 +121,11 @@ def test_resume_moves_into_that_run_unless_told_otherwise(path, tmp_path):
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("seed: 1\nseed: 2\n", "key 'seed' is given twice (line 2)"),
-        ("- 1\n", "holds a list; a recipe is a mapping"),
-        ("", "holds nothing"),
-        ("a: [1\n", "is not YAML"),
-        ("a: !!python/object/apply:os.getcwd []\n", "is not YAML"),
+        ("seed: 1\nseed: 2\n", says("'seed'", "twice", "line 2")),
+        ("- 1\n", says("list", "mapping")),
+        ("", says("recipe.yaml", "nothing")),
+        ("a: [1\n", says("recipe.yaml", "YAML")),
+        ("a: !!python/object/apply:os.getcwd []\n", says("recipe.yaml", "YAML")),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, line):
@@ -132,7 +133,7 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, line):
     file.write_text(text)
     with pytest.raises(UserError) as raised:
         read_yaml(file)
-    assert line in str(raised.value)
+    assert line.search(str(raised.value))
 
 
 def test_numbers_with_an_exponent_and_no_point_are_numbers():
@@ -142,11 +143,11 @@ def test_numbers_with_an_exponent_and_no_point_are_numbers():
 
 
 def test_a_missing_recipe_names_the_shipped_ones(tmp_path):
-    with pytest.raises(UserError, match=r"'nothing\.yaml' is not a file; give .* playground\.yaml"):
+    with pytest.raises(UserError, match=says("'nothing.yaml'", "playground.yaml")):
         find_recipe("nothing.yaml")
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match=says(f"'{tmp_path}'", "folder", "playground.yaml")):
         find_recipe(tmp_path)
-    with pytest.raises(UserError, match="not a file"):
+    with pytest.raises(UserError, match=says("'some/folder/playground.yaml'", "playground.yaml?")):
         find_recipe("some/folder/playground.yaml")
 
 
