@@ -7,6 +7,7 @@ import shutil
 import pytest
 from builders.clip import write_clip
 from builders.damages import CONTENTS, WEIGHTS, change
+from builders.messages import says
 from transformers import CLIPModel
 
 from rsaft_fast.errors import UserError
@@ -60,5 +61,5 @@ def test_an_error_of_any_kind_names_the_reward(monkeypatch):
         raise KeyError("unheard of")
 
     monkeypatch.setitem(registry.REWARDS, "clip", registry.Family(broken))
-    with pytest.raises(UserError, match="clip.*some/where.*KeyError"):
+    with pytest.raises(UserError, match=says("clip", "'some/where'", "KeyError: 'unheard of'")):
         load_reward(RewardSettings(name="clip", path="some/where"))

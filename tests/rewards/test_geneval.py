@@ -9,6 +9,7 @@ import pytest
 import torch
 from builders.clip import write_clip
 from builders.detectors import write_mask2former, write_metadata
+from builders.messages import says
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -220,10 +221,10 @@ def test_every_weight_is_used_but_the_losses(detector_folder, tmp_path):
     other = write_mask2former(tmp_path)
     state = load_file(other / "model.safetensors")
     save_file({n: v for n, v in state.items() if n != "class_predictor.bias"}, other / "model.safetensors")
-    with pytest.raises(UserError, match="lacks 1 weights, first 'class_predictor.bias'"):
+    with pytest.raises(UserError, match=says(str(other), "lacks", 1, "'class_predictor.bias'")):
         load_mask2former(other)
     save_file(state | {"more": torch.zeros(1)}, other / "model.safetensors")
-    with pytest.raises(UserError, match="1 weights too many, first 'more'"):
+    with pytest.raises(UserError, match=says(str(other), "too many", 1, "'more'")):
         load_mask2former(other)
 
 
@@ -236,7 +237,7 @@ def test_scores_from_tiny_checkpoints(detector_folder, tower, metadata):
     assert torch.equal(reward.score(images[[1]], prompts[1:]), together[[1]])
     assert reward.spec.name == "geneval-hf" and len(reward.spec.sha256) == 64
     json.dumps(reward.spec.preprocessing)
-    with pytest.raises(UserError, match="not among the 2 of the GenEval metadata"):
+    with pytest.raises(UserError, match=says("'a photo of a cup'", 2, "reward.metadata")):
         reward.score(images[:1], ["a photo of a cup"])
 
 
@@ -310,18 +311,24 @@ def test_class_names_are_genevals_where_they_are_cocos():
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"tag": "x", "prompt": "p"}', "no 'include'"),
-        ('{"tag": "x", "prompt": "p", "include": []}', "nothing is included"),
-        ("[1]", "no object with a prompt"),
-        ("{", "line 2"),
-        ('{"tag": "x", "prompt": "p", "include": [{"class": "unicorn", "count": 1}]}', "'unicorn' is not among"),
-        ('{"tag": "x", "prompt": "p", "include": [{"class": "dog", "count": 0}]}', "count 0"),
-        ('{"tag": "x", "prompt": "p", "include": [{"class": "dog", "count": 1, "color": "mauve"}]}', "'mauve'"),
+        ('{"tag": "x", "prompt": "p"}', says("line 2", "no 'include'")),
+        ('{"tag": "x", "prompt": "p", "include": []}', says("line 2", "included")),
+        ("[1]", says("line 2", "object", "prompt")),
+        ("{", says("line 2", "property name")),
+        (
+            '{"tag": "x", "prompt": "p", "include": [{"class": "unicorn", "count": 1}]}',
+            says("line 2", "'unicorn'", "person, bicycle"),
+        ),
+        ('{"tag": "x", "prompt": "p", "include": [{"class": "dog", "count": 0}]}', says("line 2", "count", 0)),
+        (
+            '{"tag": "x", "prompt": "p", "include": [{"class": "dog", "count": 1, "color": "mauve"}]}',
+            says("line 2", "'mauve'", "red, orange"),
+        ),
         (
             '{"tag": "x", "prompt": "p", "include": [{"class": "dog", "count": 1, "position": ["above", 0]}]}',
-            "clause 0",
+            says("line 2", "position", 0),
         ),
-        ('{"tag": "x", "prompt": "a", "include": [{"class": "cat", "count": 1}]}', "stands above with other demands"),
+        ('{"tag": "x", "prompt": "a", "include": [{"class": "cat", "count": 1}]}', says("line 2", "'a'", "demands")),
     ],
 )
 def test_metadata_that_is_not_genevals_is_one_clear_line(tmp_path, line, message):
@@ -350,16 +357,16 @@ def test_the_gpu_sees_what_the_cpu_sees(detector_folder, tower, metadata):
 
 
 def test_what_is_missing_is_one_clear_line(tower, detector_folder, metadata, tmp_path):
-    with pytest.raises(UserError, match="name its evaluation_metadata.jsonl"):
+    with pytest.raises(UserError, match=says("evaluation_metadata.jsonl", "reward.metadata")):
         load_reward(RewardSettings(name="geneval-hf", path=str(detector_folder)))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=says("absent.jsonl", "No such file")):
         geneval(detector_folder, tower, tmp_path / "absent.jsonl")
-    with pytest.raises(UserError, match="not a mask2former"):
+    with pytest.raises(UserError, match=says(str(tower), "'clip'", "mask2former")):
         geneval(tower, tower, metadata)
-    with pytest.raises(UserError, match="computes with gelu"):
+    with pytest.raises(UserError, match=says(f"'{tmp_path / 'gelu'}'", "quick_gelu", "hidden_act")):
         geneval(detector_folder, write_clip(tmp_path / "gelu"), metadata)
-    with pytest.raises(UserError, match="resizes to"):
+    with pytest.raises(UserError, match=says("preprocessor_config.json", "{'longest_edge': 5}", "height and width")):
         load_mask2former(write_mask2former(tmp_path / "edges", size={"longest_edge": 5}))
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="holds no task"):
+    with pytest.raises(UserError, match=says("empty.jsonl", "no task")):
         geneval(detector_folder, tower, tmp_path / "empty.jsonl")
