@@ -15,6 +15,7 @@ from builders.backbones import (
     noise_source,
     relative_error,
 )
+from builders.messages import says
 
 from rsaft_fast.backbones import SD3, SD15, Conditioning
 from rsaft_fast.backbones.flow import FlowBackbone
@@ -161,7 +162,8 @@ def test_branches_that_cannot_share_a_call_are_refused(backbone64, monkeypatch):
     shorter = {n: t[:, :-1] if n == "encoder_hidden_states" else t for n, t in both.negative.items()}
     plan = DRaFT().draw(2, np.random.default_rng(0))
     noise = noise_source(2)
-    with pytest.raises(UserError, match="different shapes cannot share a network call.*speed.cfg=separate"):
+    shapes = [str(tuple(n["encoder_hidden_states"].shape)) for n in (both.negative, shorter)]
+    with pytest.raises(UserError, match=says(*shapes, "speed.cfg=separate")):
         rollout(
             backbone64,
             backbone64.schedule(2),

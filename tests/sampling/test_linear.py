@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from builders.messages import says
 from builders.pipelines import tiny_sd15
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
@@ -115,7 +116,7 @@ def test_flow_euler_equals_diffusers(shift, num_steps):
 
 def test_flow_dynamic_shift_is_the_pipelines(tmp_path):
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    with pytest.raises(UserError, match="mu"):
+    with pytest.raises(UserError, match=r"\bmu\b"):
         flow_schedule(scheduler, 4)
     theirs = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     theirs.set_timesteps(4, mu=0.7)
@@ -152,14 +153,14 @@ def test_bad_numbers_are_refused():
 def test_a_number_of_steps_that_the_scheduler_cannot_place_is_the_samplers_fault():
     """A last sigma that is given cannot be the first as well; an offset can move the first step off the table."""
     stretched = FlowMatchEulerDiscreteScheduler(shift_terminal=0.1)
-    with pytest.raises(UserError, match=r"sampler\.steps is 1; .* 2 to 1000"):
+    with pytest.raises(UserError, match=says("sampler.steps", 1, 2, 1000)):
         flow_schedule(stretched, 1)
     assert [round(s.alpha, 6) for s in flow_schedule(stretched, 2)] == [0, 0.9]
     assert len(flow_schedule(FlowMatchEulerDiscreteScheduler(), 1)) == 1
-    with pytest.raises(UserError, match=r"sampler\.steps is 1000, .*steps_offset 1 .*timestep 1000, .* 999;"):
+    with pytest.raises(UserError, match=says("sampler.steps is 1000", "steps_offset 1", "timestep 1000", 999)):
         ddim_schedule(DDIMScheduler(**SD15), 1000)
     assert ddim_schedule(DDIMScheduler(**SD15), 999)[0].t == 999
-    with pytest.raises(UserError, match="has 10 betas for timestep 901"):
+    with pytest.raises(UserError, match=says("betas", 10, "timestep", 901)):
         ddim_schedule(DDIMScheduler(**SD15 | {"trained_betas": [0.01] * 10}), 10)
 
 
@@ -172,5 +173,5 @@ def test_pndm_config_without_clip_sample_is_not_clipped(tmp_path):
     reference = DDIMScheduler.from_config(backbone.pipeline.scheduler.config, clip_sample=False)
     reference.set_timesteps(10)
     assert [s.t for s in steps] == reference.timesteps.tolist()
-    with pytest.raises(UserError, match="sampler|eta"):
+    with pytest.raises(UserError, match=says("eta", 2.0, 0, 1)):
         backbone.schedule(10, eta=2.0)
