@@ -13,6 +13,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from builders.messages import says
 from builders.reward_server import TOKEN, Mean, serving
 from pydantic import ValidationError
 from safetensors.torch import save
@@ -110,18 +111,18 @@ def speaking(get=None, post=b"", endless=b"", pause=0.0):
         (spec(source="\x1b[2J"), "rewards.mean.source"),
         (spec(sha256="0" * 2000), "rewards.mean.sha256"),
         (spec(preprocessing=[1]), "rewards.mean.preprocessing"),
-        (spec(preprocessing=nested(99)), "rewards.mean.preprocessing: .*nested deeper than 16"),
-        (framed(b"[" * 100_000), "not a reward server"),
-        (framed(b'{"protocol": 1, "package": ' + b"9" * 5000 + b"}"), "not a reward server"),
-        (framed(b"null"), "not a reward server"),
-        (framed(b"\xff\xfe{"), "not a reward server"),
-        (changed(protocol=1.5), "speaks protocol 1.5"),
-        (changed(protocol="1\x1b[2J\n" + "x" * 10_000), "speaks protocol 1"),
-        (framed(b" " * 2_000_000), "not a reward server: its answer has 2000000 bytes"),
-        (framed(b'{"detail": "a\\n\\u001b[31mb"}', "403 No"), r"refuses \(403\): a \?\[31mb"),
-        (framed(b'{"detail": ' + b"[" * 50_000, "400 No"), r"refuses \(400\): "),
-        (b"SSH-2.0-OpenSSH_9.6\r\n", "speaks no HTTP"),
-        (b"HTTP/1.1 200 OK\r\n" + b"X: 1\r\n" * 200 + b"\r\n", "speaks no HTTP"),
+        (spec(preprocessing=nested(99)), says("rewards.mean.preprocessing", "nested", 16)),
+        (framed(b"[" * 100_000), says("/mean", "not a reward server")),
+        (framed(b'{"protocol": 1, "package": ' + b"9" * 5000 + b"}"), says("/mean", "not a reward server")),
+        (framed(b"null"), says("/mean", "not a reward server")),
+        (framed(b"\xff\xfe{"), says("/mean", "not a reward server")),
+        (changed(protocol=1.5), says("protocol", 1.5, "same version")),
+        (changed(protocol="1\x1b[2J\n" + "x" * 10_000), says("protocol 1?[2J x", "same version")),
+        (framed(b" " * 2_000_000), says("/mean", 2000000, 1048576)),
+        (framed(b'{"detail": "a\\n\\u001b[31mb"}', "403 No"), says(403, "a ?[31mb")),
+        (framed(b'{"detail": ' + b"[" * 50_000, "400 No"), says(400, '{"detail": [[[')),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", says("/mean", "HTTP (")),
+        (b"HTTP/1.1 200 OK\r\n" + b"X: 1\r\n" * 200 + b"\r\n", says("/mean", "HTTP (")),
     ],
 )
 def test_what_a_server_says_of_itself_is_checked(answer, words):
@@ -161,7 +162,7 @@ def test_a_later_version_may_say_more():
 def test_scores_are_checked(answer):
     with speaking(post=answer) as (url, _):
         remote = RemoteReward(url, TOKEN, patience=0)
-        with pytest.raises(UserError, match="answered nonsense|not a reward server: its answer has 400") as caught:
+        with pytest.raises(UserError, match=r"/mean .*(nonsense|\b400\d\d\d bytes)") as caught:
             remote.score(IMAGE, ["1"])
     assert "\n" not in str(caught.value)
 
@@ -194,7 +195,7 @@ def test_every_answer_has_an_end(first, endless, pause):
 def test_a_redirect_is_not_followed():
     with serving({"mean": Mean()}) as elsewhere:
         answer = framed(b"", "307 Temporary Redirect", f"Location: {elsewhere}/mean")
-        with speaking(answer) as (url, _), pytest.raises(UserError, match=r"sends elsewhere \(307\).*not followed"):
+        with speaking(answer) as (url, _), pytest.raises(UserError, match=says(307, "token", "final address")):
             RemoteReward(url, TOKEN, patience=0)
 
 
@@ -211,9 +212,9 @@ def test_no_proxy_sees_the_token(monkeypatch):
 def test_only_this_projects_variables_are_sent(name, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv(name, "a-secret-of-another-place")
     with speaking() as (url, heard):
-        with pytest.raises(UserError, match=f"{name}.*only variables that begin with RSAFT_"):
+        with pytest.raises(UserError, match=says("token_variable", f"'{name}'", "RSAFT_SERVER_TOKEN")):
             client.load_remote(url, token_variable=name)
-        with pytest.raises(ValidationError, match=f"{name}.*only variables that begin with RSAFT_"):
+        with pytest.raises(ValidationError, match=says("token_variable", f"'{name}'", "RSAFT_SERVER_TOKEN")):
             RewardSettings(name="remote", path=url, token_variable=name)
         (tmp_path / "prompts.txt").write_text("a")
         reward = ["--reward", f"remote={url},token_variable={name}"]
@@ -226,7 +227,7 @@ def test_only_this_projects_variables_are_sent(name, monkeypatch, capsys, tmp_pa
 @pytest.mark.parametrize("token", ["a\r\nX-Evil: 1", "a\nb", "a b", "tökén", "\ud800", "\x7f" * 20, ""])
 def test_a_token_that_is_no_header_stays_at_home(token, monkeypatch):
     with speaking() as (url, heard):
-        with pytest.raises(UserError, match=f"{len(token)} characters.*printable ASCII") as caught:
+        with pytest.raises(UserError, match=says("token", len(token), "printable ASCII")) as caught:
             RemoteReward(url, token)
         assert heard == [] and (not token or token not in str(caught.value))
 
@@ -249,7 +250,7 @@ def test_a_token_that_is_no_header_stays_at_home(token, monkeypatch):
 )
 def test_an_address_that_is_none_is_refused_at_once(url):
     began = time.monotonic()
-    with pytest.raises(UserError, match="not the address of a reward server") as caught:
+    with pytest.raises(UserError, match=says("address", "http://HOST:PORT/NAME")) as caught:
         RemoteReward(url, TOKEN)
     assert "hunter2" not in str(caught.value) and time.monotonic() - began < 0.5
 
@@ -271,7 +272,7 @@ def test_plain_http_to_another_machine_is_said(url, warned, monkeypatch, caplog)
         raise ConnectionRefusedError("nobody there")
 
     monkeypatch.setattr(client, "exchange", unreachable)
-    with pytest.raises(UserError, match="did not answer in 1 tries"):
+    with pytest.raises(UserError, match=says(url, "1 tries", "reward.patience, 0 s,")):
         RemoteReward(url, TOKEN, patience=0)
     assert ("unencrypted" in caplog.text) == warned and TOKEN not in caplog.text
 
@@ -288,21 +289,21 @@ def test_a_server_that_comes_back_is_waited_for(caplog):
         with serving({"mean": Mean()}, port=port):
             asking.join(15)
     assert found == [2.0]
-    assert "does not answer (ConnectionRefusedError" in caplog.text and "answers again" in caplog.text
+    assert "(ConnectionRefusedError" in caplog.text and "answers again" in caplog.text
     assert TOKEN not in caplog.text
 
 
 def test_the_default_outlasts_a_restart():
     # A server loads gigabytes of weights before it answers again.
     assert RewardSettings(name="remote", path="http://127.0.0.1:1/mean").patience >= 60
-    with pytest.raises(ValidationError, match="patience"):
+    with pytest.raises(ValidationError, match=says("patience\n", 0, -1)):
         RewardSettings(name="remote", path="http://127.0.0.1:1/mean", patience=-1)
-    with pytest.raises(ValidationError, match="patience is a key of remote"):
+    with pytest.raises(ValidationError, match=says("patience is", "remote", "clip;")):
         RewardSettings(name="clip", path="x", patience=1)
 
 
 def test_patience_of_a_recipe_reaches_the_client(monkeypatch):
     monkeypatch.setenv(wire.TOKEN_VARIABLE, TOKEN)
     settings = RewardSettings(name="remote", path="http://127.0.0.1:1/mean", patience=0.2)
-    with pytest.raises(UserError, match=r"in 2 tries over .*reward.patience, 0.2 s"):
+    with pytest.raises(UserError, match=says("2 tries", "reward.patience", 0.2)):
         load_reward(settings)

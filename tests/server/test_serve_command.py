@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import numpy as np
+from builders.messages import says
 from builders.recipes import environment
 from builders.reward_server import Mean
 from PIL import Image
@@ -52,7 +53,7 @@ def test_the_command_serves_until_it_is_told_to_stop(folder, local, tmp_path, ca
             str(tmp_path / "again.csv"),
         ]
         assert main(again) == 2
-        assert "did not answer in 2 tries" in capsys.readouterr().err
+        assert "2 tries" in capsys.readouterr().err
     finally:
         process.kill()
         process.communicate()
@@ -67,11 +68,11 @@ def test_the_command_refuses_what_cannot_work(folder, monkeypatch, capsys):
 
     reward = ["--reward", f"clip={folder}"]
     taken = socket.create_server(("127.0.0.1", 0))
-    assert "cannot be listened on" in attempt(*reward, "--port", str(taken.getsockname()[1]))
+    assert str(taken.getsockname()[1]) in attempt(*reward, "--port", str(taken.getsockname()[1]))
     taken.close()
-    assert "two rewards of one family" in attempt(*reward, "--reward", f"clip={folder},scale=cosine")
+    assert "two rewards" in attempt(*reward, "--reward", f"clip={folder},scale=cosine")
     monkeypatch.setenv(wire.TOKEN_VARIABLE, "short")
-    assert "has 5 characters; a token has at least 16" in attempt(*reward, "--port", "0")
+    assert says("token", 5, 16).search(attempt(*reward, "--port", "0"))
 
 
 def test_listening_beyond_this_machine_is_warned_of(capsys):
@@ -79,5 +80,5 @@ def test_listening_beyond_this_machine_is_warned_of(capsys):
         with _listen(host, 0) as listener:
             _announce(listener, {"mean": Mean()}, None)
         printed = capsys.readouterr().out
-        assert ("is not a loopback address" in printed) == warned
+        assert ("loopback" in printed) == warned
         assert f"http://{host}:" in printed and wire.TOKEN_VARIABLE not in printed

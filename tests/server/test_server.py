@@ -9,7 +9,6 @@ import io
 import json
 import os
 import pickle
-import re
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from builders.messages import says
 from builders.recipes import config
 from builders.reward_server import QUICK, TOKEN, Mean, detail, request, serving
 from PIL import Image
@@ -51,7 +51,7 @@ def test_what_exceeds_a_request_goes_in_several(server, local):
     # 27 kB a picture: the bytes allow one at a time.
     large = torch.rand(2, 3, 48, 48)
     assert torch.equal(remote.score(large, ["x", "y"])[1], local.score(large[1:], ["y"])[0].detach())
-    with pytest.raises(UserError, match="a picture of 120000 bytes is too large.*limit is 60000.*--max-bytes"):
+    with pytest.raises(UserError, match=says(120000, 60000, "--max-bytes")):
         remote.score(torch.rand(1, 3, 100, 100), ["x"])
 
 
@@ -106,9 +106,9 @@ def test_one_bad_request_does_not_spoil_its_neighbours():
         with ThreadPoolExecutor(6) as pool:
             answers = list(pool.map(ask, ["1", "forbidden", "2", "broken", "3", "4"]))
     assert [answers[i] for i in (0, 2, 4, 5)] == [1.0, 2.0, 3.0, 4.0]
-    assert "refuses (422): a prompt is forbidden" in answers[1]
+    assert says(422, "a prompt is forbidden").search(answers[1])
     # What the inside says may be a secret of the server's machine.
-    assert "refuses (500): scoring failed (RuntimeError)" in answers[3] and "secret" not in answers[3]
+    assert says(500, "(RuntimeError)").search(answers[3]) and "secret" not in answers[3]
 
 
 @pytest.mark.parametrize("token", ["", "wrong", TOKEN[:-1], TOKEN + "x", "ü" * 8, None])
@@ -116,16 +116,16 @@ def test_a_wrong_token_gets_nothing(server, token):
     authorization = None if token is None else f"Bearer {token}".encode()
     for method, path in (("GET", "/"), ("POST", "/clip"), ("GET", "/docs"), ("GET", "/openapi.json")):
         status, text = detail(server, method=method, path=path, Authorization=authorization)
-        assert status == 401 and "the token is missing or wrong" in text
+        assert status == 401 and "the token" in text
     for path in ("/docs", "/openapi.json", "/redoc"):
         assert request(server, method="GET", path=path)[0] in (404, 405)
 
 
 def test_the_client_says_what_is_wrong_with_its_token(server, monkeypatch):
-    with pytest.raises(UserError, match=r"refuses \(401\): the token is missing or wrong"):
+    with pytest.raises(UserError, match=says(401, "token")):
         RemoteReward(server, "wrong")
     monkeypatch.delenv(wire.TOKEN_VARIABLE, raising=False)
-    with pytest.raises(UserError, match="RSAFT_SERVER_TOKEN is not set; export the token"):
+    with pytest.raises(UserError, match=says("RSAFT_SERVER_TOKEN", "export")):
         load_reward(RewardSettings(name="remote", path=f"{server}/clip"))
     monkeypatch.setenv("RSAFT_ANOTHER", TOKEN)
     reward = load_reward(RewardSettings(name="remote", path=f"{server}/clip", token_variable="RSAFT_ANOTHER"))
@@ -160,14 +160,14 @@ def test_another_version_is_said_on_both_sides(server):
     for protocol in (wire.PROTOCOL + 1, "none", None):
         header = {wire.PROTOCOL_HEADER: None if protocol is None else str(protocol)}
         status, text = detail(server, **header)
-        assert status == 409 and f"speaks protocol {wire.PROTOCOL} (rsaft_fast " in text
-        assert "install the same version of rsaft_fast on both sides" in text
+        assert status == 409 and says(f"protocol {wire.PROTOCOL}", "(rsaft_fast ").search(text)
+        assert "same version of rsaft_fast" in text
     info = {"protocol": 99, "package": "9.9", "rewards": {}, "max_pictures": 1, "max_bytes": 1}
     with answering(200, json.dumps(info).encode()) as url:
-        with pytest.raises(UserError, match=r"speaks protocol 99 \(rsaft_fast 9.9\), this client 1; install the same"):
+        with pytest.raises(UserError, match=says("protocol 99", "(rsaft_fast 9.9)", 1, "same version")):
             RemoteReward(url, TOKEN)
     for body in (b"<html>hello</html>", b"[]", b"{}"):
-        with answering(200, body) as url, pytest.raises(UserError, match="is not a reward server"):
+        with answering(200, body) as url, pytest.raises(UserError, match=says(url, "not a reward server")):
             RemoteReward(url, TOKEN)
 
 
@@ -186,29 +186,29 @@ def prompts(text):
 @pytest.mark.parametrize(
     "body, words",
     [
-        (b"", "not safetensors"),
-        (b"\x00" * 100, "not safetensors"),
-        (b"\xff" * 8, "not safetensors"),
-        (os.urandom(500), "not safetensors"),
-        (tensors()[:-1], "not safetensors"),
-        (tensors(images=None), "the tensors are prompts; expected images and prompts"),
-        (tensors(more=torch.zeros(1)), "expected images and prompts"),
-        (tensors(images=torch.rand(2, 1, 8, 8)), r"images is float32 of shape \(2, 1, 8, 8\)"),
-        (tensors(images=torch.rand(3, 8, 8)), r"shape \(3, 8, 8\)"),
-        (tensors(images=torch.rand(2, 3, 0, 8)), r"shape \(2, 3, 0, 8\)"),
-        (tensors(images=torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), "images is uint8"),
-        (tensors(prompts=torch.rand(3)), "prompts is float32"),
-        (tensors(prompts=prompts("[")), "prompts is not a JSON list"),
-        (tensors(prompts=prompts("[" * 5000)), "prompts is not a"),
-        (tensors(prompts=torch.full((4,), 255, dtype=torch.uint8)), "prompts is not a JSON list"),
-        (tensors(prompts=prompts('"ab"')), "prompts is not a list of strings"),
-        (tensors(prompts=prompts('["a", 3]')), "prompts is not a list of strings"),
-        (tensors(prompts=prompts('["a"]')), "1 prompts for 2 images"),
+        (b"", says("body", "safetensors")),
+        (b"\x00" * 100, says("body", "safetensors")),
+        (b"\xff" * 8, says("body", "safetensors")),
+        (os.urandom(500), says("body", "safetensors")),
+        (tensors()[:-1], says("body", "safetensors")),
+        (tensors(images=None), says("the tensors are prompts;", "images and prompts")),
+        (tensors(more=torch.zeros(1)), says("more", "images and prompts")),
+        (tensors(images=torch.rand(2, 1, 8, 8)), says("images", "float32", "(2, 1, 8, 8)")),
+        (tensors(images=torch.rand(3, 8, 8)), says("images", "(3, 8, 8)")),
+        (tensors(images=torch.rand(2, 3, 0, 8)), says("images", "(2, 3, 0, 8)")),
+        (tensors(images=torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), says("images", "uint8")),
+        (tensors(prompts=torch.rand(3)), says("prompts", "float32")),
+        (tensors(prompts=prompts("[")), says("prompts", "JSON list")),
+        (tensors(prompts=prompts("[" * 5000)), says("prompts", "list")),
+        (tensors(prompts=torch.full((4,), 255, dtype=torch.uint8)), says("prompts", "JSON list")),
+        (tensors(prompts=prompts('"ab"')), says("prompts", "list of strings")),
+        (tensors(prompts=prompts('["a", 3]')), says("prompts", "list of strings")),
+        (tensors(prompts=prompts('["a"]')), says("prompts", 1, "images", 2)),
     ],
 )
 def test_a_malformed_body_is_one_clear_line(server, body, words):
     status, text = detail(server, body=body)
-    assert status == 400 and re.search(words, text), text
+    assert status == 400 and words.search(text), text
 
 
 def png(width, height):
@@ -219,29 +219,29 @@ def png(width, height):
 @pytest.mark.parametrize(
     "content, status, words",
     [
-        (b"{", 400, "the body is not"),
-        (b"[" * 50_000, 400, "the body is not"),
-        (b"[]", 400, "the body is not"),
-        ({"prompts": ["a"]}, 400, "KeyError"),
-        ({"prompts": ["a"], "images": ["!!"]}, 400, "the body is not"),
-        ({"prompts": ["a"], "images": [base64.b64encode(b"no picture").decode()]}, 400, "number 0 cannot be read"),
-        ({"prompts": [3], "images": [png(4, 4)]}, 400, "prompts is not a list of strings"),
-        ({"prompts": [], "images": [png(4, 4)]}, 400, "0 prompts for 1 images"),
+        (b"{", 400, says("body")),
+        (b"[" * 50_000, 400, says("body")),
+        (b"[]", 400, says("body")),
+        ({"prompts": ["a"]}, 400, says("KeyError")),
+        ({"prompts": ["a"], "images": ["!!"]}, 400, says("body")),
+        ({"prompts": ["a"], "images": [base64.b64encode(b"no picture").decode()]}, 400, says("number 0", "PNG, JPEG")),
+        ({"prompts": [3], "images": [png(4, 4)]}, 400, says("prompts", "list of strings")),
+        ({"prompts": [], "images": [png(4, 4)]}, 400, says("prompts", 0, "images", 1)),
         # A small file of many pixels, and several that only together are too many.
-        ({"prompts": ["a"], "images": [png(5000, 5000)]}, 400, "5000x5000 pixels; 5000 may follow"),
-        ({"prompts": ["a"] * 2, "images": [png(60, 60)] * 2}, 400, "number 1 has 60x60 pixels; 1400 may follow"),
-        ({"prompts": ["a"] * 5, "images": [png(4, 4)] * 5}, 413, "5 pictures; this server's limit is 4"),
+        ({"prompts": ["a"], "images": [png(5000, 5000)]}, 400, says("5000x5000", 5000, "pixels")),
+        ({"prompts": ["a"] * 2, "images": [png(60, 60)] * 2}, 400, says("number 1", "60x60", 1400, "pixels")),
+        ({"prompts": ["a"] * 5, "images": [png(4, 4)] * 5}, 413, says("pictures", 5, 4)),
     ],
 )
 def test_malformed_json_is_one_clear_line(server, content, status, words):
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
     found, text = detail(server, body=body, kind=wire.JSON)
-    assert found == status and words in text, text
+    assert found == status and words.search(text), text
 
 
 def test_what_is_too_large_is_refused_before_it_is_read(server):
     status, text = detail(server, body=b"x" * 60_001)
-    assert status == 413 and "larger than this server's limit of 60000 bytes" in text
+    assert status == 413 and says(60000, "bytes").search(text)
     # A body that does not say how long it is.
     chunks = (b"x" * 10_000 for _ in range(7))
     connection = http.client.HTTPConnection(server.removeprefix("http://"), timeout=20)
@@ -251,7 +251,7 @@ def test_what_is_too_large_is_refused_before_it_is_read(server):
     connection.close()
     five = wire.encode_request(torch.rand(5, 3, 4, 4), ["x"] * 5)
     status, text = detail(server, body=five)
-    assert status == 413 and "5 pictures; this server's limit is 4 a request" in text
+    assert status == 413 and says("pictures", 5, 4).search(text)
 
 
 def test_a_pickle_is_never_opened(server, tmp_path):
@@ -267,13 +267,13 @@ def test_a_pickle_is_never_opened(server, tmp_path):
 
 def test_names_and_addresses(server, local):
     assert detail(server, path="/nothing")[0] == 404
-    for path, words in (("", "serves several rewards; it has clip, mean"), ("/clop", "serves no 'clop'; it has clip")):
+    for path, words in (("", says("several", "clip, mean")), ("/clop", says("'clop'", "clip, mean"))):
         with pytest.raises(UserError, match=words):
             RemoteReward(server + path, TOKEN)
     with serving({"hpsv2.1": local}) as url:
         assert RemoteReward(url, TOKEN).name == "hpsv2.1"
     for bad in ("clip", "ftp://a/b", "http://", "http://a:b/", "http://u:p@h/x", "http://h/a/b", "http://h:99999/x"):
-        with pytest.raises(UserError, match="is not the address of a reward server"):
+        with pytest.raises(UserError, match=says("address", "http://HOST:PORT/NAME")):
             RemoteReward(bad, TOKEN)
 
 
@@ -323,7 +323,7 @@ def test_a_lost_answer_is_asked_for_again(server, local):
         images = torch.rand(1, 3, 18, 18)
         assert torch.equal(remote.score(images, ["x"]), local.score(images, ["x"]).detach())
     with flaky(server, refusals=9) as (url, seen):
-        with pytest.raises(UserError, match="did not answer in 4 tries over .*see whether rsaft-fast serve still runs"):
+        with pytest.raises(UserError, match=says("4 tries", "RemoteDisconnected", "reward.patience", 0.75)):
             RemoteReward(f"{url}/clip", TOKEN, patience=QUICK)
         assert len(seen) == 4
 
@@ -332,7 +332,7 @@ def test_a_server_that_dies_is_one_clear_line(local):
     with serving({"clip": local}) as url:
         remote = RemoteReward(url, TOKEN, patience=QUICK)
         remote.score(torch.rand(1, 3, 18, 18), ["x"])
-    with pytest.raises(UserError, match="did not answer in 4 tries over .*ConnectionRefusedError") as caught:
+    with pytest.raises(UserError, match=says("4 tries", "ConnectionRefusedError", "reward.patience", 0.75)) as caught:
         remote.score(torch.rand(1, 3, 18, 18), ["x"])
     assert "\n" not in str(caught.value)
 
@@ -340,10 +340,10 @@ def test_a_server_that_dies_is_one_clear_line(local):
 def test_slow_and_busy_servers():
     images = torch.zeros(1, 3, 4, 4)
     with serving({"mean": Mean(seconds=0.4)}, timeout=0.1) as url:
-        with pytest.raises(UserError, match=r"503: the scores took too long \(the limit is 0.1 s\)"):
+        with pytest.raises(UserError, match=says(503, "limit", 0.1)):
             RemoteReward(url, TOKEN, patience=0.3).score(images, ["1"])
     with serving({"mean": Mean(seconds=1.0)}) as url:
-        with pytest.raises(UserError, match="did not answer in 1 tries over .*TimeoutError"):
+        with pytest.raises(UserError, match=says("1 tries", "TimeoutError")):
             RemoteReward(url, TOKEN, timeout=0.2, patience=0).score(images, ["1"])
     with serving({"mean": Mean(seconds=0.15)}, max_waiting=1, max_pictures=1) as url:
         patient = RemoteReward(url, TOKEN, patience=10)
@@ -359,13 +359,13 @@ def test_slow_and_busy_servers():
                 return str(error)
 
         with ThreadPoolExecutor(5) as pool:
-            assert any("requests wait already; try again" in str(answer) for answer in pool.map(ask, range(5)))
+            assert any("requests wait" in str(answer) for answer in pool.map(ask, range(5)))
 
 
 def test_a_remote_reward_trains_by_nothing_that_needs_a_gradient(tiny, out):
     reward = {"name": "remote", "path": "http://127.0.0.1:1/clip"}
-    with pytest.raises(UserError, match="reward.name remote has no gradient, and method.name draft follows"):
+    with pytest.raises(UserError, match=says("reward.name remote", "gradient", "method.name draft")):
         check_config(config(tiny, out, reward=reward))
     parts = [{"path": "x"}, reward]
-    with pytest.raises(UserError, match=r"reward.parts\[1\].name remote has no gradient"):
+    with pytest.raises(UserError, match=says("reward.parts[1].name remote", "gradient")):
         check_config(config(tiny, out, reward={"name": "combination", "parts": parts}))
