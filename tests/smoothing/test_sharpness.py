@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from builders.clip import write_clip
+from builders.messages import says
 
 from rsaft_fast.errors import NonFiniteRewardError, UserError
 from rsaft_fast.rewards import ClipReward, Reward, RewardSpec
@@ -101,7 +102,7 @@ def test_a_flat_reward_has_none_and_a_broken_gradient_is_nan(images):
 def test_it_warns_when_rounding_hides_it(clip_folder):
     images = torch.rand(3, 3, 16, 16) * 0.8 + 0.1
     half = ClipReward.from_pretrained(clip_folder, dtype=torch.bfloat16)
-    with pytest.warns(UserWarning, match="float32 reward or a larger radius"):
+    with pytest.warns(UserWarning, match=says("float32", "larger radius")):
         sharpness(half, images, PROMPTS, 1e-4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -112,17 +113,17 @@ def test_it_warns_when_rounding_hides_it(clip_folder):
 def test_wrong_input_is_one_clear_line(images):
     reward = Quadratic(torch.ones(3, 9, 11), 0.0)
     for arguments, message in [
-        ({"radius": 0.0}, "positive and finite"),
-        ({"radius": float("nan")}, "positive and finite"),
-        ({"norm": "l1"}, "l2 or rms"),
-        ({"space": "latent"}, "pixel01, pixel11 or reward_input"),
-        ({"batch_size": 0}, "at least 1"),
-        ({"prompts": PROMPTS[:2]}, "2 prompts for 3 images"),
+        ({"radius": 0.0}, says("radius", 0.0, "positive and finite")),
+        ({"radius": float("nan")}, says("radius", "nan", "positive and finite")),
+        ({"norm": "l1"}, says("'l1'", "l2 or rms")),
+        ({"space": "latent"}, says("'latent'", "pixel01, pixel11 or reward_input")),
+        ({"batch_size": 0}, says("batch_size", 0, 1)),
+        ({"prompts": PROMPTS[:2]}, says("prompts", 2, "images", 3)),
     ]:
         with pytest.raises(UserError, match=message):
             sharpness(**({"reward": reward, "images": images, "prompts": PROMPTS} | arguments))
     reward.differentiable = False
-    with pytest.raises(UserError, match="no gradient"):
+    with pytest.raises(UserError, match=says("'quadratic'", "gradient")):
         sharpness(reward, images, PROMPTS)
     images[2, 0, 0, 0] = float("inf")
     with pytest.raises(NonFiniteRewardError, match="'a green triangle'"):
