@@ -189,10 +189,10 @@ def test_of_runs_begun_at_once_in_one_folder_one_trains_and_the_others_say_who_d
         for child in children:
             # One that began when the other had ended finds a run that is over, and holds the folder while it looks.
             others = (other.pid for other in children if other is not child)
-            held = any(f"is being written by process {pid} on" in child.said for pid in others)
-            over = "holds a run already" in child.said or "updates already" in child.said
+            held = any(f"process {pid} on" in child.said for pid in others)
+            over = "a run already" in child.said or "updates already" in child.said
             assert child.pid in trained or held or over, child.said
-            assert child.code == (2 if held or "holds a run already" in child.said else 0), child.said
+            assert child.code == (2 if held or "a run already" in child.said else 0), child.said
         run.finish(out)
     with capsys.disabled():
         print(f"\nruns in one folder (seed {SEED}): {rounds} rounds tried, each trained once")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders.messages import says
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.files import write_atomically
@@ -76,7 +77,7 @@ def test_tensors_that_share_memory_are_saved(tmp_path):
 
 
 def test_pack_refuses_what_json_cannot_hold():
-    with pytest.raises(TypeError, match=r"a\.1 is a dtype"):
+    with pytest.raises(TypeError, match=says("a.1", "dtype")):
         pack({"a": [1, torch.float32]})
     with pytest.raises(TypeError, match="function"):
         pack(lambda: None)
@@ -136,8 +137,8 @@ def test_a_checkpoint_that_is_cut_or_altered_anywhere_is_never_loaded(two, tmp_p
             assert what.startswith("COMPLETE flipped"), what
             assert_equal(read(found), make(4))
             continue
-        assert len(lines) == 1 and "step_4 is passed over" in lines[0], what
-        with pytest.raises(UserError, match="cannot be used"):
+        assert len(lines) == 1 and "step_4" in lines[0], what
+        with pytest.raises(UserError, match=says(copy / "step_4", "cannot be used")):
             read(copy / "step_4")
         assert_equal(read(found), make(2))
     assert tried > 50

@@ -10,6 +10,7 @@ import socket
 import threading
 
 import pytest
+from builders.messages import says
 from builders.recipes import config
 
 from rsaft_fast.commands.output import output_folder
@@ -91,7 +92,10 @@ def test_a_file_system_without_locks_is_said_and_goes_on(tmp_path, monkeypatch):
 def test_a_holder_that_left_no_name_is_a_holder(tmp_path, content):
     with sole_writer(tmp_path, "output_dir"):
         (tmp_path / LOCK).write_bytes(content)
-        with pytest.raises(FolderHeldError, match="being written by a process"), sole_writer(tmp_path, "output_dir"):
+        with (
+            pytest.raises(FolderHeldError, match=says("output_dir", tmp_path, "a process")),
+            sole_writer(tmp_path, "output_dir"),
+        ):
             pass
 
 
@@ -104,7 +108,10 @@ def test_a_folder_that_cannot_be_made_is_an_error_not_an_endless_try(tmp_path):
 def test_a_second_run_is_refused_before_anything_is_loaded(tiny, out, monkeypatch):
     monkeypatch.setattr(loop._Run, "load", lambda run: pytest.fail("loaded"))
     for resume in (None, "auto"):
-        with sole_writer(out, "output_dir"), pytest.raises(UserError, match=f"output_dir .* process {os.getpid()} on"):
+        with (
+            sole_writer(out, "output_dir"),
+            pytest.raises(UserError, match=says("output_dir", out, f"process {os.getpid()} on")),
+        ):
             train(config(tiny, out, resume=resume))
     assert not out.exists()
 
@@ -113,11 +120,14 @@ def test_two_commands_at_once_write_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with output_folder(None, "samples") as one, output_folder(None, "samples") as two:
         assert (one.name, two.name) == ("samples", "samples-2")
-        with pytest.raises(UserError, match="being written"), output_folder("samples", "samples"):
+        with (
+            pytest.raises(UserError, match=says("--output", "samples", f"process {os.getpid()} on")),
+            output_folder("samples", "samples"),
+        ):
             pass
         (one / "a.png").write_text("x")
     assert [path.name for path in tmp_path.iterdir()] == ["samples"]
-    with pytest.raises(UserError, match="not empty"), output_folder("samples", "samples"):
+    with pytest.raises(UserError, match=says("--output", "samples", "empty")), output_folder("samples", "samples"):
         pass
     with output_folder(None, "samples") as third:
         assert third.name == "samples-2"

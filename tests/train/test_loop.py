@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders.messages import says
 from builders.recipes import config
 from PIL import Image
 from safetensors.torch import load_file
@@ -140,7 +141,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(tiny, out):
     said = []
     train(config(tiny, out, max_steps=4, checkpoint_every=2, resume="auto"), log=said.append)
     said = notes(said)
-    assert "step_4 is passed over: weights.safetensors has" in said[0] and "step_2, after update 2" in said[1]
+    assert says("step_4", "weights.safetensors").search(said[0]) and says("step_2", "update 2").search(said[1])
     assert weights.read_bytes() == good
 
 
@@ -148,15 +149,15 @@ def test_what_changed_since_the_checkpoint_is_said(tiny, out):
     train(config(tiny, out))
     said = []
     train(config(tiny, out, max_steps=3, resume="auto", optimizer__lr=5e-3), log=said.append)
-    assert notes(said)[1:] == ["optimizer.lr was 0.01 and is 0.005 now"]
+    assert len(notes(said)) == 2 and says("optimizer.lr", 0.01, 0.005).search(notes(said)[1])
 
 
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        ({"parameters__lora": {"rank": 3}}, "the checkpoint's weights do not fit this recipe"),
-        ({"ema": {"decay": 0.9}}, "disagree on ema"),
-        ({"parameters": {"train": "full"}}, "the checkpoint's weights do not fit this recipe"),
+        ({"parameters__lora": {"rank": 3}}, says("resume", "weights", "parameters")),
+        ({"ema": {"decay": 0.9}}, says("resume", "ema")),
+        ({"parameters": {"train": "full"}}, says("resume", "weights", "parameters")),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(tiny, out, overrides, line):
@@ -171,7 +172,7 @@ def test_a_finished_run_says_so_and_changes_nothing_but_the_export(tiny, out):
     train(config(tiny, out))
     shutil.rmtree(out / "lora")
     outcome = train(config(tiny, out, resume="auto"))
-    assert "2 updates already" in outcome.message and (out / "lora").is_dir()
+    assert says(2, "updates").search(outcome.message) and (out / "lora").is_dir()
 
 
 def test_resume_auto_without_a_run_starts_one(tiny, out):
@@ -183,7 +184,7 @@ def test_resume_auto_of_a_run_without_a_checkpoint_starts_over_says_so_and_keeps
     (out / "metrics.jsonl").write_text('{"step": 1}\n')
     said = []
     train(config(tiny, out, resume="auto"), log=said.append)
-    assert "step_1 is passed over" in said[0] and "starts from the beginning" in said[1]
+    assert "step_1" in said[0] and "beginning" in said[1]
     assert [set(record) >= KEYS for record in read_metrics(out)] == [True, True]
     assert (out / "superseded-1/metrics.jsonl").read_text() == '{"step": 1}\n'
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_2"]
@@ -194,7 +195,7 @@ def test_resume_auto_never_replaces_a_run_whose_only_checkpoint_is_damaged(tiny,
     with (out / "checkpoints/step_2/weights.safetensors").open("ab") as stream:
         stream.write(b"x")
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    with pytest.raises(UserError, match="no checkpoint that is whole.*step_2.*another output_dir"):
+    with pytest.raises(UserError, match=says("resume", "step_2", "weights.safetensors", "output_dir")):
         train(config(tiny, out, max_steps=3, resume="auto"))
     assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
 
@@ -209,7 +210,7 @@ def test_a_comment_in_the_copied_config_makes_no_checkpoint_worthless(tiny, out)
     copied = out / "checkpoints/step_3/config.yaml"
     copied.write_text("{")
     assert train(config(tiny, out, max_steps=4, resume="auto"), log=said.append).step == 4
-    assert any("cannot be said" in line and "config.yaml" in line for line in said)
+    assert any("config.yaml" in line for line in said)
 
 
 def gradients_after_one_update(tiny, out, **overrides) -> tuple[dict, dict]:
@@ -318,7 +319,7 @@ def test_nothing_is_written_before_the_first_update_is_done(tiny, out, monkeypat
         return torch.full((len(inputs),), float("nan")) + inputs.sum() * 0
 
     monkeypatch.setattr(ClipReward, "score_inputs", broken)
-    with pytest.raises(NonFiniteRewardError, match="not finite"):
+    with pytest.raises(NonFiniteRewardError, match=says("2 of 2", "finite", "nan", "'a red circle'")):
         train(config(tiny, out, samples={"every": 1}))
     assert not out.exists()
 
@@ -363,7 +364,7 @@ def test_out_of_memory_names_the_phase_and_restores_the_weights(tiny, out, monke
         return decode(latents)
 
     monkeypatch.setattr(trainer.backbone, "decode", exhausted)
-    line = r"out of memory in update 2 \(the decoder's backward pass\); the weights are those before it"
+    line = says("update 2", "(the decoder's backward pass)", "weights are those before")
     with pytest.raises(UserError, match=line):
         trainer.update()
     assert all(torch.equal(before[name], p) for name, p in trainer.parameters.items())
@@ -386,10 +387,10 @@ def test_a_perturbation_that_rounding_swallows_is_warned_of_once(tiny, out):
     run = _Run(settings, said.append)
     for step, projection in enumerate((0.9, 0.2, 0.1), 1):
         run._warn({"step": step, "projection": projection, "skipped": 0})
-    assert len(said) == 1 and "only 20% of the weight perturbation survives" in said[0]
+    assert len(said) == 1 and says("20%", "perturbation").search(said[0])
     run._warn({"step": 4, "projection": 0.0, "skipped": 1})
     run._warn({"step": 5, "projection": 0.9, "skipped": 1})
-    assert len(said) == 2 and "update 4 was skipped, its gradient is not finite (1 so far)" in said[1]
+    assert len(said) == 2 and says("update 4", "skipped", "finite", 1).search(said[1])
 
 
 def test_metrics_are_json_without_nan(tiny, out):

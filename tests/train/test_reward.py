@@ -6,6 +6,7 @@ import json
 
 import pytest
 from builders.clip import write_clip
+from builders.messages import says
 from builders.recipes import config
 
 from rsaft_fast.cli import main
@@ -20,12 +21,14 @@ def combination(*paths, **options):
 
 
 def test_what_has_no_gradient_is_refused_before_anything_loads(tiny, out):
-    with pytest.raises(UserError, match="reward.how rank has no gradient, and method.name draft follows"):
+    with pytest.raises(UserError, match=says("reward.how rank", "gradient", "method.name draft")):
         check_config(config(tiny, out, reward=combination("/nowhere", "/else", how="rank")))
     image = {"radius": 0.1, "space": "reward_input"}
-    with pytest.raises(UserError, match="smoothing.image.space is reward_input; the parts of reward.name combination"):
+    with pytest.raises(
+        UserError, match=says("smoothing.image.space", "reward_input", "combination", "pixel01, pixel11")
+    ):
         check_config(config(tiny, out, reward=combination("/nowhere", "/else"), smoothing__image=image))
-    with pytest.raises(UserError, match="calibration '/no/file' cannot be read"):
+    with pytest.raises(UserError, match=says("calibration", "'/no/file'", "No such file")):
         check_config(config(tiny, out, reward=combination(tiny.clip, tiny.clip, calibration="/no/file")))
 
 
@@ -33,10 +36,10 @@ def test_errors_name_the_part(tiny, out, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(config(tiny, out, reward=combination(tiny.clip, tiny.clip))))
     for override, line in [
-        ("reward.parts=[{path: a, szale: 1}]", "unknown key reward.parts[0].szale"),
+        ("reward.parts=[{path: a, szale: 1}]", "reward.parts[0].szale"),
         ("reward.parts=[{path: a}, {name: clap, path: b}]", "reward.parts[1].name is 'clap'"),
-        ("reward.parts=[{path: a}, {name: hpsv2}]", "missing key reward.parts[1].path"),
-        ("reward.how=wurst", "did you mean worst?"),
+        ("reward.parts=[{path: a}, {name: hpsv2}]", "reward.parts[1].path"),
+        ("reward.how=wurst", "worst?"),
     ]:
         with pytest.raises(UserError) as caught:
             load_config(recipe, [override])
