@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from builders.messages import says
 
 from rsaft_fast.backbones import adapter_for, load_backbone
 from rsaft_fast.backbones.folder import _hub_folder
@@ -80,5 +81,5 @@ def test_each_reason_has_its_own_line_and_mend(hub, asked, case):
 def test_not_asked_is_no_network_failure(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
+    with pytest.raises(UserError, match=says("'owner/name'", "HF_HUB_OFFLINE")):
         adapter_for("owner/name")

@@ -6,6 +6,7 @@ import os
 import re
 
 import pytest
+from builders.messages import says
 
 from rsaft_fast.paths import LONGEST_NAME, LONGEST_PATH, user_path, user_place
 from rsaft_fast.recipe import schema
@@ -29,10 +30,10 @@ def test_the_home_folder_is_put_in_and_nothing_else(monkeypatch, tmp_path):
         ("", "empty"),
         (" ", "empty"),
         ("a\0b", "NUL"),
-        ("a\udcffb", "half a character"),
-        ("~no-such-user-here/x", "home folder"),
-        ("x/" + "\u00e9" * 128, f"256 bytes; a file's or folder's has at most {LONGEST_NAME}"),
-        ("x/" * 2500, f"5000 bytes; a path has at most {LONGEST_PATH}"),
+        ("a\udcffb", says(r"'\udcff'", "UTF-8")),
+        ("~no-such-user-here/x", says("home folder", "~")),
+        ("x/" + "\u00e9" * 128, says("name", 256, LONGEST_NAME)),
+        ("x/" * 2500, says("path", 5000, LONGEST_PATH)),
     ],
 )
 def test_what_no_file_system_has_is_refused(text, words):
@@ -43,14 +44,14 @@ def test_what_no_file_system_has_is_refused(text, words):
 
 def test_an_address_is_no_folder():
     for text in ("s3://bucket/runs", "hf://x/y", "file:///tmp/x", "http://x/y"):
-        with pytest.raises(ValueError, match="address"):
+        with pytest.raises(ValueError, match=says("address", "this machine")):
             user_path(text)
 
 
 def test_without_a_home_it_says_so(monkeypatch):
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 123456789)
-    with pytest.raises(ValueError, match="home folder"):
+    with pytest.raises(ValueError, match=says("home folder", "~")):
         user_path("~/runs")
 
 
