@@ -55,8 +55,10 @@ class Algorithm(ABC, Generic[Part]):
 
     @abstractmethod
     def parts(self, experience: Any, index: int) -> Iterable[Part]:
-        """Return what one backward pass each takes, for update `index` of the iteration; gone through twice under a
-        weight perturbation."""
+        """Return what one backward pass each takes, for update `index` of the iteration.
+
+        Gone through twice under a weight perturbation.
+        """
 
     @abstractmethod
     def backward(self, part: Part, at: At, check: Callable[..., None] = no_check) -> Figures:
@@ -75,8 +77,10 @@ class Algorithm(ABC, Generic[Part]):
         return 1
 
     def shortened(self, experience: Any) -> tuple[Algorithm[Part], Any, int]:
-        """Return an algorithm and an experience of fewer network calls that need as much memory, and how many latents
-        of a micro-batch the calls left out would keep. The memory estimate walks these; this one leaves out nothing.
+        """Return an algorithm and an experience of fewer network calls that need as much memory.
+
+        And how many latents of a micro-batch the calls left out would keep. The memory estimate walks these; this one
+        leaves out nothing.
 
         Args:
             experience: of one micro-batch.

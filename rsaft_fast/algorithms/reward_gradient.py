@@ -105,8 +105,11 @@ class RewardGradient(Algorithm[PlannedBatch]):
         return experience
 
     def shortened(self, experience: list[PlannedBatch]) -> tuple[RewardGradient, list[PlannedBatch], int]:
-        """See `Algorithm`. One call's graph is alive at a time, so two graded calls show all that many do, but for the
-        latents that they start from."""
+        """Return what `Algorithm.shortened` does: at most two graded calls.
+
+        One call's graph is alive at a time, so two graded calls show all that many do, but for the latents that they
+        start from.
+        """
         (part,) = experience
         plan, calls = _shortened(part.plan)
         brief = copy(self)

@@ -46,7 +46,7 @@ class MicroBatch:
 
 
 class PromptBatches:
-    """The micro-batches of every iteration."""
+    """Micro-batches of every iteration."""
 
     def __init__(self, settings: DataSettings, prompts: Sequence[str], seed: int, world: World | None = None):
         """`world`: each rank takes `batch_size * accumulate` samples, numbered through all ranks."""

@@ -148,8 +148,10 @@ class ShapeLoaders:
         return self._reward
 
     def encode(self, encodings: dict[str, Branch]) -> None:
-        """The text encoders lie on the host, and visit the device in there; where there are none, a run takes encodings
-        that it finds."""
+        """Count the text encoders, which lie on the host and visit the device to encode.
+
+        Where there are none, a run takes encodings that it finds.
+        """
         backbone, texts = self._backbone, list(encodings)
         encoders = {name: getattr(backbone.pipeline, name) for name in backbone.text_encoder_names()}
         present = [encoder for encoder in encoders.values() if encoder is not None]

@@ -14,7 +14,7 @@ from rsaft_fast.sampling.plan import GradientPlan
 
 
 class AlignProp(GradientMethod):
-    """All calls from a random one on carry gradient, network input included.
+    """Gradient through all calls from a random one on, network input included.
 
     It is call b of T, drawn once per batch from N(mean, std) within 1 to T - 1. The predictions before it are detached.
     Detaching the predictions leaves nothing before b that depends on the parameters, so the plan is DRaFT-(T - b).

@@ -1,4 +1,4 @@
-"""What a method is: settings, and for reward gradients a draw of the plan they describe."""
+"""Base of all methods: settings, and for reward gradients a draw of the plan they describe."""
 
 from __future__ import annotations
 

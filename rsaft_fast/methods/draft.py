@@ -12,7 +12,7 @@ from rsaft_fast.sampling.plan import GradientPlan
 
 
 class DRaFT(GradientMethod):
-    """The last K calls carry gradient, network input included.
+    """Gradient through the last K calls, network input included.
 
     Attributes:
         k: number of graded calls; 1 gives the best reward per compute.

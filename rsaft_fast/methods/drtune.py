@@ -12,7 +12,7 @@ from rsaft_fast.sampling.plan import GradientPlan
 
 
 class DRTune(GradientMethod):
-    """K equally spaced calls carry gradient, from a random offset on; the network's input is detached in all of them.
+    """Gradient through K equally spaced calls from a random offset on, the network's input detached in all of them.
 
     The rollout stops 1 to M calls before the end and finishes with the predicted x0. Indices are spread over the calls
     that run, so that all K survive the early stop.

@@ -13,7 +13,7 @@ from rsaft_fast.sampling.plan import GradientPlan, Uncond
 
 
 class ReFL(GradientMethod):
-    """One call, at random in a late window, carries gradient; the picture is the clean one that it predicts.
+    """Gradient through one call, at random in a late window; the picture is the clean one that it predicts.
 
     Attributes:
         window: from which fraction of the sampler's steps to which the one graded call is drawn, the end left out. The

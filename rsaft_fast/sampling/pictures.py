@@ -28,8 +28,9 @@ def sample_images(
     same_noise: bool = False,
     watch: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> torch.Tensor | None:
-    """Draw images (B, 3, H, W), nominally 0 to 1, onto the host: one for each row of `conditioning`, or None when
-    `stop` says so.
+    """Draw images (B, 3, H, W), nominally 0 to 1, onto the host: one for each row of `conditioning`.
+
+    None when `stop` says so.
 
     Picture i depends on (seed, i) and its prompt alone, whatever the batch size; with `same_noise` on (seed, prompt).
     `watch` goes through the indices of the batches' first pictures, and may tell how far it is.

@@ -126,8 +126,10 @@ def rollout(
 def guided_prediction(
     backbone: Backbone, x: torch.Tensor, step: LinearStep, conditioning: Conditioning, uncond: Uncond = "graded"
 ) -> torch.Tensor:
-    """Predict with classifier-free guidance f_u + w (f_c - f_u), or f_c alone without a negative branch (Ho and
-    Salimans 2022)."""
+    """Predict with classifier-free guidance f_u + w (f_c - f_u) (Ho and Salimans 2022).
+
+    Without a negative branch: f_c alone.
+    """
     if conditioning.negative is None or uncond == "none":
         return backbone.predict(x, step, conditioning.positive)
     if backbone.cfg_batching == "separate":

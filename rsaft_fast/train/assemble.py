@@ -140,8 +140,10 @@ class Assembly:
         return _scored_prompts(self.config, self.batches, self.sample_prompts)
 
     def final_weights(self) -> AbstractContextManager[None]:
-        """A context in which the model has the weights that a user would take away: the running mean where there is
-        one."""
+        """Give the model, inside the `with` block, the weights that a user would take away.
+
+        The running mean where there is one.
+        """
         return self.ema.applied() if self.ema is not None else nullcontext()
 
     def follow(self, config: Config) -> None:

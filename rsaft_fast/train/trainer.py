@@ -148,8 +148,10 @@ class Trainer(Assembly):
         return figures | {"first_grad_norm": stats.pop("grad_norm"), **stats}
 
     def sample(self, stop: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
-        """Pictures of the fixed prompts at the fixed noise, (N, 3, H, W) on the host, by the mean weights where there
-        are any."""
+        """Sample the fixed prompts at the fixed noise, by the mean weights where there are any.
+
+        Pictures (N, 3, H, W) on the host.
+        """
         with oom_as_user_error("the sample grid"), phase(GRID), self.final_weights():
             return self._draw(self.sample_prompts, stop)
 
