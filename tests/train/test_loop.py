@@ -95,7 +95,7 @@ def test_resuming_repeats_the_unbroken_run_bit_for_bit(tiny, tmp_path, overrides
     said = []
     train(
         config(tiny, broken, max_steps=5, checkpoint_every=2, keep_checkpoints=None, resume="auto", **overrides),
-        say=said.append,
+        log=said.append,
     )
     assert notes(said) == [f"resuming from {broken / 'checkpoints' / 'step_2'}, after update 2"]
     for step in (4, 5):
