@@ -48,6 +48,8 @@ def check_keys(config: Config) -> GradientPlan | None:
     plan = first_plan(config)  # the method itself knows whether its K fits into the sampler's steps
     _check_agreement(config)
     _check_offload(config)
+    backbone = config.backbone
+    speed.check_agreement(config.speed, quantize=backbone.quantize, offload_blocks=backbone.offload_blocks)
     return plan
 
 
@@ -74,7 +76,8 @@ def check_model(config: Config, plan: GradientPlan | None, adapter: type[Pipelin
         UserError: the first thing that is wrong.
     """
     _check_true_cfg(config, adapter)
-    _check_speed(config, adapter)
+    if config.speed.channels_last:
+        require_unet(adapter or adapter_for(config.backbone.path, text=False))
     _check_memory_options(config, plan, adapter)
 
 
@@ -197,14 +200,6 @@ def _check_true_cfg(config: Config, adapter: type[PipelineBackbone] | None = Non
         raise UserError(
             f"sampler.true_cfg_scale is {scale}, which FLUX.1 alone knows; leave it out and set sampler.guidance_scale"
         )
-
-
-def _check_speed(config: Config, adapter: type[PipelineBackbone] | None) -> None:
-    """What makes an update faster, against what the model is and how its weights are kept."""
-    backbone = config.backbone
-    speed.check_agreement(config.speed, quantize=backbone.quantize, offload_blocks=backbone.offload_blocks)
-    if config.speed.channels_last:
-        require_unet(adapter or adapter_for(config.backbone.path, text=False))
 
 
 def _check_memory_options(
