@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from rsaft_fast.benchmarks.timing import Part, Timer
 
-_CPU_BYTES = 1 << 26
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
 
+_CPU_BYTES = 1 << 26
 _CUDA_BYTES = 4 << 30
 """Read by a copy, and written by it. What a copy writes last is still in the L2 when it ends (25 to 40 MB on an H100):
 of 1 GiB that would make the card 1.2 to 2 % faster than it is, of 4 GiB at most half a percent."""
@@ -22,9 +29,22 @@ def bandwidths(timer: Timer) -> dict[str, object]:
     """
     n = bytes_copied(timer.device)
     source = torch.rand(n // 4, device=timer.device)
-    target = torch.empty_like(source)
+    target, rows = torch.empty_like(source), source.view(-1, 1 << 14)
+    copies = {
+        "torch copy_ (memcpy)": lambda: target.copy_(source),
+        "torch neg (a kernel)": lambda: torch.neg(source, out=target),
+    }
+    # Reductions to one number may be limited by their tree, so several shapes of them, and a kernel of our own.
+    reads = {
+        "torch sum": lambda: source.sum(),
+        "torch sum of rows": lambda: rows.sum(1),
+        "torch amax of rows": lambda: rows.amax(1),
+        "torch vector_norm": lambda: torch.linalg.vector_norm(source),
+    }
+    if source.is_cuda and triton is not None:
+        reads["a Triton kernel"] = _reader(source)
     found: dict[str, object] = {}
-    for kind, moved, ways in (("copy", 2 * n, _copies(source, target)), ("read", n, _reads(source))):
+    for kind, moved, ways in (("copy", 2 * n, copies), ("read", n, reads)):
         times = timer.alternate({way: Part(run) for way, run in ways.items()}, repeats=10)
         rates = {way: moved / t.row()["ms_p50"] / 1e6 for way, t in times.items()}
         best = max(rates, key=rates.__getitem__)
@@ -40,30 +60,20 @@ def bytes_copied(device: torch.device) -> int:
     return min(_CUDA_BYTES, quarter - quarter % _CPU_BYTES)
 
 
-def _copies(source: torch.Tensor, target: torch.Tensor) -> dict[str, object]:
-    return {
-        "torch copy_ (memcpy)": lambda: target.copy_(source),
-        "torch neg (a kernel)": lambda: torch.neg(source, out=target),
-    }
+if triton is not None:
+
+    @triton.jit
+    def _read(p_source, p_sums, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+        """Each program sums BLOCKS blocks, whose independent loads keep enough bytes in flight, to one number."""
+        i_program = tl.program_id(0).to(tl.int64)
+        b_sum = tl.zeros([BLOCK], tl.float32)
+        for i_block in tl.static_range(BLOCKS):
+            o = (i_program * BLOCKS + i_block) * BLOCK + tl.arange(0, BLOCK)
+            b_sum += tl.load(p_source + o)
+        tl.store(p_sums + i_program, tl.sum(b_sum))
 
 
-def _reads(source: torch.Tensor) -> dict[str, object]:
-    """Reductions to one number may be limited by their tree, so several shapes of them, and a kernel of our own."""
-    rows = source.view(-1, 1 << 14)
-    ways = {
-        "torch sum": lambda: source.sum(),
-        "torch sum of rows": lambda: rows.sum(1),
-        "torch amax of rows": lambda: rows.amax(1),
-        "torch vector_norm": lambda: torch.linalg.vector_norm(source),
-    }
-    if source.is_cuda and (read := _triton_read(source)) is not None:
-        ways["a Triton kernel"] = read
-    return ways
-
-
-def _triton_read(source: torch.Tensor):
-    try:
-        from rsaft_fast.benchmarks.read_kernel import reader
-    except ImportError:  # no triton
-        return None
-    return reader(source)
+def _reader(source: torch.Tensor) -> Callable[[], None]:
+    """A call that reads `source` once: fp32, its number of elements a multiple of 2^15, as `bytes_copied` gives it."""
+    sums = torch.empty(source.numel() >> 15, device=source.device)
+    return lambda: _read[(len(sums),)](source, sums, 4096, 8, num_warps=8)

@@ -6,7 +6,7 @@ import pytest
 
 from rsaft_fast.benchmarks.jobs import ALL_CASES, plan
 from rsaft_fast.benchmarks.providers import PROVIDERS
-from rsaft_fast.benchmarks.shapes import check_names
+from rsaft_fast.benchmarks.shapes import check_names, names_in
 from rsaft_fast.benchmarks.suite import Suite, device_here, start
 
 
@@ -19,26 +19,17 @@ def pytest_addoption(parser):
 
 
 def pytest_generate_tests(metafunc):
-    if "job" not in metafunc.fixturenames:
-        return
-    cases, providers = (_names(metafunc.config.getoption(option)) for option in ("--cases", "--providers"))
-    check_names(cases, ALL_CASES, "case")
-    check_names(providers, tuple(PROVIDERS), "provider")
-    jobs = plan(device_here(), cases, providers=providers)
-    metafunc.parametrize("job", jobs, ids=[str(job).replace(" ", "-") + _suffix(job) for job in jobs])
+    if "job" in metafunc.fixturenames:
+        cases, providers = (names_in(metafunc.config.getoption(option)) for option in ("--cases", "--providers"))
+        check_names(cases, ALL_CASES, "case")
+        check_names(providers, tuple(PROVIDERS), "provider")
+        jobs = plan(device_here(), cases, providers=providers)
+        names = [f"{job.case}-{job.layout}" + (f"-{job.providers[0]}" if job.reference else "") for job in jobs]
+        metafunc.parametrize("job", jobs, ids=names)
 
 
 @pytest.fixture(scope="session")
 def suite(request):
     """One run: bandwidths measured once, rows written as they are measured."""
     option = request.config.getoption
-    timer, results = start(device_here(), option("--results"))
-    return Suite(timer, results, option("--budget"))
-
-
-def _names(text):
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
-
-
-def _suffix(job):
-    return f"-{job.providers[0]}" if job.reference else ""
+    return Suite(*start(device_here(), option("--results")), option("--budget"))

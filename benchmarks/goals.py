@@ -1,33 +1,39 @@
-"""The figures to reach, each computed from a run's rows: what was wanted, what was measured, whether it was met."""
+"""Holds a run's figures against the goals of goals.txt: what is wanted, what was measured, whether it was met."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
 
 from rsaft_fast.benchmarks.floors import floor, image_floor
-from rsaft_fast.benchmarks.host import what_of
-from rsaft_fast.benchmarks.images import EAGER, WHAT, case_name
-from rsaft_fast.benchmarks.problem import DTYPES
+from rsaft_fast.benchmarks.memory_runs import PLAIN, RUNS, Run
+from rsaft_fast.benchmarks.memory_tables import GIB, MemoryView
+from rsaft_fast.benchmarks.peers import DTYPES
 from rsaft_fast.benchmarks.results import Row, is_gpu
-from rsaft_fast.benchmarks.tables import View, align, markdown
+from rsaft_fast.benchmarks.shapes import shapes_of
+from rsaft_fast.benchmarks.tables import View, align
 
-SDXL, SD35, FLUX = "sdxl-full", "sd35-medium-full", "flux1-full"
-LORA = ("sd15-lora32", "sdxl-lora32", "sd35-medium-lora32", "flux1-lora32")
-LAUNCH_BOUND_MS = 0.040  # below this a few launches and their tails are the time, whatever the bytes
-BIG_BATCH, SMALL_BATCH = case_name(32, 1024), case_name(4, 512)
-_HEADER = ("goal", "wanted", "measured", "met")
-STATE_BYTES = {"bf16": 12}  # what AdamW holds a parameter without SAM: fp32 moments and master
+FILE = Path(__file__).with_name("goals.txt")
+STATE_BYTES = 12  # that AdamW holds a parameter in bf16 without SAM: fp32 moments and master
+FLOORS = {
+    "update": lambda layout: floor("update", layout),
+    "image": lambda layout: image_floor(DTYPES[layout].itemsize),
+    "image_l2": lambda layout: image_floor(DTYPES[layout].itemsize, gradient_reads=1),
+}
+"""Bytes a parameter or element, by layout."""
+BOUNDS = {
+    "limit": lambda run: run.limit,
+    "host": lambda case: 60 + 2 * 0.3 * len(shapes_of(case)),  # each of two passes looks at every tensor's address
+}
+RUN_SETS = {"every": RUNS, "lora": [r for r in RUNS if r.lora], "compared": [r for r in RUNS if r.compare]}
 
 
-@dataclass(frozen=True)
-class Goal:
-    """One line of the table.
-
-    Attributes:
-        what: which pass, list and layout. wanted: the bound, in words. measured: the value, or why there is none.
-        met: None where it was not measured.
-    """
+class Goal(NamedTuple):
+    """One goal beside what was measured; `met` is None where nothing was."""
 
     what: str
     wanted: str
@@ -35,172 +41,112 @@ class Goal:
     met: bool | None
 
 
+class SpeedGoals(View):
+    """The values of goals.txt for passes of an update; NaN where they were not measured."""
+
+    def field(self, case: str, layout: str, what: str, *names: str) -> tuple[float, ...]:
+        """Fields of our row."""
+        found = [(self.ours(what, case, layout) or {}).get(name) for name in names]
+        return tuple(math.nan if value is None else value for value in found)
+
+    def over(self, case: str, layout: str, what: str, peer: str) -> float:
+        """Our time over a peer's."""
+        ours, other = self.ours(what, case, layout), self.get(what, case, layout, peer)
+        return ours["ms_p50"] / other["ms_p50"] if ours and other else math.nan
+
+    def faster(self, case: str, layout: str, what: str, peer: str) -> float:
+        return 1 / self.over(case, layout, what, peer)
+
+    def over_floor(self, case: str, layout: str, what: str, of: str, least_ms: str = "0") -> float:
+        """Our time over that of the floor's bytes at copy bandwidth; below `least_ms` a few launches and their tails
+        are the time, whatever the bytes."""
+        ms, parameters = self.field(case, layout, what, "ms_p50", "parameters")
+        return ms / max(FLOORS[of](layout) * parameters / self.results["copy_gbps"] / 1e6, float(least_ms))
+
+    def beyond_adamw(self, case: str, layout: str) -> float:
+        """Bytes a parameter that we hold and allocate beyond AdamW's state."""
+        held, extra, parameters = self.field(case, layout, "update", "held_bytes", "extra_bytes", "parameters")
+        return (held + extra) / parameters - STATE_BYTES
+
+    def host_us(self, case: str, layout: str, what: str) -> float:
+        return 1e3 * self.field(case, layout, what, "ms_p50")[0]
+
+
+class MemoryGoals(MemoryView):
+    """The values of goals.txt for whole updates; NaN where they were not measured."""
+
+    def peak_gib(self, run: Run, _: str) -> float:
+        return self.peak(run) / GIB
+
+    def growth(self, run: Run, _: str) -> float:
+        return self.peak_growth(run)
+
+    def estimate_error(self, run: Run, _: str, k: str = "") -> float:
+        return self.estimate_ratio(run, bool(k)) - 1
+
+    def over_method(self, run: Run, steps: str, mode: str) -> float:
+        return self.over_plain_method(run, mode, run.steps if steps == "own" else int(steps))
+
+    def sam(self, run: Run, _: str) -> float:
+        return self.sam_share(run, run.steps)
+
+    def plain_peak(self, run: Run, _: str) -> float:
+        return self.peak_over_plain(run)
+
+    def plain_time(self, run: Run, _: str) -> float:
+        return self.time_over_plain(run)
+
+
 def goals(results: Row) -> list[Goal]:
-    """Every goal, measured or not."""
-    view = View(results)
-    parts = (_norm, _passes, _update, _lora, _low_bit, _images, _memory, _accuracy, _host)
-    return [goal for part in parts for goal in part(view)]
+    """Every goal for results of this kind, measured or not."""
+    view = MemoryGoals(results) if results["kind"] == "memory" else SpeedGoals(results)
+    return [goal for columns in _table()[results["kind"]] for goal in _judged(view, *columns)]
 
 
 def text(results: Row) -> str:
-    """The goals as a table for the terminal."""
-    return lines(goals(results), _note(results))
+    """The goals as a table for the terminal, how many are met, and why they may not count."""
+    found = goals(results)
+    words = {None: "-", True: "yes", False: "no"}
+    rows = [("goal", "wanted", "measured", "met"), *((*goal[:3], words[goal.met]) for goal in found)]
+    met, measured = sum(goal.met is True for goal in found), sum(goal.met is not None for goal in found)
+    note = "" if is_gpu(results) else f". {results.get('note', '')}"
+    summary = f"{met} of {measured} measured goals met; {len(found) - measured} not measured{note}"
+    return "\n".join([*align(rows, words=4), "", summary])
 
 
-def as_markdown(results: Row) -> str:
-    """The goals as a Markdown table."""
-    return markdown_lines(goals(results), _note(results))
-
-
-def lines(found: list[Goal], note: str = "") -> str:
-    """Goals as a table for the terminal, and how many are met; `note` says why they may not count."""
-    rows = [_HEADER, *((g.what, g.wanted, g.measured, _word(g.met)) for g in found)]
-    return "\n".join([*align(rows, words=4), "", _summary(found, note)])
-
-
-def markdown_lines(found: list[Goal], note: str = "") -> str:
-    """The same in Markdown."""
-    rows = [(g.what, g.wanted, g.measured, _word(g.met)) for g in found]
-    return markdown(_HEADER, rows) + f"\n\n{_summary(found, note)}"
-
-
-def _note(results: Row) -> str:
-    return "" if is_gpu(results) else str(results.get("note", ""))
-
-
-def _summary(found: list[Goal], note: str) -> str:
-    met, measured = sum(g.met is True for g in found), sum(g.met is not None for g in found)
-    said = f"{met} of {measured} measured goals met; {len(found) - measured} not measured"
-    return f"{said}. {note}" if note else said
-
-
-def _word(met: bool | None) -> str:
-    return "-" if met is None else "yes" if met else "no"
-
-
-def _at_least(what: str, value: float | None, bound: float, unit: str) -> Goal:
-    return _goal(what, value, f">= {bound:.0%} of {unit}", lambda v: f"{v:.1%}", lambda v: v >= bound)
-
-
-def _at_most(what: str, value: float | None, bound: float, unit: str) -> Goal:
-    return _goal(what, value, f"<= {bound:g} x {unit}", lambda v: f"{v:.3f} x", lambda v: v <= bound)
-
-
-def _goal(
-    what: str, value: float | None, wanted: str, said: Callable[[float], str], holds: Callable[[float], bool]
-) -> Goal:
-    if value is None:
-        return Goal(what, wanted, "not measured", None)
-    return Goal(what, wanted, said(value), holds(value))
-
-
-def _fraction(row: Row | None, of: str = "fraction_of_copy") -> float | None:
-    return None if row is None else row[of]
-
-
-def _over(row: Row | None, other: Row | None) -> float | None:
-    return None if row is None or other is None else row["ms_p50"] / other["ms_p50"]
-
-
-def _floor_ms(view: View, what: str, row: Row) -> float:
-    return floor(what, row["dtype"]) * row["parameters"] / view.results["copy_gbps"] / 1e6
-
-
-def _norm(view: View) -> Iterator[Goal]:
-    for dtype in ("bf16", "fp32"):
-        ours, what = view.ours("norm", SDXL, dtype), f"global norm, {SDXL}, {dtype}"
-        yield _at_least(what, _fraction(ours, "fraction_of_read"), 0.95, "the card's read bandwidth")
-        total_norm = view.get("norm", SDXL, dtype, "foreach")
-        yield _at_most(what, _over(ours, total_norm), 0.7, "get_total_norm(foreach=True)")
-
-
-def _passes(view: View) -> Iterator[Goal]:
-    for dtype in ("fp32", "bf16"):
-        ours = view.ours("perturb", SDXL, dtype)
-        yield _at_least(f"perturb, {SDXL}, {dtype}", _fraction(ours), 0.93, "copy bandwidth")
-    for dtype in ("fp32", "bf16"):
-        ours, what = view.ours("step", SDXL, dtype), f"restore + AdamW, {SDXL}, {dtype}"
-        yield _at_least(what, _fraction(ours), 0.92, "copy bandwidth")
-        alone = view.get("step", SDXL, dtype, "adamw-alone")
-        yield _at_most(what, _over(ours, alone), 1.0, "torch fused AdamW alone")
-
-
-def _update(view: View) -> Iterator[Goal]:
-    ours, what = view.ours("update", SDXL, "fp32"), f"whole update with clipping, {SDXL}, fp32"
-    usual = view.get("update", SDXL, "fp32", "usual-fused")
-    yield _at_most(what, _over(ours, usual), 0.60, "the usual SAM loop + clip + torch fused AdamW")
-    for dtype in ("fp32", "bf16"):
-        ours, what = view.ours("update", SDXL, dtype), f"whole update with clipping, {SDXL}, {dtype}"
-        value = None if ours is None else ours["ms_p50"] / _floor_ms(view, "update", ours)
-        yield _at_most(what, value, 1.08, f"its floor of {floor('update', dtype):.4g} bytes at copy bandwidth")
-
-
-def _lora(view: View) -> Iterator[Goal]:
-    for case in LORA:
-        ours, what = view.ours("update", case, "fp32"), f"whole update, {case}, fp32"
-        launched = None if ours is None or ours.get("launches") is None else ours
-        wanted = "<= 6 kernels and 2 table copies"
-        if launched is None:
-            yield Goal(what, wanted, "not measured", None)
+@cache
+def _table() -> dict[str, list[list[str]]]:
+    """Lines of goals.txt, each as its columns, by the kind of results."""
+    table: dict[str, list[list[str]]] = {"speed": [], "memory": []}
+    for line in FILE.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            kind = line.removeprefix("# ")
         else:
-            kernels, copies = launched["launches"], launched["copies"]
-            yield Goal(what, wanted, f"{kernels} kernels, {copies} copies", kernels <= 6 and copies <= 2)
-        value = None if ours is None else ours["ms_p50"] / max(_floor_ms(view, "update", ours), LAUNCH_BOUND_MS)
-        yield _at_most(what, value, 1.3, "max(its floor, 40 us)")
+            table[kind].append([column.strip() for column in line.split(" | ")])
+    return table
 
 
-def _low_bit(view: View) -> Iterator[Goal]:
-    # FLUX's list with its gradients takes 96 GB: a goal on the cards that have them.
-    for case in (SDXL, SD35, FLUX):
-        ours, what = view.ours("update", case, "8bit"), f"whole update, {case}, 8bit"
-        if case == FLUX and ours is None:
-            continue
-        yield _at_least(what, _fraction(ours), 0.85, f"copy bandwidth on {floor('update', '8bit'):.4g} bytes")
-        peer = view.get("update", case, "8bit", "bitsandbytes")
-        yield _at_most(what, _over(ours, peer), 0.7, "the usual SAM loop + bitsandbytes AdamW8bit")
-
-
-def _images(view: View) -> Iterator[Goal]:
-    for dtype in ("fp32", "bf16"):
-        itemsize = DTYPES[dtype].itemsize
-        ours, what = view.ours(WHAT, BIG_BATCH, dtype), f"image perturbation, {BIG_BATCH}, {dtype}"
-        for kind, reads in (("", 2), (" (stretch: g from L2)", 1)):
-            bytes_ = image_floor(itemsize, reads)
-            at_copy = None if ours is None else bytes_ * ours["parameters"] / view.results["copy_gbps"] / 1e6
-            value = None if ours is None else ours["ms_p50"] / at_copy
-            yield _at_most(what + kind, value, 1.15, f"{bytes_} bytes an element at copy bandwidth")
-    for case in (BIG_BATCH, SMALL_BATCH):
-        for dtype in ("fp32", "bf16"):
-            faster = _over(view.get(WHAT, case, dtype, EAGER), view.ours(WHAT, case, dtype))
-            what = f"image perturbation, {case}, {dtype}"
-            yield _goal(what, faster, ">= 1.5 x faster than eager torch", lambda v: f"{v:.2f} x", lambda v: v >= 1.5)
-
-
-def _memory(view: View) -> Iterator[Goal]:
-    ours, what = view.ours("update", SDXL, "bf16"), f"memory of SAM over AdamW, {SDXL}, bf16"
-    value = None
-    if ours is not None and ours.get("held_bytes") is not None:
-        beyond = ours["held_bytes"] + ours["extra_bytes"] - STATE_BYTES["bf16"] * ours["parameters"]
-        value = beyond / ours["parameters"]
-    # Tables, slots of the sums and the allocator's rounding come to a few thousandths of a byte.
-    wanted = "0 bytes a parameter with a master"
-    yield _goal(what, value, wanted, lambda v: f"{v:.3f} bytes a parameter", lambda v: v <= 0.02)
-    elsewhere = "not in this file: benchmarks/gpu_memory.py"
-    yield Goal("memory of SAM over AdamW with release", "0 bytes a parameter", elsewhere, None)
-
-
-def _accuracy(view: View) -> Iterator[Goal]:
-    wanted = "norm within 1e-7 of float64 at 2.6e9 elements"
-    yield Goal("accuracy", wanted, "not in this file: pytest -m gpu", None)
-
-
-def _host(view: View) -> Iterator[Goal]:
-    for case in LORA:
-        for variant, a_tensor in (("static", 0.0), ("checked", 0.3)):
-            row = view.ours(what_of(variant), case, "fp32")
-            wanted = "<= 60 us" + (f" + {a_tensor} us a tensor a pass" if a_tensor else "")
-            bound = 60 + 2 * a_tensor * (row["tensors"] if row else 0)
-            wanted += f" = {bound:.0f} us" if row and a_tensor else ""
-            us = None if row is None else 1e3 * row["ms_p50"]
-            what = f"host time of an update, {case}, {variant} gradients"
-            yield _goal(what, us, wanted, lambda v: f"{v:.1f} us", lambda v, bound=bound: v <= bound)
+def _judged(
+    view: SpeedGoals | MemoryGoals, what: str, wanted: str, bound: str, shown: str, value: str, cases: str, kinds: str
+) -> Iterator[Goal]:
+    """The goals of a line."""
+    method, *arguments = value.split()
+    for named, kind in product(cases.split(), kinds.split()):
+        for case in RUN_SETS.get(named, [named.rstrip("?")]):
+            bounds = [BOUNDS[bound](case)] if bound in BOUNDS else [float(number) for number in bound.split()]
+            names = {"case": getattr(case, "name", case), "kind": kind, "bound": bounds[0]}
+            names |= {name: of(kind) for name, of in FLOORS.items() if kind in DTYPES}
+            line = what.format(**names), wanted.format(**names)
+            found = math.nan if method == "nowhere" else getattr(view, method)(case, kind, *arguments)
+            values = found if isinstance(found, tuple) else (found,)
+            if any(map(math.isnan, values)):
+                if not named.endswith("?"):
+                    yield Goal(*line, shown if method == "nowhere" else "not measured", None)
+                continue
+            sides = [(abs(a) if wanted.startswith("within") else a, b) for a, b in zip(values, bounds)]
+            met = all(a >= b if wanted.startswith(">=") else a <= b for a, b in sides)
+            measured = shown.format(*values)
+            if method == "plain_peak" and view.out_of_memory(case, PLAIN):
+                measured = f"< {measured}, which ran out of memory"
+            unjudged = bound == "limit" and view.results.get("tiny")  # models of no size meet every limit
+            yield Goal(*line, measured, None if unjudged else met)

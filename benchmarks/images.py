@@ -7,11 +7,9 @@ from functools import partial
 import torch
 
 from rsaft_fast import ops
-from rsaft_fast.benchmarks.ours import use_backend
-from rsaft_fast.benchmarks.problem import DTYPES
-from rsaft_fast.benchmarks.providers import OURS
+from rsaft_fast.benchmarks.peers import DTYPES
+from rsaft_fast.benchmarks.providers import OURS, use_backend, why_missing
 from rsaft_fast.benchmarks.timing import Part
-from rsaft_fast.ops import backends
 
 WHAT = "perturb_images"
 EAGER = "eager"
@@ -32,14 +30,10 @@ def eager(images: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
 
 def image_parts(batch: int, side: int, dtype: str, device: torch.device) -> tuple[dict[str, Part], dict[str, str]]:
     """Calls of every provider that runs here, on one batch, and why the others do not."""
-    kind = DTYPES[dtype]
-    images = torch.rand(batch, 3, side, side, device=device).to(kind)
+    images = torch.rand(batch, 3, side, side, device=device).to(DTYPES[dtype])
     gradient = torch.randn_like(images)
-    parts, missing = {EAGER: Part(partial(eager, images, gradient))}, {}
-    for name in OURS:
-        backend = name.removeprefix("ours-")
-        if reason := backends.why_not(backend, device, (kind,)):
-            missing[name] = reason
-        else:
-            parts[name] = Part(partial(ops.perturb_images, images, gradient, RADIUS), partial(use_backend, backend))
-    return parts, missing
+    ours = partial(ops.perturb_images, images, gradient, RADIUS)
+    missing = {name: reason for name in OURS if (reason := why_missing(name, device, dtype))}
+    here = [name for name in OURS if name not in missing]
+    parts = {name: Part(ours, partial(use_backend, name.removeprefix("ours-"))) for name in here}
+    return {EAGER: Part(partial(eager, images, gradient))} | parts, missing

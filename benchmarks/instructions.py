@@ -17,10 +17,12 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+import networkx  # torch needs it, too
 
 from rsaft_fast.benchmarks.tables import align
 
@@ -170,20 +172,19 @@ def _ends(instruction: Instruction) -> bool:
 
 def _ways(blocks: list[list[Instruction]], after: dict[int, list[int]]) -> Iterator[list[int]]:
     """The best way around each innermost loop."""
-    for loop in _loops(after):
-        inside = set(loop)
-        first = min(loop, key=lambda b: (not any(b in after[n] for n in after if n not in inside), b))
+    graph = networkx.DiGraph(after)
+    for loop in map(sorted, networkx.strongly_connected_components(graph)):
+        if len(loop) == 1 and loop[0] not in after[loop[0]]:
+            continue
+        first = min(loop, key=lambda b: (set(graph.predecessors(b)) <= set(loop), b))
         # Once around: nothing leads back to the first block. What still goes in circles is a loop inside this one.
-        once = {b: [n for n in after[b] if n in inside and n != first] for b in loop}
+        once = {b: [n for n in after[b] if n in loop and n != first] for b in loop}
         inner = list(_ways(blocks, once))
-        if inner:
-            yield from inner
-        else:
-            yield _best_way(blocks, once, first, {b for b in loop if first in after[b]})
+        yield from inner or [_best_way(blocks, once, first, {b for b in loop if first in after[b]})]
 
 
 def _best_way(blocks: list[list[Instruction]], after: dict[int, list[int]], first: int, last: set[int]) -> list[int]:
-    """From ``first`` to one of ``last``, without circles: the most wide bits, then the fewest instructions."""
+    """From `first` to one of `last`, without circles: the most wide bits, then the fewest instructions."""
 
     @cache
     def best(block: int) -> tuple[int, int, tuple[int, ...]] | None:
@@ -195,39 +196,6 @@ def _best_way(blocks: list[list[Instruction]], after: dict[int, list[int]], firs
         return bits + _wide_bits(blocks[block]), minus_length - len(blocks[block]), (block, *way)
 
     return list(best(first)[2])
-
-
-def _loops(after: dict[int, list[int]]) -> Iterator[list[int]]:
-    """Sets of blocks from which each of the set can be reached (Kosaraju's algorithm)."""
-    order: list[int] = []
-    before: dict[int, list[int]] = {b: [] for b in after}
-    for block, following in after.items():
-        for n in following:
-            before[n].append(block)
-    for _ in _walks(after, after, order):
-        pass
-    for component in _walks(before, reversed(order), []):
-        if len(component) > 1 or component[0] in after[component[0]]:
-            yield component
-
-
-def _walks(after: dict[int, list[int]], roots: Iterable[int], order: list[int]) -> Iterator[list[int]]:
-    """What is reached from each root and not from an earlier one; ``order`` is given the blocks as they are left."""
-    seen: set[int] = set()
-    for root in list(roots):
-        reached, stack = [], [(root, iter(after[root]))] if root not in seen else []
-        seen.add(root)
-        while stack:
-            block, following = stack[-1]
-            unseen = next((n for n in following if n not in seen), None)
-            if unseen is None:
-                order.append(stack.pop()[0])
-                reached.append(block)
-            else:
-                seen.add(unseen)
-                stack.append((unseen, iter(after[unseen])))
-        if reached:
-            yield reached
 
 
 def compiled(csrc: Path, source: str, architecture: int, folder: Path) -> Path:

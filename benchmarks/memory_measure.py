@@ -8,27 +8,29 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from rsaft_fast import phases
-from rsaft_fast.backbones import random_backbone
+from rsaft_fast.backbones import LoRASettings, PipelineBackbone, add_lora, random_backbone
 from rsaft_fast.benchmarks import memory_runs as runs
 from rsaft_fast.benchmarks.bandwidth import bandwidths
-from rsaft_fast.benchmarks.kernel_shares import kernel_shares
 from rsaft_fast.benchmarks.memory_runs import STEPS, Run
-from rsaft_fast.benchmarks.meter import Measured, Meter
+from rsaft_fast.benchmarks.meter import Measured, kernel_shares, measure
 from rsaft_fast.benchmarks.plain_step import PlainSettings, PlainStep, add_plain_lora
 from rsaft_fast.benchmarks.random_models import PROMPTS, Architecture, RandomTrainer, random_reward
+from rsaft_fast.benchmarks.results import Row
 from rsaft_fast.benchmarks.timing import Part, Timer
 from rsaft_fast.data.batches import PromptBatches
 from rsaft_fast.data.encodings import free_memory
 from rsaft_fast.errors import UserError
+from rsaft_fast.estimate.estimate import estimate
+from rsaft_fast.estimate.live import shapes_alone
 from rsaft_fast.out_of_memory import is_out_of_memory
 from rsaft_fast.recipe.config import Config
+from rsaft_fast.rewards.base import Reward
 from rsaft_fast.sampling import NoiseSource, backpropagate, rollout
 from rsaft_fast.sampling.rollout import guided_prediction
 from rsaft_fast.train.trainer import DTYPES, Trainer
-
-Row = dict[str, Any]
 
 UPDATES = 3  # timed ones of a kind, after one that is not
 MODES: Mapping[str, Mapping[str, Any]] = {
@@ -36,19 +38,7 @@ MODES: Mapping[str, Mapping[str, Any]] = {
     "graded_only": {"smoothing.resample": "graded_only"},
     "plain method": {"smoothing": None},
 }
-EXACT_ONLY: Mapping[str, Mapping[str, Any]] = {"exact": {}}
 SAM_PHASES = (phases.PERTURBING, phases.UPDATING)
-
-
-def card(device: torch.device) -> Row:
-    """What the card itself reaches now: copies, reads, and products of two 8192 x 8192 bf16 matrices."""
-    timer = Timer(device)
-    found = bandwidths(timer)
-    side = 8192 if device.type == "cuda" else 256
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    times = timer.alternate({"product": Part(lambda: a @ b)}, repeats=10)["product"]
-    found["matmul_tflops"] = 2 * side**3 / times.row()["ms_p50"] / 1e9
-    return {name: found[name] for name in ("copy_gbps", "read_gbps", "matmul_tflops")}
 
 
 class Measurements:
@@ -62,8 +52,8 @@ class Measurements:
             runs.PEAK: self.peak,
             runs.PEAK_K: self.peak_k,
             runs.TIME: lambda: self.times(MODES),
-            runs.GRAPHS: lambda: self.times(EXACT_ONLY, run.speed(runs.GRAPHS)),
-            runs.COMPILED: lambda: self.times(EXACT_ONLY, run.speed(runs.COMPILED)),
+            runs.GRAPHS: lambda: self.times(["exact"], runs.GRAPHS),
+            runs.COMPILED: lambda: self.times(["exact"], runs.COMPILED),
             runs.KERNELS: self.kernels,
             runs.WHOLE: self.whole,
             runs.PLAIN: lambda: self.plain(checkpointing=True),
@@ -89,7 +79,9 @@ class Measurements:
     def _failed(self, error: Exception, plain: bool) -> Row:
         out_of_memory = is_out_of_memory(error) or (error.__cause__ is not None and is_out_of_memory(error.__cause__))
         if out_of_memory and plain:  # a result: that much is not enough for it
-            return {"out_of_memory": True, "card_bytes": card_bytes(self.device)}
+            on_gpu = self.device.type == "cuda"
+            size = torch.cuda.get_device_properties(self.device).total_memory if on_gpu else None
+            return {"out_of_memory": True, "card_bytes": size}
         said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         # What is not installed here, or a key that this version lacks, is no failure of the run.
         return {"missing": said.splitlines()[0], "failed": out_of_memory or not isinstance(error, UserError)}
@@ -99,14 +91,17 @@ class Measurements:
         free_memory(self.device)
 
     def card(self) -> Row:
-        found = card(self.device)
+        """What the card itself reaches now: copies, reads, and products of two 8192 x 8192 bf16 matrices."""
+        timer = Timer(self.device)
+        found = bandwidths(timer)
+        rate = _product_tflops(timer, 8192 if self.device.type == "cuda" else 256)
         self._forget()
-        return found
+        return {"copy_gbps": found["copy_gbps"], "read_gbps": found["read_gbps"], "matmul_tflops": rate}
 
     # Ours
 
     def config(self, part: str = runs.PEAK, more: Mapping[str, Any] | None = None) -> Config:
-        keys = runs.recipe_keys(self.run, self.device.type, self.architecture.keys, part)
+        keys = self.run.recipe(self.device.type, self.architecture.keys, part)
         return runs.config_of(keys | dict(more or {}))
 
     def trained_by(self, config: Config) -> Trainer:
@@ -124,15 +119,13 @@ class Measurements:
         return trainer
 
     def updates(self, config: Config, count: int, warm: int = 0, memory: bool = False) -> list[Measured]:
-        """`memory`: also on the CPU, which it slows down."""
-        trainer = self.trained_by(config)
-        meter = Meter(self.device, (lambda: standing(trainer)) if memory else None)
-        found = []
-        for index in range(warm + count):
-            measured = meter(trainer.update, trainer.optimizer)
-            found += [measured] if index >= warm else []
+        """Updates measured after `warm` others; `memory`: also their bytes on the CPU, which it slows down."""
+        trainer, found = self.trained_by(config), []
+        for _ in range(warm + count):
+            shown = (lambda: standing(trainer)) if memory else None
+            found.append(measure(self.device, trainer.update, shown, trainer.optimizer))
             trainer.optimizer.zero_grad()
-        return found
+        return found[warm:]
 
     def peak(self) -> Row:
         """The first two updates: the first makes the optimizer's state, the second finds it."""
@@ -144,15 +137,14 @@ class Measurements:
         (found,) = self.updates(self.config(runs.PEAK_K), 1, memory=True)
         return _memory([found]) | {"ms": found.ms}
 
-    def times(self, modes: Mapping[str, Mapping[str, Any]], speed: Mapping[str, Any] | None = None) -> Row:
+    def times(self, modes: Iterable[str], speed: str = runs.TIME) -> Row:
         """A step of every kind at few sampler steps, and what each network call more adds to it."""
-        return {"kinds": {kind: self._time({**keys, **(speed or {})}) for kind, keys in modes.items()}}
+        return {"kinds": {mode: self._time({**MODES[mode], **self.run.speed(speed)}) for mode in modes}}
 
     def _time(self, keys: Mapping[str, Any]) -> Row:
         config = self.config(more=keys)
-        updates = self.updates(config, UPDATES, warm=1)
+        updates, calls = self.updates(config, UPDATES, warm=1), rollout_calls(config)
         phase_ms = {name: _median(u.phase_ms.get(name, 0.0) for u in updates) for name in updates[0].phase_ms}
-        calls = rollout_calls(config)
         return {
             "steps": config.sampler.steps,
             "rollouts": calls.count(config.sampler.steps),
@@ -167,24 +159,21 @@ class Measurements:
     def kernels(self) -> Row:
         """Where the device's time goes within a guided call, and within the backward pass of one."""
         trainer = self.trained_by(self.config())
-        (batch,) = trainer.batches(trainer.backbone, trainer.encoded, 0)
-        arguments = (batch.plan, batch.latents, batch.conditioning, batch.noise)
-        trajectory = rollout(trainer.backbone, trainer.schedule, *arguments)
+        backbone, schedule = trainer.backbone, trainer.schedule
+        (batch,) = trainer.batches(backbone, trainer.encoded, 0)
+        trajectory = rollout(backbone, schedule, batch.plan, batch.latents, batch.conditioning, batch.noise)
         adjoint = torch.randn_like(trajectory.endpoints[0])
 
         @torch.no_grad()
         def call() -> None:
-            guided_prediction(
-                trainer.backbone, batch.latents, trainer.schedule[0], batch.conditioning, batch.plan.uncond
-            )
+            guided_prediction(backbone, batch.latents, schedule[0], batch.conditioning, batch.plan.uncond)
 
         def graded() -> None:
-            backpropagate(trainer.backbone, trajectory, [adjoint])
+            backpropagate(backbone, trajectory, [adjoint])
             trainer.optimizer.zero_grad()
 
-        branches = 1 if batch.conditioning.negative is None else 2
         shares = {"call": kernel_shares(call, self.device), "graded": kernel_shares(graded, self.device)}
-        return {"branches": branches, "shares": shares}
+        return {"branches": 1 if batch.conditioning.negative is None else 2, "shares": shares}
 
     def whole(self) -> Row:
         """One update of the whole number of sampler steps, to hold the composed time against."""
@@ -197,31 +186,27 @@ class Measurements:
     def plain(self, checkpointing: bool) -> Row:
         """Peak and time of the plain step, and what each network call more adds to it."""
         self._forget()
-        step, standing_tensors = self._plain_step(checkpointing)
-        measured = [Meter(self.device, lambda: standing_tensors)(step)]
-        measured += [Meter(self.device, None)(step) for _ in range(UPDATES)]
-        times = {"ms": _median(m.ms for m in measured[1:]), "call_ms": self._plain_call_ms(step)}
-        return _memory(measured) | {"steps": STEPS, "rollouts": 2} | times
+        step, there = self._plain_step(checkpointing)
+        first = measure(self.device, step, lambda: there)
+        timed = [measure(self.device, step) for _ in range(UPDATES)]
+        t, x = next(iter(step._timesteps())), step.noise.to(step.denoiser.dtype)
+        call = torch.no_grad()(lambda: step.predict(x, t))
+        call_ms = Timer(self.device).alternate({"call": Part(call)}, repeats=5, seconds=2.0)["call"].row()["ms_p50"]
+        times = {"ms": _median(m.ms for m in timed), "call_ms": call_ms}
+        return _memory([first, *timed]) | {"steps": STEPS, "rollouts": 2} | times
 
     def _plain_step(self, checkpointing: bool) -> tuple[PlainStep, list[torch.Tensor]]:
-        config = self.config()
-        settings = config.backbone
-        backbone = random_backbone(
-            self.architecture.spec,
-            height=settings.height,
-            width=settings.width,
-            dtype=DTYPES[settings.dtype],
-            device=self.device,
-        )
-        lora = config.parameters.lora
+        """The step, and the tensors that it finds in memory."""
+        config, prompt = self.config(), PROMPTS[0]
+        settings, lora, sampler = config.backbone, config.parameters.lora, config.sampler
+        size = {"height": settings.height, "width": settings.width}
+        dtype = DTYPES[settings.dtype]
+        backbone = random_backbone(self.architecture.spec, **size, dtype=dtype, device=self.device)
         add_plain_lora(backbone.denoiser, lora.rank, lora.targets or backbone.lora_targets, torch.float32)
         # transformers' own checkpointing does nothing under eval(), so there is none; its text tower is done with.
-        reward = random_reward(
-            config.reward.model_copy(update={"checkpoint": False}), self.architecture.clip, self.device
-        )
-        prompt = PROMPTS[0]
+        unchecked = config.reward.model_copy(update={"checkpoint": False})
+        reward = random_reward(unchecked, self.architecture.clip, self.device)
         reward.keep_prompts([prompt])
-        sampler = config.sampler
         conditioning = backbone.random_conditioning(1, sampler.guidance_scale, sampler.true_cfg_scale)
         step = PlainStep(
             backbone.pipeline,
@@ -232,22 +217,16 @@ class Measurements:
             backbone.initial_latents(NoiseSource(0, 0, (0,))),
             backbone.height,
             backbone.width,
-            PlainSettings(
-                STEPS,
-                checkpointing=checkpointing,
-                lr=config.optimizer.lr,
-                weight_decay=config.optimizer.weight_decay,
-            ),
+            PlainSettings(STEPS, 1, checkpointing, lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay),
         )
         tensors = [t for m in (*backbone.modules(), reward) for t in (*m.parameters(), *m.buffers())]
         return step, tensors + [*conditioning.positive.values(), *(conditioning.negative or {}).values()]
 
-    def _plain_call_ms(self, step: PlainStep) -> float:
-        t = next(iter(step._timesteps()))
-        x = step.noise.to(step.denoiser.dtype)
-        call = torch.no_grad()(lambda: step.predict(x, t))
-        times = Timer(self.device).alternate({"call": Part(call)}, repeats=5, seconds=2.0)["call"]
-        return times.row()["ms_p50"]
+
+def _product_tflops(timer: Timer, side: int) -> float:
+    a, b = (torch.randn(side, side, device=timer.device, dtype=torch.bfloat16) for _ in range(2))
+    times = timer.alternate({"product": Part(lambda: a @ b)}, repeats=10)["product"]
+    return 2 * side**3 / times.row()["ms_p50"] / 1e9
 
 
 def rollout_calls(config: Config) -> tuple[int, ...]:
@@ -260,10 +239,9 @@ def rollout_calls(config: Config) -> tuple[int, ...]:
 
 def standing(trainer: Trainer) -> list[torch.Tensor]:
     """What an update finds in memory."""
-    tensors = [t for m in (*trainer.backbone.modules(), trainer.reward) for t in (*m.parameters(), *m.buffers())]
-    tensors += [
-        t for state in trainer.optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.ndim
-    ]
+    modules, state = (*trainer.backbone.modules(), trainer.reward), trainer.optimizer.state.values()
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    tensors += [t for held in state for t in held.values() if torch.is_tensor(t) and t.ndim]
     for bucket in trainer.optimizer._buckets:
         tensors += [t for t in vars(bucket.table).values() if torch.is_tensor(t)]
         # Compiled kernels write it unseen: plain torch's operations alone would show it to the counter.
@@ -271,8 +249,70 @@ def standing(trainer: Trainer) -> list[torch.Tensor]:
     return tensors
 
 
-def card_bytes(device: torch.device) -> int | None:
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+# What follows from shapes alone
+
+
+def count_part(run: Run, part: str, device: str, architecture: Architecture) -> Row:
+    """A row of what a device is not needed for: the estimate of the peak, or the FLOPs. A recipe for a GPU is estimated
+    where there is none, too."""
+    start = time.perf_counter()
+    try:
+        config = runs.config_of(run.recipe(device, architecture.keys, part))
+        row = count_flops(config, architecture) if part == runs.FLOPS else _estimated(config, device == "cuda")
+    except UserError as error:  # a key or a value that this version does not have
+        row = {"missing": str(error).splitlines()[0], "failed": False}
+    return {"part": part} | row | {"seconds": round(time.perf_counter() - start, 2)}
+
+
+def _estimated(config: Config, cuda: bool) -> Row:
+    found = estimate(config, cuda=cuda)
+    peaks = {phase.name: phase.total for phase in found.phases}
+    # Text encoders are not there to be measured.
+    of_update = max(size for name, size in peaks.items() if name != phases.ENCODING)
+    return {"peak": of_update, "peak_with_encoding": found.peak, "peaks": peaks, "standing": dict(found.standing)}
+
+
+def count_flops(config: Config, architecture: Architecture) -> dict[str, int]:
+    """Model FLOPs of one call at batch 1, counted on the meta device under LoRA.
+
+    They are those of the network's own mathematics: a forward pass, and a backward pass as far as gradients are asked
+    for. What checkpointing computes a second time is not among them, so that utilisation never rises by recomputing.
+
+    Returns:
+        call: the network without a graph, one branch. graded: forward and backward of one branch.
+        decode: without a graph. decode_graded: forward, and backward to the latent.
+        score_graded: the reward's image tower, forward and backward to the picture.
+    """
+    size = {"height": config.backbone.height, "width": config.backbone.width}
+    # In fp32 every product is one product: beside bf16, the adapters' are computed in parts, which are no model FLOPs.
+    backbone: PipelineBackbone = random_backbone(architecture.spec, **size, dtype=torch.float32, device="meta")
+    with torch.device("meta"):
+        add_lora(backbone, LoRASettings(rank=config.parameters.lora.rank))
+    unchecked = config.reward.model_copy(update={"checkpoint": False})
+    reward: Reward = random_reward(unchecked, architecture.clip, "meta")
+    with shapes_alone():
+        reward.keep_prompts(PROMPTS[:1])
+    step, branch = backbone.schedule(1)[0], backbone.random_conditioning(1).positive
+    kind = {"dtype": backbone.latent_dtype, "device": backbone.device}
+    latents = torch.empty(1, *backbone.latent_shape, **kind)
+    picture = torch.empty(1, 3, backbone.height, backbone.width, **kind, requires_grad=True)
+    graded = latents.detach().requires_grad_()
+    return {
+        "call": _flops(lambda: backbone.predict(latents, step, branch)),
+        "graded": _flops(lambda: backbone.predict(latents, step, branch), grad=True),
+        "decode": _flops(lambda: backbone.decode(latents)),
+        "decode_graded": _flops(lambda: backbone.decode(graded), grad=True),
+        "score_graded": _flops(lambda: reward.score(picture, [PROMPTS[0]]), grad=True),
+    }
+
+
+def _flops(run: Callable[[], torch.Tensor], grad: bool = False) -> int:
+    """FLOPs of a call; with `grad` also of its backward pass."""
+    with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as counter:
+        out = run()
+        if grad:
+            out.sum().backward()
+    return counter.get_total_flops()
 
 
 def _memory(measured: list[Measured]) -> Row:

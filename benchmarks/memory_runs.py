@@ -67,9 +67,7 @@ FULL = {
 }
 NF4 = {"backbone.quantize": "nf4"}
 
-
-CARD = "card"
-PEAK, PEAK_K = "peak", f"peak, K = {GRADED_STEPS}"
+CARD, PEAK, PEAK_K = "card", "peak", f"peak, K = {GRADED_STEPS}"
 TIME, KERNELS, WHOLE = "times", "kernels", "a whole run"
 GRAPHS, COMPILED = "times, CUDA graphs", "times, compiled"
 PLAIN, PLAIN_UNCHECKED = "plain, checkpointed", "plain, without checkpointing"
@@ -82,7 +80,9 @@ SPEEDS: Mapping[str, Mapping[str, Any]] = {
 }
 """Recipe keys under which a step is timed; the first are the defaults, which every other figure is of. The others come
 with channels-last for UNets."""
-_UNETS = ("sd15", "sdxl")
+
+_START_SECONDS = 15.0  # a process, its imports, a model on the device
+_LATE_SECONDS = {GRAPHS: 15.0, COMPILED: 75.0}
 
 
 @dataclass(frozen=True)
@@ -107,29 +107,43 @@ class Run:
     def lora(self) -> bool:
         return self.keys.get("parameters.train", "lora") == "lora"
 
+    @property
+    def steps(self) -> int:
+        """Sampler steps of a whole picture."""
+        return MODELS[self.model].steps
+
     def parts(self) -> tuple[str, ...]:
         """What is measured of it, in order."""
-        parts = (PEAK,) + ((PEAK_K,) if self.lora else ())
+        parts = (PEAK, PEAK_K) if self.lora else (PEAK,)
         return parts + ((TIME, KERNELS, WHOLE, PLAIN, PLAIN_UNCHECKED) if self.compare else ())
 
     def late_parts(self) -> tuple[str, ...]:
         """What is measured when all runs have been: it takes long to get ready."""
         return (GRAPHS, COMPILED) if self.compare else ()
 
+    def counted_parts(self) -> tuple[str, ...]:
+        """What is worked out of it without a device."""
+        return (ESTIMATE,) + ((ESTIMATE_K,) if self.lora else ()) + ((FLOPS,) if self.compare else ())
+
     def speed(self, part: str) -> Mapping[str, Any]:
         """Recipe keys of one of `SPEEDS`."""
-        layout = {"speed.channels_last": True} if self.model in _UNETS and part != TIME else {}
+        layout = {"speed.channels_last": True} if self.model in ("sd15", "sdxl") and part != TIME else {}
         return {**SPEEDS[part], **layout}
 
     def guess(self, parts: Sequence[str]) -> float:
         """Seconds for some of its parts."""
-        late = sum(_LATE_SECONDS[part] for part in parts if part in _LATE_SECONDS)
-        prompt = sum(part not in _LATE_SECONDS for part in parts) / len(self.parts())
-        return _START_SECONDS + late + prompt * (self.seconds - _START_SECONDS)
+        late = [_LATE_SECONDS[part] for part in parts if part in _LATE_SECONDS]
+        share = (len(parts) - len(late)) / len(self.parts())
+        return _START_SECONDS + sum(late) + share * (self.seconds - _START_SECONDS)
 
-
-_START_SECONDS = 15.0  # a process, its imports, a model on the device
-_LATE_SECONDS = {GRAPHS: 15.0, COMPILED: 75.0}
+    def recipe(self, device: str, overrides: Mapping[str, Any], part: str = PEAK) -> dict[str, Any]:
+        """The recipe as dotted keys, at few sampler steps; `overrides` are those of the tiny models."""
+        model = MODELS[self.model]
+        place = {"backbone.path": model.path, "backbone.height": model.size, "backbone.width": model.size}
+        keys = {**BASE, **place, "backbone.device": device, "sampler.guidance_scale": model.guidance}
+        keys |= {**self.keys, **overrides}
+        many = part in (PEAK_K, ESTIMATE_K)
+        return keys | ({"method.k": GRADED_STEPS, "sampler.steps": GRADED_STEPS} if many else {})
 
 
 RUNS = (
@@ -148,41 +162,15 @@ def run_named(name: str) -> Run:
     return next(run for run in RUNS if run.name == name)
 
 
-def counted_parts(run: Run) -> tuple[str, ...]:
-    """What is worked out of it without a device."""
-    return (ESTIMATE,) + ((ESTIMATE_K,) if run.lora else ()) + ((FLOPS,) if run.compare else ())
-
-
-def recipe_keys(run: Run, device: str, overrides: Mapping[str, Any], part: str = PEAK) -> dict[str, Any]:
-    """The recipe as dotted keys, at few sampler steps; `overrides` are those of the tiny models."""
-    model = MODELS[run.model]
-    keys = dict(BASE) | {
-        "backbone.path": model.path,
-        "backbone.height": model.size,
-        "backbone.width": model.size,
-        "backbone.device": device,
-        "sampler.guidance_scale": model.guidance,
-    }
-    keys |= dict(run.keys) | dict(overrides)
-    if part in (PEAK_K, ESTIMATE_K):
-        keys |= {"method.k": GRADED_STEPS, "sampler.steps": GRADED_STEPS}
-    return keys
-
-
 def config_of(keys: Mapping[str, Any]) -> Config:
     """The recipe that dotted keys spell.
 
     Raises:
         UserError: a key or a value that this version does not have.
     """
-    from rsaft_fast.recipe.load import (
-        validate,  # imports diffusers and transformers: seconds that --help need not wait
-    )
+    # Imports diffusers and transformers: seconds that --help need not wait.
+    from rsaft_fast.recipe.load import validate
 
-    return validate(_nested(keys), where="benchmarks/memory_runs.py")
-
-
-def _nested(keys: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for key, value in keys.items():
         *sections, name = key.split(".")
@@ -190,4 +178,4 @@ def _nested(keys: Mapping[str, Any]) -> dict[str, Any]:
         for section in sections:
             branch = branch.setdefault(section, {})
         branch[name] = value
-    return tree
+    return validate(tree, where="benchmarks/memory_runs.py")

@@ -1,7 +1,8 @@
-"""Peak memory and time of one update, phase by phase, without waiting for the device within it."""
+"""Peak memory, time and kernels of one update, phase by phase, without waiting for the device within it."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,7 +13,15 @@ import torch
 
 from rsaft_fast import phases
 from rsaft_fast.algorithms import reward_gradient as step_module
+from rsaft_fast.benchmarks.timing import device_kernels
 from rsaft_fast.estimate.live import LiveBytes
+
+KINDS = {
+    "attention": re.compile(r"flash|fmha|attention|sdpa", re.I),
+    "products": re.compile(r"gemm|gemv|cutlass|nvjet|xmma|cublas|conv|wgrad|dgrad|winograd|implicit", re.I),
+}
+"""Kernels by their names; the first kind that matches. The rest are norms, elementwise work and copies."""
+REST, IDLE = "elementwise, norms, copies", "idle"
 
 
 @dataclass
@@ -22,39 +31,69 @@ class Measured:
     Attributes:
         ms: until the device had done it, by the host's clock.
         peak: bytes; torch's max_memory_allocated, or the CPU's storages as `LiveBytes` counts them, None where it did
-            not (it slows the CPU down).
+            not (it slows the CPU down). standing: bytes that were there before.
         reserved: bytes that torch's allocator held at most; None on the CPU.
         peaks: bytes, by phase. phase_ms: device time, by phase; the CPU's own there.
     """
 
-    ms: float
-    peak: int | None
-    reserved: int | None
+    ms: float = 0.0
+    peak: int | None = None
+    standing: int | None = None
+    reserved: int | None = None
     peaks: dict[str, int] = field(default_factory=dict)
     phase_ms: dict[str, float] = field(default_factory=dict)
 
 
-class Meter:
-    """Measures updates on a device.
+def measure(
+    device: torch.device,
+    update: Callable[[], object],
+    standing: Callable[[], Iterable[torch.Tensor]] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Measured:
+    """Run an update once.
 
     Args:
-        standing: what is there before an update; the CPU's counter must be shown it. None leaves it out.
+        standing: gives the tensors that are there before, which the CPU's counter must be shown; None leaves it out.
+        optimizer: that of `rsaft_step`, for figures phase by phase.
     """
+    found, marks = Measured(), []
+    on_gpu = device.type == "cuda"
+    live = LiveBytes("cpu") if standing is not None and not on_gpu else nullcontext()
 
-    def __init__(self, device: torch.device, standing: Callable[[], Iterable[torch.Tensor]] | None):
-        self.device, self.standing = device, standing
+    def begin(phase: str) -> None:
+        """End a phase and begin another. Counters speak of the host's order of allocations: this waits for nothing."""
+        if not on_gpu:
+            marks.append((phase, time.perf_counter()))
+            return
+        if marks:
+            name = marks[-1][0]
+            found.peaks[name] = max(found.peaks.get(name, 0), torch.cuda.max_memory_allocated(device))
+            found.reserved = max(found.reserved or 0, torch.cuda.max_memory_reserved(device))
+        torch.cuda.reset_peak_memory_stats(device)
+        marks.append((phase, torch.cuda.Event(enable_timing=True)))
+        marks[-1][1].record()
 
-    def __call__(self, update: Callable[[], object], optimizer: torch.optim.Optimizer | None = None) -> Measured:
-        """Run `update`; with the optimizer of `rsaft_step`, phase by phase."""
-        marks = _DeviceMarks(self.device) if self.device.type == "cuda" else _HostMarks()
-        with marks.counting(self.standing):
-            start = time.perf_counter()
-            marks.begin(phases.REST)
-            with _phases(marks.begin, optimizer):
-                update()
-            marks.synchronize()
-            ms = 1e3 * (time.perf_counter() - start)
-        return marks.measured(ms)
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        found.standing = torch.cuda.memory_allocated(device)
+    elif standing is not None:
+        found.standing = live.see(standing())
+    with live:
+        start = time.perf_counter()
+        begin(phases.REST)
+        with _phases(begin, optimizer):
+            update()
+        begin(phases.REST)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        found.ms = 1e3 * (time.perf_counter() - start)
+    for (name, begun), (_, ended) in zip(marks, marks[1:]):
+        ms = begun.elapsed_time(ended) if on_gpu else 1e3 * (ended - begun)
+        found.phase_ms[name] = found.phase_ms.get(name, 0.0) + ms
+    if standing is not None and not on_gpu:
+        found.peaks = {name: peak.total for name, peak in live.peaks.items()}
+    found.peak = max(found.peaks.values(), default=None)
+    return found
 
 
 @contextmanager
@@ -97,69 +136,22 @@ def _phases(begin: Callable[[str], None], optimizer: torch.optim.Optimizer | Non
                 setattr(place, name, own)
 
 
-class _DeviceMarks:
-    """Phases by events on the stream, their peaks by the allocator's own counter."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.marks: list[tuple[str, torch.cuda.Event]] = []
-        self.peaks: dict[str, int] = {}
-        self.reserved = 0
-
-    @contextmanager
-    def counting(self, standing: Callable[[], Iterable[torch.Tensor]] | None) -> Iterator[None]:
-        torch.cuda.synchronize(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        yield
-
-    def begin(self, phase: str) -> None:
-        self._close()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self.marks.append((phase, event))
-
-    def _close(self) -> None:
-        """The counters speak of the host's order of allocations, so reading them waits for nothing."""
-        if self.marks:
-            name = self.marks[-1][0]
-            self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated(self.device))
-        self.reserved = max(self.reserved, torch.cuda.max_memory_reserved(self.device))
-        torch.cuda.reset_peak_memory_stats(self.device)
-
-    def synchronize(self) -> None:
-        self.begin(phases.REST)
-        torch.cuda.synchronize(self.device)
-
-    def measured(self, ms: float) -> Measured:
-        spent: dict[str, float] = {}
-        for (name, start), (_, end) in zip(self.marks, self.marks[1:]):
-            spent[name] = spent.get(name, 0.0) + start.elapsed_time(end)
-        return Measured(ms, max(self.peaks.values()), self.reserved, self.peaks, spent)
+def kind_of(kernel: str) -> str:
+    return next((kind for kind, pattern in KINDS.items() if pattern.search(kernel)), REST)
 
 
-class _HostMarks:
-    """The same where there is no device: to see that the code runs, at tiny size."""
+def kernel_shares(run: Callable[[], object], device: torch.device) -> dict[str, float] | None:
+    """Fractions of the wall time by kind of kernel; idle is what no kernel covers. None without a GPU or CUPTI.
 
-    def __init__(self) -> None:
-        self.marks: list[tuple[str, float]] = []
-        self.live = LiveBytes("cpu")
-
-    @contextmanager
-    def counting(self, standing: Callable[[], Iterable[torch.Tensor]] | None) -> Iterator[None]:
-        if standing is not None:
-            self.live.see(standing())
-        with self.live if standing is not None else nullcontext():
-            yield
-
-    def begin(self, phase: str) -> None:
-        self.marks.append((phase, time.perf_counter()))
-
-    def synchronize(self) -> None:
-        self.begin(phases.REST)
-
-    def measured(self, ms: float) -> Measured:
-        spent: dict[str, float] = {}
-        for (name, start), (_, end) in zip(self.marks, self.marks[1:]):
-            spent[name] = spent.get(name, 0.0) + 1e3 * (end - start)
-        peaks = {name: peak.total for name, peak in self.live.peaks.items()}
-        return Measured(ms, self.live.peak or None, None, peaks, spent)
+    The profiler slows the host down, so the wall time is that of calls without it.
+    """
+    run()
+    if device.type != "cuda":
+        return None
+    wall_us = 1e3 * min(measure(device, run).ms for _ in range(3))
+    spent = dict.fromkeys((*KINDS, REST), 0.0)
+    for name, us in device_kernels(run):
+        spent[kind_of(name)] += us
+    if not any(spent.values()):
+        return None
+    return {kind: us / wall_us for kind, us in spent.items()} | {IDLE: max(0.0, 1 - sum(spent.values()) / wall_us)}

@@ -1,21 +1,72 @@
-"""What people use today for a SAM update with clipping, each as its users call it."""
+"""The lists that providers work on, and what people use today for a SAM update with clipping, as its users call it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import Protocol
 
 import torch
 
-from rsaft_fast.benchmarks.problem import CLIP, LR, RHO, Problem
 from rsaft_fast.benchmarks.timing import Part
 
+RHO, CLIP, LR = 0.05, 1.0, 1e-4
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Shapes, and gradients that every provider reads (clipping scales them in place, to norm 1, once).
+
+    Weights are each provider's own: optimizers notice when others write to theirs, and some rebind them.
+    """
+
+    shapes: Sequence[tuple[int, ...]]
+    layout: str
+    device: torch.device
+    gradients: list[torch.Tensor]
+
+    @classmethod
+    def build(cls, shapes: Sequence[tuple[int, ...]], layout: str, device: torch.device) -> Problem:
+        return cls(shapes, layout, device, [cls._normal(s, DTYPES[layout], device, 1e-3) for s in shapes])
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Weights with the gradients attached."""
+        dtype = DTYPES[self.layout]
+        parameters = [torch.nn.Parameter(self._normal(s, dtype, self.device, 0.02)) for s in self.shapes]
+        for p, gradient in zip(parameters, self.gradients):
+            p.grad = gradient
+        return parameters
+
+    @staticmethod
+    def _normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, std: float) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, std)
+
+
+class Running(Protocol):
+    """A provider with its state built."""
+
+    def parts(self) -> dict[str, Part]:
+        """Pass (`floors.PASSES`) to a call that can be repeated; what it does not offer by itself is left out."""
+
+
 Optimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+
+
+def adamw(module: str, name: str, **options: object) -> Optimizer:
+    """An optimizer of a package that is imported when it is needed."""
+    return lambda parameters: getattr(import_module(module), name)(parameters, lr=LR, **options)
+
+
+fused = adamw("torch.optim", "AdamW", fused=True)
 
 
 class UsualLoop:
     """The SAM code that most people copy: clone, add e_w, copy back, clip, step of the base optimizer."""
 
-    def __init__(self, problem: Problem, optimizer: Optimizer):
+    def __init__(self, problem: Problem, optimizer: Optimizer = fused):
         self.parameters = problem.parameters()
         self.base = optimizer(self.parameters)
         self.base.step()
@@ -63,7 +114,7 @@ class UsualLoopWithMaster(UsualLoop):
     The base optimizer works on the master, with the gradients cast to fp32.
     """
 
-    def __init__(self, problem: Problem, optimizer: Optimizer):
+    def __init__(self, problem: Problem, optimizer: Optimizer = fused):
         self.parameters = problem.parameters()
         self.master = [torch.nn.Parameter(p.detach().float()) for p in self.parameters]
         for m in self.master:
@@ -76,10 +127,6 @@ class UsualLoopWithMaster(UsualLoop):
         scale = RHO / (norm.float() + 1e-12)
         for p, m in zip(self.parameters, self.master):
             p.copy_(m + p.grad * scale)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """The weights are written from the master by the step."""
 
     @torch.no_grad()
     def step(self) -> None:
@@ -139,13 +186,12 @@ class AdamWAlone:
     """
 
     def __init__(self, problem: Problem):
+        self.parameters = problem.parameters()
         if problem.layout == "bf16":
-            self.parameters = [torch.nn.Parameter(p.detach().float()) for p in problem.parameters()]
+            self.parameters = [torch.nn.Parameter(p.detach().float()) for p in self.parameters]
             for p, gradient in zip(self.parameters, problem.gradients):
                 p.grad = gradient.float()
-        else:
-            self.parameters = problem.parameters()
-        self.base = fused_adamw(self.parameters)
+        self.base = fused(self.parameters)
         self.base.step()
 
     def parts(self) -> dict[str, Part]:
@@ -171,37 +217,9 @@ class PytorchOptimizerSAM:
         self.sam.second_step(zero_grad=False)
 
 
-def usual_loop(optimizer: Optimizer) -> Callable[[Problem], UsualLoop]:
-    """The usual SAM loop around an optimizer; with a master where the layout has one."""
-    return lambda problem: (UsualLoopWithMaster if problem.layout == "bf16" else UsualLoop)(problem, optimizer)
+def by_layout(plain: Callable[..., Running], with_master: Callable[..., Running], *optimizer: Optimizer):
+    """A loop, with a master where the layout has one."""
+    return lambda problem: (with_master if problem.layout == "bf16" else plain)(problem, *optimizer)
 
 
-def foreach_loop(problem: Problem) -> UsualLoop:
-    """`Foreach`, with a master where the layout has one."""
-    return (ForeachWithMaster if problem.layout == "bf16" else Foreach)(problem, fused_adamw)
-
-
-def fused_adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=LR, fused=True)
-
-
-def foreach_adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=LR, foreach=True)
-
-
-def bitsandbytes_adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(parameters, lr=LR)
-
-
-def torchao_adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    from torchao.optim import AdamW8bit
-
-    return AdamW8bit(parameters, lr=LR, bf16_stochastic_round=True)
-
-
-def optimi_adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    from optimi import AdamW
-
-    return AdamW(parameters, lr=LR, betas=(0.9, 0.999), eps=1e-8)
+usual = partial(by_layout, UsualLoop, UsualLoopWithMaster)

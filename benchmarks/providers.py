@@ -3,26 +3,96 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
-from typing import Protocol
 
 import torch
 
+from rsaft_fast import ops
 from rsaft_fast.benchmarks import peers
-from rsaft_fast.benchmarks.ours import Ours
-from rsaft_fast.benchmarks.problem import DTYPES, Problem
+from rsaft_fast.benchmarks.peers import CLIP, DTYPES, LR, RHO, Problem, Running
 from rsaft_fast.benchmarks.timing import Part
 from rsaft_fast.ops import backends
+from rsaft_fast.optim import SAMAdamW
+
+OPTIONS: dict[str, dict[str, object]] = {
+    "fp32": {},
+    "bf16": {"master_weights": True},
+    "8bit": {"state_bits": 8, "stochastic_rounding": True},
+}
+"""What makes a `SAMAdamW` of a layout (`floors.LAYOUTS`)."""
 
 
-class Running(Protocol):
-    """A provider with its state built."""
+class Ours:
+    """The passes of one SAMAdamW. Weights wander while a pass is repeated; nothing is measured of their values."""
+
+    def __init__(self, problem: Problem, backend: str, **options: object):
+        self.use = partial(use_backend, backend)
+        self.parameters = problem.parameters()
+        self.optimizer = optimizer_for(problem.layout, self.parameters, **options)
+        self.use()
+        self.update()
 
     def parts(self) -> dict[str, Part]:
-        """Pass (`floors.PASSES`) to a call that can be repeated; what it does not offer by itself is left out."""
+        passes = passes_of(self.optimizer, self.update)
+        return {what: Part(run, self.use) for what, run in (passes | {"update": self.update}).items()}
+
+    def update(self) -> None:
+        self.optimizer.perturb()
+        self.optimizer.step()
+
+
+def optimizer_for(layout: str, parameters: list[torch.nn.Parameter], **options: object) -> SAMAdamW:
+    """SAMAdamW as a layout has it, with clipping."""
+    return SAMAdamW(parameters, lr=LR, rho=RHO, max_grad_norm=CLIP, **OPTIONS[layout], **options)
+
+
+def use_backend(name: str | None) -> None:
+    """Force a backend for the calls that follow; None leaves the choice free."""
+    os.environ.pop(backends.ENV, None)
+    if name is not None:
+        os.environ[backends.ENV] = name
+
+
+def passes_of(optimizer: SAMAdamW, update: Callable[[], None]) -> dict[str, Callable[[], None]]:
+    """The operations that one update calls, to be called again: "norm", "perturb" and "step" (restore + AdamW).
+
+    They are seen at the door of `rsaft_fast.ops`, with the tables and scalars that the optimizer gives them.
+    """
+    with _listening("global_norm", "sam_perturb_", "sam_adamw_step_") as calls:
+        update()
+    norm = calls["global_norm"][0]
+    tables = norm.args[0]
+    for table in tables:  # an optimizer holds no gradient between its passes
+        table.bind(grad=[weight.grad for weight in table["weight"]])
+
+    def again(calls: list[partial]) -> Callable[[], None]:
+        return lambda: [call() for call in calls]
+
+    return {"norm": norm, "perturb": again(calls["sam_perturb_"]), "step": again(calls["sam_adamw_step_"])}
+
+
+@contextmanager
+def _listening(*names: str) -> Iterator[dict[str, list[partial]]]:
+    """Calls of these operations, by their names, as they are made."""
+    calls: dict[str, list[partial]] = {name: [] for name in names}
+    originals = {name: getattr(ops, name) for name in names}
+
+    def heard(name: str, *arguments: object, **keywords: object):
+        calls[name].append(partial(originals[name], *arguments, **keywords))
+        return calls[name][-1]()
+
+    try:
+        for name in names:
+            setattr(ops, name, partial(heard, name))
+        yield calls
+    finally:
+        for name, operation in originals.items():
+            setattr(ops, name, operation)
 
 
 @dataclass(frozen=True)
@@ -56,7 +126,7 @@ PROVIDERS: dict[str, Provider] = {
     "ours-cuda": Provider("SAMAdamW on csrc/", partial(Ours, backend="cuda"), _OURS_HELD),
     "usual-fused": Provider(
         "the usual SAM loop (clone, add e_w, copy back), clipping, torch AdamW(fused=True)",
-        peers.usual_loop(peers.fused_adamw),
+        peers.usual(peers.fused),
         {"fp32": 17, "bf16": 19},
         notes={"bf16": _SAME_WORK},
     ),
@@ -68,14 +138,14 @@ PROVIDERS: dict[str, Provider] = {
     ),
     "foreach": Provider(
         "the best of torch's _foreach_ functions, torch AdamW(fused=True); its norm is get_total_norm(foreach=True)",
-        peers.foreach_loop,
+        peers.by_layout(peers.Foreach, peers.ForeachWithMaster),
         {"fp32": 17, "bf16": 19},
         notes={"fp32": "the scale goes through the host", "bf16": f"{_SAME_WORK}; the scale goes through the host"},
     ),
     "ours-triton": Provider("SAMAdamW on kernels/", partial(Ours, backend="triton"), _OURS_HELD),
     "bitsandbytes": Provider(
         "the usual SAM loop, clipping, bitsandbytes AdamW8bit",
-        peers.usual_loop(peers.bitsandbytes_adamw),
+        peers.usual(peers.adamw("bitsandbytes.optim", "AdamW8bit")),
         {"8bit": 6.6},
         module="bitsandbytes",
         package="bitsandbytes",
@@ -91,7 +161,7 @@ PROVIDERS: dict[str, Provider] = {
     ),
     "optimi": Provider(
         "the usual SAM loop, clipping, optimi AdamW",
-        lambda problem: peers.UsualLoop(problem, peers.optimi_adamw),
+        partial(peers.UsualLoop, optimizer=peers.adamw("optimi", "AdamW", betas=(0.9, 0.999), eps=1e-8)),
         {"fp32": 17, "bf16": 11},
         module="optimi",
         package="torch-optimi",
@@ -99,7 +169,7 @@ PROVIDERS: dict[str, Provider] = {
     ),
     "usual-foreach": Provider(
         "the usual SAM loop, clipping, torch AdamW(foreach=True)",
-        peers.usual_loop(peers.foreach_adamw),
+        peers.usual(peers.adamw("torch.optim", "AdamW", foreach=True)),
         {"fp32": 25, "bf16": 27},
         notes={"bf16": _SAME_WORK},
     ),
@@ -107,7 +177,7 @@ PROVIDERS: dict[str, Provider] = {
     "ours-torch": Provider("SAMAdamW in plain torch", partial(Ours, backend="torch"), _OURS_HELD, late=True),
     "torchao": Provider(
         "the usual SAM loop, clipping, torchao AdamW8bit",
-        peers.usual_loop(peers.torchao_adamw),
+        peers.usual(peers.adamw("torchao.optim", "AdamW8bit", bf16_stochastic_round=True)),
         {"8bit": 8.1},
         module="torchao",
         package="torchao",
@@ -132,6 +202,6 @@ def why_missing(name: str, device: torch.device, layout: str) -> str | None:
 
 
 def quiet() -> None:
-    """Packages that remark on what they do not find while they are imported."""
+    """Silence packages that remark on what they do not find while they are imported."""
     for name in ("bitsandbytes", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -20,7 +20,7 @@ from rsaft_fast.backbones import PipelineBackbone, random_backbone
 from rsaft_fast.backbones.registry import ADAPTERS
 from rsaft_fast.backbones.specs import Spec, load_spec
 from rsaft_fast.benchmarks.memory_runs import MODELS, REWARD
-from rsaft_fast.estimate.published import Parts, published_reward
+from rsaft_fast.estimate.published import published_pipeline, published_reward
 from rsaft_fast.estimate.skeleton import LengthTokenizer, quiet
 from rsaft_fast.recipe.check import check_settings, pick_device
 from rsaft_fast.recipe.config import Config
@@ -129,184 +129,94 @@ def random_reward(settings: RewardSettings, config: Mapping[str, Any], device: t
     ).to(device)
 
 
-def tiny(model: str, folder: Path) -> Architecture:
+def tiny_architecture(model: str, folder: Path) -> Architecture:
     """The same classes at the size of a test. Config files go to `folder`, where the estimate reads shapes."""
-    parts, pipeline = _TINY[model], load_spec(MODELS[model].spec).pipeline
+    pipeline, parts = published_pipeline(MODELS[model].path)
+    parts = {name: (library, kind, {**config, **_tiny(model, kind)}) for name, (library, kind, config) in parts.items()}
     path, clip = folder / model, folder / "clip"
-    _write_configs(path, pipeline, parts)
-    clip.mkdir(exist_ok=True)
-    (clip / "config.json").write_text(json.dumps(_TINY_CLIP | {"model_type": "clip"}))
-    denoiser = parts[ADAPTERS[pipeline].denoiser_name][2]
+    files = {clip / "config.json": _TINY_CLIP | {"model_type": "clip"}}
+    files[path / "model_index.json"] = {"_class_name": pipeline} | {name: part[:2] for name, part in parts.items()}
+    index = files[path / "model_index.json"]
+    for name, (_, _, config) in parts.items():
+        kind = next((kind for kind in ("scheduler", "tokenizer") if name.startswith(kind)), "")
+        files[path / name / (f"{kind}_config.json" if kind else "config.json")] = config
+        if kind == "tokenizer":
+            encoder = parts[name.replace("tokenizer", "text_encoder")][1]
+            index[name] = ["transformers", ("CLIP" if encoder.startswith("CLIP") else "T5") + "Tokenizer"]
+            files[path / name / "tokenizer.json"] = {}  # looked for, and on shapes alone not read
+    for file, content in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content), encoding="utf-8")
     size = {"backbone.path": str(path), "backbone.height": 32, "backbone.width": 32}
     keys = size | {"reward.path": str(clip), "parameters.lora.rank": 4}
-    return Architecture(Spec(pipeline, denoiser, parts["vae"][2], parts["scheduler"][2]), _TINY_CLIP, keys, _TINY_STEPS)
+    denoiser, vae, scheduler = (parts[name][2] for name in (ADAPTERS[pipeline].denoiser_name, "vae", "scheduler"))
+    return Architecture(Spec(pipeline, denoiser, vae, scheduler), _TINY_CLIP, keys, steps=6)
 
 
-def _write_configs(folder: Path, pipeline: str, parts: Parts) -> None:
-    index = {"_class_name": pipeline} | {name: [library, kind] for name, (library, kind, _) in parts.items()}
-    folder.mkdir(exist_ok=True)
-    (folder / "model_index.json").write_text(json.dumps(index))
-    for name, (_, _, config) in parts.items():
-        file = {"scheduler": "scheduler_config.json"}.get(name, "config.json")
-        file = "tokenizer_config.json" if name.startswith("tokenizer") else file
-        (folder / name).mkdir(exist_ok=True)
-        (folder / name / file).write_text(json.dumps(config))
-        if name.startswith("tokenizer"):
-            (folder / name / "tokenizer.json").write_text("{}")  # looked for, and on shapes alone not read
+def _tiny(model: str, kind: str) -> Mapping[str, Any]:
+    """Keys of a component's config that make it small."""
+    return _TINY_UNETS[model] if kind == "UNet2DConditionModel" else _TINY.get(kind, {})
 
 
-_TINY_STEPS = 6
-_TINY_TEXT = {
-    "vocab_size": 514,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "projection_dim": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 77,
-}
+_LAYERS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+_TINY_TEXT = _LAYERS | {"vocab_size": 514, "projection_dim": 16, "max_position_embeddings": 77}
 _TINY_CLIP = {
     "projection_dim": 16,
     "text_config": _TINY_TEXT,
-    "vision_config": {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 16,
-        "patch_size": 8,
+    "vision_config": _LAYERS | {"image_size": 16, "patch_size": 8},
+}
+_MMDIT = {"attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 32}
+_TINY: Mapping[str, Mapping[str, Any]] = {
+    "CLIPTextModel": _TINY_TEXT,
+    "CLIPTextModelWithProjection": _TINY_TEXT,
+    "T5EncoderModel": {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2},
+    "AutoencoderKL": {
+        "latent_channels": 4,
+        "sample_size": 32,
+        "block_out_channels": [8, 8],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+    },
+    "SD3Transformer2DModel": {
+        **_MMDIT,
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 32,
+        "pos_embed_max_size": 16,
+        "dual_attention_layers": [],
+        "qk_norm": None,
+    },
+    "FluxTransformer2DModel": {
+        **_MMDIT,
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "pooled_projection_dim": 16,
+        "axes_dims_rope": [2, 4, 2],
     },
 }
-_TINY_T5 = {
-    "vocab_size": 128,
-    "d_model": 32,
-    "d_kv": 8,
-    "d_ff": 32,
-    "num_layers": 1,
-    "num_heads": 2,
-    "is_encoder_decoder": False,
-}
-
-
-def _tiny_vae(model: str) -> tuple[str, str, dict[str, Any]]:
-    around = {**load_spec(MODELS[model].spec).vae, "latent_channels": 4, "sample_size": 32}
-    sizes = {"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4}
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    return "diffusers", "AutoencoderKL", around | sizes | blocks
-
-
-def _tiny_scheduler(model: str) -> tuple[str, str, Mapping[str, Any]]:
-    config = load_spec(MODELS[model].spec).scheduler
-    return "diffusers", config["_class_name"], config
-
-
-def _text(kind: str = "CLIPTextModel") -> tuple[str, str, dict[str, Any]]:
-    return "transformers", kind, _TINY_T5 if kind.startswith("T5") else _TINY_TEXT
-
-
-def _tokenizer(kind: str = "CLIPTokenizer", length: int = 77) -> tuple[str, str, dict[str, Any]]:
-    return "transformers", kind, {"model_max_length": length}
-
-
-_TINY_UNET = {
-    "sample_size": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "layers_per_block": 1,
-    "block_out_channels": [8, 16],
-    "norm_num_groups": 4,
-}
-_TINY_DENOISERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "sd15": (
-        "diffusers",
-        "UNet2DConditionModel",
-        _TINY_UNET
-        | {
-            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-            "cross_attention_dim": 16,
-            "attention_head_dim": 2,
-        },
-    ),
-    "sdxl": (
-        "diffusers",
-        "UNet2DConditionModel",
-        _TINY_UNET
-        | {
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-            "transformer_layers_per_block": [1, 2],
-            "attention_head_dim": [1, 2],
-            "use_linear_projection": True,
-            "cross_attention_dim": 32,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 6 * 8 + 16,
-        },
-    ),
-    "sd35m": (
-        "diffusers",
-        "SD3Transformer2DModel",
-        {
-            "sample_size": 16,
-            "patch_size": 2,
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_layers": 2,
-            "attention_head_dim": 8,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 32,
-            "caption_projection_dim": 16,
-            "pooled_projection_dim": 32,
-            "pos_embed_max_size": 16,
-        },
-    ),
-    "flux": (
-        "diffusers",
-        "FluxTransformer2DModel",
-        {
-            "patch_size": 1,
-            "in_channels": 16,
-            "num_layers": 1,
-            "num_single_layers": 1,
-            "attention_head_dim": 8,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 32,
-            "pooled_projection_dim": 16,
-            "guidance_embeds": True,
-            "axes_dims_rope": [2, 4, 2],
-        },
-    ),
-}
-_TINY_TEXTS: dict[str, Parts] = {
-    "sd15": {"text_encoder": _text(), "tokenizer": _tokenizer()},
-    "sdxl": {
-        "text_encoder": _text(),
-        "tokenizer": _tokenizer(),
-        "text_encoder_2": _text("CLIPTextModelWithProjection"),
-        "tokenizer_2": _tokenizer(),
-    },
-    "sd35m": {
-        "text_encoder": _text("CLIPTextModelWithProjection"),
-        "tokenizer": _tokenizer(),
-        "text_encoder_2": _text("CLIPTextModelWithProjection"),
-        "tokenizer_2": _tokenizer(),
-        "text_encoder_3": _text("T5EncoderModel"),
-        "tokenizer_3": _tokenizer("T5Tokenizer", 512),
-    },
-    "flux": {
-        "text_encoder": _text(),
-        "tokenizer": _tokenizer(),
-        "text_encoder_2": _text("T5EncoderModel"),
-        "tokenizer_2": _tokenizer("T5Tokenizer", 512),
-    },
-}
-_TINY: dict[str, Parts] = {
-    model: _TINY_TEXTS[model]
+_UNET = {"sample_size": 16, "layers_per_block": 1, "block_out_channels": [8, 16], "norm_num_groups": 4}
+_TINY_UNETS: Mapping[str, Mapping[str, Any]] = {
+    "sd15": _UNET
     | {
-        "transformer" if model in ("sd35m", "flux") else "unet": _TINY_DENOISERS[model],
-        "vae": _tiny_vae(model),
-        "scheduler": _tiny_scheduler(model),
-    }
-    for model in MODELS
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+    },
+    "sdxl": _UNET
+    | {
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2],
+        "attention_head_dim": [1, 2],
+        "cross_attention_dim": 32,
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 16,
+    },
 }

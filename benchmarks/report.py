@@ -1,4 +1,4 @@
-"""What is read from results files: the README's table, the goals, the plots.
+"""What is read from results files: the README's tables, the goals, the plots.
 
 python -m rsaft_fast.benchmarks.report RESULTS.json [--readme README.md] [--goals] [--plots FOLDER]
 
@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rsaft_fast.benchmarks import goals, memory_goals, memory_results, memory_tables, plots, results, tables
+from rsaft_fast.benchmarks import goals, memory_tables, plots, tables
 from rsaft_fast.benchmarks.floors import PASSES, floor
 from rsaft_fast.benchmarks.images import EAGER, WHAT
 from rsaft_fast.benchmarks.jobs import CPU_LISTS
-from rsaft_fast.benchmarks.results import Row
-from rsaft_fast.benchmarks.tables import View, markdown, milliseconds, percent
+from rsaft_fast.benchmarks.results import Row, is_gpu, load, newest
+from rsaft_fast.benchmarks.tables import View, markdown, milliseconds, number, percent
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import write_atomically
 
-BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
-CPU_BEGIN, CPU_END = "<!-- cpu: begin -->", "<!-- cpu: end -->"
-MEMORY_BEGIN, MEMORY_END = "<!-- memory: begin -->", "<!-- memory: end -->"
+SPEED, MEMORY, CPU = ((f"<!-- {name}: begin -->", f"<!-- {name}: end -->") for name in ("speed", "memory", "cpu"))
 NOTHING = (
     "No GPU figures have been recorded yet. `rsaft-fast bench --results benchmarks/results` measures this machine;\n"
     "`benchmarks/gpu_suite.sh OUT` builds and tests it within 9 minutes, and `benchmarks/gpu_suite.sh OUT benchmarks`\n"
@@ -43,29 +42,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m rsaft_fast.benchmarks.report", description="Tables and plots of a benchmark run."
     )
     parser.add_argument("results", type=Path, help="a results file, or a folder: the newest GPU results under it")
-    parser.add_argument(
-        "--readme",
-        type=Path,
-        metavar="FILE",
-        help=f"rewrite what lies between {BEGIN} and {END}, "
-        f"and, where they are, between {MEMORY_BEGIN} and {MEMORY_END}, and {CPU_BEGIN} and {CPU_END}",
-    )
+    between = ", and where they are between ".join(" and ".join(markers) for markers in (SPEED, MEMORY, CPU))
+    parser.add_argument("--readme", type=Path, metavar="FILE", help=f"rewrite what lies between {between}")
     parser.add_argument("--goals", action="store_true", help="show the goals and which are met, not all figures")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write bars.png and roofline.png")
     arguments = parser.parse_args(argv)
     try:
-        found, memory = _find(arguments.results)
+        found = _find(arguments.results)
         if arguments.readme is not None:
-            _write_readme(arguments.readme, section(found), memory_section(memory), cpu_section(arguments.results))
-        if found is None and memory is None:
+            sections = {
+                SPEED: section(found.get("speed")),
+                MEMORY: memory_section(found.get("memory")),
+                CPU: cpu_section(arguments.results),
+            }
+            _write_readme(arguments.readme, sections)
+        if not found:
             print(f"no GPU results under {arguments.results}")
-            return 0
-        if found is not None:
-            for path in plots.draw(found, arguments.plots) if arguments.plots is not None else ():
-                print(path)
-            print(goals.text(found) if arguments.goals else tables.terminal(found))
-        if memory is not None:
-            print(memory_goals.text(memory) if arguments.goals else memory_tables.terminal(memory))
+        if arguments.plots is not None and "speed" in found:
+            print("\n".join(map(str, plots.draw(found["speed"], arguments.plots))))
+        for kind, results in found.items():
+            shown = tables.terminal if kind == "speed" else memory_tables.terminal
+            print(goals.text(results) if arguments.goals else shown(results))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -74,9 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def memory_section(found: Row | None) -> str:
     """The README's section on whole updates: peaks beside estimates, times, the plain step, utilisation."""
-    if found is None:
-        return f"## Memory and speed of whole updates\n\n{NO_MEMORY}"
-    said = memory_tables.section(found) + "\n\nHow it is measured: `benchmarks/README.md`."
+    said = memory_tables.section(found) + "\n\nHow it is measured: `benchmarks/README.md`." if found else NO_MEMORY
     return f"## Memory and speed of whole updates\n\n{said}"
 
 
@@ -91,17 +86,15 @@ def section(found: Row | None) -> str:
         "*Of copy* is what a pass reaches of it with the bytes that it must move; peers are shown as time over ours.\n"
         "How it is measured: `benchmarks/README.md`."
     )
-    blocks = ["## Speed", head, _passes(view), _updates(view), _images(view)]
-    if found.get("note"):
-        blocks.insert(2, f"**{found['note']}.**")
+    note = f"**{found['note']}.**" if found.get("note") else ""
+    blocks = ["## Speed", head, note, _passes(view), _updates(view, README_CASES), _images(view)]
     return "\n\n".join(block for block in blocks if block)
 
 
 def cpu_section(folder: Path) -> str | None:
     """The newest figures of a CPU under a folder as a table of whole updates; None without any."""
-    found = results.newest(folder, lambda row: not results.is_gpu(row)) if folder.is_dir() else None
-    view = View(found) if found is not None else None
-    table = _updates(view, CPU_LISTS) if view is not None else ""
+    found = newest(folder, "speed", lambda results: not is_gpu(results)) if folder.is_dir() else None
+    table = _updates(View(found), CPU_LISTS) if found is not None else ""
     return f"On the CPU: {tables.machine_line(found)}.\n\n{table}" if table else None
 
 
@@ -109,21 +102,20 @@ def _passes(view: View) -> str:
     rows = []
     for case, dtype, what, _ in view.groups():
         ours = view.ours(what, case, dtype)
-        if what not in PASSES or case not in README_CASES or ours is None:
-            continue
-        usual = view.get(what, case, dtype, "usual-fused") or view.get(what, case, dtype, "bitsandbytes")
-        fraction = ours["fraction_of_read"] if what == "norm" else ours["fraction_of_copy"]
-        rows.append(
-            (
-                f"{case}, {dtype}: {tables.LABELS[what]}",
-                f"{floor(what, dtype):.4g}",
-                milliseconds(ours["ms_p50"]),
-                percent(fraction) + (" (of read)" if what == "norm" else ""),
-                _launched(ours),
-                milliseconds(usual["ms_p50"]) if usual else "-",
-                _launched(usual) if usual else "-",
+        if what in PASSES and case in README_CASES and ours is not None:
+            usual = view.get(what, case, dtype, "usual-fused") or view.get(what, case, dtype, "bitsandbytes")
+            of_read = what == "norm"
+            rows.append(
+                (
+                    f"{case}, {dtype}: {tables.LABELS[what]}",
+                    f"{floor(what, dtype):.4g}",
+                    milliseconds(ours["ms_p50"]),
+                    percent(ours["fraction_of_read" if of_read else "fraction_of_copy"]) + " (of read)" * of_read,
+                    _launched(ours),
+                    milliseconds(usual["ms_p50"]) if usual else tables.NONE,
+                    _launched(usual),
+                )
             )
-        )
     header = (
         "list, layout: pass",
         "bytes a parameter",
@@ -136,16 +128,11 @@ def _passes(view: View) -> str:
     return markdown(header, rows) if rows else ""
 
 
-def _updates(view: View, cases: Sequence[str] = README_CASES) -> str:
+def _updates(view: View, cases: Iterable[str]) -> str:
     pairs = [(case, dtype) for case, dtype, what, _ in view.groups() if what == "update" and case in cases]
-    rows = []
-    for name in README_PEERS:
-        cells = [_times(view, "update", case, dtype, name) for case, dtype in pairs]
-        if set(cells) - {"-"}:
-            rows.append((name, *cells))
-    if not rows:
-        return ""
-    return markdown(("whole update, time over ours", *(f"{case}, {dtype}" for case, dtype in pairs)), rows)
+    rows = [(name, *(_times(view, "update", *pair, name) for pair in pairs)) for name in README_PEERS]
+    rows = [row for row in rows if set(row[1:]) - {tables.NONE}]
+    return markdown(("whole update, time over ours", *map(", ".join, pairs)), rows) if rows else ""
 
 
 def _images(view: View) -> str:
@@ -158,46 +145,39 @@ def _images(view: View) -> str:
     return markdown(("image perturbation", "ours, ms", "of copy", "eager torch, time over ours"), rows) if rows else ""
 
 
-def _times(view: View, what: str, case: str, dtype: str, provider: str) -> str:
-    row = view.get(what, case, dtype, provider)
-    times = view.times_ours(row) if row else None
-    return "-" if times is None else f"{times:.2f}"
+def _times(view: View, *place: str) -> str:
+    return number(view.times_ours(view.get(*place)))
 
 
-def _launched(row: Row) -> str:
-    return "-" if row.get("launches") is None else f"{row['launches'] + row['copies']:,}"
+def _launched(row: Row | None) -> str:
+    counted = row is not None and row.get("launches") is not None
+    return f"{row['launches'] + row['copies']:,}" if counted else tables.NONE
 
 
-def _find(path: Path) -> tuple[Row | None, Row | None]:
-    """Results of the passes, and of whole updates."""
-    if path.is_dir():
-        return results.newest(path), memory_results.newest(path)
-    if path.name in (memory_results.NAME, memory_results.TINY_NAME):
-        return None, memory_results.load(path)
-    return results.load(path), None
+def _find(path: Path) -> dict[str, Row]:
+    """Results by their kind."""
+    if not path.is_dir():
+        found = load(path)
+        return {found["kind"]: found}
+    return {kind: found for kind in ("speed", "memory") if (found := newest(path, kind)) is not None}
 
 
-def _write_readme(path: Path, speed: str, memory: str, cpu: str | None) -> None:
+def _write_readme(path: Path, sections: dict[tuple[str, str], str | None]) -> None:
+    """Replace what lies between each pair of markers; the first must be there."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--readme {path} cannot be read ({error.strerror})") from error
-    text = _between(path, text, BEGIN, END, speed)
-    if MEMORY_BEGIN in text or MEMORY_END in text:
-        text = _between(path, text, MEMORY_BEGIN, MEMORY_END, memory)
-    if cpu is not None and (CPU_BEGIN in text or CPU_END in text):
-        text = _between(path, text, CPU_BEGIN, CPU_END, cpu)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def _between(path: Path, text: str, begin: str, end: str, said: str) -> str:
-    """`text` with what lies between its two markers replaced."""
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise UserError(f"--readme {path} needs one line {begin} and, after it, one line {end}: the text goes between")
-    head, rest = text.split(begin)
-    return f"{head}{begin}\n{said}\n{end}{rest.split(end)[1]}"
+    for (begin, end), said in sections.items():
+        if said is None or ((begin, end) != SPEED and begin not in text and end not in text):
+            continue
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise UserError(
+                f"--readme {path} needs one line {begin} and, after it, one line {end}: the text goes between"
+            )
+        head, rest = text.split(begin)
+        text = f"{head}{begin}\n{said}\n{end}{rest.split(end)[1]}"
+    write_atomically(path, text)
 
 
 if __name__ == "__main__":

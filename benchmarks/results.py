@@ -1,4 +1,8 @@
-"""A run's results: one JSON file, whole at every moment, with what the figures depend on beside them."""
+"""Results: one JSON file, whole at every moment, with what the figures depend on beside its rows.
+
+Three kinds are written: "speed" (passes of an update; a file a run, named by its date), "memory" (whole updates) and
+"rewards" (reward models alone), the last two in a file a card that later runs go on with.
+"""
 
 from __future__ import annotations
 
@@ -12,38 +16,49 @@ import subprocess
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import write_atomically
 
 CPU_NOTE = "CPU figures: ratios hold on such a processor; they are not to be quoted of a GPU"
-FIELDS = ("gpu", "driver", "torch", "triton", "cuda", "commit", "date", "copy_gbps", "read_gbps", "rows")
-KEY = ("what", "case", "dtype", "provider")
+KEYS = {
+    "speed": ("what", "case", "dtype", "provider"),
+    "memory": ("run", "part"),
+    "rewards": ("reward", "dtype", "checkpoint", "batch"),
+}
+"""What tells a row from the others, by the kind of results."""
+FIELDS = ("gpu", "driver", "torch", "cuda", "commit", "date", "rows")
 
-Row = dict[str, object]
+Row = dict[str, Any]
 
 
 class Results:
-    """Rows of one run. With a folder they are written as they are measured, so a run cut short keeps what it has.
+    """Rows of one kind. With a folder they are written as they are measured, so a run cut short keeps what it has.
 
     Args:
+        kind: one of `KEYS`.
         head: what the figures depend on (`describe_machine`, `bandwidths`).
-        folder: gets `<gpu>/<date>.json`; None keeps the rows in memory.
+        folder: gets `<gpu>/<file>`; None keeps the rows in memory.
+        file: its name; rows that it already has are kept. None takes a new one, named by the head's date.
 
     Raises:
-        UserError: the folder cannot be written to.
+        UserError: the folder cannot be written to, or the file holds something else.
     """
 
-    def __init__(self, head: Row, folder: str | Path | None = None):
-        self.head = dict(head)
+    def __init__(self, kind: str, head: Row, folder: str | Path | None = None, file: str | None = None):
+        self.head: Row = {"kind": kind} | head
         self.rows: list[Row] = []
         self.path: Path | None = None
         if folder is not None:
             place, date = Path(folder) / file_name(head["gpu"]), file_name(head["date"])
             # Two runs may begin in the same second.
             names = (f"{date}.json" if n == 1 else f"{date}-{n}.json" for n in itertools.count(1))
-            self.path = next(place / name for name in names if not os.path.lexists(place / name))
+            self.path = place / (file or next(name for name in names if not os.path.lexists(place / name)))
+            if self.path.exists():
+                self.rows = load(self.path, kind)["rows"]
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._write()
@@ -51,7 +66,7 @@ class Results:
                 raise UserError(f"--results {folder} cannot be written to ({error.strerror}); give another") from error
 
     def put(self, row: Row, bytes_moved: float | None = None) -> Row:
-        """Add a row, in place of an earlier one of the same (what, case, dtype, provider).
+        """Add a row, in place of an earlier one of the same `KEYS`.
 
         `bytes_moved` (the floor of the pass) over the median time gives its bandwidth, and the fractions of what the
         card reaches: of its copy, and for the norm, which only reads, of its read bandwidth.
@@ -61,22 +76,22 @@ class Results:
             row["fraction_of_copy"] = row["gbps"] / self.head["copy_gbps"]
             if row["what"] == "norm":
                 row["fraction_of_read"] = row["gbps"] / self.head["read_gbps"]
-        place = self._place(row)
-        if place is None:
+        earlier = self.find(row)
+        if earlier is None:
             self.rows.append(row)
         else:
-            self.rows[place] = row
+            self.rows[self.rows.index(earlier)] = row
         self._write()
         return row
 
-    def measured(self, row: Row) -> bool:
-        """Whether there is a measured row of the same (what, case, dtype, provider)."""
-        place = self._place(row)
-        return place is not None and "missing" not in self.rows[place]
+    def find(self, row: Row) -> Row | None:
+        """The row of the same `KEYS`, with a figure or without."""
+        keys = KEYS[self.head["kind"]]
+        return next((other for other in self.rows if all(other[key] == row[key] for key in keys)), None)
 
-    def _place(self, row: Row) -> int | None:
-        same = (index for index, other in enumerate(self.rows) if all(other[name] == row[name] for name in KEY))
-        return next(same, None)
+    def measured(self, row: Row) -> bool:
+        """Whether there is a measured row of the same `KEYS`."""
+        return "missing" not in (self.find(row) or {"missing": ""})
 
     def note(self, **fields: object) -> None:
         """Add to the head: what was left out, say."""
@@ -87,18 +102,15 @@ class Results:
         return self.head | {"rows": self.rows}
 
     def _write(self) -> None:
-        if self.path is None:
-            return
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.path)
+        if self.path is not None:
+            write_atomically(self.path, json.dumps(self.as_dict(), indent=1) + "\n")
 
 
-def load(path: str | Path) -> Row:
-    """A results file.
+def load(path: str | Path, kind: str | None = None) -> Row:
+    """Read a results file, of one kind or of any.
 
     Raises:
-        UserError: not there, or no results of this suite.
+        UserError: not there, or no such results.
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -107,29 +119,34 @@ def load(path: str | Path) -> Row:
             f"{path} cannot be read ({error.strerror}); give a file that `bench --results` wrote"
         ) from error
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); give a file that `bench --results` wrote") from error
+        raise UserError(f"{path} is not JSON ({error}); move it away") from error
+    if isinstance(found, dict) and "machine" in found:  # as whole updates were written at first
+        found = {"kind": "memory", "date": ""} | found.pop("machine") | found
     missing = [name for name in FIELDS if not isinstance(found, dict) or name not in found]
     if missing:
-        raise UserError(f"{path} holds no benchmark results: without {', '.join(missing)}")
+        raise UserError(f"{path} holds no benchmark results: without {', '.join(missing)}; move it away")
+    found = {"kind": "speed"} | found
+    if kind not in (None, found["kind"]):
+        raise UserError(f"{path} holds results of kind {found['kind']!r}, not {kind!r}; move it away")
     return found
-
-
-def newest(folder: str | Path, wanted: Callable[[Row], bool] | None = None) -> Row | None:
-    """The latest results under a folder, by the date within them, of those wanted (a GPU's); None without any."""
-    found = []
-    for path in Path(folder).rglob("*.json"):
-        try:
-            results = load(path)
-        except UserError:  # other figures live in the same folder
-            continue
-        if (wanted or is_gpu)(results):
-            found.append(results)
-    return max(found, key=lambda results: results["date"], default=None)
 
 
 def is_gpu(results: Row) -> bool:
     """Whether the figures are a GPU's: only those may be quoted."""
     return results["cuda"] is not None and results["driver"] is not None
+
+
+def newest(folder: str | Path, kind: str, wanted: Callable[[Row], bool] = is_gpu) -> Row | None:
+    """The latest results of a kind under a folder, by the dates within them, of those wanted; None without any."""
+    found = []
+    for path in Path(folder).rglob("*.json"):
+        try:
+            results = load(path, kind)
+        except UserError:  # other figures live in the same folder
+            continue
+        if results["rows"] and not results.get("tiny") and wanted(results):
+            found.append((max(row.get("date", results["date"]) for row in results["rows"]), results))
+    return max(found, key=lambda pair: pair[0], default=(None, None))[1]
 
 
 def describe_machine(device: torch.device) -> Row:
@@ -138,15 +155,32 @@ def describe_machine(device: torch.device) -> Row:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}"]
     found: Row = {
         "gpu": torch.cuda.get_device_name(device) if on_gpu else _processor(),
-        "driver": (_said(query) or "unknown") if on_gpu else None,
+        "driver": (_output(query) or "unknown") if on_gpu else None,
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version("triton"),
         "cuda": torch.version.cuda if on_gpu else None,
         "commit": os.environ.get("RSAFT_COMMIT") or _commit(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "rsaft_fast": _version("rsaft_fast"),
+        "date": now(),
+        "rsaft_fast": version("rsaft_fast"),
     }
     return found if on_gpu else found | {"note": CPU_NOTE}
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def version(package: str) -> str | None:
+    """Of an installed package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def file_name(text: object) -> str:
+    """Letters, digits, '.', '_' and '-' alone: a name that every machine and every copying tool takes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", str(text)).strip("-")
 
 
 def _processor() -> str:
@@ -158,12 +192,7 @@ def _processor() -> str:
     return f"cpu {told.group(1).strip() if told else platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def file_name(text: object) -> str:
-    """Letters, digits, '.', '_' and '-' alone: a name that every machine and every copying tool takes."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", str(text)).strip("-")
-
-
-def _said(command: list[str]) -> str | None:
+def _output(command: list[str]) -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
     except (OSError, subprocess.CalledProcessError):
@@ -173,11 +202,4 @@ def _said(command: list[str]) -> str | None:
 def _commit() -> str | None:
     """The checkout's, where this runs in one: an installed package may lie within somebody else's."""
     top = Path(__file__).parents[1]
-    return _said(["git", "-C", str(top), "rev-parse", "--short", "HEAD"]) if (top / ".git").exists() else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return _output(["git", "-C", str(top), "rev-parse", "--short", "HEAD"]) if (top / ".git").exists() else None

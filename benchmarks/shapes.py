@@ -1,6 +1,6 @@
 """Parameter lists of real models, from a file made of their architectures: no weights, no diffusers, no time.
 
-`python -m rsaft_fast.benchmarks.shapes` writes shapes.json anew (needs diffusers)
+`python -m rsaft_fast.benchmarks.shapes` writes shapes.json anew (needs diffusers).
 """
 
 from __future__ import annotations
@@ -36,33 +36,27 @@ def shapes_of(case: str) -> tuple[Shape, ...]:
         return tuple((64, 257 + i % 4) for i in range(20))
     if case == PLAIN:
         return ((4096, 1024), (1024, 4096)) * 12
-    return parse(json.loads(FILE.read_text(encoding="utf-8"))[case])
+    text = json.loads(FILE.read_text(encoding="utf-8"))[case]  # such as "320x4x3x3 320"
+    return tuple(tuple(map(int, shape.split("x"))) for shape in text.split())
 
 
 def parameters_of(case: str) -> int:
     """Number of parameters."""
-    return sum(math.prod(shape) for shape in shapes_of(case))
+    return sum(map(math.prod, shapes_of(case)))
+
+
+def names_in(text: str | None) -> list[str]:
+    """Names of a comma-separated option."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def check_names(asked: Sequence[str], known: Sequence[str], what: str) -> None:
-    """Raises UserError for a name that is not known, with the nearest that are."""
+    """Raise UserError for a name that is not known, with the nearest that are."""
     for name in asked:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-            raise UserError(
-                f"no {what} {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ";") + " "
-                f"There are: {', '.join(known)}"
-            )
-
-
-def parse(text: str) -> tuple[Shape, ...]:
-    """Shapes of "320x4x3x3 320"."""
-    return tuple(tuple(map(int, shape.split("x"))) for shape in text.split())
-
-
-def write(shapes: Sequence[Sequence[int]]) -> str:
-    """The inverse of `parse`."""
-    return " ".join("x".join(map(str, shape)) for shape in shapes)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ";"
+            raise UserError(f"no {what} {name!r}{hint} There are: {', '.join(known)}")
 
 
 def from_architectures() -> dict[str, str]:
@@ -76,8 +70,8 @@ def from_architectures() -> dict[str, str]:
         targets = tuple(f".{target}" for target in adapter.lora_targets)
         layers = [module for path, module in network.named_modules() if path.endswith(targets)]
         lora = [shape for m in layers for shape in ((RANK, m.in_features), (m.out_features, RANK))]
-        found[f"{name}-lora{RANK}"] = write(lora)
-        found[f"{name}-full"] = write([tuple(p.shape) for p in network.parameters()])
+        for kind, shapes in ((f"lora{RANK}", lora), ("full", [p.shape for p in network.parameters()])):
+            found[f"{name}-{kind}"] = " ".join("x".join(map(str, shape)) for shape in shapes)
     return found
 
 

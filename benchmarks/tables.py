@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rsaft_fast.benchmarks.floors import floor
+from rsaft_fast.benchmarks.floors import LAYOUTS, PASSES, floor
 from rsaft_fast.benchmarks.images import EAGER, WHAT
 from rsaft_fast.benchmarks.providers import OURS, PROVIDERS
 from rsaft_fast.benchmarks.results import Row
@@ -45,17 +45,19 @@ class View:
         """Ours on the first backend that was measured."""
         return next((row for name in OURS if (row := self.get(what, case, dtype, name))), None)
 
-    def times_ours(self, row: Row) -> float | None:
+    def times_ours(self, row: Row | None) -> float | None:
         """Time over the time of ours, taken beside it where the row has that."""
-        ours = self.ours(row["what"], row["case"], row["dtype"])
-        beside = row.get("ours_ms_p50") or (ours and ours["ms_p50"])
+        ours = row and self.ours(row["what"], row["case"], row["dtype"])
+        beside = row and (row.get("ours_ms_p50") or (ours and ours["ms_p50"]))
         return row["ms_p50"] / beside if beside else None
 
     def groups(self) -> Iterator[tuple[str, str, str, list[Row]]]:
         """(case, dtype, what) in the order of measuring, with its rows in the providers' order."""
-        keys = dict.fromkeys((r["case"], r["dtype"], r["what"]) for r in self.rows if "missing" not in r)
-        for key in keys:
-            rows = [r for r in self.rows if (r["case"], r["dtype"], r["what"]) == key and "missing" not in r]
+        groups: dict[tuple[str, str, str], list[Row]] = {}
+        for r in self.rows:
+            if "missing" not in r:
+                groups.setdefault((r["case"], r["dtype"], r["what"]), []).append(r)
+        for key, rows in groups.items():
             yield *key, sorted(rows, key=lambda r: rank(r["provider"]))
 
     def missing(self) -> dict[str, str]:
@@ -69,22 +71,28 @@ class View:
 
 def terminal(results: Row) -> str:
     """All figures of a run, one block for each pass."""
-    view = View(results)
-    lines = [machine_line(results), bandwidth_line(results)]
-    shown = None
+    view, shown = View(results), None
+    ways = {kind: f" ({results[f'{kind}_way']})" if f"{kind}_way" in results else "" for kind in ("copy", "read")}
+    rates = ", ".join(f"{kind} {results[f'{kind}_gbps']:,.0f} GB/s{way}" for kind, way in ways.items())
+    lines = [machine_line(results), f"the card's own bandwidth in this run: {rates}"]
     for case, dtype, what, rows in view.groups():
         if (case, dtype) != shown:
-            shown = (case, dtype)
-            lines += ["", f"{case}, {dtype}{_size(rows[0])}"]
-        lines += [f"  {LABELS.get(what, what)}{_per_parameter(what, dtype)}"]
+            shown, first = (case, dtype), rows[0]
+            tensors = f" parameters in {first['tensors']:,} tensors" if "tensors" in first else " elements"
+            lines += ["", f"{case}, {dtype}" + (f": {first['parameters']:,}{tensors}" if "parameters" in first else "")]
+        known = what in PASSES and dtype in LAYOUTS
+        least = f", floor {floor(what, dtype):.4g} bytes a parameter" if known else ""
+        lines += [f"  {LABELS.get(what, what)}{least}"]
         lines += ["    " + line for line in align(_columns(view, what, rows))]
     notes = {(r["provider"], r["dtype"]): r["note"] for r in view.rows if r.get("note")}
-    lines += _section("notes", [f"{provider}, {dtype}: {note}" for (provider, dtype), note in notes.items()])
-    lines += _section("missing", [f"{name}: {why}" for name, why in view.missing().items()])
-    lines += _section("left out, the budget being spent", results.get("left_out", []))
-    if results.get("note"):
-        lines += ["", str(results["note"])]
-    return "\n".join(lines)
+    sections = {
+        "notes": [f"{provider}, {dtype}: {note}" for (provider, dtype), note in notes.items()],
+        "missing": [f"{name}: {why}" for name, why in view.missing().items()],
+        "left out, the budget being spent": results.get("left_out", []),
+    }
+    for title, found in sections.items():
+        lines += ["", f"{title}:", *(f"  {line}" for line in found)] if found else []
+    return "\n".join(lines + (["", str(results["note"])] if results.get("note") else []))
 
 
 def machine_line(results: Row) -> str:
@@ -93,17 +101,8 @@ def machine_line(results: Row) -> str:
     return f"{results['gpu']}: {', '.join(versions)}; commit {results['commit'] or 'unknown'}, {results['date']}"
 
 
-def bandwidth_line(results: Row) -> str:
-    parts = [
-        f"{kind} {results[f'{kind}_gbps']:,.0f} GB/s"
-        + (f" ({results[f'{kind}_way']})" if f"{kind}_way" in results else "")
-        for kind in ("copy", "read")
-    ]
-    return "the card's own bandwidth in this run: " + ", ".join(parts)
-
-
 def align(rows: Sequence[Sequence[str]], words: int = 1) -> list[str]:
-    """Columns side by side: the first `words` of them to the left, the others to the right."""
+    """Columns of equal width; the first `words` columns to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(c.ljust(w) if i < words else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
@@ -119,16 +118,16 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _columns(view: View, what: str, rows: Sequence[Row]) -> list[list[str]]:
     """Header and cells, without the columns that nobody has (launches and memory, on the CPU)."""
-    fraction = "fraction_of_read" if what == "norm" else "fraction_of_copy"
+    of = "read" if what == "norm" else "copy"
     columns = {
         "provider": [r["provider"] for r in rows],
         "ms": [milliseconds(r["ms_p50"]) for r in rows],
         "p20 to p80": [f"{milliseconds(r['ms_p20'])} to {milliseconds(r['ms_p80'])}" for r in rows],
-        "GB/s": [_count(round(r["gbps"]) if "gbps" in r else None) for r in rows],
-        fraction.replace("fraction_", "").replace("_", " "): [percent(r.get(fraction)) for r in rows],
-        "time/ours": [ratio(view.times_ours(r)) for r in rows],
-        "launches": [_count(r.get("launches")) for r in rows],
-        "copies": [_count(r.get("copies")) for r in rows],
+        "GB/s": [number(r.get("gbps"), ",.0f") for r in rows],
+        f"of {of}": [percent(r.get(f"fraction_of_{of}")) for r in rows],
+        "time/ours": [number(view.times_ours(r)) for r in rows],
+        "launches": [number(r.get("launches"), ",") for r in rows],
+        "copies": [number(r.get("copies"), ",") for r in rows],
         "extra": [size(r.get("extra_bytes")) for r in rows],
         "held": [size(r.get("held_bytes")) for r in rows],
     }
@@ -141,39 +140,18 @@ def milliseconds(value: float) -> str:
     return f"{value:.4f}" if value < 1 else f"{value:.3f}" if value < 10 else f"{value:.2f}"
 
 
+def number(value: float | None, form: str = ".2f") -> str:
+    """A figure, or a dash for None and NaN."""
+    return NONE if value is None or value != value else f"{value:{form}}"
+
+
 def percent(fraction: float | None) -> str:
-    return NONE if fraction is None else f"{100 * fraction:.1f} %"
-
-
-def ratio(value: float | None) -> str:
-    return NONE if value is None else f"{value:.2f}"
+    return NONE if fraction is None or fraction != fraction else f"{100 * fraction:.1f} %"
 
 
 def size(count: int | None) -> str:
+    """Bytes."""
     if count is None:
         return NONE
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count} B"
-
-
-def _count(value: int | None) -> str:
-    return NONE if value is None else f"{value:,}"
-
-
-def _size(row: Row) -> str:
-    if "tensors" in row:
-        return f": {row['parameters']:,} parameters in {row['tensors']:,} tensors"
-    return f": {row['parameters']:,} elements" if "parameters" in row else ""
-
-
-def _per_parameter(what: str, dtype: str) -> str:
-    try:
-        return f", floor {floor(what, dtype):.4g} bytes a parameter"
-    except KeyError:
-        return ""
-
-
-def _section(title: str, lines: Sequence[str]) -> list[str]:
-    return ["", f"{title}:", *(f"  {line}" for line in lines)] if lines else []
+    factor, unit = next(((f, u) for f, u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if abs(count) >= f), (1, "B"))
+    return f"{count} B" if factor == 1 else f"{count / factor:.2f} {unit}"

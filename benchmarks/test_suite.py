@@ -7,9 +7,9 @@ from contextlib import nullcontext
 import pytest
 
 from rsaft_fast.benchmarks import images
-from rsaft_fast.benchmarks.empty_library import empty_library
+from rsaft_fast.benchmarks.host import empty_library
 from rsaft_fast.benchmarks.jobs import HOST, IMAGES
-from rsaft_fast.benchmarks.problem import Problem
+from rsaft_fast.benchmarks.peers import Problem
 from rsaft_fast.benchmarks.providers import PROVIDERS
 from rsaft_fast.benchmarks.shapes import shapes_of
 from rsaft_fast.benchmarks.tables import rank

@@ -1,4 +1,4 @@
-"""Times that can be compared: device events, a cold L2, providers in turn, and how often the host had to launch."""
+"""Times that can be compared: device events, a cold L2, providers in turn, and what one call puts on the device."""
 
 from __future__ import annotations
 
@@ -18,16 +18,12 @@ FLUSH_BYTES = 256 << 20
 _MOST_HEAD_START = 64  # flushes, about 6 ms on an H100
 
 
-def _nothing() -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Part:
     """A function that can be repeated, and what must happen before each call without being timed."""
 
     run: Callable[[], object]
-    prepare: Callable[[], object] = _nothing
+    prepare: Callable[[], object] = lambda: None
 
     def __call__(self) -> object:
         self.prepare()
@@ -41,17 +37,15 @@ class Times:
     ms: list[float] = field(default_factory=list)
     host_ms: list[float] = field(default_factory=list)
 
-    def add(self, other: Times) -> None:
-        """Pool with the calls of another round."""
-        self.ms += other.ms
-        self.host_ms += other.host_ms
+    def add(self, ms: list[float], host_ms: list[float]) -> None:
+        self.ms += ms
+        self.host_ms += host_ms
 
     def row(self) -> dict[str, float | int]:
         """The fields of a result row."""
-        ms = torch.tensor(self.ms, dtype=torch.float64)
-        found: dict[str, float | int] = {f"ms_{name}": float(ms.quantile(q)) for name, q in QUANTILES.items()}
-        found["host_ms"] = float(torch.tensor(self.host_ms, dtype=torch.float64).median())
-        return found | {"calls": len(self.ms)}
+        ms, host_ms = (torch.tensor(values, dtype=torch.float64) for values in (self.ms, self.host_ms))
+        found = {f"ms_{name}": float(ms.quantile(q)) for name, q in QUANTILES.items()}
+        return found | {"host_ms": float(host_ms.median()), "calls": len(self.ms)}
 
 
 class Timer:
@@ -76,7 +70,12 @@ class Timer:
         for name, part in parts.items():
             part()
             self.synchronize()
-            host_ms, whole_ms = self._warm(part)
+            part.prepare()
+            begun = time.perf_counter()
+            part.run()
+            host_ms = 1e3 * (time.perf_counter() - begun)
+            self.synchronize()
+            whole_ms = 1e3 * (time.perf_counter() - begun)
             starts[name] = self._head_start(host_ms)
             limits[name] = min(repeats, max(3, int(1e3 * seconds / max(whole_ms, 1e-3))))
         with _no_collection():
@@ -86,8 +85,7 @@ class Timer:
                         part.prepare()
                         self._cold(starts[name])
                         ms, host_ms = self._events(part.run)
-                        times[name].ms.append(ms)
-                        times[name].host_ms.append(host_ms)
+                        times[name].add([ms], [host_ms])
         return times
 
     def host_only(self, parts: Mapping[str, Part], repeats: int = 100, seconds: float = 3.0) -> dict[str, Times]:
@@ -107,25 +105,14 @@ class Timer:
                 for name, part in parts.items():
                     part.prepare()
                     self.synchronize()
-                    start = time.perf_counter()
-                    part.run()
-                    elapsed = 1e3 * (time.perf_counter() - start)
-                    times[name].ms.append(elapsed)
-                    times[name].host_ms.append(elapsed)
+                    ms = _host_ms(part.run)
+                    times[name].add([ms], [ms])
         self.synchronize()
         return times
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    def _warm(self, part: Part) -> tuple[float, float]:
-        part.prepare()
-        start = time.perf_counter()
-        part.run()
-        host = time.perf_counter() - start
-        self.synchronize()
-        return 1e3 * host, 1e3 * (time.perf_counter() - start)
 
     def _head_start(self, host_ms: float) -> int:
         """Flushes that keep the device busy while the host launches: behind a backward pass it is ahead as well."""
@@ -140,45 +127,42 @@ class Timer:
 
     def _events(self, run: Callable[[], object]) -> tuple[float, float]:
         if self.device.type != "cuda":
-            start = time.perf_counter()
-            run()
-            elapsed = 1e3 * (time.perf_counter() - start)
-            return elapsed, elapsed
+            ms = _host_ms(run)
+            return ms, ms
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        start = time.perf_counter()
-        run()
-        host_ms = 1e3 * (time.perf_counter() - start)
+        host_ms = _host_ms(run)
         end.record()
         end.synchronize()
         return begin.elapsed_time(end), host_ms
 
 
-def launches(part: Part, device: torch.device) -> dict[str, int | None]:
-    """Kernels, and copies and fills, that one call puts on the device; None on the CPU or where nothing was seen."""
-    nothing = {"launches": None, "copies": None}
-    if device.type != "cuda":
-        return nothing
+def device_kernels(run: Callable[[], object]) -> list[tuple[str, float]]:
+    """Names and microseconds of all that a call puts on the GPU; empty where the profiler cannot see it."""
     from torch.profiler import ProfilerActivity, profile
 
-    part()
-    torch.cuda.synchronize()
-    part.prepare()
     torch.cuda.synchronize()
     try:
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            part.run()
+            run()
             torch.cuda.synchronize()
     except (RuntimeError, AssertionError):  # no CUPTI, or none that this machine lets us use
-        return nothing
-    names = [
-        event.name
-        for event in seen.events()
-        # Annotations (record_function around torch's optimizers) are listed beside the work they span.
-        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
-    ]
+        return []
+    # Annotations (record_function around torch's optimizers) are listed beside the work they span.
+    on_device = [event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [(e.name, e.device_time_total) for e in on_device if not getattr(e, "is_user_annotation", False)]
+
+
+def launches(part: Part, device: torch.device) -> dict[str, int | None]:
+    """Kernels, and copies and fills, that one call puts on the device; None on the CPU or where nothing was seen."""
+    names = []
+    if device.type == "cuda":
+        part()
+        torch.cuda.synchronize()
+        part.prepare()
+        names = [name for name, _ in device_kernels(part.run)]
     copies = sum(name.startswith(("Memcpy", "Memset")) for name in names)
-    return {"launches": len(names) - copies, "copies": copies} if names else nothing
+    return {"launches": len(names) - copies, "copies": copies} if names else {"launches": None, "copies": None}
 
 
 def extra_bytes(part: Part, device: torch.device) -> int | None:
@@ -192,6 +176,12 @@ def extra_bytes(part: Part, device: torch.device) -> int | None:
     part.run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def _host_ms(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
 
 
 @contextmanager

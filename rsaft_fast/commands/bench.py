@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 
 import torch
@@ -14,7 +15,7 @@ from rsaft_fast.benchmarks.images import EAGER
 from rsaft_fast.benchmarks.jobs import ALL_CASES, HOST, IMAGES, Job, plan
 from rsaft_fast.benchmarks.providers import PROVIDERS, why_missing
 from rsaft_fast.benchmarks.results import CPU_NOTE
-from rsaft_fast.benchmarks.shapes import CASES, check_names, parameters_of, shapes_of
+from rsaft_fast.benchmarks.shapes import CASES, check_names, names_in, parameters_of, shapes_of
 from rsaft_fast.benchmarks.suite import Suite, device_here, start
 from rsaft_fast.errors import UserError
 
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
             results,
             arguments.budget,
             QUICK_REPEATS if arguments.quick else REPEATS,
-            say=lambda line: tqdm.write(f"rsaft-fast: {line}", file=sys.stderr),
+            log=lambda line: tqdm.write(f"rsaft-fast: {line}", file=sys.stderr),
             tick=bar.set_postfix_str,
         )
         interrupted = _measure(suite, jobs, bar)
@@ -58,17 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _memory(arguments: argparse.Namespace, device: torch.device) -> int:
     """Whole updates: at real size on a GPU, elsewhere tiny, to see that everything runs."""
-    from rsaft_fast.benchmarks import gpu_memory
-
-    if arguments.list:
-        print("\n".join(gpu_memory.known()))
-        return 0
-    tiny = device.type != "cuda"
-    return gpu_memory.run(
-        gpu_memory.Options(
-            arguments.results, arguments.budget, device.type, tiny, _names(arguments.cases), goals=arguments.goals
-        )
-    )
+    options = ["--device", device.type, "--runs", arguments.cases or "", "--results", arguments.results or ""]
+    options += ["--budget", str(arguments.budget)] if arguments.budget is not None else []
+    given = {"--tiny": device.type != "cuda", "--goals": arguments.goals, "--list": arguments.list}
+    options += [name for name, wanted in given.items() if wanted]
+    return subprocess.call([sys.executable, "-m", "rsaft_fast.benchmarks.gpu_memory", *options])
 
 
 def _measure(suite: Suite, jobs: list[Job], bar: tqdm) -> bool:
@@ -84,7 +79,7 @@ def _measure(suite: Suite, jobs: list[Job], bar: tqdm) -> bool:
 
 
 def _jobs(arguments: argparse.Namespace, device: torch.device) -> list[Job]:
-    cases, layouts, providers = (_names(text) for text in (arguments.cases, arguments.dtypes, arguments.providers))
+    cases, layouts, providers = (names_in(text) for text in (arguments.cases, arguments.dtypes, arguments.providers))
     check_names(cases, ALL_CASES, "case")
     check_names(layouts, tuple(LAYOUTS), "dtype")
     check_names(providers, (*PROVIDERS, EAGER), "provider")
@@ -95,10 +90,6 @@ def _jobs(arguments: argparse.Namespace, device: torch.device) -> list[Job]:
             f"{HOST} is measured in fp32, {IMAGES} in fp32 and bf16"
         )
     return jobs
-
-
-def _names(text: str | None) -> list[str]:
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def _known(device: torch.device) -> list[str]:

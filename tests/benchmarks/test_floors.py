@@ -1,11 +1,13 @@
-"""The floors are what an optimizer's own tensors come to."""
+"""The floors are what an optimizer's own tensors come to; predictions are FLOPs over a rate."""
+
+import math
 
 import pytest
 import torch
 
-from rsaft_fast.benchmarks.floors import LAYOUTS, PASSES, TERMS, floor, image_floor
-from rsaft_fast.benchmarks.ours import optimizer_for
-from rsaft_fast.benchmarks.problem import DTYPES
+from rsaft_fast.benchmarks.floors import LAYOUTS, PASSES, dense_bf16, floor, image_floor, predicted_ms
+from rsaft_fast.benchmarks.peers import DTYPES
+from rsaft_fast.benchmarks.providers import optimizer_for
 
 
 def test_floors_are_those_of_the_design():
@@ -37,7 +39,26 @@ def test_the_step_floor_is_what_the_optimizer_holds(layout):
     assert floor("norm", layout) == weight.grad.nbytes / n
 
 
-def test_an_update_is_its_passes():
-    for layout in LAYOUTS:
-        passes = [sum(TERMS[what, layout].values()) for what in ("norm", "perturb", "norm", "step")]
-        assert floor("update", layout) == sum(passes)
+@pytest.mark.parametrize(
+    "gpu, rate",
+    [
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H200", 989.5),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+    ],
+)
+def test_cards_by_their_names(gpu, rate):
+    assert dense_bf16(gpu) == rate
+    assert math.isnan(dense_bf16("cpu x86_64"))
+
+
+def test_a_prediction_by_hand():
+    counted = {"call": 10**12, "graded": 3 * 10**12, "decode": 10**12, "decode_graded": 10**12, "score_graded": 10**12}
+    found = predicted_ms(counted, branches=2, steps=10, tflops=100.0)
+    # At 100 TFLOP/s a TFLOP takes 10 ms: calls 20, gradient 60, decoding and scoring 30.
+    assert found["plain method"] == pytest.approx(10 * 20 + 90)
+    assert found["graded_only"] == pytest.approx(11 * 20 + 180)
+    assert found["exact"] == pytest.approx(2 * (10 * 20 + 90))
+    assert found["plain PyTorch"] == pytest.approx(2 * (9 * 20 + 80))

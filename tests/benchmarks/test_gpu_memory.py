@@ -17,18 +17,18 @@ from rsaft_fast.backbones.registry import ADAPTERS
 from rsaft_fast.backbones.specs import load_spec
 from rsaft_fast.benchmarks import gpu_memory
 from rsaft_fast.benchmarks import memory_runs as runs
-from rsaft_fast.benchmarks.kernel_shares import IDLE, REST, kernel_shares, kind_of, limit_of
-from rsaft_fast.benchmarks.memory_counts import count_part
-from rsaft_fast.benchmarks.memory_measure import Measurements, rollout_calls
-from rsaft_fast.benchmarks.memory_results import load
-from rsaft_fast.benchmarks.random_models import PROMPTS, tiny
+from rsaft_fast.benchmarks.memory_measure import Measurements, count_part, rollout_calls
+from rsaft_fast.benchmarks.memory_tables import limit_of
+from rsaft_fast.benchmarks.meter import IDLE, REST, kernel_shares, kind_of
+from rsaft_fast.benchmarks.random_models import PROMPTS, tiny_architecture
+from rsaft_fast.benchmarks.results import load
 from rsaft_fast.recipe.check import check_settings
 
 CPU = torch.device("cpu")
 
 
 def measure(run, parts, folder, device=CPU):
-    rows = {row["part"]: row for row in Measurements(run, tiny(run.model, folder), device).rows(parts)}
+    rows = {row["part"]: row for row in Measurements(run, tiny_architecture(run.model, folder), device).rows(parts)}
     for row in rows.values():
         json.dumps(row)
     return rows
@@ -39,7 +39,7 @@ def measure(run, parts, folder, device=CPU):
 def test_the_peak_of_a_run_is_what_was_estimated(tmp_path, name):
     run = runs.run_named(name)
     found = measure(run, [runs.PEAK], tmp_path)[runs.PEAK]
-    estimated = count_part(run, runs.ESTIMATE, "cpu", tiny(run.model, tmp_path))
+    estimated = count_part(run, runs.ESTIMATE, "cpu", tiny_architecture(run.model, tmp_path))
     assert "missing" not in found, found
     assert max(found["peaks"].values()) == found["peak"]
     assert {phases.SAMPLING, phases.SCORING, phases.DECODER, phases.DENOISER} <= found["peaks"].keys()
@@ -71,7 +71,7 @@ def test_every_other_part_runs(tmp_path):
 
 def test_what_fails_is_a_row_and_the_next_part_is_measured(tmp_path, monkeypatch):
     run = runs.run_named("sd15-lora")
-    measurements = Measurements(run, tiny(run.model, tmp_path), CPU)
+    measurements = Measurements(run, tiny_architecture(run.model, tmp_path), CPU)
 
     def too_much(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
@@ -94,15 +94,15 @@ def test_recipes_hold_together_on_a_gpu(run):
     """Here, where there is none, as far as keys go."""
     adapter = ADAPTERS[load_spec(runs.MODELS[run.model].spec).pipeline]
     for part in (runs.PEAK, runs.PEAK_K) if run.lora else (runs.PEAK,):
-        check_settings(runs.config_of(runs.recipe_keys(run, "cuda", {}, part)), adapter)
+        check_settings(runs.config_of(run.recipe("cuda", {}, part)), adapter)
     for part in runs.SPEEDS if run.compare else ():
-        check_settings(runs.config_of(runs.recipe_keys(run, "cuda", {}) | dict(run.speed(part))), adapter)
+        check_settings(runs.config_of(run.recipe("cuda", {}) | dict(run.speed(part))), adapter)
 
 
 def test_calls_of_every_kind_of_update():
     def calls(**keys):
         run = runs.run_named("sd15-lora")
-        return rollout_calls(runs.config_of(runs.recipe_keys(run, "cpu", {}) | keys))
+        return rollout_calls(runs.config_of(run.recipe("cpu", {}) | keys))
 
     assert calls() == (4, 4)
     assert calls(**{"smoothing.resample": "graded_only"}) == (4, 1)
@@ -111,7 +111,7 @@ def test_calls_of_every_kind_of_update():
 
 def test_flops_of_a_transformer_by_hand(tmp_path):
     run = runs.run_named("flux-lora")
-    architecture = tiny(run.model, tmp_path)
+    architecture = tiny_architecture(run.model, tmp_path)
     counted = count_part(run, runs.FLOPS, "cpu", architecture)
     measurements = Measurements(run, architecture, CPU)
     backbone = measurements.trained_by(measurements.config()).backbone

@@ -7,9 +7,8 @@ import torch
 
 from rsaft_fast import ops
 from rsaft_fast.benchmarks.host import VARIANTS, host_parts, what_of
-from rsaft_fast.benchmarks.ours import Ours, passes_of, use_backend
-from rsaft_fast.benchmarks.problem import LR, RHO, Problem
-from rsaft_fast.benchmarks.providers import PROVIDERS, why_missing
+from rsaft_fast.benchmarks.peers import LR, RHO, Problem
+from rsaft_fast.benchmarks.providers import PROVIDERS, Ours, passes_of, use_backend, why_missing
 from rsaft_fast.ops import backends
 
 CPU = torch.device("cpu")

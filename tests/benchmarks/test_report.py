@@ -1,12 +1,14 @@
-"""The README's table, the terminal's and the plots, from synthetic results."""
+"""The README's tables, the terminal's and the plots, from synthetic results."""
 
 from pathlib import Path
 
 import matplotlib.image
 import pytest
-from builders import benchmark_results as synthetic
+from builders import benchmark_results as speed
+from builders import memory_results as memory
 
-from rsaft_fast.benchmarks import plots, report, tables
+from rsaft_fast.benchmarks import memory_runs as runs
+from rsaft_fast.benchmarks import memory_tables, plots, report, tables
 from rsaft_fast.benchmarks.results import newest
 from rsaft_fast.benchmarks.shapes import CASES
 from rsaft_fast.errors import UserError
@@ -35,60 +37,74 @@ How it is measured: `benchmarks/README.md`.
 | --- | ---: | ---: | ---: |
 | 32x3x1024x1024, fp32 | 0.5906 | 90.9 % | 2.00 |
 | 4x3x512x512, fp32 | 0.0185 | 90.9 % | 2.00 |"""
+(BEGIN, END), (MEMORY_BEGIN, MEMORY_END), (CPU_BEGIN, CPU_END) = report.SPEED, report.MEMORY, report.CPU
+SDXL = runs.run_named("sdxl-lora")
 
 
 @pytest.fixture
 def results():
-    return synthetic.results(cases=(("sdxl-lora32", "fp32"),)).as_dict()
+    return speed.results(cases=(("sdxl-lora32", "fp32"),)).as_dict()
+
+
+@pytest.fixture(scope="module")
+def updates():
+    return memory.results().as_dict()
 
 
 def test_the_section_is_exactly_this(results):
     assert report.section(results) == EXPECTED
 
 
-def test_the_readme_keeps_all_that_is_outside_the_markers(tmp_path):
+def test_the_readme_gets_its_sections_and_keeps_all_that_is_outside_the_markers(tmp_path, capsys):
     folder, readme = tmp_path / "results", tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    speed_text, memory_text = f"{BEGIN}\nold\n{END}\n", f"{MEMORY_BEGIN}\nold\n{MEMORY_END}\n"
     folder.mkdir()
+    readme.write_text(f"a\n{speed_text}b\n{memory_text}c\n")
     assert report.main([str(folder), "--readme", str(readme)]) == 0
-    assert readme.read_text() == f"before\n{report.BEGIN}\n## Speed\n\n{report.NOTHING}\n{report.END}\nafter\n"
-    path = synthetic.results(folder, cases=(("sdxl-lora32", "fp32"),)).path
+    nothing = f"{MEMORY_BEGIN}\n{report.memory_section(None)}\n{MEMORY_END}"
+    assert readme.read_text() == f"a\n{BEGIN}\n## Speed\n\n{report.NOTHING}\n{END}\nb\n{nothing}\nc\n"
+    path = speed.results(folder, cases=(("sdxl-lora32", "fp32"),)).path
+    memory.results(folder)
+    readme.write_text(f"a\n{speed_text}b\n")
     for source in (folder, path):
         assert report.main([str(source), "--readme", str(readme)]) == 0
-        assert readme.read_text() == f"before\n{report.BEGIN}\n{EXPECTED}\n{report.END}\nafter\n"
+        assert readme.read_text() == f"a\n{BEGIN}\n{EXPECTED}\n{END}\nb\n"
+    readme.write_text(f"a\n{speed_text}b\n{memory_text}c\n")
+    capsys.readouterr()
+    assert report.main([str(folder), "--readme", str(readme), "--goals"]) == 0
+    said = readme.read_text()
+    assert said.endswith(f"{MEMORY_END}\nc\n") and "old" not in said and "| sdxl-lora | 10 | 9.00 | 9.45 |" in said
+    assert "peak of sdxl-lora" in capsys.readouterr().out
 
 
-def test_a_readme_without_markers_is_refused_and_left_alone(tmp_path, capsys):
+@pytest.mark.parametrize("text, lacking", [("text\n", BEGIN), (f"{BEGIN}\n{END}\n{MEMORY_BEGIN}\n", MEMORY_END)])
+def test_a_readme_without_a_marker_is_refused_and_left_alone(tmp_path, capsys, text, lacking):
     readme = tmp_path / "README.md"
-    readme.write_text("text\n")
+    readme.write_text(text)
     assert report.main([str(tmp_path), "--readme", str(readme)]) == 2
-    assert "needs one line <!-- speed: begin -->" in capsys.readouterr().err
-    assert readme.read_text() == "text\n"
+    assert lacking in capsys.readouterr().err and readme.read_text() == text
 
 
 def test_the_readme_shows_a_cpu_beside_the_gpu(tmp_path):
     """Between markers of its own, from the newest run without a GPU, and only where the README asks for it."""
-    found = synthetic.results(tmp_path, cases=(), gpu="cpu X, 2 threads", driver=None, cuda=None)
+    found = speed.results(tmp_path, cases=(), gpu="cpu X, 2 threads", driver=None, cuda=None)
     for provider, slowness in (("ours-cpu", 2.0), ("usual-fused", 3.0), ("foreach", 2.5)):
-        synthetic.add_pass(found, "update", "plain-100m", "fp32", provider, slowness)
-    speed, cpu = f"{report.BEGIN}\n{report.END}\n", f"{report.CPU_BEGIN}\n{report.CPU_END}\n"
+        speed.add_pass(found, "update", "plain-100m", "fp32", provider, slowness)
     readme = tmp_path / "README.md"
-    for text, shown in ((speed, False), (speed + cpu, True)):
-        readme.write_text(text)
+    for more, shown in (("", False), (f"{CPU_BEGIN}\n{CPU_END}\n", True)):
+        readme.write_text(f"{BEGIN}\n{END}\n{more}")
         assert report.main([str(tmp_path), "--readme", str(readme)]) == 0
         assert ("| usual-fused | 1.50 |" in readme.read_text()) == ("cpu X, 2 threads" in readme.read_text()) == shown
 
 
 def test_late_peers_are_held_against_ours_beside_them():
-    found = synthetic.results(cases=(("sdxl-full", "8bit"),))
-    synthetic.add_pass(found, "update", "sdxl-full", "8bit", "torchao", 3.0, ours_ms_p50=10.0)
-    view = tables.View(found.as_dict())
-    row = view.get("update", "sdxl-full", "8bit", "torchao")
-    assert view.times_ours(row) == pytest.approx(row["ms_p50"] / 10.0)
+    found = speed.results(cases=(("sdxl-full", "8bit"),))
+    row = speed.add_pass(found, "update", "sdxl-full", "8bit", "torchao", 3.0, ours_ms_p50=10.0)
+    assert tables.View(found.as_dict()).times_ours(row) == pytest.approx(row["ms_p50"] / 10.0)
 
 
 def test_the_terminal_shows_every_row_and_who_is_missing():
-    found = synthetic.results()
+    found = speed.results()
     found.note(left_out=["flux1-full 8bit"])
     said = tables.terminal(found.as_dict())
     assert "sdxl-full, fp32: 2,567,463,684 parameters in 1,680 tensors" in said
@@ -97,6 +113,33 @@ def test_the_terminal_shows_every_row_and_who_is_missing():
     assert "left out, the budget being spent:\n  flux1-full 8bit" in said
     usual = next(line for line in said.splitlines() if line.strip().startswith("usual-fused"))
     assert usual.split()[-9:] == ["48.4", "%", "1.90", "5,000", "3", "10.27", "GB", "30.81", "GB"]
+
+
+def test_whole_updates_are_shown(updates):
+    said = memory_tables.terminal(updates)
+    peaks = said.split("max allocated\n")[1].splitlines()
+    assert peaks[1].split()[:7] == ["sdxl-lora", "10", "9.00", "9.45", "1.050", "10.00", "1.020"]
+    assert "> 80.00" in said and "< 0.11" in said
+    assert "Predicted" not in said, "what is measured needs no prediction"
+    assert "4.50 (4.50)" in said  # a phase, measured and estimated
+    assert "left out" not in said and "no figure" not in said
+    # Two branches of 20 TFLOP in 100 ms; of 45 in 150 ms; 20 TFLOP in 50 ms; of 989.5 TFLOP/s and of 800.
+    row = next(line for line in said.split("Model FLOP utilisation")[1].splitlines() if line.startswith("  sdxl-lora"))
+    assert row.split()[1:4] == ["400", "600", "400"]
+    assert "40.4 %" in row and "60.6 %" in row and "50.0 %" in row and "75.0 %" in row
+    assert "products 60% (attention 20%, elementwise, norms, copies 15%)" in row
+    markdown = memory_tables.section(updates)
+    assert "| sdxl-lora | 10 | 9.00 | 9.45 |" in markdown and "abc1234" in markdown
+
+
+def test_what_was_not_timed_is_predicted():
+    found = memory.results(names=("sdxl-lora",))
+    found.put(memory.row(SDXL, runs.TIME, missing="given up"))
+    said = memory_tables.terminal(found.as_dict())
+    assert f"sdxl-lora: {runs.TIME}: given up" in said.split("no figure:")[1]
+    # Two branches of 20 and of 45 TFLOP at 45 % of 989.5 TFLOP/s.
+    row = next(line for line in said.split("Predicted from FLOPs")[1].splitlines() if line.startswith("  sdxl-lora"))
+    assert row.split()[1:4] == ["90", "202", "70"]
 
 
 def test_plots_are_drawn(tmp_path, results):
@@ -109,23 +152,27 @@ def test_plots_are_drawn(tmp_path, results):
         plots.draw(results | {"rows": []}, tmp_path)
 
 
-def test_goals_from_the_command_line(tmp_path, capsys):
-    path = synthetic.results(tmp_path).path
+def test_a_run_of_everything_draws_the_headline():
+    cases = [(case, dtype) for case in CASES[1:] for dtype in ("fp32", "bf16")]
+    figure = plots.bars(speed.results(cases=cases).as_dict())
+    drawn = {axis.get_title(loc="left") for axis in figure.axes if axis.get_visible()}
+    assert {"sdxl-full, fp32", "sdxl-lora32, fp32", "4x3x512x512, fp32"} <= drawn
+    assert "sd15-full, fp32" not in drawn and len(drawn) <= 12
+
+
+def test_one_file_is_shown(tmp_path, capsys):
+    path = speed.results(tmp_path).path
     assert report.main([str(path), "--goals", "--plots", str(tmp_path / "plots")]) == 0
-    assert "18 of 22 measured goals met" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "18 of 22 measured goals met" in said and "roofline.png" in said
+    assert report.main([str(memory.results(tmp_path, names=("sdxl-lora",)).path)]) == 0
+    assert "Peak memory, torch's max allocated" in capsys.readouterr().out
     assert report.main([str(tmp_path / "absent.json")]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "absent.json" in capsys.readouterr().err
 
 
 def test_the_readme_says_what_the_newest_results_say():
     top = Path(__file__).parents[2]
     readme = (top / "README.md").read_text(encoding="utf-8")
-    assert f"{report.BEGIN}\n{report.section(newest(top / 'benchmarks/results'))}\n{report.END}" in readme
-
-
-def test_a_run_of_everything_draws_the_headline():
-    cases = [(case, dtype) for case in CASES[1:] for dtype in ("fp32", "bf16")]
-    figure = plots.bars(synthetic.results(cases=cases).as_dict())
-    drawn = {axis.get_title(loc="left") for axis in figure.axes if axis.get_visible()}
-    assert {"sdxl-full, fp32", "sdxl-lora32, fp32", "4x3x512x512, fp32"} <= drawn
-    assert "sd15-full, fp32" not in drawn and len(drawn) <= 12
+    found = newest(top / "benchmarks/results", "speed")
+    assert f"{BEGIN}\n{report.section(found)}\n{END}" in readme

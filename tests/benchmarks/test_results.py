@@ -6,7 +6,11 @@ import threading
 import pytest
 from builders.benchmark_results import COPY, HEAD, READ, times
 from builders.benchmark_results import results as synthetic_results
+from builders.memory_results import MACHINE
+from builders.memory_results import results as memory_results
+from builders.memory_results import row as memory_row
 
+from rsaft_fast.benchmarks import memory_runs as runs
 from rsaft_fast.benchmarks import results
 from rsaft_fast.errors import UserError
 
@@ -16,7 +20,7 @@ def row(provider="ours-cuda", what="perturb", ms=2.0):
 
 
 def test_rows_get_their_bandwidths():
-    found = results.Results(HEAD)
+    found = results.Results("speed", HEAD)
     assert found.put(row(), 3e9)["gbps"] == pytest.approx(1500)
     assert found.rows[0]["fraction_of_copy"] == pytest.approx(1500 / COPY)
     assert found.put(row(what="norm"), 3e9)["fraction_of_read"] == pytest.approx(1500 / READ)
@@ -25,7 +29,7 @@ def test_rows_get_their_bandwidths():
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path):
-    found = results.Results(HEAD, tmp_path)
+    found = results.Results("speed", HEAD, tmp_path)
     stop, seen, broken = threading.Event(), set(), []
 
     def read():
@@ -47,7 +51,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
-    found = results.Results(HEAD, tmp_path)
+    found = results.Results("speed", HEAD, tmp_path)
     found.put(row(), 1e9)
     with pytest.raises(TypeError):
         found.put(row("foreach") | {"launches": object()}, 1e9)
@@ -55,19 +59,19 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
 
 
 def test_names_are_safe_for_any_tool(tmp_path):
-    path = results.Results(HEAD | {"gpu": "NVIDIA H100 (80GB) / HBM3"}, tmp_path).path
+    path = results.Results("speed", HEAD | {"gpu": "NVIDIA H100 (80GB) / HBM3"}, tmp_path).path
     assert path.relative_to(tmp_path).as_posix() == "NVIDIA-H100-80GB-HBM3/2026-01-02T03-04-05Z.json"
 
 
 def test_two_runs_of_the_same_second_keep_a_file_each(tmp_path):
-    paths = [results.Results(HEAD, tmp_path).path for _ in range(3)]
+    paths = [results.Results("speed", HEAD, tmp_path).path for _ in range(3)]
     assert len(set(paths)) == 3 and all(results.load(path) for path in paths)
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--results .*file.* cannot be written to"):
-        results.Results(HEAD, tmp_path / "file")
+        results.Results("speed", HEAD, tmp_path / "file")
 
 
 def test_what_is_no_results_file_is_named(tmp_path):
@@ -77,14 +81,46 @@ def test_what_is_no_results_file_is_named(tmp_path):
     with pytest.raises(UserError, match="is not JSON"):
         results.load(tmp_path / "text.json")
     (tmp_path / "other.json").write_text(json.dumps({"gpu": "x", "rows": []}))
-    with pytest.raises(UserError, match="without driver, torch"):
+    with pytest.raises(UserError, match="driver, torch"):
         results.load(tmp_path / "other.json")
+    path = memory_results(tmp_path, names=()).path
+    with pytest.raises(UserError, match="'memory'.*'speed'"):
+        results.load(path, "speed")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", json.dumps({"kind": "memory", "rows": []})])
+def test_a_file_of_something_else_is_not_written_over(tmp_path, content):
+    path = memory_results(tmp_path, names=()).path
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"memory\.json"):
+        memory_results(tmp_path)
+    assert path.read_text() == content
+
+
+def test_a_later_run_goes_on_with_the_rows_of_a_card(tmp_path):
+    found = memory_results(tmp_path, names=("sdxl-lora",))
+    again = results.Results("memory", MACHINE | {"commit": "new"}, tmp_path, "memory.json")
+    assert again.rows == found.rows and results.load(found.path)["commit"] == "new"
+    again.put(memory_row(runs.run_named("sdxl-lora"), runs.PEAK, missing="out of memory"))
+    assert len(again.rows) == len(found.rows) and not again.measured(again.rows[1])
+
+
+def test_files_of_whole_updates_as_they_were_first_written_are_read(tmp_path):
+    found = memory_results(names=("sdxl-lora",)).as_dict()
+    head = {name: found[name] for name in MACHINE}
+    rows = [row | {"date": "2026-01-02T03:04:05Z"} for row in found["rows"]]
+    old = {"format": "rsaft_fast memory 1", "machine": head, "left_out": [], "rows": rows}
+    (tmp_path / "memory.json").write_text(json.dumps(old))
+    read = results.newest(tmp_path, "memory")
+    assert read["gpu"] == head["gpu"] and read["rows"] == rows
 
 
 def test_newest_looks_at_dates_and_at_gpus(tmp_path):
-    assert results.newest(tmp_path) is None
+    assert results.newest(tmp_path, "speed") is None
     (tmp_path / "other.json").write_text("[]")
     synthetic_results(tmp_path)
     synthetic_results(tmp_path, date="2026-02-01T00:00:00Z", gpu="NVIDIA H200")
     synthetic_results(tmp_path, date="2026-03-01T00:00:00Z", gpu="cpu x86_64", cuda=None, driver=None)
-    assert results.newest(tmp_path)["gpu"] == "NVIDIA H200"
+    assert results.newest(tmp_path, "speed")["gpu"] == "NVIDIA H200"
+    memory_results(tmp_path, names=("sdxl-lora",))
+    assert results.newest(tmp_path, "memory")["gpu"] == HEAD["gpu"]

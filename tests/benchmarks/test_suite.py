@@ -23,7 +23,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture
 def run():
     """A suite on the CPU, two calls a part."""
-    return Suite(Timer(CPU), Results(HEAD), repeats=4)
+    return Suite(Timer(CPU), Results("speed", HEAD), repeats=4)
 
 
 class OnCuda:
@@ -130,7 +130,7 @@ def test_a_part_that_fails_costs_only_its_own_rows(run, monkeypatch):
 
 
 def test_a_spent_budget_begins_nothing_and_says_what_is_left(tmp_path):
-    results = Results(HEAD, tmp_path)
+    results = Results("speed", HEAD, tmp_path)
     run = Suite(Timer(CPU), results, budget=-1.0)
     for job in plan(CPU):
         assert run.run(job) == []
@@ -145,7 +145,7 @@ def test_a_late_provider_brings_ours_along(run):
 
 
 def test_what_does_not_fit_together_is_measured_in_blocks(monkeypatch):
-    run = Suite(OnCuda(), Results(HEAD))
+    run = Suite(OnCuda(), Results("speed", HEAD))
     job = Job("sdxl-full", "fp32", ("ours-cuda", "usual-fused", "adamw-alone", "foreach"))
     n = parameters_of("sdxl-full")
     for free, expected in (
@@ -162,7 +162,7 @@ def test_what_does_not_fit_together_is_measured_in_blocks(monkeypatch):
 
 
 def test_what_does_not_fit_at_all_says_how_much_it_needs(monkeypatch):
-    run = Suite(OnCuda(), Results(HEAD))
+    run = Suite(OnCuda(), Results("speed", HEAD))
     job = Job("flux1-full", "8bit", ("bitsandbytes",))
     monkeypatch.setattr(run, "_free_bytes", lambda: 78 * 2**30)
     needed = (6.6 + 2) * parameters_of("flux1-full") / 2**30
@@ -179,7 +179,7 @@ def test_blocks_pool_their_calls(run, monkeypatch):
 
 
 def test_compiling_for_every_shape_is_not_begun_without_the_time(monkeypatch):
-    run = Suite(OnCuda(), Results(HEAD), budget=60.0)
+    run = Suite(OnCuda(), Results("speed", HEAD), budget=60.0)
     assert "needs about 176 s to compile" in run._too_slow(Job("sdxl-full", "8bit", ("torchao",)), "torchao")
     assert run._too_slow(Job("sdxl-full", "8bit", ("bitsandbytes",)), "bitsandbytes") is None
 

@@ -31,7 +31,7 @@ SLOWNESS = {"ours-cuda": 1.05, "ours-triton": 1.1, "usual-fused": 2.0, "adamw-al
 def results(
     folder=None, cases=(("sdxl-full", "fp32"), ("sdxl-full", "bf16"), ("sdxl-lora32", "fp32")), **head
 ) -> Results:
-    found = Results(HEAD | head, folder)
+    found = Results("speed", HEAD | head, folder)
     for case, dtype in cases:
         for what in PASSES:
             for provider, slowness in SLOWNESS.items():

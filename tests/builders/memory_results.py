@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from rsaft_fast.benchmarks import memory_runs as runs
-from rsaft_fast.benchmarks.memory_results import MemoryResults
 from rsaft_fast.benchmarks.memory_runs import RUNS, STEPS
+from rsaft_fast.benchmarks.results import Results
 
 GIB = 2**30
 MACHINE = {
@@ -15,6 +15,8 @@ MACHINE = {
     "torch": "2.11.0+cu130",
     "cuda": "13.0",
     "commit": "abc1234",
+    "date": "2026-01-02T03:04:05Z",
+    "left_out": [],
     "versions": {"rsaft_fast": "0.1.0", "torch": "2.11.0", "diffusers": "0.42.1"},
     "tiny": False,
 }
@@ -23,9 +25,9 @@ CALL, REST = 100.0, 250.0
 SHARES = {"products": 0.6, "attention": 0.2, "elementwise, norms, copies": 0.15, "idle": 0.05}
 
 
-def results(folder=None, names=tuple(run.name for run in RUNS), **machine: Any) -> MemoryResults:
+def results(folder=None, names=tuple(run.name for run in RUNS), **machine: Any) -> Results:
     """Peaks at 0.9 of each limit, K = 8 two per cent above, estimates five per cent above the peak."""
-    found = MemoryResults(MACHINE | machine, folder)
+    found = Results("memory", MACHINE | machine, folder, "memory.json")
     for run in RUNS:
         if run.name not in names:
             continue
@@ -42,7 +44,7 @@ def results(folder=None, names=tuple(run.name for run in RUNS), **machine: Any) 
     return found
 
 
-def compared(found: MemoryResults, run, peak: int) -> None:
+def compared(found: Results, run, peak: int) -> None:
     exact = kind(2 * (STEPS * CALL + REST), rollouts=2)
     once = (STEPS + 1) * CALL + 2 * REST
     kinds = {"exact": exact, "graded_only": kind(once, 1), "plain method": kind(STEPS * CALL + REST, 1)}
@@ -53,17 +55,8 @@ def compared(found: MemoryResults, run, peak: int) -> None:
     plain = {"steps": STEPS, "rollouts": 2, "ms": 2 * (STEPS * 150 + REST), "call_ms": 150.0}
     found.put(row(run, runs.PLAIN, peak=2 * peak, reserved=2 * peak, peaks={}, **plain))
     found.put(row(run, runs.PLAIN_UNCHECKED, out_of_memory=True, card_bytes=80 * GIB))
-    found.put(
-        row(
-            run,
-            runs.FLOPS,
-            call=20 * 10**12,
-            graded=45 * 10**12,
-            decode=10**13,
-            decode_graded=2 * 10**13,
-            score_graded=10**12,
-        )
-    )
+    counted = {"call": 20, "graded": 45, "decode": 10, "decode_graded": 20, "score_graded": 1}
+    found.put(row(run, runs.FLOPS, **{name: tera * 10**12 for name, tera in counted.items()}))
 
 
 def kind(ms: float, rollouts: int) -> dict[str, Any]:
