@@ -29,7 +29,7 @@ import torch
 
 from rsaft_fast.benchmarks import goals, memory_tables
 from rsaft_fast.benchmarks.memory_runs import MODELS, RUNS, Run, config_of, run_named
-from rsaft_fast.benchmarks.results import Results, describe_machine, now, version
+from rsaft_fast.benchmarks.results import Results, Row, describe_machine, now, version
 from rsaft_fast.benchmarks.shapes import check_names, names_in
 from rsaft_fast.errors import UserError
 

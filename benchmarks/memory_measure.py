@@ -17,20 +17,20 @@ from rsaft_fast.benchmarks.bandwidth import bandwidths
 from rsaft_fast.benchmarks.memory_runs import STEPS, Run
 from rsaft_fast.benchmarks.meter import Measured, kernel_shares, measure
 from rsaft_fast.benchmarks.plain_step import PlainSettings, PlainStep, add_plain_lora
-from rsaft_fast.benchmarks.random_models import PROMPTS, Architecture, RandomTrainer, random_reward
+from rsaft_fast.benchmarks.random_models import PROMPTS, Architecture, random_reward, random_trainer
 from rsaft_fast.benchmarks.results import Row
 from rsaft_fast.benchmarks.timing import Part, Timer
-from rsaft_fast.data.batches import PromptBatches
 from rsaft_fast.data.encodings import free_memory
 from rsaft_fast.errors import UserError
 from rsaft_fast.estimate.estimate import estimate
 from rsaft_fast.estimate.live import shapes_alone
 from rsaft_fast.out_of_memory import is_out_of_memory
+from rsaft_fast.recipe.check import DTYPES
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards.base import Reward
-from rsaft_fast.sampling import NoiseSource, backpropagate, rollout
+from rsaft_fast.sampling import NoiseSource, call_backward
 from rsaft_fast.sampling.rollout import guided_prediction
-from rsaft_fast.train.trainer import DTYPES, Trainer
+from rsaft_fast.train.trainer import Trainer
 
 UPDATES = 3  # timed ones of a kind, after one that is not
 MODES: Mapping[str, Mapping[str, Any]] = {
@@ -110,20 +110,17 @@ class Measurements:
         if self.trainer is not None and self.trainer.config.speed != config.speed:
             self._forget()
         if self.trainer is None:
-            self.trainer = RandomTrainer(config, self.architecture)
+            self.trainer = random_trainer(config, self.architecture)
             free_memory(self.device)  # what building took is no part of what is reserved
-        trainer = self.trainer
-        trainer.config = config
-        trainer.schedule = trainer.backbone.schedule(config.sampler.steps, config.sampler.eta)
-        trainer.batches = PromptBatches(config.data, PROMPTS, config.method, config.sampler.steps, config.seed)
-        return trainer
+        self.trainer.follow(config)
+        return self.trainer
 
     def updates(self, config: Config, count: int, warm: int = 0, memory: bool = False) -> list[Measured]:
         """Updates measured after `warm` others; `memory`: also their bytes on the CPU, which it slows down."""
         trainer, found = self.trained_by(config), []
         for _ in range(warm + count):
             shown = (lambda: standing(trainer)) if memory else None
-            found.append(measure(self.device, trainer.update, shown, trainer.optimizer))
+            found.append(measure(self.device, trainer.update, shown))
             trainer.optimizer.zero_grad()
         return found[warm:]
 
@@ -158,18 +155,18 @@ class Measurements:
 
     def kernels(self) -> Row:
         """Where the device's time goes within a guided call, and within the backward pass of one."""
-        trainer = self.trained_by(self.config())
-        backbone, schedule = trainer.backbone, trainer.schedule
+        config = self.config()
+        trainer = self.trained_by(config)
+        backbone, schedule, uncond = trainer.backbone, trainer.schedule, config.method.uncond
         (batch,) = trainer.batches(backbone, trainer.encoded, 0)
-        trajectory = rollout(backbone, schedule, batch.plan, batch.latents, batch.conditioning, batch.noise)
-        adjoint = torch.randn_like(trajectory.endpoints[0])
+        adjoint = torch.randn_like(batch.latents)
 
         @torch.no_grad()
         def call() -> None:
-            guided_prediction(backbone, batch.latents, schedule[0], batch.conditioning, batch.plan.uncond)
+            guided_prediction(backbone, batch.latents, schedule[0], batch.conditioning, uncond)
 
         def graded() -> None:
-            backpropagate(backbone, trajectory, [adjoint])
+            call_backward(backbone, batch.latents, schedule[-1], batch.conditioning, adjoint, uncond=uncond)
             trainer.optimizer.zero_grad()
 
         shares = {"call": kernel_shares(call, self.device), "graded": kernel_shares(graded, self.device)}

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import wraps
 
 import torch
 
 from rsaft_fast import phases
-from rsaft_fast.algorithms import reward_gradient as step_module
 from rsaft_fast.benchmarks.timing import device_kernels
 from rsaft_fast.estimate.live import LiveBytes
 
@@ -48,13 +46,11 @@ def measure(
     device: torch.device,
     update: Callable[[], object],
     standing: Callable[[], Iterable[torch.Tensor]] | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
 ) -> Measured:
     """Run an update once.
 
     Args:
         standing: gives the tensors that are there before, which the CPU's counter must be shown; None leaves it out.
-        optimizer: that of `rsaft_step`, for figures phase by phase.
     """
     found, marks = Measured(), []
     on_gpu = device.type == "cuda"
@@ -81,7 +77,7 @@ def measure(
     with live:
         start = time.perf_counter()
         begin(phases.REST)
-        with _phases(begin, optimizer):
+        with phases.listening(begin):
             update()
         begin(phases.REST)
         if on_gpu:
@@ -94,46 +90,6 @@ def measure(
         found.peaks = {name: peak.total for name, peak in live.peaks.items()}
     found.peak = max(found.peaks.values(), default=None)
     return found
-
-
-@contextmanager
-def _phases(begin: Callable[[str], None], optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
-    """Tell `begin` of every phase of `rsaft_step` as it starts, and of the rest as it ends.
-
-    The functions that phases are named after are wrapped where the step calls them; of nested ones the outermost names
-    the phase, as in `memory.phases`.
-    """
-    depth = 0
-
-    def marked(function: Callable, phase: str) -> Callable:
-        @wraps(function)
-        def run(*args, **kwargs):
-            nonlocal depth
-            depth += 1
-            if depth == 1:
-                begin(phase)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                depth -= 1
-                if depth == 0:
-                    begin(phases.REST)
-
-        return run
-
-    places = [] if optimizer is None else [(step_module, name) for name in phases.FUNCTIONS]
-    places += [] if optimizer is None else [(optimizer, name) for name in ("perturb", "step")]
-    before = [(place, name, place.__dict__.get(name)) for place, name in places if hasattr(place, name)]
-    for place, name, _ in before:
-        setattr(place, name, marked(getattr(place, name), phases.FUNCTIONS[name]))
-    try:
-        yield
-    finally:
-        for place, name, own in before:
-            if own is None:  # a method of the class
-                delattr(place, name)
-            else:
-                setattr(place, name, own)
 
 
 def kind_of(kernel: str) -> str:

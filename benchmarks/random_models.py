@@ -1,14 +1,9 @@
-"""The trainer's objects over models with random weights: published architectures at their size, or tiny ones.
-
-Only the trainer's two loaders are replaced. What a recipe does to the models after that, and the update itself, is the
-trainer's own code.
-"""
+"""Models with random weights for the trainer: published architectures at their size, or tiny ones."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +17,16 @@ from rsaft_fast.backbones.specs import Spec, load_spec
 from rsaft_fast.benchmarks.memory_runs import MODELS, REWARD
 from rsaft_fast.estimate.published import published_pipeline, published_reward
 from rsaft_fast.estimate.skeleton import LengthTokenizer, quiet
-from rsaft_fast.recipe.check import check_settings, pick_device
+from rsaft_fast.memory import checkpoint_networks
+from rsaft_fast.recipe.check import DTYPES, check_settings
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards import RewardSettings
 from rsaft_fast.rewards.base import RewardSpec
 from rsaft_fast.rewards.clip import ClipReward, preprocess_from_config
-from rsaft_fast.train import trainer as trainer_module
+from rsaft_fast.sampling.protocol import Branch
+from rsaft_fast.train.assemble import FileLoaders
 from rsaft_fast.train.inputs import Inputs
-from rsaft_fast.train.trainer import DTYPES, Trainer
+from rsaft_fast.train.trainer import Trainer
 
 PROMPTS = ("a red circle", "two blue squares", "a green triangle above a red square", "one")
 
@@ -54,62 +51,55 @@ def published(model: str) -> Architecture:
     return Architecture(load_spec(MODELS[model].spec), published_reward(REWARD), {}, MODELS[model].steps)
 
 
-class RandomTrainer(Trainer):
-    """A trainer whose models have drawn weights and whose prompts have drawn encodings."""
+class RandomLoaders(FileLoaders):
+    """Draws a recipe's models on its device, and the prompts' encodings, which have the right shapes.
+
+    Raises:
+        UserError: keys that do not go together.
+    """
 
     def __init__(self, config: Config, architecture: Architecture):
-        """
-        Raises:
-            UserError: keys that do not go together.
-        """
         check_settings(config, ADAPTERS[architecture.spec.pipeline])
+        super().__init__(config)
         self.architecture = architecture
-        inputs = Inputs(prompts=list(PROMPTS), sample_prompts=[], images=[], checkpoint=None, notes=[])
-        with _random_loaders(architecture, pick_device(config.backbone.device)):
-            super().__init__(config, inputs)
 
-    def _find_encodings(self, inputs: Inputs, say: Callable[[str], None]) -> DrawnEncodings:
+    def shapes(self) -> PipelineBackbone:
+        return self._random("meta")
+
+    def encodings(self, shapes: PipelineBackbone, texts: Sequence[str]) -> dict[str, Branch]:
+        generator, sizes = torch.Generator().manual_seed(0), shapes.embedding_shapes.items()
+        return {
+            text: {name: torch.randn(1, *size, generator=generator).to(shapes.compute_dtype) for name, size in sizes}
+            for text in texts
+        }
+
+    def reward(self) -> ClipReward:
+        return random_reward(self.config.reward, self.architecture.clip, self.device)
+
+    def encode(self, encodings: Mapping[str, Branch]) -> None:
+        """Do nothing: they are drawn."""
+
+    def backbone(self) -> PipelineBackbone:
         settings = self.config.backbone
-        shapes = random_backbone(
-            self.architecture.spec,
-            height=settings.height,
-            width=settings.width,
-            dtype=DTYPES[settings.dtype],
-            device="meta",
-        )
-        return DrawnEncodings(shapes, ["", *inputs.prompts])
+        loading = {"offload_blocks": settings.offload_blocks, "quantize": settings.quantize}
+        backbone = self._random(self.device, **loading)
+        checkpoint_networks(backbone.denoiser, backbone.pipeline.vae, settings.checkpoint, settings.keep_blocks)
+        return backbone
+
+    def _random(self, device: torch.device | str, **loading: Any) -> PipelineBackbone:
+        settings = self.config.backbone
+        size = {"height": settings.height, "width": settings.width}
+        return random_backbone(self.architecture.spec, **size, dtype=DTYPES[settings.dtype], device=device, **loading)
 
 
-class DrawnEncodings(dict[str, Mapping[str, torch.Tensor]]):
-    """An encoding of the right shapes for each text, in place of what text encoders would make."""
+def random_trainer(config: Config, architecture: Architecture) -> Trainer:
+    """A trainer whose models have drawn weights; whatever a recipe does to them, and the update, is its own code.
 
-    def __init__(self, shapes: PipelineBackbone, texts: Iterable[str]):
-        self.shapes = shapes
-        generator = torch.Generator().manual_seed(0)
-        for text in texts:
-            self[text] = {
-                name: torch.randn(1, *shape, generator=generator).to(shapes.compute_dtype)
-                for name, shape in shapes.embedding_shapes.items()
-            }
-
-    def complete(self, stage: Callable[[str], None]) -> None:
-        """They are."""
-
-
-@contextmanager
-def _random_loaders(architecture: Architecture, device: torch.device) -> Iterator[None]:
-    def load_backbone(path: str, text: bool = True, **options: Any) -> PipelineBackbone:
-        return random_backbone(architecture.spec, **options)
-
-    def load_reward(settings: RewardSettings, *_: Any) -> ClipReward:
-        return random_reward(settings, architecture.clip, device)
-
-    before = trainer_module.load_backbone, trainer_module.load_reward
-    trainer_module.load_backbone, trainer_module.load_reward = load_backbone, load_reward
-    try:
-        yield
-    finally:
-        trainer_module.load_backbone, trainer_module.load_reward = before
+    Raises:
+        UserError: keys that do not go together.
+    """
+    inputs = Inputs(prompts=list(PROMPTS), sample_prompts=[], images=[], checkpoint=None, notes=[])
+    return Trainer(config, inputs, loaders=RandomLoaders(config, architecture))
 
 
 def random_reward(settings: RewardSettings, config: Mapping[str, Any], device: torch.device | str) -> ClipReward:
