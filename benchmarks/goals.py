@@ -44,6 +44,9 @@ class Goal(NamedTuple):
 class SpeedGoals(View):
     """The values of goals.txt for passes of an update; NaN where they were not measured."""
 
+    def nowhere(self, case: str, layout: str) -> float:
+        return math.nan
+
     def field(self, case: str, layout: str, what: str, *names: str) -> tuple[float, ...]:
         """Fields of our row."""
         found = [(self.ours(what, case, layout) or {}).get(name) for name in names]
@@ -72,34 +75,25 @@ class SpeedGoals(View):
         return 1e3 * self.field(case, layout, what, "ms_p50")[0]
 
 
-class MemoryGoals(MemoryView):
-    """The values of goals.txt for whole updates; NaN where they were not measured."""
+MEMORY_VALUES = {
+    "peak_gib": lambda view, run, _: view.peak(run) / GIB,
+    "growth": lambda view, run, _: view.peak_growth(run),
+    "estimate_error": lambda view, run, _, k="": view.estimate_ratio(run, bool(k)) - 1,
+    "over_method": lambda view, run, steps, mode: view.over_plain_method(run, mode, _steps(run, steps)),
+    "sam": lambda view, run, _: view.sam_share(run, run.steps),
+    "plain_peak": lambda view, run, _: view.peak_over_plain(run),
+    "plain_time": lambda view, run, _: view.time_over_plain(run),
+}
+"""The values of goals.txt for whole updates, of a view, a run and sampler steps; NaN where they were not measured."""
 
-    def peak_gib(self, run: Run, _: str) -> float:
-        return self.peak(run) / GIB
 
-    def growth(self, run: Run, _: str) -> float:
-        return self.peak_growth(run)
-
-    def estimate_error(self, run: Run, _: str, k: str = "") -> float:
-        return self.estimate_ratio(run, bool(k)) - 1
-
-    def over_method(self, run: Run, steps: str, mode: str) -> float:
-        return self.over_plain_method(run, mode, run.steps if steps == "own" else int(steps))
-
-    def sam(self, run: Run, _: str) -> float:
-        return self.sam_share(run, run.steps)
-
-    def plain_peak(self, run: Run, _: str) -> float:
-        return self.peak_over_plain(run)
-
-    def plain_time(self, run: Run, _: str) -> float:
-        return self.time_over_plain(run)
+def _steps(run: Run, steps: str) -> int:
+    return run.steps if steps == "own" else int(steps)
 
 
 def goals(results: Row) -> list[Goal]:
     """Every goal for results of this kind, measured or not."""
-    view = MemoryGoals(results) if results["kind"] == "memory" else SpeedGoals(results)
+    view = MemoryView(results) if results["kind"] == "memory" else SpeedGoals(results)
     return [goal for columns in _table()[results["kind"]] for goal in _judged(view, *columns)]
 
 
@@ -127,7 +121,7 @@ def _table() -> dict[str, list[list[str]]]:
 
 
 def _judged(
-    view: SpeedGoals | MemoryGoals, what: str, wanted: str, bound: str, shown: str, value: str, cases: str, kinds: str
+    view: SpeedGoals | MemoryView, what: str, wanted: str, bound: str, shown: str, value: str, cases: str, kinds: str
 ) -> Iterator[Goal]:
     """The goals of a line."""
     method, *arguments = value.split()
@@ -137,7 +131,8 @@ def _judged(
             names = {"case": getattr(case, "name", case), "kind": kind, "bound": bounds[0]}
             names |= {name: of(kind) for name, of in FLOORS.items() if kind in DTYPES}
             line = what.format(**names), wanted.format(**names)
-            found = math.nan if method == "nowhere" else getattr(view, method)(case, kind, *arguments)
+            value_of = MEMORY_VALUES.get(method) or getattr(SpeedGoals, method)
+            found = value_of(view, case, kind, *arguments)
             values = found if isinstance(found, tuple) else (found,)
             if any(map(math.isnan, values)):
                 if not named.endswith("?"):

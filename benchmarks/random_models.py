@@ -120,93 +120,28 @@ def random_reward(settings: RewardSettings, config: Mapping[str, Any], device: t
 
 
 def tiny_architecture(model: str, folder: Path) -> Architecture:
-    """The same classes at the size of a test. Config files go to `folder`, where the estimate reads shapes."""
+    """The published architecture with the keys of tiny.json. Its config files go to `folder`, where the estimate reads
+    shapes."""
+    small = json.loads(Path(__file__).with_name("tiny.json").read_text(encoding="utf-8"))
+    clip = {"projection_dim": 16, "text_config": small["text"], "vision_config": small["vision"]}
     pipeline, parts = published_pipeline(MODELS[model].path)
-    parts = {name: (library, kind, {**config, **_tiny(model, kind)}) for name, (library, kind, config) in parts.items()}
-    path, clip = folder / model, folder / "clip"
-    files = {clip / "config.json": _TINY_CLIP | {"model_type": "clip"}}
-    files[path / "model_index.json"] = {"_class_name": pipeline} | {name: part[:2] for name, part in parts.items()}
-    index = files[path / "model_index.json"]
-    for name, (_, _, config) in parts.items():
-        kind = next((kind for kind in ("scheduler", "tokenizer") if name.startswith(kind)), "")
-        files[path / name / (f"{kind}_config.json" if kind else "config.json")] = config
-        if kind == "tokenizer":
+    denoiser = ADAPTERS[pipeline].denoiser_name
+    files = {"clip/config.json": clip | {"model_type": "clip"}}
+    index, configs = {"_class_name": pipeline}, {}
+    for name, (library, kind, config) in parts.items():
+        key = model if name == denoiser else "text" if kind.startswith("CLIP") else kind
+        configs[name] = {**config, **small.get(key, {})}
+        file = next((kind for kind in ("scheduler", "tokenizer") if name.startswith(kind)), "")
+        files[f"{model}/{name}/{file}_config.json" if file else f"{model}/{name}/config.json"] = configs[name]
+        if file == "tokenizer":
             encoder = parts[name.replace("tokenizer", "text_encoder")][1]
-            index[name] = ["transformers", ("CLIP" if encoder.startswith("CLIP") else "T5") + "Tokenizer"]
-            files[path / name / "tokenizer.json"] = {}  # looked for, and on shapes alone not read
-    for file, content in files.items():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(content), encoding="utf-8")
-    size = {"backbone.path": str(path), "backbone.height": 32, "backbone.width": 32}
-    keys = size | {"reward.path": str(clip), "parameters.lora.rank": 4}
-    denoiser, vae, scheduler = (parts[name][2] for name in (ADAPTERS[pipeline].denoiser_name, "vae", "scheduler"))
-    return Architecture(Spec(pipeline, denoiser, vae, scheduler), _TINY_CLIP, keys, steps=6)
-
-
-def _tiny(model: str, kind: str) -> Mapping[str, Any]:
-    """Keys of a component's config that make it small."""
-    return _TINY_UNETS[model] if kind == "UNet2DConditionModel" else _TINY.get(kind, {})
-
-
-_LAYERS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-_TINY_TEXT = _LAYERS | {"vocab_size": 514, "projection_dim": 16, "max_position_embeddings": 77}
-_TINY_CLIP = {
-    "projection_dim": 16,
-    "text_config": _TINY_TEXT,
-    "vision_config": _LAYERS | {"image_size": 16, "patch_size": 8},
-}
-_MMDIT = {"attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 32}
-_TINY: Mapping[str, Mapping[str, Any]] = {
-    "CLIPTextModel": _TINY_TEXT,
-    "CLIPTextModelWithProjection": _TINY_TEXT,
-    "T5EncoderModel": {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2},
-    "AutoencoderKL": {
-        "latent_channels": 4,
-        "sample_size": 32,
-        "block_out_channels": [8, 8],
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "down_block_types": ["DownEncoderBlock2D"] * 2,
-        "up_block_types": ["UpDecoderBlock2D"] * 2,
-    },
-    "SD3Transformer2DModel": {
-        **_MMDIT,
-        "sample_size": 16,
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_layers": 2,
-        "caption_projection_dim": 16,
-        "pooled_projection_dim": 32,
-        "pos_embed_max_size": 16,
-        "dual_attention_layers": [],
-        "qk_norm": None,
-    },
-    "FluxTransformer2DModel": {
-        **_MMDIT,
-        "in_channels": 16,
-        "num_layers": 1,
-        "num_single_layers": 1,
-        "pooled_projection_dim": 16,
-        "axes_dims_rope": [2, 4, 2],
-    },
-}
-_UNET = {"sample_size": 16, "layers_per_block": 1, "block_out_channels": [8, 16], "norm_num_groups": 4}
-_TINY_UNETS: Mapping[str, Mapping[str, Any]] = {
-    "sd15": _UNET
-    | {
-        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-        "cross_attention_dim": 16,
-        "attention_head_dim": 2,
-    },
-    "sdxl": _UNET
-    | {
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-        "transformer_layers_per_block": [1, 2],
-        "attention_head_dim": [1, 2],
-        "cross_attention_dim": 32,
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 6 * 8 + 16,
-    },
-}
+            kind = ("CLIP" if encoder.startswith("CLIP") else "T5") + "Tokenizer"
+            files[f"{model}/{name}/tokenizer.json"] = {}  # looked for, and on shapes alone not read
+        index[name] = [library, kind]
+    for file, content in (files | {f"{model}/model_index.json": index}).items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(json.dumps(content), encoding="utf-8")
+    size = {"backbone.path": str(folder / model), "backbone.height": 32, "backbone.width": 32}
+    keys = size | {"reward.path": str(folder / "clip"), "parameters.lora.rank": 4}
+    spec = Spec(pipeline, configs[denoiser], configs["vae"], configs["scheduler"])
+    return Architecture(spec, clip, keys, steps=6)

@@ -49,7 +49,8 @@ def test_the_peak_of_a_run_is_what_was_estimated(tmp_path, name):
     assert sum(found["phase_ms"].values()) == pytest.approx(found["ms"], rel=0.1)
 
 
-def test_every_other_part_runs(tmp_path):
+def test_every_other_part_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("rsaft_fast.benchmarks.memory_measure.UPDATES", 1)
     run = runs.run_named("sd15-lora")
     parts = [part for part in run.parts() if part != runs.PEAK]
     found = measure(run, parts, tmp_path)
@@ -156,14 +157,11 @@ def test_kernels_by_their_names():
     assert kernel_shares(lambda: None, CPU) is None and limit_of(None) == "not known"
 
 
-def command(folder):
-    names = ["--device", "cpu", "--tiny", "--runs", "flux-full", "--results", str(folder)]
-    return [sys.executable, "-m", "rsaft_fast.benchmarks.gpu_memory", *names]
-
-
 def test_a_killed_run_keeps_its_rows_and_goes_on(tmp_path, capsys):
     """Killed at its first row, no warning given; the next run measures the others, and a third has nothing to do."""
-    process = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = ["--device", "cpu", "--tiny", "--runs", "flux-full", "--results", str(tmp_path)]
+    command = [sys.executable, "-m", "rsaft_fast.benchmarks.gpu_memory", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 180
     # The folder is named after the processor.
     while process.poll() is None and time.monotonic() < deadline:
@@ -175,17 +173,30 @@ def test_a_killed_run_keeps_its_rows_and_goes_on(tmp_path, capsys):
     (path,) = tmp_path.glob("*/memory-tiny.json")
     first = {(row["run"], row["part"]): row for row in load(path)["rows"]}
     assert first
-    second = subprocess.run(command(tmp_path), capture_output=True, text=True, timeout=240)
-    assert second.returncode == 0, second.stderr
+    assert gpu_memory.main(arguments) == 0
     found = {(row["run"], row["part"]): row for row in load(path)["rows"]}
     assert {part for _, part in found} == {runs.CARD, runs.ESTIMATE, runs.PEAK}
     kept = [place for place in first if place[1] != runs.CARD and "missing" not in first[place]]
     assert all(found[place] == first[place] for place in kept)
-    assert not path.with_suffix(".tmp").exists()
-    third = gpu_memory.main(command(tmp_path)[3:])
-    assert third == 0 and {(r["run"], r["part"]): r for r in load(path)["rows"]} == found
+    capsys.readouterr()
+    assert gpu_memory.main(arguments) == 0 and {(r["run"], r["part"]): r for r in load(path)["rows"]} == found
     said = capsys.readouterr()
     assert "flux-full: peak" not in said.err and "flux-full" in said.out
+
+
+def test_a_process_that_ends_too_early_or_takes_too_long_is_a_failure(tmp_path, monkeypatch, capsys):
+    """What stands in for Python ends at once, or never: neither is waited for, and both are named."""
+    arguments = ["--device", "cpu", "--tiny", "--runs", "sdxl-full", "--results", str(tmp_path)]
+    python = tmp_path / "python"
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(gpu_memory, "_MARGIN", 0.1)
+    for script, budget, code in (("exit 3", "60", 1), ("exec sleep 60", "0.5", 0)):
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+        assert gpu_memory.main([*arguments, "--budget", budget]) == code
+        said = capsys.readouterr()
+        assert ("ended with 3 before peak" in said.err) == (code == 1)
+        assert "sdxl-full: peak" in said.out.split("left out:")[1]
 
 
 def test_wrong_input_is_one_line(capsys):
