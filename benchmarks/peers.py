@@ -66,6 +66,8 @@ fused = adamw("torch.optim", "AdamW", fused=True)
 class UsualLoop:
     """The SAM code that most people copy: clone, add e_w, copy back, clip, step of the base optimizer."""
 
+    foreach: bool | None = None  # torch chooses
+
     def __init__(self, problem: Problem, optimizer: Optimizer = fused):
         self.parameters = problem.parameters()
         self.base = optimizer(self.parameters)
@@ -79,6 +81,8 @@ class UsualLoop:
 
     @torch.no_grad()
     def norm(self) -> torch.Tensor:
+        if self.foreach:
+            return torch.nn.utils.get_total_norm([p.grad for p in self.parameters], foreach=True)
         return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in self.parameters]))
 
     @torch.no_grad()
@@ -95,7 +99,7 @@ class UsualLoop:
             p.copy_(old)
 
     def clip(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
+        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP, foreach=self.foreach)
 
     def step(self) -> None:
         self.restore()
@@ -146,8 +150,7 @@ class Foreach(UsualLoop):
     The scale goes through the host: on the device it would need a temporary of all gradients.
     """
 
-    def norm(self) -> torch.Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters], foreach=True)
+    foreach = True
 
     @torch.no_grad()
     def perturb(self, norm: torch.Tensor) -> None:
@@ -159,14 +162,11 @@ class Foreach(UsualLoop):
     def restore(self) -> None:
         torch._foreach_copy_(self.parameters, self.old)
 
-    def clip(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP, foreach=True)
-
 
 class ForeachWithMaster(UsualLoopWithMaster):
     """`Foreach` for bf16 weights with an fp32 master."""
 
-    norm, clip = Foreach.norm, Foreach.clip
+    foreach = True
 
     @torch.no_grad()
     def perturb(self, norm: torch.Tensor) -> None:

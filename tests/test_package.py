@@ -50,7 +50,8 @@ def test_wheel_without_a_compiler_is_pure_and_whole(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert "rsaft_fast/kernels/global_norm.py" in names, "kernels/ installs inside the package"
     assert {"rsaft_fast/recipes/playground.yaml", "rsaft_fast/recipes/starter.txt"} <= set(names)
-    assert {f"rsaft_fast/benchmarks/{name}" for name in ("suite.py", "shapes.json", "tiny.json", "goals.txt")} <= set(names)
+    data = ("suite.py", "shapes.json", "tiny.json", "goals.txt")
+    assert {f"rsaft_fast/benchmarks/{name}" for name in data} <= set(names)
     beside = [name for name in names if name.startswith("rsaft_fast/benchmarks/")]
     assert all(re.fullmatch(r"(?!test_|conftest)\w+\.(py|json|txt)", Path(name).name) for name in beside), beside
     outside = ("kernels/", "recipes/", "benchmarks/", "tests/")

@@ -70,15 +70,15 @@ def test_two_runs_of_the_same_second_keep_a_file_each(tmp_path):
 
 def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--results .*file.* cannot be written to"):
+    with pytest.raises(UserError, match=f"--results {tmp_path / 'file'}"):
         results.Results("speed", HEAD, tmp_path / "file")
 
 
 def test_what_is_no_results_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"absent\.json"):
         results.load(tmp_path / "absent.json")
     (tmp_path / "text.json").write_text("{")
-    with pytest.raises(UserError, match="is not JSON"):
+    with pytest.raises(UserError, match=r"text\.json"):
         results.load(tmp_path / "text.json")
     (tmp_path / "other.json").write_text(json.dumps({"gpu": "x", "rows": []}))
     with pytest.raises(UserError, match="driver, torch"):

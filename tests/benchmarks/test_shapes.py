@@ -30,7 +30,7 @@ def test_shapes_are_read_as_they_were_written():
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
-    with pytest.raises(UserError, match=r"no case 'sdxl-ful'; did you mean sdxl-full.*There are: tiny, "):
+    with pytest.raises(UserError, match="'sdxl-ful'.*sdxl-full.*tiny, "):
         shapes.shapes_of("sdxl-ful")
-    with pytest.raises(UserError, match="There are: a, b"):
+    with pytest.raises(UserError, match="a, b"):
         shapes.check_names(["zzzzzz"], ("a", "b"), "case")

@@ -166,7 +166,8 @@ def test_what_does_not_fit_at_all_says_how_much_it_needs(monkeypatch):
     job = Job("flux1-full", "8bit", ("bitsandbytes",))
     monkeypatch.setattr(run, "_free_bytes", lambda: 78 * 2**30)
     needed = (6.6 + 2) * parameters_of("flux1-full") / 2**30
-    assert run._too_large(job, "bitsandbytes") == f"does not fit: needs {needed:.0f} GiB, 78 GiB are free"
+    said = run._too_large(job, "bitsandbytes")
+    assert f"{needed:.0f} GiB" in said and "78 GiB" in said
     monkeypatch.setattr(run, "_free_bytes", lambda: 137 * 2**30)
     assert run._too_large(job, "bitsandbytes") is None
 
@@ -180,7 +181,7 @@ def test_blocks_pool_their_calls(run, monkeypatch):
 
 def test_compiling_for_every_shape_is_not_begun_without_the_time(monkeypatch):
     run = Suite(OnCuda(), Results("speed", HEAD), budget=60.0)
-    assert "needs about 176 s to compile" in run._too_slow(Job("sdxl-full", "8bit", ("torchao",)), "torchao")
+    assert "176 s" in run._too_slow(Job("sdxl-full", "8bit", ("torchao",)), "torchao")
     assert run._too_slow(Job("sdxl-full", "8bit", ("bitsandbytes",)), "bitsandbytes") is None
 
 
@@ -208,7 +209,7 @@ def test_host_time_without_a_gpu_is_python_alone(run):
 def test_without_a_compiler_host_time_is_missing(run, monkeypatch):
     monkeypatch.setenv("PATH", "")
     rows = run.run(Job(HOST, "fp32", ("ours-cuda",)))
-    assert {row["missing"] for row in rows} == {"needs a C compiler (cc) for a library of empty functions"}
+    assert rows and all("cc" in row["missing"] for row in rows)
 
 
 def test_bandwidths_name_their_way():
