@@ -202,8 +202,10 @@ class _Session:
         command = [sys.executable, "-m", "rsaft_fast.benchmarks.gpu_memory", "--device", device, "--work", work]
         # torch reads it when it is imported; the second name is the one from torch 2.9 on.
         environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": ALLOCATOR, "PYTORCH_ALLOC_CONF": ALLOCATOR}
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(command + ["--tiny"] * self.options.tiny, stdin=pipe, stdout=pipe, env=environment)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        command += ["--tiny"] if self.options.tiny else []
+        # A session of its own: Ctrl-C is for this process, which ends the other.
+        process = subprocess.Popen(command, **pipes, env=environment, start_new_session=True)
         killer = threading.Timer(min(limit, threading.TIMEOUT_MAX), process.kill)
         killer.daemon = True
         killer.start()
@@ -223,7 +225,8 @@ class _Session:
 def _work(parts: Sequence[tuple[str, str]], device: str, tiny: bool) -> int:
     """A process of a session: write a row for each part to the standard output, a line of JSON each; without any parts,
     what the machine is."""
-    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()  # ends with who started it
+    # Ends with who started it: nothing is ever written, so that a read returns when the other end is gone.
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # what libraries print is no row
     if not parts:

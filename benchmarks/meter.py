@@ -43,9 +43,7 @@ class Measured:
 
 
 def measure(
-    device: torch.device,
-    update: Callable[[], object],
-    standing: Callable[[], Iterable[torch.Tensor]] | None = None,
+    device: torch.device, update: Callable[[], object], standing: Callable[[], Iterable[torch.Tensor]] | None = None
 ) -> Measured:
     """Run an update once.
 

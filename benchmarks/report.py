@@ -158,6 +158,10 @@ def _find(path: Path) -> dict[str, Row]:
     """Results by their kind."""
     if not path.is_dir():
         found = load(path)
+        if found["kind"] not in ("speed", "memory"):
+            raise UserError(
+                f"{path} holds results of kind {found['kind']!r}, of which there is no table; read it as JSON"
+            )
         return {found["kind"]: found}
     return {kind: found for kind in ("speed", "memory") if (found := newest(path, kind)) is not None}
 

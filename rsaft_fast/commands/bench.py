@@ -63,7 +63,12 @@ def _memory(arguments: argparse.Namespace, device: torch.device) -> int:
     options += ["--budget", str(arguments.budget)] if arguments.budget is not None else []
     given = {"--tiny": device.type != "cuda", "--goals": arguments.goals, "--list": arguments.list}
     options += [name for name, wanted in given.items() if wanted]
-    return subprocess.call([sys.executable, "-m", "rsaft_fast.benchmarks.gpu_memory", *options])
+    process = subprocess.Popen([sys.executable, "-m", "rsaft_fast.benchmarks.gpu_memory", *options])
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the other process had it, too: it shows what was measured, and ends
+            continue
 
 
 def _measure(suite: Suite, jobs: list[Job], bar: tqdm) -> bool:

@@ -9,7 +9,7 @@ from builders import memory_results as memory
 
 from rsaft_fast.benchmarks import memory_runs as runs
 from rsaft_fast.benchmarks import memory_tables, plots, report, tables
-from rsaft_fast.benchmarks.results import newest
+from rsaft_fast.benchmarks.results import Results, newest
 from rsaft_fast.benchmarks.shapes import CASES
 from rsaft_fast.errors import UserError
 
@@ -169,6 +169,8 @@ def test_one_file_is_shown(tmp_path, capsys):
     assert "Peak memory, torch's max allocated" in capsys.readouterr().out
     assert report.main([str(tmp_path / "absent.json")]) == 2
     assert "absent.json" in capsys.readouterr().err
+    rewards = Results("rewards", speed.HEAD, tmp_path, "rewards.json").path
+    assert report.main([str(rewards)]) == 2 and "'rewards'" in capsys.readouterr().err, "it has no table"
 
 
 def test_the_readme_says_what_the_newest_results_say():
