@@ -20,7 +20,7 @@ from rsaft_fast.benchmarks import memory_runs as runs
 from rsaft_fast.benchmarks.memory_measure import Measurements, count_part, rollout_calls
 from rsaft_fast.benchmarks.memory_tables import limit_of
 from rsaft_fast.benchmarks.meter import IDLE, REST, kernel_shares, kind_of
-from rsaft_fast.benchmarks.random_models import PROMPTS, tiny_architecture
+from rsaft_fast.benchmarks.random_models import tiny_architecture
 from rsaft_fast.benchmarks.results import load
 from rsaft_fast.recipe.check import check_settings
 
@@ -205,10 +205,6 @@ def test_wrong_input_is_one_line(capsys):
     assert "'sdxl-lorra'" in said and "sdxl-lora" in said and len(said.splitlines()) == 1
     assert gpu_memory.main(["--device", "cpu"]) == 2
     assert "--tiny" in capsys.readouterr().err
-
-
-def test_prompts_are_as_many_as_updates_need():
-    assert len(set(PROMPTS)) == len(PROMPTS) > 1
 
 
 @pytest.mark.gpu
