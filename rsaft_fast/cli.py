@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from rsaft_fast import __version__
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, printable
 from rsaft_fast.paths import require_text, user_path, user_place
 
 _KEY = re.compile(r"[A-Za-z_][\w.]*=")
@@ -370,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _say_error(text: str) -> None:
     for line in text.split("\n"):
-        print(f"rsaft-fast: error: {_printable(line)}", file=sys.stderr)
+        print(f"rsaft-fast: error: {printable(line)}", file=sys.stderr)
 
 
 def _flush_output() -> None:
@@ -404,11 +404,6 @@ def _require_text(argument: str) -> None:
         require_text(argument)
     except ValueError as error:
         raise UserError(f"the argument {argument[:60]!r}: {error}") from error
-
-
-def _printable(line: str) -> str:
-    """Without what moves a terminal's cursor or colours it: names come from files of others."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, first_line
 
 _MENDS = {
     errno.ENOSPC: "make room",
@@ -50,7 +50,7 @@ def io_errors_of(path: Path) -> Iterator[None]:
 def describe_io_error(error: OSError) -> str:
     """Path and reason, in a line."""
     if error.errno is None:  # an exception of a library's that only counts as one of the system's
-        return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        return first_line(error)
     code = errno.errorcode.get(error.errno, str(error.errno))
     return f"{os.fsdecode(error.filename or 'a file')}: {error.strerror or os.strerror(error.errno)} ({code})"
 

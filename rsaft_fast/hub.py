@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, describe_error, first_line
 
 Answer = TypeVar("Answer")
 
@@ -68,7 +68,7 @@ def _reason(error: Exception, repository: str) -> str:
             "private, log in with hf auth login"
         )
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        return f"is a repository of the hub without a file that is needed ({_line(error)}); check the name"
+        return f"is a repository of the hub without a file that is needed ({first_line(error)}); check the name"
     if offline or (isinstance(error, errors.LocalEntryNotFoundError) and not error.__cause__):
         return (
             "is neither a folder here nor (whole) in the hub's cache, and the hub is not asked: HF_HUB_OFFLINE is set; "
@@ -78,15 +78,15 @@ def _reason(error: Exception, repository: str) -> str:
     if isinstance(answer, errors.HfHubHTTPError) and answer.response is not None:
         return (
             f"is not (whole) in the hub's cache, and the hub answered with HTTP {answer.response.status_code} "
-            f"({_line(answer)}); try again later, or give a local folder"
+            f"({first_line(answer)}); try again later, or give a local folder"
         )
     if isinstance(error, errors.LocalEntryNotFoundError) or _is_of_network(error):
         cause = error.__cause__ or error
         return (
             "is neither a folder here nor (whole) in the hub's cache, and the hub cannot be reached: offline? "
-            f"({type(cause).__name__}: {_line(cause)}); check the connection, or give a local folder"
+            f"({describe_error(cause)}); check the connection, or give a local folder"
         )
-    return f"could not be had from the hub ({type(error).__name__}: {_line(error)}); try again, or give a local folder"
+    return f"could not be had from the hub ({describe_error(error)}); try again, or give a local folder"
 
 
 def _cause(error: BaseException | None, kind: type[BaseException]) -> bool:
@@ -102,7 +102,3 @@ def _is_of_network(error: Exception) -> bool:
     """Errors of connections: Python's own, and those of the client's library, which has changed its name before."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"ConnectionError", "TimeoutError", "TransportError"})
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, describe_error, first_line
 from rsaft_fast.reading import open_regular, read_text
 
 LFS_POINTER = "version https://git-lfs"
@@ -55,7 +55,7 @@ def read_config(path: Path, what: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{what} {str(path)!r} is not JSON ({first_sentence(error)}); download it anew") from error
+        raise UserError(f"{what} {str(path)!r} is not JSON ({first_line(error)}); download it anew") from error
     if not isinstance(content, dict):
         raise UserError(f"{what} {str(path)!r} holds a {type(content).__name__}, not a JSON object; download it anew")
     for key, value in content.items():
@@ -193,7 +193,7 @@ def check_file(path: Path) -> None:
             pass
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"weight file {str(path)!r} is cut short or damaged ({first_sentence(error)}); download it anew"
+            f"weight file {str(path)!r} is cut short or damaged ({first_line(error)}); download it anew"
         ) from error
 
 
@@ -226,8 +226,8 @@ def load_model(
     except Exception as error:
         # JSON, safetensors, pickle, the config's own validation and shape checks each raise their own kinds.
         raise UserError(
-            f"{str(folder)!r} could not be loaded as a {model_class.__name__} ({type(error).__name__}: "
-            f"{first_sentence(error)}); its files are damaged or do not belong together: download them anew"
+            f"{str(folder)!r} could not be loaded as a {model_class.__name__} ("
+            f"{describe_error(error)}); its files are damaged or do not belong together: download them anew"
         ) from error
     missing, unknown, other = (
         sorted(map(str, info.get(kind) or ())) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -245,12 +245,3 @@ def load_model(
                 f"{names[0]} first; a {model_class.__name__} with drawn or dropped weights would be another model"
             )
     return model
-
-
-def first_sentence(error: Exception) -> str:
-    """An exception's first sentence: both libraries add advice about their own options."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    first = lines[0].partition(". If you want")[0]
-    if first.endswith(":") and len(lines) > 1:
-        first += " " + lines[1].strip()
-    return first if len(first) <= 200 else first[:200] + "..."

@@ -16,8 +16,7 @@ from rsaft_fast.backbones.registry import ADAPTERS
 from rsaft_fast.backbones.sd3 import SD3
 from rsaft_fast.backbones.sd15 import SD15
 from rsaft_fast.backbones.sdxl import SDXL
-from rsaft_fast.errors import UserError
-from rsaft_fast.pretrained import first_sentence
+from rsaft_fast.errors import UserError, describe_error
 from rsaft_fast.sampling.protocol import Backbone, Branch, Conditioning
 
 
@@ -62,7 +61,7 @@ def load_backbone(
     except Exception as error:
         # Every number in a stranger's configs can break what is computed from it, in its own way.
         raise UserError(
-            f"the pipeline at {path} could not be loaded ({type(error).__name__}: {first_sentence(error)}); its "
+            f"the pipeline at {path} could not be loaded ({describe_error(error)}); its "
             "configs are damaged or do not belong together: download it anew"
         ) from error
 

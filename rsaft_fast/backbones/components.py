@@ -10,8 +10,8 @@ import torch
 from transformers import CLIPTokenizer
 
 from rsaft_fast.backbones.folder import Part, PipelineFolder, is_text_encoder
-from rsaft_fast.errors import UserError
-from rsaft_fast.pretrained import Weights, first_sentence, load_model
+from rsaft_fast.errors import UserError, describe_error
+from rsaft_fast.pretrained import Weights, load_model
 
 
 def load_components(
@@ -65,8 +65,8 @@ def naming(part: Part) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(
-            f"{str(part.folder)!r} could not be loaded as a {part.made.__name__} ({type(error).__name__}: "
-            f"{first_sentence(error)}); its files are damaged: download them anew"
+            f"{str(part.folder)!r} could not be loaded as a {part.made.__name__} ("
+            f"{describe_error(error)}); its files are damaged: download them anew"
         ) from error
 
 

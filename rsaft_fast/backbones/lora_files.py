@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from rsaft_fast.backbones.pipeline import PipelineBackbone
-from rsaft_fast.errors import UserError
-from rsaft_fast.pretrained import Weights, check_weights, first_sentence
+from rsaft_fast.errors import UserError, describe_error, first_line
+from rsaft_fast.pretrained import Weights, check_weights
 
 ADAPTER = "file"
 STANDARD = "pytorch_lora_weights.safetensors"
@@ -35,7 +35,7 @@ def load_lora(backbone: PipelineBackbone, path: str | Path) -> list[str]:
     try:
         content = load_file(file)
     except Exception as error:
-        raise UserError(f"LoRA {str(file)!r} could not be read ({first_sentence(error)}); download it anew") from error
+        raise UserError(f"LoRA {str(file)!r} could not be read ({first_line(error)}); download it anew") from error
     _check_content(file, content)
     pipeline = backbone.pipeline
     options = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
@@ -50,8 +50,8 @@ def load_lora(backbone: PipelineBackbone, path: str | Path) -> list[str]:
         raise
     except Exception as error:
         raise UserError(
-            f"LoRA {str(file)!r} could not be loaded into this {type(pipeline).__name__} ({type(error).__name__}: "
-            f"{first_sentence(error)}); it is of another model: give one that was trained for this family"
+            f"LoRA {str(file)!r} could not be loaded into this {type(pipeline).__name__} ("
+            f"{describe_error(error)}); it is of another model: give one that was trained for this family"
         ) from error
     _check_attached(file, backbone, wanted)
     if not any(tensor.any() for name, tensor in content.items() if _is_output(name)):

@@ -12,14 +12,14 @@ import transformers
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, first_line
 from rsaft_fast.estimate.published import IMAGE_REWARD_TEXT, IMAGE_REWARD_VISION, published_reward
 from rsaft_fast.estimate.skeleton import LengthTokenizer, quiet
 from rsaft_fast.rewards.aesthetic import IMAGE_TOWER, AestheticReward
 from rsaft_fast.rewards.base import Reward, RewardSpec
 from rsaft_fast.rewards.clip import ClipReward, image_processor_config, preprocess_from_config
 from rsaft_fast.rewards.combine import Combination, Part
-from rsaft_fast.rewards.files import checkpoint_file, first_line, read_json
+from rsaft_fast.rewards.files import checkpoint_file, read_json
 from rsaft_fast.rewards.heads import AffineHead
 from rsaft_fast.rewards.image_reward import CONFIG, FILE, BlipScorer, ImageReward, text_config, vision_config
 from rsaft_fast.rewards.preprocess import Preprocess

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, printable
 
 INK, FAINT, PAPER = "#222222", "#5A5A5A", "#FFFFFF"
 # Okabe and Ito's colours, told apart by every kind of colour vision; the first stands for what a run is compared with.
@@ -158,16 +158,16 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
-def printable(text: str) -> str:
+def one_line(text: str) -> str:
     """`text` on one line: control characters have no glyph, and a line break would start a line of its own."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return " ".join(printable(text, " ").split())
 
 
 def wrap(text: str, width: int, size: int, most_lines: int, bold: bool = False) -> list[str]:
     """`text` in at most `most_lines` (at least one) lines of `width` pixels, with an ellipsis where it is cut."""
     face = font(size, bold)
     lines: list[str] = []
-    rest = printable(text)
+    rest = one_line(text)
     while rest and len(lines) < max(most_lines, 1):
         fits = _fitting(rest, width, face)
         broken = textwrap.wrap(rest, fits, break_on_hyphens=False, max_lines=None) or [rest]

@@ -17,10 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, describe_error, first_line
 from rsaft_fast.reading import read_text
 from rsaft_fast.rewards.base import RewardSpec
-from rsaft_fast.rewards.files import first_line
 
 Scaling = Literal["std", "iqr"]
 
@@ -109,9 +108,7 @@ def read_calibration(path: str | Path) -> list[Calibration]:
     try:
         return [_entry(entry) for entry in content["rewards"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"calibration {str(path)!r} is damaged ({type(error).__name__}: {first_line(error)}); write it anew"
-        ) from error
+        raise UserError(f"calibration {str(path)!r} is damaged ({describe_error(error)}); write it anew") from error
 
 
 def _entry(content: Mapping[str, Any]) -> Calibration:

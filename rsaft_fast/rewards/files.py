@@ -128,8 +128,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise UserError(f"{str(path.parent)!r} holds no {path.name}; give a folder saved by save_pretrained")
     return read_config(path, "reward's config")
-
-
-def first_line(error: Exception) -> str:
-    """An exception's first line, for a one-line message."""
-    return str(error).strip().split("\n", 1)[0]

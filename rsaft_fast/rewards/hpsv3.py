@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from transformers import Qwen2VLConfig
 
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, first_line
 from rsaft_fast.memory.checkpointing import checkpoint_calls
 from rsaft_fast.rewards.base import RewardSpec, TowerReward, check_prompts, score_dtype
-from rsaft_fast.rewards.files import checkpoint_file, first_line, read_json, sha256_of
+from rsaft_fast.rewards.files import checkpoint_file, read_json, sha256_of
 from rsaft_fast.rewards.hpsv3_text import Conversation, is_published, qwen_tokenizer, read_instruction
 from rsaft_fast.rewards.preprocess import Clamp, without_autocast
 from rsaft_fast.rewards.qwen2_vl import PIXELS, QWEN2_VL_7B, Qwen2VLFeatures, SmartResize, to_transformers

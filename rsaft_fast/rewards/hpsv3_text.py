@@ -12,8 +12,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rsaft_fast.errors import UserError
-from rsaft_fast.rewards.files import first_line, read_json, tokenizer_folder
+from rsaft_fast.errors import UserError, describe_error
+from rsaft_fast.rewards.files import read_json, tokenizer_folder
 
 REWARD_TOKEN, IMAGE_TOKEN, PROMPT = "<|Reward|>", "<|image_pad|>", "{text_prompt}"
 # Of hpsv3 1.0.0: its file, the two constants whose concatenation is the instruction, and that text's SHA-256.
@@ -64,7 +64,7 @@ def _read(path: str | Path | None) -> str:
         return text if file.suffix == ".txt" else _constants(text)
     except (zipfile.BadZipFile, KeyError, ValueError, SyntaxError, OSError) as error:
         raise UserError(
-            f"{str(path)!r} does not hold HPSv3's instruction ({type(error).__name__}: {first_line(error)}); {_MEND}"
+            f"{str(path)!r} does not hold HPSv3's instruction ({describe_error(error)}); {_MEND}"
         ) from error
 
 
@@ -101,9 +101,7 @@ def qwen_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise UserError(
-            f"{str(path)!r} has no usable tokenizer ({type(error).__name__}: {first_line(error)}); download it anew"
-        ) from error
+        raise UserError(f"{str(path)!r} has no usable tokenizer ({describe_error(error)}); download it anew") from error
     if tokenizer.chat_template is None and (folder / "chat_template.json").is_file():
         tokenizer.chat_template = read_json(folder / "chat_template.json").get("chat_template")
     if tokenizer.chat_template is None:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, describe_error, first_line
 from rsaft_fast.rewards.base import PictureReward, RewardSpec
-from rsaft_fast.rewards.files import first_line, sha256_of
+from rsaft_fast.rewards.files import sha256_of
 
 if TYPE_CHECKING:
     from rapidocr import RapidOCR
@@ -130,9 +130,7 @@ def load_ocr(
         engine = rapidocr.RapidOCR(params=parameters)
     except Exception as error:
         # onnxruntime and rapidocr raise their own kinds.
-        raise UserError(
-            f"the OCR models in {str(folder)!r} do not load ({type(error).__name__}: {first_line(error)}); {_MEND}"
-        ) from error
+        raise UserError(f"the OCR models in {str(folder)!r} do not load ({describe_error(error)}); {_MEND}") from error
     facts = {part: model.name for part, model in models.items()}
     facts |= {"rapidocr": version("rapidocr"), "substring": substring, "repeat_penalty": repeat_penalty}
     spec = RewardSpec("ocr", str(path), sha256_of(list(models.values())), facts, "Apache-2.0")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, BertTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
 
-from rsaft_fast.errors import UserError
-from rsaft_fast.rewards.files import first_line, tokenizer_folder
+from rsaft_fast.errors import UserError, describe_error, first_line
+from rsaft_fast.rewards.files import tokenizer_folder
 
 BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
 # Ten times what is published; a few packed kilobytes could hold gigabytes.
@@ -55,7 +55,7 @@ def clip_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(place, local_files_only=True)
     except Exception as error:
         raise UserError(
-            f"{str(path)!r} has no usable tokenizer ({type(error).__name__}: {first_line(error)}); "
+            f"{str(path)!r} has no usable tokenizer ({describe_error(error)}); "
             "save it beside the model with tokenizer.save_pretrained"
         ) from error
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, describe_error
 from rsaft_fast.pretrained import read_config
-from rsaft_fast.rewards.files import first_line, weight_files, weights_of
+from rsaft_fast.rewards.files import weight_files, weights_of
 
 State = dict[str, torch.Tensor]
 
@@ -76,8 +76,7 @@ def _read(file: Path) -> Mapping[str, Any]:
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{str(file)!r} cannot be read ({type(error).__name__}: {first_line(error)}); it is cut short or damaged: "
-            "download it anew"
+            f"{str(file)!r} cannot be read ({describe_error(error)}); it is cut short or damaged: download it anew"
         ) from error
     if not isinstance(content, Mapping):
         raise UserError(f"{str(file)!r} holds a {type(content).__name__}, not a state dict; give the weights alone")
@@ -136,7 +135,7 @@ def load_pretrained(folder: Path, model_class: type[PreTrainedModel]) -> PreTrai
     except Exception as error:
         # safetensors, pickle, config validation and shape checks each raise their own kinds.
         raise UserError(
-            f"{str(folder)!r} does not load as a {model_class.__name__} ({type(error).__name__}: {first_line(error)}); "
+            f"{str(folder)!r} does not load as a {model_class.__name__} ({describe_error(error)}); "
             "save or download the checkpoint anew"
         ) from error
     if missing := sorted(info["missing_keys"]):

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rsaft_fast.algorithms.copies import MEAN
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, describe_error
 from rsaft_fast.files import (
     describe_io_error,
     io_errors_of,
@@ -135,7 +135,7 @@ def read(folder: Path, verify: bool = True) -> Checkpoint:
     except OSError as error:
         reason = describe_io_error(error)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        reason = describe_error(error)
     raise UserError(f"the checkpoint {folder} cannot be used: it does not hold what a checkpoint holds ({reason})")
 
 

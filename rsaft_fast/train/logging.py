@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, describe_error
 from rsaft_fast.figures.grids import save_png
 from rsaft_fast.files import describe_io_error, io_errors_of, write_atomically
 from rsaft_fast.train.background import BackgroundWriter
@@ -148,7 +148,7 @@ class RunLog:
                 self._board = None  # its own thread has ended, too
             if what not in self._failed:
                 self._failed.add(what)
-                reason = describe_io_error(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+                reason = describe_io_error(error) if isinstance(error, OSError) else describe_error(error)
                 self._say(f"warning: {what} cannot be written ({reason}); training goes on without")
 
     def __enter__(self) -> RunLog:
