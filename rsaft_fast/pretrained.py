@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,21 @@ def check_file(path: Path) -> None:
         ) from error
 
 
+@contextmanager
+def library_errors(what: str, mend: str) -> Iterator[None]:
+    """Turn whatever a library raises at a stranger's files into a `UserError` of one line: what, why and the mend.
+
+    JSON, safetensors, pickle, validation of configs and checks of shapes each raise their own kinds. A `UserError`, and
+    a device's memory that ran out, stay as they are.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{what} ({describe_error(error)}); {mend}") from error
+
+
 def load_model(
     model_class: type,
     folder: Path,
@@ -217,18 +233,13 @@ def load_model(
     if weights is not None:
         check_weights(folder, weights)
         options |= weights.options
-    try:
+    with library_errors(
+        f"{str(folder)!r} could not be loaded as a {model_class.__name__}",
+        "its files are damaged or do not belong together: download them anew",
+    ):
         model, info = model_class.from_pretrained(
             str(folder), local_files_only=True, output_loading_info=True, **options
         )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        # JSON, safetensors, pickle, the config's own validation and shape checks each raise their own kinds.
-        raise UserError(
-            f"{str(folder)!r} could not be loaded as a {model_class.__name__} ("
-            f"{describe_error(error)}); its files are damaged or do not belong together: download them anew"
-        ) from error
     missing, unknown, other = (
         sorted(map(str, info.get(kind) or ())) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
     )

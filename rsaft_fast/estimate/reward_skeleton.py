@@ -12,9 +12,10 @@ import transformers
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 
-from rsaft_fast.errors import UserError, first_line
+from rsaft_fast.errors import UserError
 from rsaft_fast.estimate.published import IMAGE_REWARD_TEXT, IMAGE_REWARD_VISION, published_reward
 from rsaft_fast.estimate.skeleton import LengthTokenizer, quiet
+from rsaft_fast.pretrained import library_errors
 from rsaft_fast.rewards.aesthetic import IMAGE_TOWER, AestheticReward
 from rsaft_fast.rewards.base import Reward, RewardSpec
 from rsaft_fast.rewards.clip import ClipReward, image_processor_config, preprocess_from_config
@@ -126,12 +127,10 @@ def _local_file(path: str, name: str) -> Path | None:
 
 def _shapes(file: Path) -> dict[str, torch.Tensor]:
     """A checkpoint's tensors on the meta device; of the weights nothing is read."""
-    try:
+    with library_errors(f"{str(file)!r} cannot be read", "download it anew"):
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as content:
                 return {
                     name: torch.empty(content.get_slice(name).get_shape(), device="meta") for name in content.keys()
                 }
         return torch.load(file, map_location="meta", weights_only=True, mmap=True)
-    except Exception as error:  # zip, pickle and safetensors each raise their own kinds
-        raise UserError(f"{str(file)!r} cannot be read ({first_line(error)}); download it anew") from error

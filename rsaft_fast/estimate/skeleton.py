@@ -16,9 +16,9 @@ from huggingface_hub import try_to_load_from_cache
 
 from rsaft_fast.backbones import ADAPTERS, PipelineBackbone, Quantization, adapter_for
 from rsaft_fast.backbones.folder import read_index
-from rsaft_fast.errors import UserError, describe_error
+from rsaft_fast.errors import UserError
 from rsaft_fast.estimate.published import KNOWN, Parts, published_pipeline
-from rsaft_fast.pretrained import read_config
+from rsaft_fast.pretrained import library_errors, read_config
 
 
 class LengthTokenizer:
@@ -61,13 +61,11 @@ def skeleton_backbone(
     with quiet(), torch.device("meta"):
         for part, (library, kind, config) in parts.items():
             if part not in options and part in components:
-                try:
+                with library_errors(
+                    f"{path}: no {kind} can be made of {part}'s config",
+                    "it is damaged or of another class: download it anew",
+                ):
                     components[part] = _component(part, library, kind, config, dtype)
-                except Exception as error:  # each library's own kinds, for a config that can be damaged in any way
-                    raise UserError(
-                        f"{path}: no {kind} can be made of {part}'s config ("
-                        f"{describe_error(error)}); it is damaged or of another class: download it anew"
-                    ) from error
         pipeline = adapter.pipeline_class(**components)
     backbone = adapter(
         pipeline,

@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rsaft_fast.errors import UserError, describe_error
+from rsaft_fast.pretrained import library_errors
 from rsaft_fast.rewards.files import read_json, tokenizer_folder
 
 REWARD_TOKEN, IMAGE_TOKEN, PROMPT = "<|Reward|>", "<|image_pad|>", "{text_prompt}"
@@ -98,10 +99,8 @@ def qwen_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     folder = tokenizer_folder(path)
     if not folder.is_dir() or not any((folder / name).is_file() for name in _FILES):
         raise UserError(f"{str(path)!r} is no folder with a {' or '.join(_FILES)}; give that of Qwen2-VL-7B-Instruct")
-    try:
+    with library_errors(f"{str(path)!r} has no usable tokenizer", "download it anew"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise UserError(f"{str(path)!r} has no usable tokenizer ({describe_error(error)}); download it anew") from error
     if tokenizer.chat_template is None and (folder / "chat_template.json").is_file():
         tokenizer.chat_template = read_json(folder / "chat_template.json").get("chat_template")
     if tokenizer.chat_template is None:

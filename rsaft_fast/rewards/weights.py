@@ -6,7 +6,6 @@ Pickles are read with `weights_only=True`: one that holds code is refused before
 from __future__ import annotations
 
 import pickle
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rsaft_fast.errors import UserError, describe_error
-from rsaft_fast.pretrained import read_config
-from rsaft_fast.rewards.files import weight_files, weights_of
+from rsaft_fast.pretrained import load_model, read_config
+from rsaft_fast.rewards.files import weights_of
 
 State = dict[str, torch.Tensor]
 
 # Wrappers of training code (DistributedDataParallel, a Lightning module) around every key.
 _PREFIXES = ("module.", "model.")
-_LAYER = re.compile(r"\b(layers?|blocks?|stages?)\.\d+\.(?!.*position_ids$)")
+# Heads of other tasks may stay unread, but a layer that the config leaves out makes another model of this one.
+_UNREAD = r"^(?!.*\b(layers?|blocks?|stages?)\.\d+\.(?!.*position_ids$))"
 _ZIP, _PICKLE, _LFS_POINTER = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
 
 
@@ -119,37 +119,10 @@ def load_pretrained(folder: Path, model_class: type[PreTrainedModel]) -> PreTrai
     """A transformers model from its folder, in the dtype that it is stored in.
 
     Raises:
-        UserError: it does not load, or a weight is missing.
+        UserError: see `load_model`.
     """
     read_config(folder / "config.json", "reward's config")
-    weight_files(folder)
-    try:
-        model, info = model_class.from_pretrained(
-            folder,
-            dtype="auto",
-            local_files_only=True,
-            output_loading_info=True,
-            weights_only=True,
-            **weights_of(folder).options,
-        )
-    except Exception as error:
-        # safetensors, pickle, config validation and shape checks each raise their own kinds.
-        raise UserError(
-            f"{str(folder)!r} does not load as a {model_class.__name__} ({describe_error(error)}); "
-            "save or download the checkpoint anew"
-        ) from error
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"{str(folder)!r} lacks {len(missing)} weights of its {model_class.__name__}, first {missing[0]!r}; "
-            "its output would be random: save or download the checkpoint anew"
-        )
-    # Heads of other tasks may stay unread, but a layer that the config leaves out makes another model of this one.
-    dropped = sorted(name for name in info["unexpected_keys"] if _LAYER.search(name))
-    if dropped := dropped or sorted(map(str, info.get("mismatched_keys") or ())):
-        raise UserError(
-            f"{str(folder)!r}: config.json does not match the weights of its {model_class.__name__}: it has no place "
-            f"for {len(dropped)} of them, first {dropped[0]!r}; download the checkpoint anew"
-        )
+    model = load_model(model_class, folder, weights_of(folder), _UNREAD, dtype="auto", weights_only=True)
     align(model)
     return model
 
