@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from rsaft_fast.errors import UserError, describe_error, first_line
+from rsaft_fast.files import refuse_io_errors
 from rsaft_fast.reading import open_regular, read_text
 
 LFS_POINTER = "version https://git-lfs"
@@ -178,11 +179,8 @@ def _shards(index: Path) -> list[str]:
 
 def check_file(path: Path) -> None:
     """Look at one weight file without reading it; errors as `check_weights`."""
-    with open_regular(path, "weight file") as stream:
-        try:
-            start = stream.read(len(LFS_POINTER))
-        except OSError as error:
-            raise UserError(f"weight file {str(path)!r} cannot be read ({error.strerror}); check the disk") from error
+    with refuse_io_errors(f"weight file {str(path)!r}", "read"), open_regular(path, "weight file") as stream:
+        start = stream.read(len(LFS_POINTER))
     if not start:
         raise UserError(f"weight file {str(path)!r} is empty; download it anew")
     if start == LFS_POINTER.encode():

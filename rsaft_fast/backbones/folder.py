@@ -21,6 +21,7 @@ from diffusers import SchedulerMixin
 from rsaft_fast import hub
 from rsaft_fast.backbones.configs import check_keys
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import refuse_io_errors
 from rsaft_fast.pretrained import DIFFUSERS, TRANSFORMERS, Weights, choose_weights, read_config
 from rsaft_fast.reading import open_regular
 
@@ -305,7 +306,5 @@ def _check_tokenizer(path: str | Path, part: Part, present: Sequence[str]) -> No
 
 
 def _names(folder: Path) -> list[str]:
-    try:
+    with refuse_io_errors(repr(str(folder)), "read", "give the folder of a model"):
         return sorted(os.listdir(folder))
-    except OSError as error:
-        raise UserError(f"{str(folder)!r} cannot be read ({error.strerror}); a model's folder is expected") from error

@@ -28,7 +28,7 @@ from rsaft_fast.data.prompt_sets import prompt_notes
 from rsaft_fast.data.prompts import load_prompts
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.comparison import difference, difference_table, pair_up
-from rsaft_fast.files import check_writable, replace_file
+from rsaft_fast.files import check_writable, refuse_io_errors, replace_file
 from rsaft_fast.out_of_memory import is_out_of_memory
 from rsaft_fast.recipe.check import check_device, pick_device
 from rsaft_fast.rewards import Combination, Reward, RewardSettings, load_reward
@@ -123,10 +123,8 @@ class Files:
             if place in taken:
                 raise UserError(f"{option} {path} is what {taken[place]} writes already; give another name")
             taken[place] = f"{option} ({path.name})"
-            try:
+            with refuse_io_errors(f"{option} {path}", or_else="give another name"):
                 check_writable(path.parent, option)
-            except OSError as error:
-                raise UserError(f"{option} {path} cannot be written ({error.strerror}); give another name") from error
             # Where scores wait, what belongs to the table is of a call that broke; the table itself is written last.
             left = path == journal or path != table and os.path.lexists(journal)
             if not left:
@@ -347,9 +345,7 @@ def _write(files: Files, pictures: Sequence[Picture], prompts: Sequence[str], sc
         contents[files.calibration] = calibration_text(scored.calibrations)
     contents[files.output] = table.getvalue()
     for path, content in contents.items():
-        try:
+        with refuse_io_errors(str(path)):
             path.parent.mkdir(parents=True, exist_ok=True)
             # Names of files need not be text.
             replace_file(path, content.encode("utf-8", "backslashreplace"))
-        except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror}); make room or make it writable") from error

@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import refuse_io_errors
 from rsaft_fast.reading import open_regular
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -155,10 +156,8 @@ def picture_files(folder: Path) -> tuple[list[Path], str]:
     Raises:
         UserError: the folder cannot be read.
     """
-    try:
+    with refuse_io_errors(f"folder {str(folder)!r}", "read"):
         entries = sorted(folder.iterdir(), key=lambda path: natural_key(path.name))
-    except OSError as error:
-        raise UserError(f"folder {str(folder)!r} cannot be read ({error.strerror}); check its permissions") from error
     taken = [p for p in entries if p.suffix.lower() in ENDINGS and not p.name.startswith(".") and not p.is_dir()]
     return taken, passed_over(folder, taken)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from rsaft_fast.errors import UserError, printable
+from rsaft_fast.files import replacing
 
 INK, FAINT, PAPER = "#222222", "#5A5A5A", "#FFFFFF"
 # Okabe and Ito's colours, told apart by every kind of colour vision; the first stands for what a run is compared with.
@@ -109,18 +109,11 @@ def save_grid(
 
 
 def save_png(image: Image.Image, path: str | Path) -> Path:
-    """Write a PNG to a temporary file beside `path`, then put it in place."""
+    """Write a PNG, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            image.save(stream, format="PNG")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, alone=True) as temporary, temporary.open("wb") as stream:
+        image.save(stream, format="PNG")
     return path
 
 

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from transformers import Mask2FormerConfig, Mask2FormerModel
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import sha256_of
 from rsaft_fast.pretrained import library_errors
 from rsaft_fast.rewards.clip import image_processor_config
-from rsaft_fast.rewards.files import checkpoint_folder, read_json, sha256_of, weight_files
+from rsaft_fast.rewards.files import checkpoint_folder, read_json, weight_files
 from rsaft_fast.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, without_autocast
 from rsaft_fast.rewards.weights import State, fill, read_state
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,11 +95,6 @@ def weight_files(folder: Path) -> list[Path]:
     return check_weights(folder, weights_of(folder))
 
 
-def sha256_of(files: Sequence[Path]) -> str:
-    """SHA-256 of the files' bytes, one after the other."""
-    return digests_of(files, "sha256")["sha256"]
-
-
 def conversion_of(file: Path) -> dict[str, str]:
     """What `rsaft-fast convert` wrote into a file's header about the pickle that it was; nothing for another file."""
     try:
@@ -110,17 +103,6 @@ def conversion_of(file: Path) -> dict[str, str]:
     except (OSError, SafetensorError):
         return {}
     return header if "source_sha256" in header else {}
-
-
-def digests_of(files: Sequence[Path], *algorithms: str) -> dict[str, str]:
-    """Hashes of the files' bytes, one after the other, read once."""
-    digests = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                for digest in digests.values():
-                    digest.update(block)
-    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from torch import nn
 from transformers import Qwen2VLConfig
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import sha256_of
 from rsaft_fast.memory.checkpointing import checkpoint_calls
 from rsaft_fast.pretrained import library_errors
 from rsaft_fast.rewards.base import RewardSpec, TowerReward, check_prompts, score_dtype
-from rsaft_fast.rewards.files import checkpoint_file, read_json, sha256_of
+from rsaft_fast.rewards.files import checkpoint_file, read_json
 from rsaft_fast.rewards.hpsv3_text import Conversation, is_published, qwen_tokenizer, read_instruction
 from rsaft_fast.rewards.preprocess import Clamp, without_autocast
 from rsaft_fast.rewards.qwen2_vl import PIXELS, QWEN2_VL_7B, Qwen2VLFeatures, SmartResize, to_transformers

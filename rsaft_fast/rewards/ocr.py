@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from rsaft_fast.errors import UserError, first_line
+from rsaft_fast.files import sha256_of
 from rsaft_fast.pretrained import library_errors
 from rsaft_fast.rewards.base import PictureReward, RewardSpec
-from rsaft_fast.rewards.files import sha256_of
 
 if TYPE_CHECKING:
     from rapidocr import RapidOCR

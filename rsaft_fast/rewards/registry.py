@@ -15,6 +15,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import sha256_of
 from rsaft_fast.paths import user_place
 from rsaft_fast.pretrained import library_errors
 from rsaft_fast.rewards.aesthetic import load_aesthetic
@@ -22,7 +23,6 @@ from rsaft_fast.rewards.base import Reward
 from rsaft_fast.rewards.calibration import Scaling, find, read_calibration
 from rsaft_fast.rewards.clip import ClipReward, Scale, with_clipscore_prefix
 from rsaft_fast.rewards.combine import Combination, How, Part
-from rsaft_fast.rewards.files import sha256_of
 from rsaft_fast.rewards.hps import Resize, load_hps
 from rsaft_fast.rewards.image_reward import load_image_reward
 from rsaft_fast.rewards.preprocess import Clamp
