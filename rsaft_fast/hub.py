@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,19 @@ _ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
 def is_hub_id(name: str | Path) -> bool:
     """Whether a name has the form owner/name."""
     return _ID.fullmatch(str(name)) is not None
+
+
+def is_on_hub(name: str | Path) -> bool:
+    """Whether a name means a repository of the hub: it has the form of an id, and nothing of that name is here."""
+    return not os.path.exists(name) and is_hub_id(name)
+
+
+def cached_file(repository: str, name: str) -> Path | None:
+    """A file of a repository as the hub's cache holds it here, or None; the hub is not asked."""
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(repository, name)
+    return Path(found) if isinstance(found, str) else None
 
 
 def snapshot(what: str, repository: str, patterns: Sequence[str], revision: str | None = None) -> Path:

@@ -80,7 +80,7 @@ class PipelineFolder:
 
     def weights(self, names: Sequence[str]) -> dict[str, Weights]:
         """The weight files of these parts; of a hub id they are downloaded."""
-        listed = _hub_files(self.path, self.folder) if _is_on_hub(self.path) else None
+        listed = _hub_files(self.path, self.folder) if hub.is_on_hub(self.path) else None
         chosen = {}
         for name in names:
             part = self.parts[name]
@@ -109,7 +109,7 @@ def find_folder(path: str | Path) -> Path:
     Raises:
         UserError: neither, a single file, or a hub that does not give it.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     try:
         if folder.is_dir():
             return folder
@@ -141,10 +141,6 @@ def _hub_files(repository: str, folder: Path) -> tuple[str, ...]:
     except UserError:
         files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     return tuple(files)
-
-
-def _is_on_hub(path: str) -> bool:
-    return not os.path.exists(Path(path).expanduser()) and hub.is_hub_id(path)
 
 
 def _below(files: Sequence[str], folder: str) -> list[str]:

@@ -71,7 +71,7 @@ def find_lora(path: str | Path) -> Path:
     Raises:
         UserError: nothing there, another format, or several files of which none has diffusers' name.
     """
-    place = Path(path).expanduser()
+    place = Path(path)
     if os.path.isdir(place):
         files = sorted(place.glob("*.safetensors"))
         if os.path.isfile(place / STANDARD):

@@ -105,14 +105,14 @@ class Files:
         Raises:
             UserError: two of them are the same file, or one is there already, or cannot be.
         """
-        table = Path(os.path.expanduser(output))
+        table = Path(output)
         if table.name in ("", ".."):
             raise UserError(f"--output {output!r} is no name of a file; give one that ends in .csv")
         if table.suffix.lower() == ".json":
             raise UserError(f"--output {output} would be a table in a .json; give a name that ends in .csv")
         spec = table.with_name((table.stem if table.suffix.lower() == ".csv" else table.name) + ".json")
         journal = table.with_name(table.name + ".partial")
-        scales = Path(os.path.expanduser(calibration)) if calibration else None
+        scales = Path(calibration) if calibration else None
         files = cls(table, spec, journal, scales)
         taken: dict[str, str] = {}
         for option, path in (("--output", table), ("--output", spec), ("--output", journal), ("--calibration", scales)):

@@ -117,7 +117,7 @@ def open_cache(setting: str | None, say: Callable[[str], None]) -> EncodingCache
     if setting is None:
         return None
     try:
-        folder = default_folder() if setting == AUTO else Path(setting).expanduser()
+        folder = default_folder() if setting == AUTO else Path(setting)
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError("you may not write to it")

@@ -66,7 +66,7 @@ def set_files(name: str, path: str = "") -> list[Path]:
     wanted = SETS[name]
     if not path:
         return _found(name, _fetch(name, wanted), wanted)
-    place = Path(path).expanduser()
+    place = Path(path)
     if os.path.isfile(place):
         return [place]
     if not os.path.isdir(place):

@@ -56,7 +56,7 @@ def load_prompts(source: str | Path, column: str | None = None, held_out: bool =
         return _from_file(Path(str(resources.files("rsaft_fast.recipes") / f"{STARTER}.txt")), column, STARTER)
     if (named := named_set(str(source))) is not None:
         return [prompt for file in set_files(*named) for prompt in _from_file(file, column, str(file))]
-    return _from_file(Path(os.path.expanduser(source)), column, str(source))
+    return _from_file(Path(source), column, str(source))
 
 
 def _nearest_set(source: str) -> str:

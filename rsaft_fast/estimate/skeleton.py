@@ -12,12 +12,12 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
 
 from rsaft_fast.backbones import ADAPTERS, PipelineBackbone, Quantization, adapter_for
-from rsaft_fast.backbones.folder import read_index
+from rsaft_fast.backbones.folder import INDEX, read_index
 from rsaft_fast.errors import UserError
 from rsaft_fast.estimate.published import KNOWN, Parts, published_pipeline
+from rsaft_fast.hub import cached_file
 from rsaft_fast.pretrained import library_errors, read_config
 
 
@@ -103,11 +103,10 @@ def _pipeline_parts(path: str) -> tuple[str, Parts, list[str]]:
         from rsaft_fast.playground import pipeline_path
 
         path = str(pipeline_path())
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not os.path.exists(folder):
-        cached = try_to_load_from_cache(path, "model_index.json")
-        if isinstance(cached, str):
-            folder = Path(cached).parent
+        cached = cached_file(path, INDEX)
+        folder = cached.parent if cached is not None else folder
     if os.path.exists(folder):
         return adapter_for(folder, text=False).pipeline_class.__name__, _parts_of_folder(folder), []
     found = published_pipeline(path)

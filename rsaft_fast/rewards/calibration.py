@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,7 +97,7 @@ def read_calibration(path: str | Path) -> list[Calibration]:
     """
     mend = "write one with rsaft-fast score PICTURES --reward ... --calibration FILE"
     try:
-        content = json.loads(read_text(os.path.expanduser(path), "calibration", _MAX_BYTES))
+        content = json.loads(read_text(path, "calibration", _MAX_BYTES))
     except UserError as error:
         raise UserError(f"{error}, or {mend}") from error
     except (ValueError, RecursionError) as error:

@@ -96,7 +96,7 @@ def convert(source: str | Path, folder: str | Path, reward: str, force: bool = F
         UserError: another model's weights, a pickle with more than tensors in it, safetensors already, a file that
             would be overwritten, or a disk that is full.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(folder)
     if os.path.isfile(folder):
         raise UserError(f"{str(folder)!r} is a file; give the folder to write into")
     if reward in LAYOUTS:
@@ -154,8 +154,7 @@ def _of_layout(source: str | Path, reward: str) -> tuple[list[Path], list[Path],
 
 
 def _container(source: str | Path) -> str | Path:
-    path = Path(source).expanduser()
-    return path.parent if os.path.isfile(path) else source
+    return Path(source).parent if os.path.isfile(source) else source
 
 
 def _of_folder(source: str | Path) -> tuple[list[Path], list[Path], str]:

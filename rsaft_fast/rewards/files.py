@@ -22,7 +22,7 @@ def checkpoint_folder(path: str | Path) -> Path:
     Raises:
         UserError: a file, neither a folder nor a hub id, or a hub that cannot be reached.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if str(path) and os.path.isdir(folder):
         return folder
     if os.path.isfile(folder):
@@ -38,7 +38,7 @@ def checkpoint_file(path: str | Path, name: str) -> Path:
     Raises:
         UserError: nothing there, a folder without the file, or a hub that cannot be reached.
     """
-    place = Path(path).expanduser()
+    place = Path(path)
     if str(path) and os.path.isfile(place):
         return place
     if str(path) and os.path.isdir(place):
@@ -58,7 +58,7 @@ def tokenizer_folder(path: str | Path) -> Path:
     Raises:
         UserError: nothing there, or a hub that cannot be reached.
     """
-    place = Path(path).expanduser()
+    place = Path(path)
     if str(path) and os.path.exists(place):
         return place
     if not hub.is_hub_id(path):

@@ -74,7 +74,7 @@ def load_hps(
             with more than tensors in it.
     """
     fixed_text("")  # ftfy is needed at the first prompt: better to hear of it before gigabytes are read
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if str(path) and os.path.isfile(folder / "config.json"):
         model, files = load_clip_model(folder, str(path), "gelu"), weight_files(folder)
     else:

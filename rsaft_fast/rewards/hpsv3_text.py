@@ -51,7 +51,7 @@ def is_published(instruction: str) -> bool:
 def _read(path: str | Path | None) -> str:
     if path is None:
         path = _installed()
-    file = Path(path).expanduser()
+    file = Path(path)
     if not file.is_file():
         raise UserError(f"there is no instruction {str(path)!r}; {_MEND}")
     try:

@@ -148,7 +148,7 @@ def load_image_reward(
     """
     file = checkpoint_file(path, FILE)
     beside = file.parent / CONFIG
-    config = read_json(beside if os.path.exists(Path(path).expanduser()) else checkpoint_file(path, CONFIG))
+    config = read_json(beside if os.path.exists(path) else checkpoint_file(path, CONFIG))
     model, head = _build(read_state(file), config, repr(str(file)))
     if tokenizer is None:
         tokenizer = file.parent if os.path.isfile(file.parent / "vocab.txt") else TOKENIZER

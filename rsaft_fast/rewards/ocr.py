@@ -115,7 +115,7 @@ def load_ocr(
         import rapidocr
     except ImportError as error:
         raise UserError(f"the OCR reward needs {error.name or first_line(error)}, which is missing; {_MEND}") from error
-    folder = Path(path).expanduser() if path else Path(rapidocr.__file__).parent / "models"
+    folder = Path(path) if path else Path(rapidocr.__file__).parent / "models"
     models = {part: _model(folder, part) for part in ("det", "rec")}
     parameters = {
         "Global.log_level": "error",

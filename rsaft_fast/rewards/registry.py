@@ -283,7 +283,7 @@ def _load_combination(
     entries = read_calibration(calibration) if calibration is not None else []
     facts = {}
     if calibration is not None:
-        digest = sha256_of([Path(calibration).expanduser()])
+        digest = sha256_of([Path(calibration)])
         facts = {"calibration": calibration, "calibration_sha256": digest, "calibrate": calibrate}
     loaded = []
     for part in parts:
