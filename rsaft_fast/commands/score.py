@@ -18,7 +18,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from rsaft_fast.commands.reward_options import parse_rewards
 from rsaft_fast.commands.score_journal import Journal, digest, identity_of
@@ -30,6 +29,7 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.comparison import difference, difference_table, pair_up
 from rsaft_fast.files import check_writable, refuse_io_errors, replace_file
 from rsaft_fast.out_of_memory import is_out_of_memory
+from rsaft_fast.progress import Counter
 from rsaft_fast.recipe.check import check_device, pick_device
 from rsaft_fast.rewards import Combination, Reward, RewardSettings, load_reward
 from rsaft_fast.rewards.base import TowerReward
@@ -227,10 +227,7 @@ def _column(
     label: str,
 ) -> list[float]:
     done = len(journal.scores(column))
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    with tqdm(
-        desc=f"scoring with {label}", total=len(files), initial=done, unit="picture", delay=3, mininterval=interval
-    ) as bar:
+    with Counter(f"scoring with {label}", len(files), "picture", done) as counter:
         for first in range(done, len(files), batch_size):
             part = slice(first, first + batch_size)
             try:
@@ -250,7 +247,7 @@ def _column(
                         "dtype=float32"
                     )
             journal.add(column, scores)
-            bar.update(len(scores))
+            counter.add(len(scores))
     return journal.scores(column)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +13,10 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.files import refuse_io_errors
+from rsaft_fast.progress import watched
 from rsaft_fast.reading import open_regular
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -128,17 +127,11 @@ def check_pictures(files: Iterable[Path]) -> None:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as executor:
         checked = executor.map(lambda file: open_rgb(file).size, different)
         try:
-            for _ in progress(checked, "reading pictures", len(different)):
+            for _ in watched(checked, "reading pictures", len(different), "picture"):
                 pass
         except UserError:
             executor.shutdown(cancel_futures=True)
             raise
-
-
-def progress(items: Iterable, what: str, total: int) -> Iterable:
-    """A bar beside an iteration over pictures that takes longer than moments."""
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(items, desc=what, total=total, unit="picture", delay=3, mininterval=interval, leave=False)
 
 
 def natural_key(name: str) -> tuple:
