@@ -27,6 +27,7 @@ from rsaft_fast.data.prompt_sets import prompt_notes
 from rsaft_fast.data.prompts import load_prompts
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.comparison import difference, difference_table, pair_up
+from rsaft_fast.figures.tables import aligned
 from rsaft_fast.files import check_writable, refuse_io_errors, replace_file
 from rsaft_fast.out_of_memory import is_out_of_memory
 from rsaft_fast.progress import Counter
@@ -277,12 +278,7 @@ def score_table(groups: Sequence[str], scores: dict[str, list[float]]) -> str:
     for group in dict.fromkeys(groups):
         inside = [i for i, name in enumerate(groups) if name == group]
         rows.append([group, str(len(inside)), *(_spread([column[i] for i in inside]) for column in scores.values())])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-        for row in rows
-    ]
-    return "\n".join([*lines, f"(mean {_sign()} standard deviation over the n pictures)"])
+    return "\n".join([*aligned(rows), f"(mean {_sign()} standard deviation over the n pictures)"])
 
 
 def _spread(values: Sequence[float]) -> str:
