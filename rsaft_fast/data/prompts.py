@@ -15,6 +15,7 @@ from typing import Any
 
 from rsaft_fast.data.prompt_sets import SETS, named_set, set_files
 from rsaft_fast.errors import UserError
+from rsaft_fast.paths import require_text
 from rsaft_fast.reading import open_regular, read_text
 
 PLAYGROUND = "playground"
@@ -103,14 +104,9 @@ def checked_prompt(text: Any, where: str) -> str:
     if len(text) > MAX_CHARACTERS:
         raise UserError(f"{where}: the prompt has {len(text)} characters; the limit is {MAX_CHARACTERS}")
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        # Half a pair of UTF-16, from JSON's \\ud800 or from bytes on the command line that are not UTF-8.
-        raise UserError(
-            f"{where}: the prompt holds {text[error.start]!r}, which is half a character; write it as UTF-8"
-        ) from error
-    if "\0" in text:
-        raise UserError(f"{where}: the prompt holds a NUL character; take it out")
+        require_text(text)
+    except ValueError as error:
+        raise UserError(f"{where}: in the prompt, {error}") from error
     return text
 
 
