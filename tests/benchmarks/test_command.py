@@ -10,7 +10,7 @@ from rsaft_fast.cli import main
 
 def bench(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "rsaft_fast.cli", "bench", *arguments], capture_output=True, text=True, timeout=240
+        [sys.executable, "-m", "rsaft_fast", "bench", *arguments], capture_output=True, text=True, timeout=240
     )
 
 
