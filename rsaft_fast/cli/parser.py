@@ -78,8 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--height", type=_positive, metavar="PIXELS", help="default: the run's, else the pipeline's")
     sample.add_argument("--width", type=_positive, metavar="PIXELS", help="default: the run's, else the pipeline's")
     sample.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the run's, else fp32")
-    sample.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    sample.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="pictures at a time (default: 8)")
+    _add_device(sample)
+    _add_batch_size(sample)
     sample.add_argument("--output", type=_path, metavar="FOLDER", help="default: samples, or the next free one")
 
     score = add("score", "score pictures with reward models", texts.SCORE)
@@ -87,33 +87,21 @@ def build_parser() -> argparse.ArgumentParser:
         "pictures", nargs="+", type=_path, metavar="PICTURES", help="folders of pictures, or single files"
     )
     score.add_argument("--prompts", type=_place, metavar="FILE", help="a file or set, as sample's --prompts-file")
-    score.add_argument(
-        "--reward",
-        action="append",
-        required=True,
-        metavar="NAME=PATH[,key=value]",
-        help="once for each reward; or a recipe's file",
-    )
+    _add_reward(score)
     score.add_argument(
         "--calibration", type=_path, metavar="FILE", help="also write each reward's centre and width to this file"
     )
     score.add_argument(
         "--output", default="scores.csv", type=_path, metavar="FILE", help="new CSV (default: scores.csv)"
     )
-    score.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    score.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="pictures at a time (default: 8)")
+    _add_device(score)
+    _add_batch_size(score)
 
     serve = add("serve", "serve reward models to other processes, over HTTP", texts.SERVE)
-    serve.add_argument(
-        "--reward",
-        action="append",
-        required=True,
-        metavar="NAME=PATH[,key=value]",
-        help="once for each reward; or a recipe's file",
-    )
+    _add_reward(serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     serve.add_argument("--port", type=_natural, default=8765, metavar="N", help="0 takes a free one (default: 8765)")
-    serve.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    _add_device(serve)
     serve.add_argument(
         "--max-pictures", type=_positive, default=64, metavar="N", help="of a request and of a call (default: 64)"
     )
@@ -155,6 +143,24 @@ def build_parser() -> argparse.ArgumentParser:
     helper = add("help", "say what a command takes", "The same as COMMAND --help.\n")
     helper.add_argument("topic", nargs="?", metavar="COMMAND", help="default: the whole")
     return parser
+
+
+def _add_reward(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--reward",
+        action="append",
+        required=True,
+        metavar="NAME=PATH[,key=value]",
+        help="once for each reward; or a recipe's file",
+    )
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+
+
+def _add_batch_size(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="pictures at a time (default: 8)")
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
