@@ -50,6 +50,15 @@ def snapshot(what: str, repository: str, patterns: Sequence[str], revision: str 
     )
 
 
+def dataset_snapshot(what: str, repository: str, patterns: Sequence[str]) -> Path:
+    """`snapshot` of a data set."""
+    return reach(
+        what,
+        f"datasets/{repository}",
+        lambda hub: Path(hub.snapshot_download(repository, repo_type="dataset", allow_patterns=list(patterns))),
+    )
+
+
 def reach(what: str, repository: str, fetch: Callable[[Any], Answer]) -> Answer:
     """Call `fetch` with the `huggingface_hub` module; whatever its client raises becomes one line with the mend.
 
