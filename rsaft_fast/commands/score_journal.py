@@ -87,10 +87,7 @@ class Journal:
                     f"{path} is being written by another rsaft-fast score; give another --output"
                 ) from error
             except NoLocksError as error:
-                say(
-                    f"warning: the file system of {path} has no locks ({error.strerror}): nothing keeps a second "
-                    "rsaft-fast score from writing there"
-                )
+                say(error.warning(path))
                 return stream
             except OSError:
                 stream.close()

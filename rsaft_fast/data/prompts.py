@@ -17,12 +17,12 @@ from rsaft_fast.data.prompt_sets import SETS, named_set, set_files
 from rsaft_fast.errors import UserError
 from rsaft_fast.paths import require_text
 from rsaft_fast.reading import open_regular, read_text
+from rsaft_fast.settings import LONGEST_TEXT
 
 PLAYGROUND = "playground"
 STARTER = "starter"
 # Names of the prompt column in the public sets (PartiPrompts, GenEval, DrawBench, HPDv2), in order of preference.
 COLUMNS = ("prompt", "prompts", "text", "caption")
-MAX_CHARACTERS = 10_000
 MAX_FILE_BYTES = 256 * 2**20
 # Of a parquet file, whose bytes do not tell: a million equal rows take a few hundred.
 MAX_ROWS = 10_000_000
@@ -93,7 +93,7 @@ def checked_prompt(text: Any, where: str) -> str:
         where: that, for messages.
 
     Raises:
-        UserError: no string, an empty one, one of more than `MAX_CHARACTERS`, or with characters that no text has.
+        UserError: no string, an empty one, one of more than `LONGEST_TEXT`, or with characters that no text has.
     """
     if not isinstance(text, str):
         raise UserError(f"{where}: the prompt is a {type(text).__name__}; it must be a string")
@@ -101,8 +101,8 @@ def checked_prompt(text: Any, where: str) -> str:
     text = text.strip().strip("\ufeff").strip()
     if not text:
         raise UserError(f"{where}: the prompt is empty; fill it in or remove the entry")
-    if len(text) > MAX_CHARACTERS:
-        raise UserError(f"{where}: the prompt has {len(text)} characters; the limit is {MAX_CHARACTERS}")
+    if len(text) > LONGEST_TEXT:
+        raise UserError(f"{where}: the prompt has {len(text)} characters; the limit is {LONGEST_TEXT}")
     try:
         require_text(text)
     except ValueError as error:

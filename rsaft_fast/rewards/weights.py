@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rsaft_fast.errors import UserError, describe_error
-from rsaft_fast.pretrained import load_model, read_config
+from rsaft_fast.pretrained import LFS_POINTER, load_model, read_config
 from rsaft_fast.rewards.files import weights_of
 
 State = dict[str, torch.Tensor]
@@ -26,7 +26,7 @@ State = dict[str, torch.Tensor]
 _PREFIXES = ("module.", "model.")
 # Heads of other tasks may stay unread, but a layer that the config leaves out makes another model of this one.
 _UNREAD = r"^(?!.*\b(layers?|blocks?|stages?)\.\d+\.(?!.*position_ids$))"
-_ZIP, _PICKLE, _LFS_POINTER = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
 def read_state(file: Path) -> State:
@@ -60,7 +60,7 @@ def _start(file: Path) -> bytes:
 
 def _read(file: Path) -> Mapping[str, Any]:
     start = _start(file)
-    if start.startswith(_LFS_POINTER):
+    if start.startswith(LFS_POINTER.encode()):
         raise UserError(f"{str(file)!r} is a Git LFS pointer, not the weights; fetch them with git lfs pull")
     try:
         if start[8:9] == b"{":

@@ -8,8 +8,9 @@ import os
 import pytest
 
 from rsaft_fast import playground
-from rsaft_fast.data.prompts import MAX_CHARACTERS, load_prompts
+from rsaft_fast.data.prompts import load_prompts
 from rsaft_fast.errors import UserError
+from rsaft_fast.settings import LONGEST_TEXT
 
 AWKWARD = ['a sign that says "Open, today"', "ein Mädchen mit 漢字\u2028und mehr", "# not a comment", "a, b; c"]
 
@@ -132,7 +133,7 @@ def test_the_playground():
         ("a.json", '["a"', "not JSON"),
         ("a.json", "[" * 100_000, "not JSON"),
         ("a.jsonl", '"a"\nb\n', "line 2 is not JSON"),
-        ("a.txt", "a\n" + "x" * (MAX_CHARACTERS + 1), rf"line 2: .*{MAX_CHARACTERS + 1} characters"),
+        ("a.txt", "a\n" + "x" * (LONGEST_TEXT + 1), rf"line 2: .*{LONGEST_TEXT + 1} characters"),
         ("a.txt", "a\0b", "line 1: a NUL"),
         ("a.csv", "prompt\na\0b\n", "line 2: a NUL"),
         ("a.json", r'["a\u0000b"]', "entry 1: .* NUL"),
