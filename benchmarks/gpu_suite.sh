@@ -100,7 +100,7 @@ if [ -n "$dry" ]; then
 else
   step build 60 "" "${pip[@]}" || { status=0; without_pip; }
 fi
-step doctor 20 "torch's import and a context on the GPU" "$python" -m rsaft_fast.cli doctor
+step doctor 20 "torch's import and a context on the GPU" "$python" -m rsaft_fast doctor
 report=("$python" -m rsaft_fast.benchmarks.report "$out" --goals)
 
 case $part in
@@ -162,7 +162,7 @@ case $part in
     ;;
   benchmarks)
     step benchmarks 360 "its budget of 330 s, after which nothing new begins, and the end of what has begun" \
-      "$python" -m rsaft_fast.cli bench --results "$out" --budget 330 --goals \
+      "$python" -m rsaft_fast bench --results "$out" --budget 330 --goals \
       --providers ours-cuda,ours-triton,usual-fused,adamw-alone,foreach,bitsandbytes,pytorch_optimizer,eager
     step plots 30 "matplotlib's import and two figures" "${report[@]}" --plots "$out"
     [ -n "$dry" ] || "${report[@]}" > "$out/goals.txt" 2>&1

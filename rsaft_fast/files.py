@@ -1,20 +1,24 @@
-"""Writing so that a power cut, a full disk or a second process leaves the old or the new, never half of either."""
+"""Files as a whole: written, hashed, and what is said of those that cannot be.
+
+A power cut, a full disk or a second process leaves the old or the new, never half of either.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, first_line
 
 _MENDS = {
     errno.ENOSPC: "make room",
@@ -26,6 +30,7 @@ _MENDS = {
     errno.ENFILE: "raise the limit of open files",
     errno.EIO: "see that the disk is sound",
 }
+_MENDS_OF_READING = _MENDS | dict.fromkeys((errno.EACCES, errno.EPERM), "make it readable")
 
 
 @contextmanager
@@ -50,14 +55,35 @@ def io_errors_of(path: Path) -> Iterator[None]:
 def describe_io_error(error: OSError) -> str:
     """Path and reason, in a line."""
     if error.errno is None:  # an exception of a library's that only counts as one of the system's
-        return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    code = errno.errorcode.get(error.errno, str(error.errno))
-    return f"{os.fsdecode(error.filename or 'a file')}: {error.strerror or os.strerror(error.errno)} ({code})"
+        return first_line(error)
+    return f"{os.fsdecode(error.filename or 'a file')}: {_reason(error)}"
 
 
-def mend_of(error: OSError) -> str:
+def _reason(error: OSError) -> str:
+    if error.errno is None:
+        return first_line(error)
+    return f"{error.strerror or os.strerror(error.errno)} ({errno.errorcode.get(error.errno, error.errno)})"
+
+
+def mend_of(error: OSError, reading: bool = False) -> str:
     """What a user does about an I/O error."""
-    return _MENDS.get(error.errno, "mend that")
+    return _MENDS_OF_READING.get(error.errno, "check the path") if reading else _MENDS.get(error.errno, "mend that")
+
+
+@contextmanager
+def refuse_io_errors(what: str, action: str = "written", or_else: str = "") -> Iterator[None]:
+    """Turn an I/O error inside the block into a `UserError`: what cannot be done, why, and what to do about it.
+
+    Args:
+        what: the file or the key, as the user knows it, with its path.
+        action: "written", "read" or "made".
+        or_else: another way out, such as "give another folder".
+    """
+    try:
+        yield
+    except OSError as error:
+        ways = [mend_of(error, action == "read"), *([or_else] if or_else else ())]
+        raise UserError(f"{what} cannot be {action}: {_reason(error)}; {', or '.join(ways)}") from error
 
 
 def fsync_file(path: Path) -> None:
@@ -84,29 +110,39 @@ def fsync_tree(path: Path) -> None:
         fsync_folder(Path(folder))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content as a whole."""
-    _replace(path, path.with_name(f".{path.name}.tmp"), text.encode())
-    fsync_folder(path.parent)
+@contextmanager
+def replacing(path: Path, alone: bool = False) -> Iterator[Path]:
+    """Replace a file's content as a whole: yield a path beside it to write to, and put that in its place at the end.
 
+    Whatever the block raises leaves the old file as it was, and nothing beside it.
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Replace a file's content as a whole; several processes may do so at once, and the last one wins."""
+    Args:
+        alone: nobody else writes the file meanwhile; else several processes may do so at once, and the last one wins.
+    """
     # Random, since two machines that share the folder may have the same process number.
-    _replace(path, path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp"), content)
-
-
-def _replace(path: Path, temporary: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp" if alone else f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with io_errors_of(path), temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+        with io_errors_of(path):
+            yield temporary
+            fsync_file(temporary)
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace the text of a file that nobody else writes, as a whole; it is on the disk when this returns."""
+    with replacing(path, alone=True) as temporary:
+        temporary.write_bytes(text.encode())
+    fsync_folder(path.parent)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace a file's content as a whole; several processes may do so at once, and the last one wins."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
@@ -125,6 +161,22 @@ def replace_folder(temporary: Path, final: Path) -> None:
         raise
     fsync_folder(final.parent)
     remove_tree(old)
+
+
+def digests_of(files: Sequence[Path], *algorithms: str) -> dict[str, str]:
+    """Hashes of the files' bytes, one after the other, read once."""
+    digests = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                for digest in digests.values():
+                    digest.update(block)
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+def sha256_of(files: Sequence[Path]) -> str:
+    """SHA-256 of the files' bytes, one after the other."""
+    return digests_of(files, "sha256")["sha256"]
 
 
 def remove_tree(folder: Path) -> None:

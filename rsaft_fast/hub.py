@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, describe_error, first_line
 
 Answer = TypeVar("Answer")
 
@@ -17,6 +18,19 @@ _ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
 def is_hub_id(name: str | Path) -> bool:
     """Tell whether a name has the form owner/name."""
     return _ID.fullmatch(str(name)) is not None
+
+
+def is_on_hub(name: str | Path) -> bool:
+    """Whether a name means a repository of the hub: it has the form of an id, and nothing of that name is here."""
+    return not os.path.exists(name) and is_hub_id(name)
+
+
+def cached_file(repository: str, name: str) -> Path | None:
+    """A file of a repository as the hub's cache holds it here, or None; the hub is not asked."""
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(repository, name)
+    return Path(found) if isinstance(found, str) else None
 
 
 def snapshot(what: str, repository: str, patterns: Sequence[str], revision: str | None = None) -> Path:
@@ -35,6 +49,15 @@ def snapshot(what: str, repository: str, patterns: Sequence[str], revision: str 
         what,
         repository,
         lambda hub: Path(hub.snapshot_download(repository, allow_patterns=list(patterns), revision=revision)),
+    )
+
+
+def dataset_snapshot(what: str, repository: str, patterns: Sequence[str]) -> Path:
+    """`snapshot` of a data set."""
+    return reach(
+        what,
+        f"datasets/{repository}",
+        lambda hub: Path(hub.snapshot_download(repository, repo_type="dataset", allow_patterns=list(patterns))),
     )
 
 
@@ -70,7 +93,7 @@ def _reason(error: Exception, repository: str) -> str:
             "private, log in with hf auth login"
         )
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        return f"is a repository of the hub without a file that is needed ({_line(error)}); check the name"
+        return f"is a repository of the hub without a file that is needed ({first_line(error)}); check the name"
     if offline or (isinstance(error, errors.LocalEntryNotFoundError) and not error.__cause__):
         return (
             "is neither a folder here nor (whole) in the hub's cache, and the hub is not asked: HF_HUB_OFFLINE is set; "
@@ -80,15 +103,15 @@ def _reason(error: Exception, repository: str) -> str:
     if isinstance(answer, errors.HfHubHTTPError) and answer.response is not None:
         return (
             f"is not (whole) in the hub's cache, and the hub answered with HTTP {answer.response.status_code} "
-            f"({_line(answer)}); try again later, or give a local folder"
+            f"({first_line(answer)}); try again later, or give a local folder"
         )
     if isinstance(error, errors.LocalEntryNotFoundError) or _is_of_network(error):
         cause = error.__cause__ or error
         return (
             "is neither a folder here nor (whole) in the hub's cache, and the hub cannot be reached: offline? "
-            f"({type(cause).__name__}: {_line(cause)}); check the connection, or give a local folder"
+            f"({describe_error(cause)}); check the connection, or give a local folder"
         )
-    return f"could not be had from the hub ({type(error).__name__}: {_line(error)}); try again, or give a local folder"
+    return f"could not be had from the hub ({describe_error(error)}); try again, or give a local folder"
 
 
 def _cause(error: BaseException | None, kind: type[BaseException]) -> bool:
@@ -104,7 +127,3 @@ def _is_of_network(error: Exception) -> bool:
     """Tell errors of connections: Python's own, and the client library's, which has renamed its own before."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"ConnectionError", "TimeoutError", "TransportError"})
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]

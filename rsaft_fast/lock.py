@@ -60,6 +60,13 @@ def sole_writer(folder: Path, key: str, log: Callable[[str], None] = lambda line
 class NoLocksError(OSError):
     """The file system has no locks."""
 
+    def warning(self, path: Path) -> str:
+        """What to tell a user who writes to that path without one."""
+        return (
+            f"warning: the file system of {path} has no locks ({self.strerror}): nothing keeps a second process from "
+            "writing there"
+        )
+
 
 def lock(path: Path, descriptor: int) -> bool:
     """Lock the open file of that path against every other process until it is closed, by `flock`.
@@ -109,10 +116,7 @@ def _take(folder: Path, key: str, log: Callable[[str], None], made: list[Path]) 
             ) from None
         except NoLocksError as error:
             last = _holder(descriptor, patience=0)
-            log(
-                f"warning: the file system of {folder} has no locks ({error.strerror}): nothing keeps a second process "
-                f"from writing there; the last to begin was {last}"
-            )
+            log(f"{error.warning(folder)}; the last to begin was {last}")
             _note(descriptor)
             return descriptor
         except OSError:

@@ -58,6 +58,15 @@ def require_text(text: str) -> None:
     """
     if "\0" in text:
         raise ValueError("it holds a NUL character; take it out")
+    require_utf8(text)
+
+
+def require_utf8(text: str) -> None:
+    """Refuse what UTF-8 cannot hold.
+
+    Raises:
+        ValueError: half a character (of a pair of UTF-16: JSON's \\ud800, or bytes that were not UTF-8).
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, describe_error, first_line
+from rsaft_fast.files import refuse_io_errors
 from rsaft_fast.reading import open_regular, read_text
 
 LFS_POINTER = "version https://git-lfs"
@@ -55,7 +57,7 @@ def read_config(path: Path, what: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{what} {str(path)!r} is not JSON ({first_sentence(error)}); download it anew") from error
+        raise UserError(f"{what} {str(path)!r} is not JSON ({first_line(error)}); download it anew") from error
     if not isinstance(content, dict):
         raise UserError(f"{what} {str(path)!r} holds a {type(content).__name__}, not a JSON object; download it anew")
     for key, value in content.items():
@@ -177,11 +179,8 @@ def _shards(index: Path) -> list[str]:
 
 def check_file(path: Path) -> None:
     """Check one weight file without reading it; errors as `check_weights`."""
-    with open_regular(path, "weight file") as stream:
-        try:
-            start = stream.read(len(LFS_POINTER))
-        except OSError as error:
-            raise UserError(f"weight file {str(path)!r} cannot be read ({error.strerror}); check the disk") from error
+    with refuse_io_errors(f"weight file {str(path)!r}", "read"), open_regular(path, "weight file") as stream:
+        start = stream.read(len(LFS_POINTER))
     if not start:
         raise UserError(f"weight file {str(path)!r} is empty; download it anew")
     if start == LFS_POINTER.encode():
@@ -193,8 +192,23 @@ def check_file(path: Path) -> None:
             pass
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"weight file {str(path)!r} is cut short or damaged ({first_sentence(error)}); download it anew"
+            f"weight file {str(path)!r} is cut short or damaged ({first_line(error)}); download it anew"
         ) from error
+
+
+@contextmanager
+def library_errors(what: str, mend: str) -> Iterator[None]:
+    """Turn whatever a library raises at a stranger's files into a `UserError` of one line: what, why and the mend.
+
+    JSON, safetensors, pickle, validation of configs and checks of shapes each raise their own kinds. A `UserError`, and
+    a device's memory that ran out, stay as they are.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{what} ({describe_error(error)}); {mend}") from error
 
 
 def load_model(
@@ -217,18 +231,13 @@ def load_model(
     if weights is not None:
         check_weights(folder, weights)
         options |= weights.options
-    try:
+    with library_errors(
+        f"{str(folder)!r} could not be loaded as a {model_class.__name__}",
+        "its files are damaged or do not belong together: download them anew",
+    ):
         model, info = model_class.from_pretrained(
             str(folder), local_files_only=True, output_loading_info=True, **options
         )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        # JSON, safetensors, pickle, the config's own validation and shape checks each raise their own kinds.
-        raise UserError(
-            f"{str(folder)!r} could not be loaded as a {model_class.__name__} ({type(error).__name__}: "
-            f"{first_sentence(error)}); its files are damaged or do not belong together: download them anew"
-        ) from error
     missing, unknown, other = (
         sorted(map(str, info.get(kind) or ())) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
     )
@@ -245,12 +254,3 @@ def load_model(
                 f"{names[0]} first; a {model_class.__name__} with drawn or dropped weights would be another model"
             )
     return model
-
-
-def first_sentence(error: Exception) -> str:
-    """Give an exception's first sentence: both libraries add advice about their own options."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    first = lines[0].partition(". If you want")[0]
-    if first.endswith(":") and len(lines) > 1:
-        first += " " + lines[1].strip()
-    return first if len(first) <= 200 else first[:200] + "..."

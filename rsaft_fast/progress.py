@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from tqdm import tqdm
+
+Item = TypeVar("Item")
 
 INTERVAL = 10.0
 """Seconds between two lines in a file."""
@@ -36,16 +38,36 @@ def on_terminal() -> bool:
         return False
 
 
-def watched(
-    items: Iterable[Any], what: str, total: int, unit: str = "prompt", log: Callable[[str], None] = tell
-) -> Iterator[Any]:
-    """Show the progress of an iteration that may take minutes: a bar on a terminal, else a line every ten seconds."""
-    if on_terminal():
-        yield from tqdm(items, desc=what, total=total, unit=unit, delay=1, leave=False, dynamic_ncols=True)
-        return
-    last = time.monotonic()
-    for done, item in enumerate(items):
-        if time.monotonic() - last >= INTERVAL:
-            last = time.monotonic()
-            log(f"{what}: {done} of {total}")
-        yield item
+class Counter:
+    """Progress of what may take minutes: a bar on a terminal, else a line every ten seconds."""
+
+    def __init__(self, what: str, total: int, unit: str, done: int = 0):
+        self.what, self.total, self.done = what, total, done
+        self._last = time.monotonic()
+        self._bar = None
+        if on_terminal():
+            self._bar = tqdm(desc=what, total=total, initial=done, unit=unit, delay=1, leave=False, dynamic_ncols=True)
+
+    def add(self, count: int = 1) -> None:
+        """Count so many more as done."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif time.monotonic() - self._last >= INTERVAL and self.done < self.total:
+            self._last = time.monotonic()
+            tell(f"{self.what}: {self.done} of {self.total}")
+
+    def __enter__(self) -> Counter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def watched(items: Iterable[Item], what: str, total: int, unit: str = "prompt") -> Iterator[Item]:
+    """Yield the items, which may take minutes, with a `Counter` beside them."""
+    with Counter(what, total, unit) as counter:
+        for item in items:
+            yield item
+            counter.add()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import refuse_io_errors
 
 _PIECE = 2**20
 _KINDS = {
@@ -32,19 +33,18 @@ def open_regular(path: str | Path, what: str) -> BinaryIO:
         UserError: nothing there, no regular file, not yours to read, or a name that no file can have.
     """
     try:
-        # Without blocking: to open a pipe would wait for whoever writes to it. The kind is asked of what is open.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        try:
-            mode = os.fstat(descriptor).st_mode
-            if not stat.S_ISREG(mode):
-                kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
-                raise UserError(f"{what} {str(path)!r} cannot be read: it is {kind}; give a file")
-            return os.fdopen(descriptor, "rb")
-        except BaseException:
-            os.close(descriptor)
-            raise
-    except OSError as error:
-        raise UserError(f"{what} {str(path)!r} cannot be read ({error.strerror}); check the path") from error
+        with refuse_io_errors(f"{what} {str(path)!r}", "read"):
+            # Without blocking: to open a pipe would wait for whoever writes to it. The kind is asked of what is open.
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+            try:
+                mode = os.fstat(descriptor).st_mode
+                if not stat.S_ISREG(mode):
+                    kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
+                    raise UserError(f"{what} {str(path)!r} cannot be read: it is {kind}; give a file")
+                return os.fdopen(descriptor, "rb")
+            except BaseException:
+                os.close(descriptor)
+                raise
     except ValueError as error:
         # A NUL byte, or a character that the file system cannot spell.
         raise UserError(f"{what} {str(path)!r} cannot be read ({error}); no file has such a name") from error
@@ -57,15 +57,12 @@ def read_limited(path: str | Path, what: str, limit: int) -> bytes:
         UserError: it is larger, or see `open_regular`.
     """
     pieces, size = [], 0
-    with open_regular(path, what) as stream:
-        try:
-            announced = os.fstat(stream.fileno()).st_size
-            # Some files grow while they are read, and some, as in /proc, announce nothing.
-            while announced <= limit and size <= limit and (piece := stream.read(_PIECE)):
-                pieces.append(piece)
-                size += len(piece)
-        except OSError as error:
-            raise UserError(f"{what} {str(path)!r} cannot be read ({error.strerror}); check the disk") from error
+    with refuse_io_errors(f"{what} {str(path)!r}", "read"), open_regular(path, what) as stream:
+        announced = os.fstat(stream.fileno()).st_size
+        # Some files grow while they are read, and some, as in /proc, announce nothing.
+        while announced <= limit and size <= limit and (piece := stream.read(_PIECE)):
+            pieces.append(piece)
+            size += len(piece)
     if max(announced, size) > limit:
         raise UserError(f"{what} {str(path)!r} has {max(announced, size)} bytes; the limit is {limit}")
     return b"".join(pieces)

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
+from rsaft_fast.errors import printable
 from rsaft_fast.paths import require_text
 
 LARGEST_FILE = 2**17
@@ -79,8 +80,7 @@ def dump_yaml(value: Any) -> str:
 
 def _one_line(error: Exception) -> str:
     # PyYAML shows the text around the fault, whatever characters are in it.
-    text = " ".join(str(error).split()) or type(error).__name__
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return printable(" ".join(str(error).split()) or type(error).__name__)
 
 
 class _Loader(yaml.SafeLoader):

@@ -63,7 +63,7 @@ def run_from(wheel: Path, tmp_path: Path, *command: str, **environment: str) -> 
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     shutil.rmtree(tmp_path / "source", ignore_errors=True)
     run = subprocess.run(
-        [sys.executable, "-m", "rsaft_fast.cli", *command],
+        [sys.executable, "-m", "rsaft_fast", *command],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(tmp_path / "site")} | environment,
         capture_output=True,

@@ -17,7 +17,7 @@ from rsaft_fast.backbones.sd3 import SD3
 from rsaft_fast.backbones.sd15 import SD15
 from rsaft_fast.backbones.sdxl import SDXL
 from rsaft_fast.errors import UserError
-from rsaft_fast.pretrained import first_sentence
+from rsaft_fast.pretrained import library_errors
 from rsaft_fast.sampling.protocol import Backbone, Branch, Conditioning
 
 
@@ -45,7 +45,11 @@ def load_backbone(
     """
     path = local_path(path)
     adapter = adapter_for(path, text)
-    try:
+    # Every number in a stranger's configs can break what is computed from it, in its own way.
+    with library_errors(
+        f"the pipeline at {path} could not be loaded",
+        "its configs are damaged or do not belong together: download it anew",
+    ):
         return adapter.from_pretrained(
             path,
             height=height,
@@ -57,14 +61,6 @@ def load_backbone(
             text=text,
             networks=networks,
         )
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        # Every number in a stranger's configs can break what is computed from it, in its own way.
-        raise UserError(
-            f"the pipeline at {path} could not be loaded ({type(error).__name__}: {first_sentence(error)}); its "
-            "configs are damaged or do not belong together: download it anew"
-        ) from error
 
 
 def adapter_for(path: str | Path, text: bool = True) -> type[PipelineBackbone]:

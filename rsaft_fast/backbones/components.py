@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +9,7 @@ from transformers import CLIPTokenizer
 
 from rsaft_fast.backbones.folder import Part, PipelineFolder, is_text_encoder
 from rsaft_fast.errors import UserError
-from rsaft_fast.pretrained import Weights, first_sentence, load_model
+from rsaft_fast.pretrained import Weights, library_errors, load_model
 
 
 def load_components(
@@ -27,7 +25,8 @@ def load_components(
     """
     made: dict[str, Any] = {}
     for name, part in found.parts.items():
-        with naming(part):
+        where = f"{str(part.folder)!r} could not be loaded as a {part.made.__name__}"
+        with library_errors(where, "its files are damaged: download them anew"):
             if name.startswith("tokenizer"):
                 made[name] = part.made.from_pretrained(str(part.folder), local_files_only=True)
             elif name == "scheduler":
@@ -54,20 +53,6 @@ def _shape_alone(part: Part, dtype: torch.dtype) -> torch.nn.Module:
 _LEFT_UNREAD = r"position_ids$|^(vision_model|visual_projection|text_projection|logit_scale|decoder|lm_head)\b"
 """Weights of files with both towers or both halves of a model, of which a text encoder is one; and counted positions,
 which older versions of transformers saved."""
-
-
-@contextmanager
-def naming(part: Part) -> Iterator[None]:
-    """Whatever diffusers and transformers raise at a component's small files, as one line that names it."""
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{str(part.folder)!r} could not be loaded as a {part.made.__name__} ({type(error).__name__}: "
-            f"{first_sentence(error)}); its files are damaged: download them anew"
-        ) from error
 
 
 def _check_tokenizers(found: PipelineFolder, made: dict[str, Any]) -> None:

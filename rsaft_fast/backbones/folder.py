@@ -21,6 +21,7 @@ from diffusers import SchedulerMixin
 from rsaft_fast import hub
 from rsaft_fast.backbones.configs import check_keys
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import refuse_io_errors
 from rsaft_fast.pretrained import DIFFUSERS, TRANSFORMERS, Weights, choose_weights, read_config
 from rsaft_fast.reading import open_regular
 
@@ -79,7 +80,7 @@ class PipelineFolder:
 
     def weights(self, names: Sequence[str]) -> dict[str, Weights]:
         """The weight files of these parts; of a hub id they are downloaded."""
-        listed = _hub_files(self.path, self.folder) if _is_on_hub(self.path) else None
+        listed = _hub_files(self.path, self.folder) if hub.is_on_hub(self.path) else None
         chosen = {}
         for name in names:
             part = self.parts[name]
@@ -108,7 +109,7 @@ def find_folder(path: str | Path) -> Path:
     Raises:
         UserError: neither, a single file, or a hub that does not give it.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     try:
         if folder.is_dir():
             return folder
@@ -140,10 +141,6 @@ def _hub_files(repository: str, folder: Path) -> tuple[str, ...]:
     except UserError:
         files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     return tuple(files)
-
-
-def _is_on_hub(path: str) -> bool:
-    return not os.path.exists(Path(path).expanduser()) and hub.is_hub_id(path)
 
 
 def _below(files: Sequence[str], folder: str) -> list[str]:
@@ -305,7 +302,5 @@ def _check_tokenizer(path: str | Path, part: Part, present: Sequence[str]) -> No
 
 
 def _names(folder: Path) -> list[str]:
-    try:
+    with refuse_io_errors(repr(str(folder)), "read", "give the folder of a model"):
         return sorted(os.listdir(folder))
-    except OSError as error:
-        raise UserError(f"{str(folder)!r} cannot be read ({error.strerror}); a model's folder is expected") from error

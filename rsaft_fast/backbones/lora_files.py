@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from rsaft_fast.backbones.pipeline import PipelineBackbone
 from rsaft_fast.errors import UserError
-from rsaft_fast.pretrained import Weights, check_weights, first_sentence
+from rsaft_fast.pretrained import Weights, check_weights, library_errors
 
 ADAPTER = "file"
 STANDARD = "pytorch_lora_weights.safetensors"
@@ -32,27 +32,21 @@ def load_lora(backbone: PipelineBackbone, path: str | Path) -> list[str]:
     """
     file = find_lora(path)
     check_weights(file.parent, Weights((file.name,), None, "safetensors"))
-    try:
+    with library_errors(f"LoRA {str(file)!r} could not be read", "download it anew"):
         content = load_file(file)
-    except Exception as error:
-        raise UserError(f"LoRA {str(file)!r} could not be read ({first_sentence(error)}); download it anew") from error
     _check_content(file, content)
     pipeline = backbone.pipeline
     options = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
     # SDXL's loader renames the blocks of other programs by the UNet's config, which it adds by itself.
     renaming = {"unet_config": pipeline.unet.config} if isinstance(pipeline, StableDiffusionXLLoraLoaderMixin) else {}
-    try:
+    with library_errors(
+        f"LoRA {str(file)!r} could not be loaded into this {type(pipeline).__name__}",
+        "it is of another model: give one that was trained for this family",
+    ):
         found = pipeline.lora_state_dict(str(file.parent), **options, **renaming)
         wanted = found[0] if isinstance(found, tuple) else found
         if wanted:
             pipeline.load_lora_weights(str(file.parent), adapter_name=ADAPTER, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"LoRA {str(file)!r} could not be loaded into this {type(pipeline).__name__} ({type(error).__name__}: "
-            f"{first_sentence(error)}); it is of another model: give one that was trained for this family"
-        ) from error
     _check_attached(file, backbone, wanted)
     if not any(tensor.any() for name, tensor in content.items() if _is_output(name)):
         return [f"LoRA {file}: the output side of all its layers is zero; pictures are the untrained model's"]
@@ -77,7 +71,7 @@ def find_lora(path: str | Path) -> Path:
     Raises:
         UserError: nothing there, another format, or several files of which none has diffusers' name.
     """
-    place = Path(path).expanduser()
+    place = Path(path)
     if os.path.isdir(place):
         files = sorted(place.glob("*.safetensors"))
         if os.path.isfile(place / STANDARD):

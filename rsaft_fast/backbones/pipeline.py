@@ -14,10 +14,9 @@ from diffusers import DiffusionPipeline, ModelMixin
 from rsaft_fast.backbones.components import load_components
 from rsaft_fast.backbones.folder import is_text_encoder, read_pipeline
 from rsaft_fast.backbones.quantized import Quantization, quantize_denoiser
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, describe_error
 from rsaft_fast.memory.offload import OffloadedBlocks
 from rsaft_fast.phases import ENCODING, phase
-from rsaft_fast.pretrained import first_sentence
 from rsaft_fast.sampling.protocol import Backbone, Branch, Conditioning
 from rsaft_fast.truncation import cut_prompts_note
 
@@ -253,7 +252,7 @@ class PipelineBackbone(Backbone):
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             # Keys of their configs that transformers reads only now.
             raise UserError(
-                f"the pipeline's text encoders do not work ({type(error).__name__}: {first_sentence(error)}); their "
+                f"the pipeline's text encoders do not work ({describe_error(error)}); their "
                 "configs or tokenizers are damaged: download them anew"
             ) from error
         for name, shape in self.embedding_shapes.items():

@@ -12,6 +12,8 @@ from importlib import metadata
 
 import torch
 
+from rsaft_fast.errors import describe_error
+from rsaft_fast.figures.tables import aligned
 from rsaft_fast.ops import backends
 
 REQUIRED = ("rsaft_fast", "torch", "triton", "diffusers", "transformers", "peft", "safetensors", "accelerate")
@@ -73,10 +75,8 @@ def _device() -> Iterator[str]:
 
 
 def _backends() -> Iterator[str]:
-    rows = backends.describe()
-    width = max(len(row.backend) for row in rows)
-    for row in rows:
-        yield f"{row.backend.ljust(width)}  {'runs' if row.available else 'no  '}  {row.why}"
+    rows = [(row.backend, "runs" if row.available else "no", row.why) for row in backends.describe()]
+    yield from aligned(rows, left=3)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     forced = os.environ.get(backends.ENV)
     try:
@@ -156,7 +156,7 @@ def _torchvision_fault() -> str | None:
     except Exception as error:
         # A mismatched build fails in whatever way its missing operator does.
         return (
-            f"torchvision {version} does not fit torch {torch.__version__} ({type(error).__name__}: {error}); "
+            f"torchvision {version} does not fit torch {torch.__version__} ({describe_error(error)}); "
             "uninstall it (it is not needed) or install the one built with this torch"
         )
     return None

@@ -9,7 +9,7 @@ from itertools import count
 from pathlib import Path
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.files import check_writable, describe_io_error, mend_of
+from rsaft_fast.files import check_writable, refuse_io_errors
 from rsaft_fast.lock import LOCK, FolderHeldError, sole_writer
 from rsaft_fast.progress import tell
 
@@ -47,10 +47,8 @@ def _first_free(held: ExitStack, default: str) -> Path:
 
 def _hold(held: ExitStack, folder: Path) -> None:
     check_writable(folder, "--output")
-    try:
+    with refuse_io_errors(f"--output {folder}", "made", "give another folder"):
         held.enter_context(sole_writer(folder, "--output", tell))
-    except OSError as error:
-        raise UserError(f"--output {describe_io_error(error)}; {mend_of(error)}, or give another folder") from error
 
 
 def _is_empty(folder: Path) -> bool:

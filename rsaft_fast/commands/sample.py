@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from pydantic import ValidationError
-from tqdm import tqdm
 
 from rsaft_fast.algorithms.copies import MEAN
 from rsaft_fast.backbones import PipelineBackbone, add_lora
@@ -24,8 +23,9 @@ from rsaft_fast.data.picture_lists import GRID, LISTING
 from rsaft_fast.data.prompts import checked_prompt, load_prompts
 from rsaft_fast.errors import UserError
 from rsaft_fast.figures.grids import save_grid, save_png, to_picture
-from rsaft_fast.files import io_errors_of, write_atomically
+from rsaft_fast.files import write_atomically
 from rsaft_fast.out_of_memory import oom_as_user_error
+from rsaft_fast.progress import Counter
 from rsaft_fast.recipe.check import DTYPES, check_device, check_path, pick_device
 from rsaft_fast.recipe.config import PLAYGROUND, BackboneSettings, Config, SamplerSettings
 from rsaft_fast.recipe.load import find_recipe, load_config
@@ -73,8 +73,7 @@ def _draw(
         apply_speed(backbone, trained.speed.portable() if trained else SpeedSettings())
         columns = _pictures(arguments, backbone, schedule, encoded, prompts, output)
     grid = output / GRID
-    with io_errors_of(grid):
-        save_grid(grid, prompts, columns)
+    save_grid(grid, prompts, columns)
     print(
         f"rsaft-fast: {len(prompts) * len(columns)} pictures and {grid} "
         f"({sampler.steps} steps, guidance {sampler.guidance_scale:g})"
@@ -214,8 +213,7 @@ def _pictures(
     """
     columns, listed = {}, []
     seeds = list(dict.fromkeys(arguments.seeds))
-    bar = tqdm(total=len(prompts) * len(seeds), desc="drawing", unit="picture", leave=False, delay=1)
-    with bar:
+    with Counter("drawing", len(prompts) * len(seeds), "picture") as counter:
         for seed in seeds:
             drawn = []
             for first in range(0, len(prompts), arguments.batch_size):
@@ -223,11 +221,10 @@ def _pictures(
                 images = sample_images(backbone, schedule, encoded(batch), seed, len(batch), same_noise=True)
                 for index, (prompt, image) in enumerate(zip(batch, images), first):
                     name = f"{index:04d}_seed_{seed}.png"
-                    with io_errors_of(output / name):
-                        save_png(to_picture(image), output / name)
+                    save_png(to_picture(image), output / name)
                     listed.append({"file": name, "prompt": prompt, "seed": seed})
                 write_atomically(output / LISTING, json.dumps(listed, indent=1, ensure_ascii=False) + "\n")
                 drawn.append(images)
-                bar.update(len(batch))
+                counter.add(len(batch))
             columns[f"seed {seed}"] = torch.cat(drawn)
     return columns

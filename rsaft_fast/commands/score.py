@@ -18,7 +18,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from rsaft_fast.commands.reward_options import parse_rewards
 from rsaft_fast.commands.score_journal import Journal, digest, identity_of
@@ -28,8 +27,10 @@ from rsaft_fast.data.prompt_sets import prompt_notes
 from rsaft_fast.data.prompts import load_prompts
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.comparison import difference, difference_table, pair_up
-from rsaft_fast.files import check_writable, replace_file
+from rsaft_fast.figures.tables import aligned
+from rsaft_fast.files import check_writable, refuse_io_errors, replace_file
 from rsaft_fast.out_of_memory import is_out_of_memory
+from rsaft_fast.progress import Counter
 from rsaft_fast.recipe.check import check_device, pick_device
 from rsaft_fast.rewards import Combination, Reward, RewardSettings, load_reward
 from rsaft_fast.rewards.base import TowerReward
@@ -106,14 +107,14 @@ class Files:
         Raises:
             UserError: two of them are the same file, or one is there already, or cannot be.
         """
-        table = Path(os.path.expanduser(output))
+        table = Path(output)
         if table.name in ("", ".."):
             raise UserError(f"--output {output!r} is no name of a file; give one that ends in .csv")
         if table.suffix.lower() == ".json":
             raise UserError(f"--output {output} would be a table in a .json; give a name that ends in .csv")
         spec = table.with_name((table.stem if table.suffix.lower() == ".csv" else table.name) + ".json")
         journal = table.with_name(table.name + ".partial")
-        scales = Path(os.path.expanduser(calibration)) if calibration else None
+        scales = Path(calibration) if calibration else None
         files = cls(table, spec, journal, scales)
         taken: dict[str, str] = {}
         for option, path in (("--output", table), ("--output", spec), ("--output", journal), ("--calibration", scales)):
@@ -124,10 +125,8 @@ class Files:
             if place in taken:
                 raise UserError(f"{option} {path} is what {taken[place]} writes already; give another name")
             taken[place] = f"{option} ({path.name})"
-            try:
+            with refuse_io_errors(f"{option} {path}", or_else="give another name"):
                 check_writable(path.parent, option)
-            except OSError as error:
-                raise UserError(f"{option} {path} cannot be written ({error.strerror}); give another name") from error
             # Where scores wait, what belongs to the table is of a call that broke; the table itself is written last.
             left = path == journal or path != table and os.path.lexists(journal)
             if not left:
@@ -230,10 +229,7 @@ def _column(
     label: str,
 ) -> list[float]:
     done = len(journal.scores(column))
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    with tqdm(
-        desc=f"scoring with {label}", total=len(files), initial=done, unit="picture", delay=3, mininterval=interval
-    ) as bar:
+    with Counter(f"scoring with {label}", len(files), "picture", done) as counter:
         for first in range(done, len(files), batch_size):
             part = slice(first, first + batch_size)
             try:
@@ -253,7 +249,7 @@ def _column(
                         "dtype=float32"
                     )
             journal.add(column, scores)
-            bar.update(len(scores))
+            counter.add(len(scores))
     return journal.scores(column)
 
 
@@ -283,12 +279,7 @@ def score_table(groups: Sequence[str], scores: dict[str, list[float]]) -> str:
     for group in dict.fromkeys(groups):
         inside = [i for i, name in enumerate(groups) if name == group]
         rows.append([group, str(len(inside)), *(_spread([column[i] for i in inside]) for column in scores.values())])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-        for row in rows
-    ]
-    return "\n".join([*lines, f"(mean {_sign()} standard deviation over the n pictures)"])
+    return "\n".join([*aligned(rows), f"(mean {_sign()} standard deviation over the n pictures)"])
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -348,9 +339,7 @@ def _write(files: Files, pictures: Sequence[Picture], prompts: Sequence[str], sc
         contents[files.calibration] = calibration_text(scored.calibrations)
     contents[files.output] = table.getvalue()
     for path, content in contents.items():
-        try:
+        with refuse_io_errors(str(path)):
             path.parent.mkdir(parents=True, exist_ok=True)
             # Names of files need not be text.
             replace_file(path, content.encode("utf-8", "backslashreplace"))
-        except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror}); make room or make it writable") from error

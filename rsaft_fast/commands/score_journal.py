@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from rsaft_fast.data.picture_lists import Picture
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import refuse_io_errors
 from rsaft_fast.lock import NoLocksError, lock, unlink_own
 
 FORMAT = "rsaft-fast scores 1"
@@ -58,7 +59,9 @@ class Journal:
         """
         self.path = path
         self._columns: dict[Column, list[float]] = {}
-        self._stream = self._open(say)
+        meanwhile = f"--output: {path}, where scores are kept meanwhile,"
+        with refuse_io_errors(meanwhile, or_else="give a file elsewhere"):
+            self._stream = self._open(say)
         self._end = 0
         try:
             self._read({"format": FORMAT, "pictures": identity})
@@ -70,14 +73,11 @@ class Journal:
         """The file, held by this process."""
         path = self.path
         while True:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-                    raise UserError(f"{path}, where scores are kept meanwhile, is no file; give another --output")
-                # Appending writes at the end whatever was read before; unbuffered, what fails once does not fail again.
-                stream = path.open("a+b", buffering=0)
-            except OSError as error:
-                raise self._not_writable(error) from error
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+                raise UserError(f"{path}, where scores are kept meanwhile, is no file; give another --output")
+            # Appending writes at the end whatever was read before; unbuffered, what fails once does not fail again.
+            stream = path.open("a+b", buffering=0)
             try:
                 if lock(path, stream.fileno()):
                     return stream
@@ -87,22 +87,13 @@ class Journal:
                     f"{path} is being written by another rsaft-fast score; give another --output"
                 ) from error
             except NoLocksError as error:
-                say(
-                    f"warning: the file system of {path} has no locks ({error.strerror}): nothing keeps a second "
-                    "rsaft-fast score from writing there"
-                )
+                say(error.warning(path))
                 return stream
-            except OSError as error:
+            except OSError:
                 stream.close()
-                raise self._not_writable(error) from error
+                raise
             # Its last holder has just finished and removed it.
             stream.close()
-
-    def _not_writable(self, error: OSError) -> UserError:
-        return UserError(
-            f"--output: {self.path}, where scores are kept meanwhile, cannot be written ({error.strerror}); make room, "
-            "or give a file elsewhere"
-        )
 
     def _read(self, header: dict[str, str]) -> None:
         self._stream.seek(0)
@@ -160,13 +151,14 @@ class Journal:
 
     def _append(self, entry: dict[str, Any]) -> None:
         line = json.dumps(entry).encode() + b"\n"
-        try:
-            if (written := self._stream.write(line)) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self._stream.truncate(self._end)
-            raise UserError(f"{self.path} cannot be written ({error.strerror}); make room") from error
+        with refuse_io_errors(str(self.path)):
+            try:
+                if (written := self._stream.write(line)) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._stream.truncate(self._end)
+                raise
         self._end += written
 
     def close(self, finished: bool = False) -> None:

@@ -24,7 +24,7 @@ from rsaft_fast.backbones import PipelineBackbone, adapter_for, load_backbone, l
 from rsaft_fast.backbones.turns import encode_in_turns
 from rsaft_fast.data.text_files import TextFiles
 from rsaft_fast.errors import UserError
-from rsaft_fast.files import describe_io_error, replace_file
+from rsaft_fast.files import refuse_io_errors, replace_file
 from rsaft_fast.progress import watched
 from rsaft_fast.recipe.config import AUTO, BackboneSettings
 
@@ -54,14 +54,11 @@ class EncodingCache:
             DamagedEncodingError: the file is not what was written.
         """
         path = self.path(key)
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise UserError(
-                f"data.encoding_cache: {describe_io_error(error)}; mend that, give another folder, or set it to null"
-            ) from error
+        with refuse_io_errors(f"data.encoding_cache: {path}", "read", "give another folder, or set it to null"):
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:
+                return None
         try:
             header, payload = _split(content)
             if int(header["__metadata__"]["crc32"]) != zlib.crc32(payload):
@@ -79,14 +76,10 @@ class EncodingCache:
         header, payload = _split(save(row))
         header["__metadata__"] = {"format": "pt", "crc32": str(zlib.crc32(payload))}
         path = self.path(key)
-        try:
+        otherwise = "give another folder, or set it to null, which encodes all prompts at every start"
+        with refuse_io_errors(f"data.encoding_cache: {path}", or_else=otherwise):
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, _join(header, payload))
-        except OSError as error:
-            raise UserError(
-                f"data.encoding_cache: {path} cannot be written ({error.strerror}); make room, give another folder, or "
-                "set it to null, which encodes all prompts at every start"
-            ) from error
 
 
 class DamagedEncodingError(Exception):
@@ -124,7 +117,7 @@ def open_cache(setting: str | None, log: Callable[[str], None]) -> EncodingCache
     if setting is None:
         return None
     try:
-        folder = default_folder() if setting == AUTO else Path(setting).expanduser()
+        folder = default_folder() if setting == AUTO else Path(setting)
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError("you may not write to it")

@@ -50,7 +50,7 @@ def find_pictures(paths: Sequence[str], log: Callable[[str], None]) -> list[Pict
     found: list[tuple[Path, str, str | None, int | None]] = []
     folders: dict[str, str] = {}
     for path in paths:
-        place = Path(os.path.expanduser(path))
+        place = Path(path)
         if os.path.isdir(place):
             real = os.path.realpath(place)
             if real in folders:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +13,10 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import refuse_io_errors
+from rsaft_fast.progress import watched
 from rsaft_fast.reading import open_regular
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -127,17 +127,11 @@ def check_pictures(files: Iterable[Path]) -> None:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as executor:
         checked = executor.map(lambda file: open_rgb(file).size, different)
         try:
-            for _ in progress(checked, "reading pictures", len(different)):
+            for _ in watched(checked, "reading pictures", len(different), "picture"):
                 pass
         except UserError:
             executor.shutdown(cancel_futures=True)
             raise
-
-
-def progress(items: Iterable, what: str, total: int) -> Iterable:
-    """Show a bar beside an iteration over pictures that takes longer than moments."""
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(items, desc=what, total=total, unit="picture", delay=3, mininterval=interval, leave=False)
 
 
 def natural_key(name: str) -> tuple:
@@ -155,10 +149,8 @@ def picture_files(folder: Path) -> tuple[list[Path], str]:
     Raises:
         UserError: the folder cannot be read.
     """
-    try:
+    with refuse_io_errors(f"folder {str(folder)!r}", "read"):
         entries = sorted(folder.iterdir(), key=lambda path: natural_key(path.name))
-    except OSError as error:
-        raise UserError(f"folder {str(folder)!r} cannot be read ({error.strerror}); check its permissions") from error
     taken = [p for p in entries if p.suffix.lower() in ENDINGS and not p.name.startswith(".") and not p.is_dir()]
     return taken, passed_over(folder, taken)
 

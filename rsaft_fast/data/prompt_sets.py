@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rsaft_fast import hub
 from rsaft_fast.errors import UserError
 
 HPDV2_STYLES = ("anime", "concept-art", "paintings", "photo")
@@ -66,7 +67,7 @@ def set_files(name: str, path: str = "") -> list[Path]:
     wanted = SETS[name]
     if not path:
         return _found(name, _fetch(name, wanted), wanted)
-    place = Path(path).expanduser()
+    place = Path(path)
     if os.path.isfile(place):
         return [place]
     if not os.path.isdir(place):
@@ -79,18 +80,10 @@ def _fetch(name: str, wanted: PromptSet) -> Path:
         raise UserError(
             f"prompt set {name!r} is not on the Hugging Face hub: download {wanted.place} and give {name}=PATH"
         )
-    import huggingface_hub
-
     try:
-        return Path(
-            huggingface_hub.snapshot_download(wanted.hub, repo_type="dataset", allow_patterns=list(wanted.files))
-        )
-    except Exception as error:
-        # The hub's client raises from four libraries; the mend is the same.
-        raise UserError(
-            f"prompt set {name!r} is neither in the hub's cache here nor can the hub be reached "
-            f"({type(error).__name__}); download {wanted.place} and give {name}=PATH"
-        ) from error
+        return hub.dataset_snapshot(f"prompt set {name!r} at", wanted.hub, wanted.files)
+    except UserError as error:
+        raise UserError(f"{error}; or download {wanted.place} and give {name}=PATH") from error
 
 
 def _found(name: str, folder: Path, wanted: PromptSet) -> list[Path]:

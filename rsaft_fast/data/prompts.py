@@ -15,13 +15,14 @@ from typing import Any
 
 from rsaft_fast.data.prompt_sets import SETS, named_set, set_files
 from rsaft_fast.errors import UserError
+from rsaft_fast.paths import require_text
 from rsaft_fast.reading import open_regular, read_text
+from rsaft_fast.settings import LONGEST_TEXT
 
 PLAYGROUND = "playground"
 STARTER = "starter"
 # Names of the prompt column in the public sets (PartiPrompts, GenEval, DrawBench, HPDv2), in order of preference.
 COLUMNS = ("prompt", "prompts", "text", "caption")
-MAX_CHARACTERS = 10_000
 MAX_FILE_BYTES = 256 * 2**20
 # Of a parquet file, whose bytes do not tell: a million equal rows take a few hundred.
 MAX_ROWS = 10_000_000
@@ -58,7 +59,7 @@ def load_prompts(source: str | Path, column: str | None = None, held_out: bool =
         return _from_file(Path(str(resources.files("rsaft_fast.recipes") / f"{STARTER}.txt")), column, STARTER)
     if (named := named_set(str(source))) is not None:
         return [prompt for file in set_files(*named) for prompt in _from_file(file, column, str(file))]
-    return _from_file(Path(os.path.expanduser(source)), column, str(source))
+    return _from_file(Path(source), column, str(source))
 
 
 def _nearest_set(source: str) -> str:
@@ -94,7 +95,7 @@ def checked_prompt(text: Any, where: str) -> str:
         where: that, for messages.
 
     Raises:
-        UserError: no string, an empty one, one of more than `MAX_CHARACTERS`, or with characters that no text has.
+        UserError: no string, an empty one, one of more than `LONGEST_TEXT`, or with characters that no text has.
     """
     if not isinstance(text, str):
         raise UserError(f"{where}: the prompt is a {type(text).__name__}; it must be a string")
@@ -102,17 +103,12 @@ def checked_prompt(text: Any, where: str) -> str:
     text = text.strip().strip("\ufeff").strip()
     if not text:
         raise UserError(f"{where}: the prompt is empty; fill it in or remove the entry")
-    if len(text) > MAX_CHARACTERS:
-        raise UserError(f"{where}: the prompt has {len(text)} characters; the limit is {MAX_CHARACTERS}")
+    if len(text) > LONGEST_TEXT:
+        raise UserError(f"{where}: the prompt has {len(text)} characters; the limit is {LONGEST_TEXT}")
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        # Half a pair of UTF-16, from JSON's \\ud800 or from bytes on the command line that are not UTF-8.
-        raise UserError(
-            f"{where}: the prompt holds {text[error.start]!r}, which is half a character; write it as UTF-8"
-        ) from error
-    if "\0" in text:
-        raise UserError(f"{where}: the prompt holds a NUL character; take it out")
+        require_text(text)
+    except ValueError as error:
+        raise UserError(f"{where}: in the prompt, {error}") from error
     return text
 
 

@@ -9,14 +9,12 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-
 from rsaft_fast.backbones import is_text_encoder
+from rsaft_fast.backbones.folder import INDEX, read_index
 from rsaft_fast.files import replace_file
-from rsaft_fast.reading import read_text
+from rsaft_fast.hub import cached_file
 
 WEIGHTS = (".safetensors", ".bin")
-INDEX = "model_index.json"
 
 WINDOWS, WINDOW = 16, 2**16
 """Of a weight file, this many pieces of so many bytes are read."""
@@ -38,21 +36,21 @@ class TextFiles:
     def __init__(self, path: str | Path, memory: Path | None):
         """`path`: folder or hub id. `memory`: the cache's folder; None remembers nothing."""
         self.path, self.memory = str(path), memory
-        self.folder = Path(path).expanduser()
+        self.folder = Path(path)
         self.is_local = os.path.isdir(self.folder)
 
     def identity(self) -> dict[str, str] | None:
         """Give the identity of each component; None where it cannot be told (yet)."""
         if not self.is_local:
-            index = try_to_load_from_cache(self.path, INDEX)
-            return {"hub": f"{self.path}@{Path(index).parent.name}"} if isinstance(index, str) else None
+            index = cached_file(self.path, INDEX)
+            return {"hub": f"{self.path}@{index.parent.name}"} if index is not None else None
         found = {name: self._of_component(name) for name in self.components}
         return None if None in found.values() else found
 
     @cached_property
     def components(self) -> list[str]:
         """List the names of the text encoders and tokenizers of a folder's index."""
-        index = json.loads(read_text(self.folder / INDEX, "pipeline's index", 2**24))
+        index = read_index(self.path, self.folder)
         parts = [name for name, entry in index.items() if isinstance(entry, list) and any(entry)]
         return [name for name in parts if is_text_encoder(name) or name.startswith("tokenizer")]
 

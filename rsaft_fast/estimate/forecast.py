@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from rsaft_fast import phases
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, describe_error, first_line
 from rsaft_fast.estimate.estimate import GIB, RESERVED, Estimate, estimate, spare
 from rsaft_fast.estimate.suggestions import suggest
 from rsaft_fast.recipe.check import pick_device
@@ -53,9 +53,8 @@ def forecast(config: Config, say: Callable[[str], None], card: int) -> Forecast 
         found = estimate(config)
     except Exception as error:
         # A model that cannot be walked on shapes alone may well run.
-        line = (str(error).strip().splitlines() or ["no message"])[0]
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        say(f"the memory that this run needs could not be estimated ({kind}{line})")
+        reason = first_line(error) if isinstance(error, UserError) else describe_error(error)
+        say(f"the memory that this run needs could not be estimated ({reason})")
         return None
     say(f"estimated peak {found.peak / GIB:.2f} GiB of the card's {card / GIB:.2f}, in {found.largest.name}")
     if (missing := -spare(found.peak, card)) > 0:

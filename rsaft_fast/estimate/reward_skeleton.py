@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.estimate.published import IMAGE_REWARD_TEXT, IMAGE_REWARD_VISION, published_reward
 from rsaft_fast.estimate.skeleton import LengthTokenizer, quiet
+from rsaft_fast.hub import cached_file
+from rsaft_fast.pretrained import library_errors
 from rsaft_fast.rewards.aesthetic import IMAGE_TOWER, AestheticReward
 from rsaft_fast.rewards.base import Reward, RewardSpec
 from rsaft_fast.rewards.clip import ClipReward, image_processor_config, preprocess_from_config
 from rsaft_fast.rewards.combine import Combination, Part
-from rsaft_fast.rewards.files import checkpoint_file, first_line, read_json
+from rsaft_fast.rewards.files import checkpoint_file, read_json
 from rsaft_fast.rewards.heads import AffineHead
 from rsaft_fast.rewards.image_reward import CONFIG, FILE, BlipScorer, ImageReward, text_config, vision_config
 from rsaft_fast.rewards.preprocess import Preprocess
@@ -96,10 +97,10 @@ def _spec(settings: SingleReward) -> RewardSpec:
 
 def _clip_model(settings: SingleReward, source: str) -> tuple[transformers.CLIPModel, Preprocess, list[str]]:
     path, notes, prepare = resolve_path(source), [], {}
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not os.path.exists(folder):
-        cached = try_to_load_from_cache(path, "config.json")
-        folder = Path(cached).parent if isinstance(cached, str) else folder
+        cached = cached_file(path, "config.json")
+        folder = cached.parent if cached is not None else folder
     if os.path.isfile(folder / "config.json"):
         config, prepare = read_json(folder / "config.json"), image_processor_config(folder)
     else:
@@ -117,21 +118,18 @@ def _clip_model(settings: SingleReward, source: str) -> tuple[transformers.CLIPM
 
 def _local_file(path: str, name: str) -> Path | None:
     """The file that a reward's path means, as far as it is on this machine."""
-    place = Path(path).expanduser()
+    place = Path(path)
     if os.path.exists(place):
         return checkpoint_file(path, name)
-    cached = try_to_load_from_cache(path, name)
-    return Path(cached) if isinstance(cached, str) else None
+    return cached_file(path, name)
 
 
 def _shapes(file: Path) -> dict[str, torch.Tensor]:
     """A checkpoint's tensors on the meta device; of the weights nothing is read."""
-    try:
+    with library_errors(f"{str(file)!r} cannot be read", "download it anew"):
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as content:
                 return {
                     name: torch.empty(content.get_slice(name).get_shape(), device="meta") for name in content.keys()
                 }
         return torch.load(file, map_location="meta", weights_only=True, mmap=True)
-    except Exception as error:  # zip, pickle and safetensors each raise their own kinds
-        raise UserError(f"{str(file)!r} cannot be read ({first_line(error)}); download it anew") from error

@@ -12,13 +12,13 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
 
 from rsaft_fast.backbones import ADAPTERS, PipelineBackbone, Quantization, adapter_for
-from rsaft_fast.backbones.folder import read_index
+from rsaft_fast.backbones.folder import INDEX, read_index
 from rsaft_fast.errors import UserError
 from rsaft_fast.estimate.published import KNOWN, Parts, published_pipeline
-from rsaft_fast.pretrained import first_sentence, read_config
+from rsaft_fast.hub import cached_file
+from rsaft_fast.pretrained import library_errors, read_config
 
 
 class LengthTokenizer:
@@ -61,13 +61,11 @@ def skeleton_backbone(
     with quiet(), torch.device("meta"):
         for part, (library, kind, config) in parts.items():
             if part not in options and part in components:
-                try:
+                with library_errors(
+                    f"{path}: no {kind} can be made of {part}'s config",
+                    "it is damaged or of another class: download it anew",
+                ):
                     components[part] = _component(part, library, kind, config, dtype)
-                except Exception as error:  # each library's own kinds, for a config that can be damaged in any way
-                    raise UserError(
-                        f"{path}: no {kind} can be made of {part}'s config ({type(error).__name__}: "
-                        f"{first_sentence(error)}); it is damaged or of another class: download it anew"
-                    ) from error
         pipeline = adapter.pipeline_class(**components)
     backbone = adapter(
         pipeline,
@@ -105,11 +103,10 @@ def _pipeline_parts(path: str) -> tuple[str, Parts, list[str]]:
         from rsaft_fast.playground import pipeline_path
 
         path = str(pipeline_path())
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not os.path.exists(folder):
-        cached = try_to_load_from_cache(path, "model_index.json")
-        if isinstance(cached, str):
-            folder = Path(cached).parent
+        cached = cached_file(path, INDEX)
+        folder = cached.parent if cached is not None else folder
     if os.path.exists(folder):
         return adapter_for(folder, text=False).pipeline_class.__name__, _parts_of_folder(folder), []
     found = published_pipeline(path)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean
 
 from rsaft_fast.data.picture_lists import Picture
+from rsaft_fast.figures.tables import aligned
 
 LEVEL = 0.95
 # From here on Student's distribution is the normal one, to four digits of the quantile.
@@ -155,13 +156,9 @@ def difference_table(first: str, second: str, pairing: Pairing, differences: Map
     for name, d in differences.items():
         interval = f"{d.low:+.4f} to {d.high:+.4f}" if math.isfinite(d.high) else "of one pair, none"
         rows.append([name, f"{d.mean:+.4f}", interval, f"{d.wins:.0%}"])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        f"{second} less {first}: {count} pairs by {pairing.how}; t intervals over {over}; wins: pairs that score higher"
-    ]
-    lines += ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) for row in rows]
+    head = f"{second} less {first}: {count} pairs by {pairing.how}; t intervals over {over}; "
     said = verdict(first, second, differences)
-    return "\n".join([*lines, f"{said[0].upper()}{said[1:]}."])
+    return "\n".join([f"{head}wins: pairs that score higher", *aligned(rows), f"{said[0].upper()}{said[1:]}."])
 
 
 def verdict(first: str, second: str, differences: Mapping[str, Difference]) -> str:

@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, Locator, MaxNLocator
 from PIL import Image, ImageDraw
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.figures.grids import FAINT, INK, PAPER, compose_grid, font, printable, run_colour, save_png, wrap
+from rsaft_fast.figures.grids import FAINT, INK, PAPER, compose_grid, font, one_line, run_colour, save_png, wrap
 
 _DPI = 100
 _CURVES_WIDTH, _PANEL_HEIGHT = 640, 250
@@ -113,7 +113,7 @@ def _draw_curves(panels: Sequence[Panel], columns: Sequence[str], height: int) -
     drawn = [label for label in runs if any(label in panel.curves for panel in panels)]
     if drawn:
         # Literal text: a run's name may hold a dollar sign, which matplotlib would read as mathematics.
-        handles = [Line2D([], [], label=printable(label).replace("$", r"\$"), **styles[label]) for label in drawn]
+        handles = [Line2D([], [], label=one_line(label).replace("$", r"\$"), **styles[label]) for label in drawn]
         figure.legend(handles=handles, loc="outside upper right", ncols=min(len(drawn), 3), frameon=False, fontsize=11)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
@@ -154,9 +154,9 @@ def _draw_panel(axis: Axes, panel: Panel, styles: Mapping[str, Mapping[str, obje
         axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", va="center", color=FAINT)
         axis.set_yticks([])
     # Above the panel, not beside it: there a sentence has room.
-    axis.set_title(printable(panel.unit), loc="left", fontsize=11, color=FAINT, parse_math=False)
+    axis.set_title(one_line(panel.unit), loc="left", fontsize=11, color=FAINT, parse_math=False)
     axis.annotate(
-        printable(panel.title),
+        one_line(panel.title),
         (0, 1),
         (0, 22),
         xycoords="axes fraction",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, printable
+from rsaft_fast.files import replacing
 
 INK, FAINT, PAPER = "#222222", "#5A5A5A", "#FFFFFF"
 # Okabe and Ito's colours, told apart by every kind of colour vision; the first stands for what a run is compared with.
@@ -109,18 +109,11 @@ def save_grid(
 
 
 def save_png(image: Image.Image, path: str | Path) -> Path:
-    """Write a PNG to a temporary file beside `path`, then put it in place."""
+    """Write a PNG, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            image.save(stream, format="PNG")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, alone=True) as temporary, temporary.open("wb") as stream:
+        image.save(stream, format="PNG")
     return path
 
 
@@ -158,19 +151,16 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
-def printable(text: str) -> str:
-    """Put `text` on one line.
-
-    Control characters have no glyph, and a line break would start a line of its own.
-    """
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+def one_line(text: str) -> str:
+    """Put `text` on one line: control characters have no glyph, and a line break would start a line of its own."""
+    return " ".join(printable(text, " ").split())
 
 
 def wrap(text: str, width: int, size: int, most_lines: int, bold: bool = False) -> list[str]:
     """Wrap `text` to at most `most_lines` (at least one) lines of `width` pixels, with an ellipsis where it is cut."""
     face = font(size, bold)
     lines: list[str] = []
-    rest = printable(text)
+    rest = one_line(text)
     while rest and len(lines) < max(most_lines, 1):
         fits = _fitting(rest, width, face)
         broken = textwrap.wrap(rest, fits, break_on_hyphens=False, max_lines=None) or [rest]

@@ -1,4 +1,4 @@
-"""Summary table of a comparison."""
+"""Tables in plain text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,20 @@ from rsaft_fast.errors import UserError
 
 # A quantity of one run, before and after.
 Change = tuple[float, float]
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Return a line for each row, its cells padded to the width of their column.
+
+    Args:
+        rows: cells, as many in each row; at least one row.
+        left: how many of the first columns begin at their left edge; the others end at their right edge.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+        for row in rows
+    ]
 
 
 def summary_table(runs: Mapping[str, Mapping[str, Change]], decimals: int = 3) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 
 import torch
 
@@ -270,5 +269,5 @@ def pick_device(name: str) -> torch.device:
 
 def check_path(key: str, path: str) -> None:
     """Refuse a pipeline's path that is neither a folder nor a hub id."""
-    if path != PLAYGROUND and not os.path.exists(Path(path).expanduser()) and not is_hub_id(path):
+    if path != PLAYGROUND and not os.path.exists(path) and not is_hub_id(path):
         raise UserError(f"{key}: there is no folder {path!r}, and it is not a hub id (owner/name)")

@@ -7,7 +7,7 @@ from rsaft_fast.rewards.combine import Combination
 from rsaft_fast.rewards.ensemble import AuxiliaryEnsemble, uncertainty, win_rates
 from rsaft_fast.rewards.hps import load_hps
 from rsaft_fast.rewards.image_reward import ImageReward, load_image_reward
-from rsaft_fast.rewards.preprocess import Preprocess, resize, saturated_fraction
+from rsaft_fast.rewards.preprocess import Preprocess, resize
 from rsaft_fast.rewards.registry import RewardSettings, load_reward
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "load_image_reward",
     "load_reward",
     "resize",
-    "saturated_fraction",
     "uncertainty",
     "win_rates",
 ]

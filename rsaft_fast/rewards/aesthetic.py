@@ -9,10 +9,11 @@ import torch
 from transformers import CLIPModel
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import sha256_of
 from rsaft_fast.memory.checkpointing import checkpoint_clip_vision
 from rsaft_fast.rewards.base import RewardSpec, TowerReward, check_prompts, score_dtype, unit
 from rsaft_fast.rewards.clip import image_processor_config, load_clip_model, preprocess_from_config
-from rsaft_fast.rewards.files import checkpoint_file, checkpoint_folder, conversion_of, sha256_of, weight_files
+from rsaft_fast.rewards.files import checkpoint_file, checkpoint_folder, conversion_of, weight_files
 from rsaft_fast.rewards.heads import AffineHead
 from rsaft_fast.rewards.preprocess import Clamp, Preprocess, without_autocast
 from rsaft_fast.rewards.weights import fill, read_state

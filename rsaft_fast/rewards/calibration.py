@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, describe_error, first_line
 from rsaft_fast.reading import read_text
 from rsaft_fast.rewards.base import RewardSpec
-from rsaft_fast.rewards.files import first_line
 
 Scaling = Literal["std", "iqr"]
 
@@ -101,7 +99,7 @@ def read_calibration(path: str | Path) -> list[Calibration]:
     """
     mend = "write one with rsaft-fast score PICTURES --reward ... --calibration FILE"
     try:
-        content = json.loads(read_text(os.path.expanduser(path), "calibration", _MAX_BYTES))
+        content = json.loads(read_text(path, "calibration", _MAX_BYTES))
     except UserError as error:
         raise UserError(f"{error}, or {mend}") from error
     except (ValueError, RecursionError) as error:
@@ -111,9 +109,7 @@ def read_calibration(path: str | Path) -> list[Calibration]:
     try:
         return [_entry(entry) for entry in content["rewards"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"calibration {str(path)!r} is damaged ({type(error).__name__}: {first_line(error)}); write it anew"
-        ) from error
+        raise UserError(f"calibration {str(path)!r} is damaged ({describe_error(error)}); write it anew") from error
 
 
 def _entry(content: Mapping[str, Any]) -> Calibration:

@@ -12,15 +12,10 @@ import torch
 from transformers import CLIPModel, PreTrainedTokenizerBase
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import sha256_of
 from rsaft_fast.memory.checkpointing import checkpoint_clip_vision
 from rsaft_fast.rewards.base import RewardSpec, TowerReward, check_prompts, score_dtype, unit
-from rsaft_fast.rewards.files import (
-    checkpoint_folder,
-    conversion_of,
-    read_json,
-    sha256_of,
-    weight_files,
-)
+from rsaft_fast.rewards.files import checkpoint_folder, conversion_of, read_json, weight_files
 from rsaft_fast.rewards.preprocess import CLIP_MEAN, CLIP_STD, Clamp, CropOffset, Preprocess, without_autocast
 from rsaft_fast.rewards.text import clip_tokenizer, require_vocabulary
 from rsaft_fast.rewards.weights import load_pretrained

@@ -7,7 +7,6 @@ and scores are the same to the bit. Where they came from stands in the file's ow
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from rsaft_fast import __version__
 from rsaft_fast.errors import UserError
-from rsaft_fast.files import fsync_folder, io_errors_of, usual_mode
+from rsaft_fast.files import digests_of, fsync_folder, refuse_io_errors, replacing, usual_mode
 from rsaft_fast.rewards import aesthetic, hps, image_reward, open_clip
 from rsaft_fast.rewards.clip import load_clip_model
-from rsaft_fast.rewards.files import checkpoint_file, checkpoint_folder, digests_of, weight_files
+from rsaft_fast.rewards.files import checkpoint_file, checkpoint_folder, weight_files
 from rsaft_fast.rewards.text import CLIP_FILES
 from rsaft_fast.rewards.weights import State, is_safetensors, read_state
 
@@ -97,7 +96,7 @@ def convert(source: str | Path, folder: str | Path, reward: str, force: bool = F
         UserError: another model's weights, a pickle with more than tensors in it, safetensors already, a file that
             would be overwritten, or a disk that is full.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(folder)
     if os.path.isfile(folder):
         raise UserError(f"{str(folder)!r} is a file; give the folder to write into")
     if reward in LAYOUTS:
@@ -128,14 +127,16 @@ def convert(source: str | Path, folder: str | Path, reward: str, force: bool = F
         "source_md5": digests["md5"],
         "converter": f"rsaft_fast {__version__}",
     }
-    try:
+    with refuse_io_errors(repr(str(folder)), or_else="give another place"):
         folder.mkdir(parents=True, exist_ok=True)
         for path in beside:
-            _place(folder / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
+            with replacing(folder / path.name) as temporary:
+                shutil.copyfile(path, temporary)
         # The weights last: a folder that has them is complete.
-        _place(folder / name, lambda temporary: _write(state, temporary, header))
-    except OSError as error:
-        raise UserError(f"{str(folder)!r} cannot be written ({error.strerror}); free or give another place") from error
+        with replacing(folder / name) as temporary:
+            _write(state, temporary, header)
+            temporary.chmod(usual_mode(folder))  # safetensors makes its files 0600
+        fsync_folder(folder)
     size = (folder / name).stat().st_size
     return Converted(folder / name, tuple(p.name for p in beside), len(state), size, digests["sha256"])
 
@@ -153,8 +154,7 @@ def _of_layout(source: str | Path, reward: str) -> tuple[list[Path], list[Path],
 
 
 def _container(source: str | Path) -> str | Path:
-    path = Path(source).expanduser()
-    return path.parent if os.path.isfile(path) else source
+    return Path(source).parent if os.path.isfile(source) else source
 
 
 def _of_folder(source: str | Path) -> tuple[list[Path], list[Path], str]:
@@ -180,8 +180,7 @@ def _state(files: list[Path], reward: str, source: str | Path) -> State:
 
 
 def _write(state: State, path: Path, header: dict[str, str]) -> None:
-    with io_errors_of(path):
-        save_file(state, path, header)
+    save_file(state, path, header)
     written = load_file(path)
     different = [
         name
@@ -195,17 +194,3 @@ def _write(state: State, path: Path, header: dict[str, str]) -> None:
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """Bytes: a NaN equals itself, and 0 is not -0."""
     return tensor.reshape(-1).view(torch.uint8)
-
-
-def _place(target: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the target, then rename: a reader sees the old file or the new one, and so does a second writer."""
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        write(temporary)
-        temporary.chmod(usual_mode(target.parent))  # safetensors makes its files 0600
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-        fsync_folder(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from transformers import Mask2FormerConfig, Mask2FormerModel
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import sha256_of
+from rsaft_fast.pretrained import library_errors
 from rsaft_fast.rewards.clip import image_processor_config
-from rsaft_fast.rewards.files import checkpoint_folder, first_line, read_json, sha256_of, weight_files
+from rsaft_fast.rewards.files import checkpoint_folder, read_json, weight_files
 from rsaft_fast.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, without_autocast
 from rsaft_fast.rewards.weights import State, fill, read_state
 
@@ -141,12 +143,9 @@ def load_mask2former(path: str | Path, device: torch.device | str = "cpu") -> tu
     config = read_json(folder / "config.json")
     if config.get("model_type") != "mask2former":
         raise UserError(f"{str(path)!r} is a {config.get('model_type')!r}, not a mask2former; GenEval needs one")
-    try:
+    with library_errors(f"{str(path)!r}: its config.json builds no Mask2Former", "download it anew"):
         architecture = Mask2FormerConfig(**config)
         model = Mask2Former(architecture)
-    except Exception as error:
-        # Config validation and every layer raise their own kinds.
-        raise UserError(f"{str(path)!r}: its config.json builds no Mask2Former ({first_line(error)})") from error
     files = weight_files(folder)
     state: State = {}
     for file in files:

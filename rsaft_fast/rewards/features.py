@@ -14,10 +14,11 @@ from torch import nn
 from transformers import Dinov2Model, DINOv3ViTModel
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import sha256_of
 from rsaft_fast.memory.checkpointing import checkpoint_calls
 from rsaft_fast.rewards.base import RewardSpec, unit
 from rsaft_fast.rewards.clip import image_processor_config, preprocess_from_config
-from rsaft_fast.rewards.files import checkpoint_folder, read_json, sha256_of, weight_files
+from rsaft_fast.rewards.files import checkpoint_folder, read_json, weight_files
 from rsaft_fast.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, Clamp, Preprocess, without_autocast
 from rsaft_fast.rewards.weights import load_pretrained
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ def checkpoint_folder(path: str | Path) -> Path:
     Raises:
         UserError: a file, neither a folder nor a hub id, or a hub that cannot be reached.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if str(path) and os.path.isdir(folder):
         return folder
     if os.path.isfile(folder):
@@ -40,7 +38,7 @@ def checkpoint_file(path: str | Path, name: str) -> Path:
     Raises:
         UserError: nothing there, a folder without the file, or a hub that cannot be reached.
     """
-    place = Path(path).expanduser()
+    place = Path(path)
     if str(path) and os.path.isfile(place):
         return place
     if str(path) and os.path.isdir(place):
@@ -60,7 +58,7 @@ def tokenizer_folder(path: str | Path) -> Path:
     Raises:
         UserError: nothing there, or a hub that cannot be reached.
     """
-    place = Path(path).expanduser()
+    place = Path(path)
     if str(path) and os.path.exists(place):
         return place
     if not hub.is_hub_id(path):
@@ -97,11 +95,6 @@ def weight_files(folder: Path) -> list[Path]:
     return check_weights(folder, weights_of(folder))
 
 
-def sha256_of(files: Sequence[Path]) -> str:
-    """SHA-256 of the files' bytes, one after the other."""
-    return digests_of(files, "sha256")["sha256"]
-
-
 def conversion_of(file: Path) -> dict[str, str]:
     """What `rsaft-fast convert` wrote into a file's header about the pickle that it was; nothing for another file."""
     try:
@@ -112,24 +105,8 @@ def conversion_of(file: Path) -> dict[str, str]:
     return header if "source_sha256" in header else {}
 
 
-def digests_of(files: Sequence[Path], *algorithms: str) -> dict[str, str]:
-    """Hashes of the files' bytes, one after the other, read once."""
-    digests = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                for digest in digests.values():
-                    digest.update(block)
-    return {name: digest.hexdigest() for name, digest in digests.items()}
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the checkpoint."""
     if not os.path.isfile(path):
         raise UserError(f"{str(path.parent)!r} holds no {path.name}; give a folder saved by save_pretrained")
     return read_config(path, "reward's config")
-
-
-def first_line(error: Exception) -> str:
-    """An exception's first line, for a one-line message."""
-    return str(error).strip().split("\n", 1)[0]

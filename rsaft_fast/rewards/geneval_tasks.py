@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +61,7 @@ def load_tasks(path: str | Path, names: Sequence[str]) -> dict[str, Task]:
     Raises:
         UserError: no such file, or a line that is not such a task.
     """
-    file = Path(os.path.expanduser(path))
-    lines = read_text(file, "GenEval's metadata", _MAX_BYTES).split("\n")
+    lines = read_text(path, "GenEval's metadata", _MAX_BYTES).split("\n")
     tasks: dict[str, Task] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():

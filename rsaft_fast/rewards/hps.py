@@ -11,9 +11,10 @@ import torch
 from transformers import CLIPModel
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import digests_of, sha256_of
 from rsaft_fast.rewards.base import RewardSpec
 from rsaft_fast.rewards.clip import ClipReward, Scale, load_clip_model
-from rsaft_fast.rewards.files import checkpoint_file, conversion_of, digests_of, sha256_of, weight_files
+from rsaft_fast.rewards.files import checkpoint_file, conversion_of, weight_files
 from rsaft_fast.rewards.open_clip import VIT_H_14, clip_model
 from rsaft_fast.rewards.preprocess import Clamp, Preprocess
 from rsaft_fast.rewards.text import CLIP_FILES, clip_tokenizer, fixed_text, require_vocabulary
@@ -73,7 +74,7 @@ def load_hps(
             with more than tensors in it.
     """
     fixed_text("")  # ftfy is needed at the first prompt: better to hear of it before gigabytes are read
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if str(path) and os.path.isfile(folder / "config.json"):
         model, files = load_clip_model(folder, str(path), "gelu"), weight_files(folder)
     else:

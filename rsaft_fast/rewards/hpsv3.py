@@ -13,9 +13,11 @@ from torch import nn
 from transformers import Qwen2VLConfig
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import sha256_of
 from rsaft_fast.memory.checkpointing import checkpoint_calls
+from rsaft_fast.pretrained import library_errors
 from rsaft_fast.rewards.base import RewardSpec, TowerReward, check_prompts, score_dtype
-from rsaft_fast.rewards.files import checkpoint_file, first_line, read_json, sha256_of
+from rsaft_fast.rewards.files import checkpoint_file, read_json
 from rsaft_fast.rewards.hpsv3_text import Conversation, is_published, qwen_tokenizer, read_instruction
 from rsaft_fast.rewards.preprocess import Clamp, without_autocast
 from rsaft_fast.rewards.qwen2_vl import PIXELS, QWEN2_VL_7B, Qwen2VLFeatures, SmartResize, to_transformers
@@ -158,12 +160,8 @@ def _architecture(folder: Path) -> dict[str, Any]:
 def _build(state: State, architecture: dict[str, Any], source: str) -> tuple[Qwen2VLFeatures, nn.Sequential]:
     head_state = {name.removeprefix(_HEAD): value for name, value in state.items() if name.startswith(_HEAD)}
     renamed = to_transformers({name: value for name, value in state.items() if not name.startswith(_HEAD)})
-    try:
+    with library_errors(f"{source}: its config.json is not Qwen2-VL's", "download it anew"):
         config = Qwen2VLConfig(**architecture)
-    except Exception as error:
-        raise UserError(
-            f"{source}: its config.json is not Qwen2-VL's ({first_line(error)}); download it anew"
-        ) from error
     embedding = renamed.get("language_model.embed_tokens.weight")
     if embedding is not None and embedding.ndim == 2:
         # One more than the tokenizer has: the published weights' vocabulary was cut to it.

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rsaft_fast.errors import UserError
-from rsaft_fast.rewards.files import first_line, read_json, tokenizer_folder
+from rsaft_fast.errors import UserError, describe_error
+from rsaft_fast.pretrained import library_errors
+from rsaft_fast.rewards.files import read_json, tokenizer_folder
 
 REWARD_TOKEN, IMAGE_TOKEN, PROMPT = "<|Reward|>", "<|image_pad|>", "{text_prompt}"
 # Of hpsv3 1.0.0: its file, the two constants whose concatenation is the instruction, and that text's SHA-256.
@@ -52,7 +53,7 @@ def is_published(instruction: str) -> bool:
 def _read(path: str | Path | None) -> str:
     if path is None:
         path = _installed()
-    file = Path(path).expanduser()
+    file = Path(path)
     if not file.is_file():
         raise UserError(f"there is no instruction {str(path)!r}; {_MEND}")
     try:
@@ -66,7 +67,7 @@ def _read(path: str | Path | None) -> str:
         return text if file.suffix == ".txt" else _constants(text)
     except (zipfile.BadZipFile, KeyError, ValueError, SyntaxError, OSError) as error:
         raise UserError(
-            f"{str(path)!r} does not hold HPSv3's instruction ({type(error).__name__}: {first_line(error)}); {_MEND}"
+            f"{str(path)!r} does not hold HPSv3's instruction ({describe_error(error)}); {_MEND}"
         ) from error
 
 
@@ -100,12 +101,8 @@ def qwen_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     folder = tokenizer_folder(path)
     if not folder.is_dir() or not any((folder / name).is_file() for name in _FILES):
         raise UserError(f"{str(path)!r} is no folder with a {' or '.join(_FILES)}; give that of Qwen2-VL-7B-Instruct")
-    try:
+    with library_errors(f"{str(path)!r} has no usable tokenizer", "download it anew"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise UserError(
-            f"{str(path)!r} has no usable tokenizer ({type(error).__name__}: {first_line(error)}); download it anew"
-        ) from error
     if tokenizer.chat_template is None and (folder / "chat_template.json").is_file():
         tokenizer.chat_template = read_json(folder / "chat_template.json").get("chat_template")
     if tokenizer.chat_template is None:

@@ -15,9 +15,10 @@ from transformers import BlipTextModel, BlipVisionModel, PreTrainedTokenizerBase
 from transformers.models.blip.configuration_blip import BlipTextConfig, BlipVisionConfig
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import sha256_of
 from rsaft_fast.memory.checkpointing import checkpoint_calls
 from rsaft_fast.rewards.base import RewardSpec, TowerReward, check_prompts, score_dtype
-from rsaft_fast.rewards.files import checkpoint_file, conversion_of, read_json, sha256_of
+from rsaft_fast.rewards.files import checkpoint_file, conversion_of, read_json
 from rsaft_fast.rewards.heads import AffineHead
 from rsaft_fast.rewards.preprocess import Clamp, Preprocess, without_autocast
 from rsaft_fast.rewards.text import bert_tokenizer, require_vocabulary
@@ -147,7 +148,7 @@ def load_image_reward(
     """
     file = checkpoint_file(path, FILE)
     beside = file.parent / CONFIG
-    config = read_json(beside if os.path.exists(Path(path).expanduser()) else checkpoint_file(path, CONFIG))
+    config = read_json(beside if os.path.exists(path) else checkpoint_file(path, CONFIG))
     model, head = _build(read_state(file), config, repr(str(file)))
     if tokenizer is None:
         tokenizer = file.parent if os.path.isfile(file.parent / "vocab.txt") else TOKENIZER

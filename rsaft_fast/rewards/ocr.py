@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, first_line
+from rsaft_fast.files import sha256_of
+from rsaft_fast.pretrained import library_errors
 from rsaft_fast.rewards.base import PictureReward, RewardSpec
-from rsaft_fast.rewards.files import first_line, sha256_of
 
 if TYPE_CHECKING:
     from rapidocr import RapidOCR
@@ -116,7 +117,7 @@ def load_ocr(
         import rapidocr
     except ImportError as error:
         raise UserError(f"the OCR reward needs {error.name or first_line(error)}, which is missing; {_MEND}") from error
-    folder = Path(path).expanduser() if path else Path(rapidocr.__file__).parent / "models"
+    folder = Path(path) if path else Path(rapidocr.__file__).parent / "models"
     models = {part: _model(folder, part) for part in ("det", "rec")}
     parameters = {
         "Global.log_level": "error",
@@ -125,16 +126,12 @@ def load_ocr(
         "Det.model_path": str(models["det"]),
         "Rec.model_path": str(models["rec"]),
     }
-    try:
+    # onnxruntime and rapidocr raise their own kinds.
+    with library_errors(f"the OCR models in {str(folder)!r} do not load", _MEND):
         # The engine opens its models at the first picture: too late to say that one is damaged.
         for model in models.values():
             onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
         engine = rapidocr.RapidOCR(params=parameters)
-    except Exception as error:
-        # onnxruntime and rapidocr raise their own kinds.
-        raise UserError(
-            f"the OCR models in {str(folder)!r} do not load ({type(error).__name__}: {first_line(error)}); {_MEND}"
-        ) from error
     facts = {part: model.name for part, model in models.items()}
     facts |= {"rapidocr": version("rapidocr"), "substring": substring, "repeat_penalty": repeat_penalty}
     spec = RewardSpec("ocr", str(path), sha256_of(list(models.values())), facts, "Apache-2.0")

@@ -139,11 +139,6 @@ def resize(
         return apply_axis_matrices(working, *matrices).to(images.dtype)
 
 
-def saturated_fraction(images: torch.Tensor) -> torch.Tensor:
-    """Fraction (B,) of each image's values outside [0, 1], where a hard clamp has no gradient."""
-    return ((images < 0) | (images > 1)).flatten(1).double().mean(1).float()
-
-
 def apply_axis_matrices(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """out = rows X columns^T over the last two axes."""
     return rows @ (images @ columns.T)

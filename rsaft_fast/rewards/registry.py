@@ -15,14 +15,14 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import sha256_of
 from rsaft_fast.paths import user_place
-from rsaft_fast.pretrained import first_sentence
+from rsaft_fast.pretrained import library_errors
 from rsaft_fast.rewards.aesthetic import load_aesthetic
 from rsaft_fast.rewards.base import Reward
 from rsaft_fast.rewards.calibration import Scaling, find, read_calibration
 from rsaft_fast.rewards.clip import ClipReward, Scale, with_clipscore_prefix
 from rsaft_fast.rewards.combine import Combination, How, Part
-from rsaft_fast.rewards.files import sha256_of
 from rsaft_fast.rewards.hps import Resize, load_hps
 from rsaft_fast.rewards.image_reward import load_image_reward
 from rsaft_fast.rewards.preprocess import Clamp
@@ -247,16 +247,11 @@ def load_reward(settings: SingleReward, device: torch.device | str = "cpu") -> R
     if "dtype" in options:
         options["dtype"] = getattr(torch, settings.dtype)
     options = {key: value for key, value in options.items() if value is not None}
-    try:
+    with library_errors(
+        f"reward {settings.name} at {settings.path!r} could not be loaded",
+        "its files are damaged or another model's: download them anew",
+    ):
         reward = family.load(resolve_path(settings.path), device=device, **options)
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        # A stranger's files can be wrong in any way, and each library that reads them raises its own kinds.
-        raise UserError(
-            f"reward {settings.name} at {settings.path!r} could not be loaded ({type(error).__name__}: "
-            f"{first_sentence(error)}); its files are damaged or another model's: download them anew"
-        ) from error
     # The name that the user gave, not where this installation keeps it.
     reward.spec = replace(reward.spec, source=settings.path)
     return reward
@@ -288,7 +283,7 @@ def _load_combination(
     entries = read_calibration(calibration) if calibration is not None else []
     facts = {}
     if calibration is not None:
-        digest = sha256_of([Path(calibration).expanduser()])
+        digest = sha256_of([Path(calibration)])
         facts = {"calibration": calibration, "calibration_sha256": digest, "calibrate": calibrate}
     loaded = []
     for part in parts:

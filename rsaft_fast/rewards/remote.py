@@ -15,11 +15,10 @@ from urllib.parse import quote
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, describe_error, printable
 from rsaft_fast.rewards import wire
 from rsaft_fast.rewards.base import Reward, RewardSpec, check_prompts
 from rsaft_fast.rewards.exchange import Oversized, exchange, parse_address
-from rsaft_fast.rewards.files import first_line
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +189,7 @@ class RemoteReward(Reward):
         except Oversized as error:
             raise UserError(f"what answers at {self.url} is not a reward server: its answer has {error}") from error
         except (OSError, http.client.IncompleteRead) as error:
-            problem = f"{type(error).__name__}: {_shown(first_line(error))}"
+            problem = _shown(describe_error(error))
             if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
                 raise UserError(f"{self.url} speaks no TLS, or shows a certificate of another ({problem})") from error
             return problem
@@ -316,4 +315,4 @@ def _detail(content: bytes) -> str:
 def _shown(text: object) -> str:
     """A stranger's text as one short line without control characters."""
     line = " ".join(str(text)[:1000].split())
-    return "".join(character if character.isprintable() else "?" for character in line)[:300]
+    return printable(line, "?")[:300]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, BertTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
 
-from rsaft_fast.errors import UserError
-from rsaft_fast.rewards.files import first_line, tokenizer_folder
+from rsaft_fast.errors import UserError, first_line
+from rsaft_fast.pretrained import library_errors
+from rsaft_fast.rewards.files import tokenizer_folder
 
 BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
 # Ten times what is published; a few packed kilobytes could hold gigabytes.
@@ -51,13 +52,10 @@ def clip_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         )
     if not any((place / name).is_file() for name in CLIP_FILES[:2]):
         return _from_merges(place / BPE_FILE)
-    try:
+    with library_errors(
+        f"{str(path)!r} has no usable tokenizer", "save it beside the model with tokenizer.save_pretrained"
+    ):
         return AutoTokenizer.from_pretrained(place, local_files_only=True)
-    except Exception as error:
-        raise UserError(
-            f"{str(path)!r} has no usable tokenizer ({type(error).__name__}: {first_line(error)}); "
-            "save it beside the model with tokenizer.save_pretrained"
-        ) from error
 
 
 def _from_merges(file: Path) -> CLIPTokenizer:

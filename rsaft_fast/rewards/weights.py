@@ -6,7 +6,6 @@ Pickles are read with `weights_only=True`: one that holds code is refused before
 from __future__ import annotations
 
 import pickle
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,17 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from rsaft_fast.errors import UserError
-from rsaft_fast.pretrained import read_config
-from rsaft_fast.rewards.files import first_line, weight_files, weights_of
+from rsaft_fast.errors import UserError, describe_error
+from rsaft_fast.pretrained import LFS_POINTER, load_model, read_config
+from rsaft_fast.rewards.files import weights_of
 
 State = dict[str, torch.Tensor]
 
 # Wrappers of training code (DistributedDataParallel, a Lightning module) around every key.
 _PREFIXES = ("module.", "model.")
-_LAYER = re.compile(r"\b(layers?|blocks?|stages?)\.\d+\.(?!.*position_ids$)")
-_ZIP, _PICKLE, _LFS_POINTER = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
+# Heads of other tasks may stay unread, but a layer that the config leaves out makes another model of this one.
+_UNREAD = r"^(?!.*\b(layers?|blocks?|stages?)\.\d+\.(?!.*position_ids$))"
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
 def read_state(file: Path) -> State:
@@ -62,7 +62,7 @@ def _start(file: Path) -> bytes:
 
 def _read(file: Path) -> Mapping[str, Any]:
     start = _start(file)
-    if start.startswith(_LFS_POINTER):
+    if start.startswith(LFS_POINTER.encode()):
         raise UserError(f"{str(file)!r} is a Git LFS pointer, not the weights; fetch them with git lfs pull")
     try:
         if start[8:9] == b"{":
@@ -78,8 +78,7 @@ def _read(file: Path) -> Mapping[str, Any]:
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{str(file)!r} cannot be read ({type(error).__name__}: {first_line(error)}); it is cut short or damaged: "
-            "download it anew"
+            f"{str(file)!r} cannot be read ({describe_error(error)}); it is cut short or damaged: download it anew"
         ) from error
     if not isinstance(content, Mapping):
         raise UserError(f"{str(file)!r} holds a {type(content).__name__}, not a state dict; give the weights alone")
@@ -122,37 +121,10 @@ def load_pretrained(folder: Path, model_class: type[PreTrainedModel]) -> PreTrai
     """A transformers model from its folder, in the dtype that it is stored in.
 
     Raises:
-        UserError: it does not load, or a weight is missing.
+        UserError: see `load_model`.
     """
     read_config(folder / "config.json", "reward's config")
-    weight_files(folder)
-    try:
-        model, info = model_class.from_pretrained(
-            folder,
-            dtype="auto",
-            local_files_only=True,
-            output_loading_info=True,
-            weights_only=True,
-            **weights_of(folder).options,
-        )
-    except Exception as error:
-        # safetensors, pickle, config validation and shape checks each raise their own kinds.
-        raise UserError(
-            f"{str(folder)!r} does not load as a {model_class.__name__} ({type(error).__name__}: {first_line(error)}); "
-            "save or download the checkpoint anew"
-        ) from error
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"{str(folder)!r} lacks {len(missing)} weights of its {model_class.__name__}, first {missing[0]!r}; "
-            "its output would be random: save or download the checkpoint anew"
-        )
-    # Heads of other tasks may stay unread, but a layer that the config leaves out makes another model of this one.
-    dropped = sorted(name for name in info["unexpected_keys"] if _LAYER.search(name))
-    if dropped := dropped or sorted(map(str, info.get("mismatched_keys") or ())):
-        raise UserError(
-            f"{str(folder)!r}: config.json does not match the weights of its {model_class.__name__}: it has no place "
-            f"for {len(dropped)} of them, first {dropped[0]!r}; download the checkpoint anew"
-        )
+    model = load_model(model_class, folder, weights_of(folder), _UNREAD, dtype="auto", weights_only=True)
     align(model)
     return model
 

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.paths import require_utf8
 
 PROTOCOL = 1
 PROTOCOL_HEADER = "X-RSAFT-Protocol"
@@ -137,19 +138,16 @@ def check_texts(prompts: Sequence[str], max_prompt: int) -> None:
     """Refuse prompts that are longer than `max_prompt` characters, or that no encoding can hold.
 
     Raises:
-        UserError: one has half of a surrogate pair.
+        UserError: one has half a character (of a surrogate pair).
         TooLarge: one is too long.
     """
     for index, prompt in enumerate(prompts):
         if len(prompt) > max_prompt:
             raise TooLarge(f"prompt {index} has {len(prompt)} characters; {_limit(max_prompt)}")
         try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"prompt {index} has half of a surrogate pair at character {error.start}, which is no text; write it "
-                "anew"
-            ) from error
+            require_utf8(prompt)
+        except ValueError as error:
+            raise UserError(f"in prompt {index}, {error}") from error
 
 
 def _limit(max_prompt: int) -> str:

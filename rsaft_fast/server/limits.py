@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.settings import LONGEST_TEXT
 
 # Files that open while the server runs, beside its connections: those of the libraries, and a margin.
 _RESERVED_FILES = 32
@@ -36,7 +37,7 @@ class Limits:
 
     max_pictures: int = 64
     max_bytes: int = 256 * 2**20
-    max_prompt: int = 10_000
+    max_prompt: int = LONGEST_TEXT
     max_ratio: float = 10.0
     max_waiting: int = 64
     max_held_bytes: int = 2**31

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, first_line
 
 TORCH_KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -120,10 +120,6 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype, head_di
         except (ImportError, OSError, RuntimeError, NotImplementedError, ValueError) as error:
             raise UserError(
                 f"speed.attention is {name}, which does not run on {device} in {str(dtype).removeprefix('torch.')} at "
-                f"{head_dim} channels a head ({_first_line(error)}); "
+                f"{head_dim} channels a head ({first_line(error)}); "
                 f"{_MENDS.get(name, 'take another kernel')}, or set speed.attention=auto"
             ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

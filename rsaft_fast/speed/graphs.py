@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, first_line
 
 WARM_UP = 3
 """Calls before a capture, as torch's notes on CUDA graphs have it: libraries make their workspaces then."""
@@ -96,7 +96,7 @@ class GraphedForward:
             raise
         except RuntimeError as error:
             raise UserError(
-                f"speed.cuda_graph: a network call could not be captured ({str(error).strip().splitlines()[0]}); "
+                f"speed.cuda_graph: a network call could not be captured ({first_line(error)}); "
                 "set speed.cuda_graph=false"
             ) from error
         inputs = [leaf for leaf in static if isinstance(leaf, torch.Tensor)]

@@ -8,7 +8,6 @@ config.yaml is there for people: a comment in it makes no checkpoint worthless.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -22,12 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rsaft_fast.algorithms.copies import MEAN
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, describe_error
 from rsaft_fast.files import (
     describe_io_error,
     io_errors_of,
     remove_tree,
     replace_folder,
+    sha256_of,
     write_atomically,
 )
 
@@ -41,7 +41,6 @@ MEAN_FILE = "ema.safetensors"
 """Of the copy "mean"; a copy of another name is in copy_NAME.safetensors."""
 _COPY = re.compile(r"copy_(\w+)\.safetensors")
 _STEP = re.compile(r"step_(\d+)")
-_BLOCK = 1 << 22
 
 Tensors = dict[str, torch.Tensor]
 
@@ -135,7 +134,7 @@ def read(folder: Path, verify: bool = True) -> Checkpoint:
     except OSError as error:
         reason = describe_io_error(error)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        reason = describe_error(error)
     raise UserError(f"the checkpoint {folder} cannot be used: it does not hold what a checkpoint holds ({reason})")
 
 
@@ -235,7 +234,7 @@ def _find_fault(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if _sha256(path) != digest:
+        if sha256_of([path]) != digest:
             return f"{name} has been altered (SHA-256 differs)"
     optional = [path.name for path in (folder / ALGORITHM, *_copies(folder).values()) if path.exists()]
     for name in (STATE, WEIGHTS, OPTIMIZER, *optional):
@@ -281,16 +280,9 @@ def _folders(root: Path) -> list[tuple[int, Path]]:
 def _inventory(folder: Path) -> dict[str, dict[str, Any]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of([path])}
+        for path in files
     }
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, describe_error
 from rsaft_fast.figures.grids import save_png
-from rsaft_fast.files import describe_io_error, io_errors_of, write_atomically
+from rsaft_fast.files import describe_io_error, io_errors_of, refuse_io_errors, write_atomically
 from rsaft_fast.train.background import BackgroundWriter
 
 METRICS = "metrics.jsonl"
@@ -148,7 +148,7 @@ class RunLog:
                 self._board = None  # its own thread has ended, too
             if what not in self._failed:
                 self._failed.add(what)
-                reason = describe_io_error(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+                reason = describe_io_error(error) if isinstance(error, OSError) else describe_error(error)
                 self._say(f"warning: {what} cannot be written ({reason}); training goes on without")
 
     def __enter__(self) -> RunLog:
@@ -182,14 +182,12 @@ def read_metrics(
     if not stat.S_ISREG(kind.st_mode) or kind.st_size > LARGEST_LOG:
         what = f"has {kind.st_size} bytes" if stat.S_ISREG(kind.st_mode) else "is no file"
         raise UserError(f"{path} {what}, and is to hold a line for each update; move it away")
-    try:
+    with refuse_io_errors(str(path), "read", "move the file away"):
         for number, line in _lines(path):
             if (record := _record(line)) is None:
                 damaged.append((number, line))
             elif until is None or record["step"] <= until:
                 records.append(record)
-    except OSError as error:
-        raise UserError(f"{describe_io_error(error)}; mend that, or move the file away") from error
     if damaged and not damaged[-1][1].endswith(b"\n"):
         del damaged[-1]
     if damaged:

@@ -5,7 +5,6 @@ People publish that folder. Of a local path only the last name is shown, of a re
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from rsaft_fast.backbones import PipelineBackbone
 from rsaft_fast.backbones.lora_formats import KOHYA_FILE, save_kohya
-from rsaft_fast.hub import is_hub_id
+from rsaft_fast.hub import is_hub_id, is_on_hub
 from rsaft_fast.recipe.config import PLAYGROUND, Config
 from rsaft_fast.rewards.base import RewardSpec
 from rsaft_fast.yaml_text import dump_yaml
@@ -43,12 +42,12 @@ def public_name(path: str) -> str:
     """What may be told of where something was loaded from: a hub id, or the last name of a local path."""
     if "://" in path:
         return "a server"
-    place = Path(path).expanduser()
+    place = Path(path)
     for text in (path, str(place.resolve())):
         if found := _CACHED.search(text.replace("\\", "/")):
             return f"{found[1]}/{found[2]}"
     # A hub id that is also a folder here was loaded from the folder.
-    if path.startswith(f"{PLAYGROUND}/") or (is_hub_id(path) and not os.path.exists(place)):
+    if path.startswith(f"{PLAYGROUND}/") or is_on_hub(path):
         return path
     name = place.name if place.name not in ("", "..") else place.resolve().name
     return "a local folder" if place.resolve() == Path.home() else name or "a local folder"

@@ -1,29 +1,15 @@
 """Checkpoints whose parts do not belong together end in one line that names the part."""
 
-import json
 import shutil
 
 import pytest
 from builders.backbones import BUILDERS, PROMPTS, SIZE
+from builders.damages import change
 from builders.messages import says
 from safetensors.torch import load_file, save_file
 
 from rsaft_fast.backbones import ADAPTERS, adapter_for, load_backbone
 from rsaft_fast.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory):
-    return {family: BUILDERS[family](tmp_path_factory.mktemp(family)) for family in BUILDERS}
-
-
-@pytest.fixture
-def copy(originals, tmp_path):
-    return lambda family: shutil.copytree(originals[family], tmp_path / family)
-
-
-def change(file, **keys):
-    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
 
 
 def refusal(folder) -> str:

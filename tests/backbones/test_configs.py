@@ -17,16 +17,6 @@ from rsaft_fast.backbones import adapter_for, load_backbone
 from rsaft_fast.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory):
-    return {family: BUILDERS[family](tmp_path_factory.mktemp(family)) for family in BUILDERS}
-
-
-@pytest.fixture
-def copy(originals, tmp_path):
-    return lambda family: shutil.copytree(originals[family], tmp_path / family)
-
-
 def load(folder, **options):
     return load_backbone(folder, height=SIZE, width=SIZE, **options)
 

@@ -16,11 +16,6 @@ from rsaft_fast.backbones import load_backbone
 from rsaft_fast.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory):
-    return {family: BUILDERS[family](tmp_path_factory.mktemp(family)) for family in BUILDERS}
-
-
 def refusal(originals, family, damage, place) -> str:
     folder = shutil.copytree(originals[family], place / family)
     damage(folder)

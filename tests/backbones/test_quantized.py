@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
 import shutil
 
 import pytest
 import torch
-from builders.backbones import BUILDERS, PROMPTS, clear_gradients, gradients, relative_error
+from builders.backbones import BUILDERS, PROMPTS, clear_gradients, gradients, relative_error, with_random_lora
+from builders.damages import change
 from builders.messages import says
 from builders.recipes import config, recipe, write_recipe
 from diffusers import DiffusionPipeline
@@ -157,15 +157,6 @@ def load(folder, quantization=None, dtype=BF16, **options):
     return load_backbone(folder, dtype=dtype, height=SIZE, width=SIZE, quantize=quantization, **options)
 
 
-def with_adapters(backbone):
-    add_lora(backbone, LoRASettings(rank=2))
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in backbone.trainable_parameters.values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return backbone
-
-
 def whole_twin(folder, backbone, dtype=BF16):
     """A backbone without codes that has the weights that this one computes with."""
     twin = load(folder, dtype=dtype)
@@ -213,8 +204,8 @@ def test_the_blocks_linear_layers_are_taken_and_nothing_else(folder, quantizatio
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
 def test_a_model_is_the_one_with_the_whole_weights(folder, quantization, dtype):
     backbone = load(folder, quantization, dtype)
-    twin = with_adapters(whole_twin(folder, backbone, dtype))
-    out, grads = run(with_adapters(backbone))
+    twin = with_random_lora(whole_twin(folder, backbone, dtype))
+    out, grads = run(with_random_lora(backbone))
     whole, whole_grads = run(twin)
     assert torch.equal(out, whole)
     assert all(torch.equal(grads[name], whole_grads[name]) for name in grads)
@@ -252,7 +243,7 @@ def test_adapters_begin_as_those_of_an_unquantised_base_and_are_all_that_is_save
 def test_streamed_blocks_compute_the_same(folder, quantization):
     backbones = [load(folder, quantization), load(folder, quantization, offload_blocks=1)]
     for backbone in backbones:
-        with_adapters(backbone)
+        with_random_lora(backbone)
         checkpoint_denoiser(backbone.denoiser)
     (out, grads), (streamed, streamed_grads) = map(run, backbones)
     assert backbones[1].offloaded.fetches and torch.equal(out, streamed)
@@ -299,9 +290,8 @@ def test_a_missing_package_is_named(monkeypatch, folder):
 def test_a_denoiser_that_is_stored_quantised_is_refused(folder, tmp_path, monkeypatch):
     name = next(n for n in ("unet", "transformer") if (folder / n).is_dir())
     shutil.copytree(folder, tmp_path / "copy")
-    path = tmp_path / "copy" / name / "config.json"
     stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stored}))
+    change(tmp_path / "copy" / name / "config.json", quantization_config=stored)
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *a, **o: pytest.fail("loaded"))
     with pytest.raises(UserError, match=says(name, "bitsandbytes", "backbone.quantize")):
         load(tmp_path / "copy")

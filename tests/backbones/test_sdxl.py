@@ -1,11 +1,11 @@
 """What Stable Diffusion XL has that 1.5 has not: Euler configs, time ids, zeros without a prompt, a VAE beyond fp16."""
 
 import copy
-import json
 
 import pytest
 import torch
 from builders.backbones import PROMPTS, noise_source
+from builders.damages import change
 from builders.messages import says
 from builders.pipelines import tiny_sdxl
 from diffusers import DDIMScheduler, DiffusionPipeline, EDMEulerScheduler, EulerDiscreteScheduler
@@ -95,7 +95,6 @@ def test_what_ddim_or_this_family_cannot_do_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match=says("true_cfg_scale", 2.0, "FLUX.1")):
         backbone.encode(PROMPTS, None, 3.0, true_cfg_scale=2.0)
     changed = tiny_sdxl(tmp_path / "other")
-    file = changed / "unet/config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"addition_time_embed_dim": 4}))
+    change(changed / "unet/config.json", addition_time_embed_dim=4)
     with pytest.raises(UserError, match=says("text_embeds", 16, 40)):
         load_backbone(changed).encode(PROMPTS)

@@ -27,6 +27,11 @@ def make_backbone(
     if train == "full":
         backbone.train_all_parameters()
         return backbone
+    return with_random_lora(backbone)
+
+
+def with_random_lora(backbone: PipelineBackbone) -> PipelineBackbone:
+    """Attach a LoRA of rank 2 whose both sides are drawn: one that is fresh changes nothing."""
     add_lora(backbone, LoRASettings(rank=2))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

@@ -28,27 +28,29 @@ from transformers import (
     T5EncoderModel,
 )
 
+_UNET = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 1,
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+}
+_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
 
 def tiny_sd15(path: str | Path, seed: int = 0) -> Path:
     """Write a `StableDiffusionPipeline` folder: UNet with epsilon prediction, PNDM config as SD1.5 ships it; 32x32."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
+        **_UNET,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=16,
         attention_head_dim=2,
     )
     scheduler = PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        num_train_timesteps=1000,
+        **_BETAS,
         skip_prk_steps=True,
         set_alpha_to_one=False,
         steps_offset=1,
@@ -102,12 +104,7 @@ def tiny_sdxl(path: str | Path, seed: int = 0) -> Path:
     """Write a `StableDiffusionXLPipeline` folder: two text encoders, time ids, SDXL's Euler config; 32x32."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
+        **_UNET,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2),
@@ -119,10 +116,7 @@ def tiny_sdxl(path: str | Path, seed: int = 0) -> Path:
         projection_class_embeddings_input_dim=6 * 8 + 16,
     )
     scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        num_train_timesteps=1000,
+        **_BETAS,
         timestep_spacing="leading",
         steps_offset=1,
     )

@@ -82,12 +82,12 @@ def environment() -> dict[str, str]:
 
 
 def start_cli(arguments: Sequence[str | Path], cwd: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "rsaft_fast.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "rsaft_fast", *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
 def run_cli(arguments: Sequence[str | Path], cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "rsaft_fast.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "rsaft_fast", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)

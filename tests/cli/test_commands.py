@@ -21,7 +21,8 @@ from builders.recipes import config, environment
 from PIL import Image
 
 from rsaft_fast import cli
-from rsaft_fast.cli import build_parser, main
+from rsaft_fast.cli import main
+from rsaft_fast.cli.parser import build_parser
 from rsaft_fast.commands import doctor, process
 from rsaft_fast.train.loop import train
 from rsaft_fast.train.signals import StopSignals

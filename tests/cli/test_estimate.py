@@ -11,7 +11,8 @@ from builders.messages import says
 from builders.recipes import config, recipe, write_recipe
 
 from rsaft_fast import phases
-from rsaft_fast.cli import _parse, build_parser, main
+from rsaft_fast.cli import main
+from rsaft_fast.cli.parser import build_parser, parse_arguments
 from rsaft_fast.errors import UserError
 from rsaft_fast.estimate import forecast as forecasts
 from rsaft_fast.estimate.estimate import RESERVED, estimate, spare
@@ -61,15 +62,15 @@ def test_a_card_is_judged_in_words(path, tiny, out, capsys, card, words):
     ],
 )
 def test_options_and_keys_mix(typed, recipe, keys, quick, card, json):
-    parsed = _parse(build_parser(), ["estimate", *typed.split()])
+    parsed = parse_arguments(build_parser(), ["estimate", *typed.split()])
     assert (parsed.recipe, parsed.overrides) == (recipe, keys)
     assert (parsed.quick, parsed.card, parsed.json) == (quick, card, json)
 
 
 def test_what_follows_an_option_of_train_is_its_own_unless_it_is_a_key():
-    assert _parse(build_parser(), ["train", "--help-config", "optimizer"]).help_config == "optimizer"
+    assert parse_arguments(build_parser(), ["train", "--help-config", "optimizer"]).help_config == "optimizer"
     with pytest.raises(UserError, match="max_steps=5"):
-        _parse(build_parser(), ["train", "r.yaml", "--max-steps", "5", "seed=1"])
+        parse_arguments(build_parser(), ["train", "r.yaml", "--max-steps", "5", "seed=1"])
 
 
 def test_keys_that_make_it_fit_do(tiny, out):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders.philox import KNOWN_ANSWERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.test_quantize import nearest, table
@@ -74,18 +75,7 @@ def test_no_bit_pattern_leads_out_of_the_tables(hooks, signed):
     encode(hooks, x.contiguous(), signed)
 
 
-@pytest.mark.parametrize(
-    ("counter", "seed", "words"),
-    [
-        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((2**32 - 1,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            0x299F31D0A4093822,
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ],
-)
+@pytest.mark.parametrize(("counter", "seed", "words"), KNOWN_ANSWERS)
 def test_philox_gives_the_published_answers(hooks, counter, seed, words):
     """Random123's known-answer vectors for philox4x32-10."""
     out = (ctypes.c_uint32 * 4)()

@@ -9,8 +9,9 @@ import pytest
 from builders.messages import says
 
 from rsaft_fast import playground
-from rsaft_fast.data.prompts import MAX_CHARACTERS, load_prompts
+from rsaft_fast.data.prompts import load_prompts
 from rsaft_fast.errors import UserError
+from rsaft_fast.settings import LONGEST_TEXT
 
 AWKWARD = ['a sign that says "Open, today"', "ein Mädchen mit 漢字\u2028und mehr", "# not a comment", "a, b; c"]
 
@@ -141,7 +142,7 @@ def test_the_playground():
         ("a.json", '["a"', "JSON"),
         ("a.json", "[" * 100_000, "JSON"),
         ("a.jsonl", '"a"\nb\n', says("line 2", "JSON")),
-        ("a.txt", "a\n" + "x" * (MAX_CHARACTERS + 1), says("line 2", "characters", MAX_CHARACTERS + 1, MAX_CHARACTERS)),
+        ("a.txt", "a\n" + "x" * (LONGEST_TEXT + 1), says("line 2", "characters", LONGEST_TEXT + 1, LONGEST_TEXT)),
         ("a.txt", "a\0b", says("line 1", "NUL")),
         ("a.csv", "prompt\na\0b\n", says("line 2", "NUL")),
         ("a.json", r'["a\u0000b"]', says("entry 1", "NUL")),

@@ -16,7 +16,7 @@ from transformers import CLIPImageProcessorPil
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.rewards.aesthetic import FILE as AESTHETIC
-from rsaft_fast.rewards.preprocess import Preprocess, resize, resize_matrix, saturated_fraction
+from rsaft_fast.rewards.preprocess import Preprocess, resize, resize_matrix
 from rsaft_fast.rewards.registry import SingleReward, load_reward
 
 SIZES = [((64, 64), (16, 16)), ((37, 53), (224, 31)), ((1, 9), (4, 1)), ((224, 224), (224, 224)), ((5, 300), (7, 13))]
@@ -164,14 +164,6 @@ def test_clamps():
         out = Preprocess(**plain, clamp=clamp)(images)
         assert out[0, 0, :, 0].tolist() == values
         assert torch.autograd.grad(out.sum(), images)[0][0, 1, :, 0].tolist() == gradient
-
-
-def test_saturated_fraction_is_per_image():
-    images = torch.full((3, 3, 4, 4), 0.5)
-    images[1, :, 0] = 1.01
-    images[2, 0] = -1e-6
-    assert saturated_fraction(images).tolist() == pytest.approx([0, 0.25, 1 / 3])
-    assert saturated_fraction(torch.tensor([0.0, 1.0]).expand(1, 3, 1, 2)).tolist() == [0]
 
 
 def test_autocast_does_not_reach_it():

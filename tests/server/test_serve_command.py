@@ -20,7 +20,7 @@ from rsaft_fast.rewards import wire
 
 
 def test_the_command_serves_until_it_is_told_to_stop(folder, local, tmp_path, capsys, monkeypatch):
-    command = [sys.executable, "-m", "rsaft_fast.cli", "serve", "--reward", f"pickscore={folder}", "--port", "0"]
+    command = [sys.executable, "-m", "rsaft_fast", "serve", "--reward", f"pickscore={folder}", "--port", "0"]
     process = subprocess.Popen(
         [*command, "--device", "cpu"], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

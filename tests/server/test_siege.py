@@ -23,7 +23,7 @@ SECONDS = 60
 
 @pytest.mark.campaign
 def test_good_requests_keep_their_pace_for_a_minute():
-    command = [sys.executable, "-m", "rsaft_fast.cli", "serve", "--reward", "clip=playground/brittle", "--port", "0"]
+    command = [sys.executable, "-m", "rsaft_fast", "serve", "--reward", "clip=playground/brittle", "--port", "0"]
     server = subprocess.Popen(
         [*command, "--device", "cpu"],
         env=environment() | {wire.TOKEN_VARIABLE: TOKEN},

@@ -332,5 +332,5 @@ def test_old_checkpoints_that_cannot_be_deleted_end_nothing(tiny, out, monkeypat
 
 
 def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over(tiny, out, finished, monkeypatch):
-    monkeypatch.setattr(checkpoints, "_sha256", full_disk(errno.EIO))
+    monkeypatch.setattr(checkpoints, "sha256_of", full_disk(errno.EIO))
     assert "EIO" in resume(tiny, out)

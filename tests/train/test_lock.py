@@ -21,6 +21,14 @@ from rsaft_fast.train import loop
 from rsaft_fast.train.loop import train
 
 
+def in_threads(work, count=4):
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_the_holder_is_named_and_what_was_made_goes_again(tmp_path):
     folder = tmp_path / "a" / "b"
     with sole_writer(folder, "output_dir"):
@@ -68,11 +76,7 @@ def test_many_at_once_are_one_after_the_other(tmp_path):
             except Exception as error:
                 errors.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert not errors and max(most) == 1 and len(done) >= 40
     assert not list(tmp_path.glob("run/*"))
 
@@ -149,10 +153,6 @@ def test_many_writers_of_one_encoding_leave_a_whole_one(tmp_path, monkeypatch):
         except Exception as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert not errors
     assert [path.name for path in (tmp_path / "ab").iterdir()] == ["ab" * 32 + ".safetensors"]

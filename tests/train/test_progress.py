@@ -13,7 +13,8 @@ import pytest
 from builders.recipes import config, environment
 from tqdm import tqdm
 
-from rsaft_fast.progress import tell
+from rsaft_fast import progress
+from rsaft_fast.progress import tell, watched
 from rsaft_fast.train import bar
 from rsaft_fast.train.bar import Progress
 from rsaft_fast.train.loop import train
@@ -74,6 +75,12 @@ def test_a_terminal_that_has_gone_ends_nothing(monkeypatch):
     tell("another")
     monkeypatch.setattr(sys, "stderr", None)
     tell("a third")
+
+
+def test_a_file_hears_how_much_is_done_until_all_is(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "INTERVAL", 0.0)
+    assert list(watched(iter("abc"), "reading", 3)) == ["a", "b", "c"]
+    assert capsys.readouterr().err.splitlines() == ["reading: 1 of 3", "reading: 2 of 3"]
 
 
 def test_every_stage_is_said_before_it_begins(tiny, out):

@@ -1,8 +1,6 @@
 """Record of a build beside the weights: build.json with settings, losses, timings, versions and file hashes."""
 
-import hashlib
 import json
-import os
 import platform
 import time
 from importlib.metadata import version
@@ -10,6 +8,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from rsaft_fast.files import sha256_of, write_atomically
 
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 
@@ -64,7 +64,7 @@ def forget_origin(folder: Path) -> None:
 def hashes(folder: Path) -> dict[str, str]:
     """Compute the SHA-256 of every file under `folder` but build.json, by relative path."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.stem != "build")
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {path.relative_to(folder).as_posix(): sha256_of([path]) for path in files}
 
 
 def update(assets: Path, settings: dict[str, object], stages: dict[str, object]) -> None:
@@ -77,6 +77,4 @@ def update(assets: Path, settings: dict[str, object], stages: dict[str, object])
         "processor": {"machine": platform.machine(), "features": torch.backends.cpu.get_cpu_capability()},
         "files": hashes(assets),
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    os.replace(partial, path)
+    write_atomically(path, json.dumps(record, indent=1, sort_keys=True) + "\n")

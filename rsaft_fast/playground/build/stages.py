@@ -1,7 +1,6 @@
 """Stages of a build: autoencoder, denoiser with text encoders, proxy rewards, admission."""
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+from rsaft_fast.files import replace_folder
 from rsaft_fast.playground.build import admission, denoiser, proxies, vae
 from rsaft_fast.playground.build.record import Log, forget_origin, store_half, update
 from rsaft_fast.playground.build.settings import Settings
@@ -73,7 +73,7 @@ def run(settings: Settings, work: Path, assets: Path, stages: Sequence[str] = tu
         log = Log(stage)
         STAGES[stage](settings, partial, assets, log)
         (partial / "log.json").write_text(json.dumps(log.summary() | {"threads": threads}))
-        os.replace(partial, folder)
+        replace_folder(partial, folder)
     logs = {stage: work / stage / "log.json" for stage in STAGES}
     finished = {stage: json.loads(path.read_text()) for stage, path in logs.items() if path.exists()}
     update(assets, asdict(settings), finished)

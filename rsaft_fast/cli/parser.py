@@ -1,0 +1,303 @@
+"""The arguments of every command, and what is said of wrong ones. Needs nothing but the standard library."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import textwrap
+from collections.abc import Callable, Iterable
+
+from rsaft_fast import __version__
+from rsaft_fast.cli import texts
+from rsaft_fast.errors import UserError
+from rsaft_fast.paths import user_path, user_place
+
+_KEY = re.compile(r"[A-Za-z_][\w.]*=")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(prog="rsaft-fast", description=texts.DESCRIPTION, formatter_class=_Help)
+    parser.add_argument("--version", action="version", version=f"rsaft-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, summary: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=summary, description=text, formatter_class=_Help)
+
+    train = add("train", "fine-tune as a recipe says", texts.TRAIN)
+    train.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file, or the name of a shipped recipe")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="keys that replace the recipe's")
+    train.add_argument(
+        "--help-config",
+        nargs="?",
+        const="",
+        metavar="KEY",
+        help="print every key (or KEY, and those below it), its default and what it does",
+    )
+
+    demo = add("demo", "see plain fine-tuning and RSA-FT side by side on the embedded playground", texts.DEMO)
+    demo.add_argument("--steps", type=_positive, metavar="N", help="updates of each run (default: the recipe's)")
+    demo.add_argument("--seed", type=_natural, default=0, metavar="N", help="of both runs (default: 0)")
+    demo.add_argument("--proxy", choices=("fair", "brittle"), default="fair", help="which proxy reward (default: fair)")
+    demo.add_argument(
+        "--output", type=_path, metavar="FOLDER", help="where it writes (default: runs/demo, or the next free one)"
+    )
+
+    sample = add("sample", "draw pictures with a pipeline or a run", texts.SAMPLE)
+    sample.add_argument(
+        "pipeline",
+        nargs="?",
+        type=_place,
+        metavar="PIPELINE",
+        help="folder in diffusers' format, hub id, or playground (default: the run's)",
+    )
+    trained = sample.add_mutually_exclusive_group()
+    trained.add_argument(
+        "--run", type=_path, metavar="FOLDER", help="a run folder: its newest checkpoint and its sampler settings"
+    )
+    trained.add_argument("--lora", type=_path, metavar="PATH", help="a LoRA in diffusers' format, file or folder")
+    sample.add_argument("--untrained", action="store_true", help="with --run: its settings, without its training")
+    sample.add_argument("--checkpoint", type=_natural, metavar="STEP", help="with --run: the weights of that step")
+    prompts = sample.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompts", nargs="+", metavar="TEXT", help="prompts, each in quotes")
+    prompts.add_argument(
+        "--prompts-file",
+        type=_place,
+        metavar="FILE",
+        help=".txt, .csv, .tsv, .json, .jsonl, .parquet, starter, playground, or a set: drawbench, hpdv2, hpdv2-photo, "
+        "partiprompts, geneval, ocr, pickapic, or NAME=PATH",
+    )
+    sample.add_argument(
+        "--seeds", nargs="+", type=_natural, default=[0], metavar="N", help="a picture each (default: 0)"
+    )
+    sample.add_argument("--steps", type=_positive, metavar="N", help="network calls (default: the run's, or as above)")
+    sample.add_argument("--guidance", type=float, metavar="W", help="guidance scale (default: the run's, or as above)")
+    sample.add_argument("--negative", metavar="TEXT", help="negative prompt (default: the run's, else none)")
+    sample.add_argument("--eta", type=float, metavar="X", help="DDIM's noise, 0 to 1 (default: the run's, else 0)")
+    sample.add_argument("--height", type=_positive, metavar="PIXELS", help="default: the run's, else the pipeline's")
+    sample.add_argument("--width", type=_positive, metavar="PIXELS", help="default: the run's, else the pipeline's")
+    sample.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the run's, else fp32")
+    _add_device(sample)
+    _add_batch_size(sample)
+    sample.add_argument("--output", type=_path, metavar="FOLDER", help="default: samples, or the next free one")
+
+    score = add("score", "score pictures with reward models", texts.SCORE)
+    score.add_argument(
+        "pictures", nargs="+", type=_path, metavar="PICTURES", help="folders of pictures, or single files"
+    )
+    score.add_argument("--prompts", type=_place, metavar="FILE", help="a file or set, as sample's --prompts-file")
+    _add_reward(score)
+    score.add_argument(
+        "--calibration", type=_path, metavar="FILE", help="also write each reward's centre and width to this file"
+    )
+    score.add_argument(
+        "--output", default="scores.csv", type=_path, metavar="FILE", help="new CSV (default: scores.csv)"
+    )
+    _add_device(score)
+    _add_batch_size(score)
+
+    serve = add("serve", "serve reward models to other processes, over HTTP", texts.SERVE)
+    _add_reward(serve)
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    serve.add_argument("--port", type=_natural, default=8765, metavar="N", help="0 takes a free one (default: 8765)")
+    _add_device(serve)
+    serve.add_argument(
+        "--max-pictures", type=_positive, default=64, metavar="N", help="of a request and of a call (default: 64)"
+    )
+    serve.add_argument(
+        "--max-bytes", type=_positive, default=256 * 2**20, metavar="N", help="of a request (default: 268435456)"
+    )
+    serve.add_argument(
+        "--max-prompt", type=_positive, default=10_000, metavar="N", help="characters of a prompt (default: 10000)"
+    )
+    serve.add_argument("--timeout", type=_positive, default=300, metavar="S", help="of a request (default: 300)")
+
+    convert = add("convert", "write a reward's pickle as safetensors", texts.CONVERT)
+    convert.add_argument("source", type=_place, metavar="SRC", help="what reward.path would be: file, folder or hub id")
+    convert.add_argument("folder", type=_path, metavar="DST", help="folder to write into")
+    convert.add_argument("--reward", required=True, metavar="NAME", help="the family, such as hpsv2.1")
+    convert.add_argument("--force", action="store_true", help="replace files that are there")
+
+    bench = add("bench", "time the SAM step on this machine, beside what others use", texts.BENCH)
+    bench.add_argument("--cases", metavar="A,B", help="parameter lists, images, host (default: all that fit)")
+    bench.add_argument("--dtypes", metavar="A,B", help="of fp32, bf16 (with an fp32 master), 8bit (default: all)")
+    bench.add_argument("--providers", metavar="A,B", help="who is measured (default: all that are installed)")
+    bench.add_argument("--results", type=_path, metavar="FOLDER", help="write FOLDER/<gpu>/<date>.json, row by row")
+    bench.add_argument("--quick", action="store_true", help="two models' lists, five calls instead of twenty")
+    bench.add_argument("--budget", type=_positive, metavar="SECONDS", help="begin nothing new after this long")
+    bench.add_argument("--goals", action="store_true", help="also show the project's goals, and which are met")
+    bench.add_argument("--memory", action="store_true", help="whole updates instead: --cases names runs of that list")
+    bench.add_argument("--list", action="store_true", help="show the cases, dtypes and providers, and end")
+
+    estimate = add("estimate", "say how much memory a recipe needs, before anything loads", texts.ESTIMATE)
+    estimate.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of a shipped recipe")
+    estimate.add_argument("overrides", nargs="*", metavar="key=value", help="keys that replace the recipe's")
+    estimate.add_argument("--quick", action="store_true", help="do not look for keys that would lower the peak")
+    estimate.add_argument(
+        "--card", type=_gigabytes, metavar="GB", help="memory of the card to compare with (default: the one here)"
+    )
+    estimate.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
+
+    add("doctor", "say what runs on this machine, and why", texts.DOCTOR)
+    helper = add("help", "say what a command takes", "The same as COMMAND --help.\n")
+    helper.add_argument("topic", nargs="?", metavar="COMMAND", help="default: the whole")
+    return parser
+
+
+def _add_reward(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--reward",
+        action="append",
+        required=True,
+        metavar="NAME=PATH[,key=value]",
+        help="once for each reward; or a recipe's file",
+    )
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+
+
+def _add_batch_size(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="pictures at a time (default: 8)")
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Parse a command line with the parser that `build_parser` made.
+
+    Raises:
+        UserError: no such command, or an option that it does not take; it says which was meant.
+        SystemExit: after --help, --version or a value that is wrong, all of which have been printed.
+    """
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    name = next((argument for argument in argv if not argument.startswith("-")), None)
+    if name is not None and name not in commands.choices:
+        raise UserError(f"there is no command {name!r}{_near(name, commands.choices)} (see rsaft-fast --help)")
+    if name in ("train", "estimate"):
+        start = argv.index(name) + 1
+        argv = argv[:start] + _options_last(argv[start:], commands.choices[name])
+    arguments, unknown = parser.parse_known_args(argv)
+    if arguments.command == "help":
+        topic = arguments.topic
+        if topic is not None and topic not in commands.choices:
+            raise UserError(f"there is no command {topic!r}{_near(topic, commands.choices)} (see rsaft-fast --help)")
+        (commands.choices[topic] if topic else parser).print_help()
+        parser.exit(0)
+    if unknown:
+        raise UserError(_unknown(unknown, arguments.command, commands.choices[arguments.command]))
+    return arguments
+
+
+def _options_last(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The recipe and its keys before the options: argparse wants all of them in one piece, users mix both.
+
+    What follows an option that takes a value, or that is not known, belongs to it, unless it is a key of the recipe.
+    """
+    if "--" in argv:
+        return argv
+    flags = [text for action in parser._actions if action.nargs == 0 for text in action.option_strings]
+    words, options = [], []
+    for before, argument in zip(["", *argv], argv):
+        valued = before.startswith("-") and "=" not in before and not any(flag.startswith(before) for flag in flags)
+        is_option = argument.startswith("-") or (valued and not _KEY.match(argument))
+        (options if is_option else words).append(argument)
+    return words + options
+
+
+def _near(word: str, words: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(words), 1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(words)}"
+
+
+def _unknown(unknown: list[str], command: str, parser: argparse.ArgumentParser) -> str:
+    """What was meant by an option that the command does not have."""
+    option, _, value = unknown[0].partition("=")
+    options = [text for action in parser._actions for text in action.option_strings if text.startswith("--")]
+    if near := difflib.get_close_matches(option, options, 1, cutoff=0.7):
+        hint = f"; did you mean {near[0]}?"
+    elif command in ("train", "estimate") and option.startswith("--"):
+        value = value or next((word for word in unknown[1:] if not word.startswith("-")), "VALUE")
+        hint = f"; a key of the recipe is written without dashes: did you mean {option[2:].replace('-', '_')}={value}?"
+    else:
+        hint = f" (see {parser.prog} --help)"
+    return f"{command} does not take {unknown[0]!r}{hint}"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A wrong option is wrong input like any other: one line, exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"rsaft-fast: error: {message} (see {self.prog} --help)\n")
+
+
+class _Help(argparse.HelpFormatter):
+    """Fills paragraphs to the terminal's width; an example too long for it has its remark on a line below."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines: list[str] = []
+        paragraph: list[str] = []
+        for line in [*text.rstrip().splitlines(), ""]:
+            if line and not line.startswith("  "):
+                paragraph.append(line)
+                continue
+            lines += _filled(" ".join(paragraph), width)
+            lines += _example(line, width)
+            paragraph = []
+        return "\n".join(indent + line for line in lines[:-1])
+
+
+def _filled(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+
+
+def _example(line: str, width: int) -> list[str]:
+    if len(line) <= width:
+        return [line]
+    command, _, remark = line.strip().partition("   ")
+    return [f"  {command}", *(f"      {part}" for part in _filled(remark.strip(), width - 6))]
+
+
+def _path(text: str) -> str:
+    return _checked(user_path, text)
+
+
+def _place(text: str) -> str:
+    return _checked(user_place, text)
+
+
+def _checked(reader: Callable[[str], str], text: str) -> str:
+    try:
+        return reader(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text[:60]!r}: {error}") from None
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        value = float(re.sub(r"(?i)\s*gi?b$", "", text.strip()))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a number of GB, such as 12") from None
+    if not 1 <= value <= 10_000:
+        raise argparse.ArgumentTypeError(f"{text[:60]} GB; it must be from 1 to 10000")
+    return value
+
+
+def _natural(text: str) -> int:
+    return _integer(text, 0)
+
+
+def _positive(text: str) -> int:
+    return _integer(text, 1)
+
+
+def _integer(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a whole number") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{value} is too small; it must be at least {least}")
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text[:60]} is too large; it must be below 2**63")
+    return value

@@ -1,0 +1,172 @@
+"""What `--help` says of the whole and of each command."""
+
+from __future__ import annotations
+
+DESCRIPTION = """\
+Fine-tunes diffusion models by reward gradient, smoothed against reward hacking (RSA-FT, arXiv 2603.21175).
+
+  rsaft-fast demo                          watch it work in three minutes, on any machine
+  rsaft-fast train recipe.yaml             fine-tune your own model
+  rsaft-fast sample --run RUN              look at what came out
+  rsaft-fast score PICTURES --reward R=P   what reward models say of pictures
+  rsaft-fast serve --reward R=P            reward models for other processes, over HTTP
+  rsaft-fast convert FILE FOLDER           a reward's published pickle as safetensors, once
+  rsaft-fast estimate recipe.yaml          will it fit, and what would make it fit
+  rsaft-fast bench                         how fast the SAM step is here, beside what others use
+  rsaft-fast doctor                        what runs on this machine, and why
+  rsaft-fast help COMMAND                  what a command takes, with examples
+"""
+
+TRAIN = """\
+Fine-tune as a recipe says. Keys on the command line replace the recipe's. Where a key holds text, the value is taken
+as typed; elsewhere it is YAML.
+
+examples:
+  rsaft-fast train playground.yaml                                  a shipped recipe, by name
+  rsaft-fast train my.yaml max_steps=200 output_dir=runs/a seed=1   three keys replaced
+  rsaft-fast train my.yaml smoothing=null                           the same method without smoothing
+  rsaft-fast train my.yaml method.name=drtune method.k=3            another method, with its own keys
+  rsaft-fast train my.yaml resume=auto                              go on where output_dir stopped, or start
+  rsaft-fast train my.yaml resume=runs/a max_steps=400              go on with that run
+  rsaft-fast train --help-config                                    every key, its default and what it does
+  rsaft-fast train --help-config optimizer                          the keys of one section, or one key
+
+The run folder holds metrics.jsonl (one object an update), config.yaml as resolved, samples/, tensorboard/,
+checkpoints/, and in the end lora/ (or the whole denoiser) for diffusers. Ctrl-C and SIGTERM finish the update,
+save, and exit with 130 and 143; a second Ctrl-C exits at once. Something wrong with the input exits with 2.
+"""
+
+SAMPLE = """\
+Draw pictures with this project's sampler, from a pipeline as it is or with what a run trained.
+
+Before and after: the run's own pipeline, sampler, size and dtype, without and with its training.
+
+examples:
+  rsaft-fast sample playground --prompts "a red circle left of a blue square" --seeds 0 1 2
+  rsaft-fast sample --run runs/playground --prompts-file playground --output after
+  rsaft-fast sample --run runs/playground --prompts-file playground --output before --untrained
+  rsaft-fast sample --run runs/playground --prompts-file playground --checkpoint 40
+  rsaft-fast sample path/to/sd3 --lora runs/a/lora --prompts-file prompts.txt --steps 28 --guidance 4.5
+
+Without --run, steps and guidance are those of diffusers' pipelines, or of the model's authors: SD1.5 50 and 7.5, SDXL
+50 and 5, SD3 28 and 7, SD3.5 28 and 4.5, FLUX.1-dev 28 and 3.5, FLUX.1-schnell 4 and none.
+
+A picture depends on its prompt and seed alone. Writes one PNG a picture, grid.png and pictures.json into --output.
+"""
+
+SCORE = """\
+Score pictures with reward models, each from its own published file: a table, a CSV with a row a picture, and beside it
+a JSON file with what produced the scores (file hash, preprocessing, scale).
+
+examples:
+  rsaft-fast score samples --reward hpsv2.1=xswu/HPSv2 --reward pickscore=yuvalkirstain/PickScore_v1
+  rsaft-fast score a.png b.jpg --prompts prompts.txt --reward imagereward=weights/ImageReward.pt
+  rsaft-fast score before after --reward hpsv2=HPS_v2_compressed.pt,scale=percent,resize=legacy_noaa    is it better?
+  rsaft-fast score pictures --prompts one.txt --reward aesthetic=head.pth,image_tower=path/to/clip-l
+  rsaft-fast score samples --reward remote=http://127.0.0.1:8765/hpsv3          a server's (rsaft-fast serve)
+  rsaft-fast score samples --reward recipe.yaml                                 the reward section of a recipe
+  rsaft-fast score reference --reward pickscore=PATH --reward hpsv2.1=PATH --calibration scales.json
+
+Prompts come from --prompts: one a picture, in natural order of the names (2.png before 10.png), or one a picture of
+every folder, or a single one for all; else from the pictures.json that `rsaft-fast sample` leaves. Which prompt went to
+which picture, and what of a folder was passed over, is said. Of two or more folders each is compared with the first,
+pair by pair (the same prompt and seed where pictures.json has them, else the same name, else the same prompt in order):
+mean difference, its 95 % interval by Student's t over the prompts, how often it scores higher, and in words what
+follows.
+
+Scores wait in OUTPUT.partial until the table is written: after a failure, a full disk or Ctrl-C, the same command goes
+on from there. Keys behind a reward's path are those of a recipe's reward section. --calibration writes where each
+reward lies on these pictures and how wide: a recipe's reward.calibration, by which a combination adds up rewards of
+different scales.
+"""
+
+SERVE = """\
+Serve reward models over HTTP, so that a process or environment that cannot hold them can score with them: `reward.name:
+remote` in a recipe, `--reward remote=URL` for score. Pictures travel as safetensors, bit for bit, or as PNG in JSON;
+never as pickles. Scores are those of a local reward. A gradient does not travel: remote rewards score, and train by
+policy gradient.
+
+examples:
+  rsaft-fast serve --reward pickscore=yuvalkirstain/PickScore_v1
+  rsaft-fast serve --reward hpsv2.1=xswu/HPSv2 --reward imagereward=THUDM/ImageReward --port 9000 --device cuda:1
+  export RSAFT_SERVER_TOKEN=...                                    what the server printed, where the client runs
+  rsaft-fast score samples --reward remote=http://127.0.0.1:8765/pickscore
+
+The server listens on this machine alone unless --host says otherwise, and then warns: HTTP is not encrypted. Every
+request needs the token, which RSAFT_SERVER_TOKEN gives to the server or the server prints. Requests that wait
+together are scored together. Who sends nothing for 15 seconds, or a header or body too slowly, is hung up on; a prompt
+longer than --max-prompt is refused. Ctrl-C and SIGTERM end it after the requests that are being scored.
+
+Clients wait two minutes for a server that restarts (reward.patience). Their token is read from a variable that begins
+with RSAFT_, and they warn when it travels unencrypted to another machine.
+"""
+
+CONVERT = """\
+Write a reward's published pickle as safetensors, once: it then loads faster, and holds nothing that could run. The
+pickle is read for tensors alone (weights_only); one that holds more is refused, and nothing in it runs. Names, values
+and dtypes stay, so every score stays the same to the bit; what is written is read back and compared. The header
+records the pickle's SHA-256, which results and calibrations keep naming.
+
+examples:
+  rsaft-fast convert HPS_v2.1_compressed.pt rewards/hpsv2.1 --reward hpsv2.1
+  rsaft-fast convert THUDM/ImageReward rewards/imagereward --reward imagereward     med_config.json goes along
+  rsaft-fast convert sac+logos+ava1-l14-linearMSE.pth rewards/aesthetic --reward aesthetic
+  rsaft-fast convert path/to/clip rewards/clip --reward clip                        a folder with pytorch_model.bin
+  rsaft-fast score samples --reward hpsv2.1=rewards/hpsv2.1                         then
+
+The folder is made if need be. Files in it that would be replaced stop the command, unless --force is given.
+"""
+
+DEMO = """\
+Fine-tune the shipped tiny pipeline on scenes whose true preference is known exactly, with DRaFT-1 plain and with
+RSA-FT, from the same seeds; print what the proxy reward, the true preference and the sharpness did, and draw it.
+Two CPU cores are enough: under three minutes.
+
+examples:
+  rsaft-fast demo
+  rsaft-fast demo --proxy brittle --steps 60 --seed 1 --output runs/hacked
+"""
+
+BENCH = """\
+Time the passes of a SAM update over the parameter lists of real models, ours beside what people use today, and show
+milliseconds, GB/s (the bytes that must move, over the time), the fraction of this card's own copy bandwidth from the
+same run, every provider's time over ours, launches and memory. No weights are needed. Packages that are not installed
+are listed as missing. Without a GPU a tiny list runs on the CPU, and its figures mean nothing.
+
+examples:
+  rsaft-fast bench --quick                                        a look, at two models' lists
+  rsaft-fast bench --results benchmarks/results --goals           everything that fits, recorded, against the goals
+  rsaft-fast bench --cases sdxl-full --dtypes fp32,bf16           one model's list in two layouts
+  rsaft-fast bench --cases sdxl-lora32 --providers ours-cuda,ours-triton,usual-fused
+  rsaft-fast bench --budget 150                                   the most important first, and what was left out
+  rsaft-fast bench --memory --results benchmarks/results          whole updates at real size: peaks and times
+  rsaft-fast bench --list                                         every case, dtype and provider, and what runs here
+
+Passes: norm (global gradient norm), perturb, step (restore + AdamW), update (norm, perturb, norm with clipping, step).
+"""
+
+ESTIMATE = """\
+Say how much GPU memory a recipe will need, before anything is downloaded, loaded or allocated. One update of it runs
+on shapes alone, by the code that trains, while every tensor's birth and death is counted.
+
+examples:
+  rsaft-fast estimate sd15-lora-24gb.yaml                           a shipped recipe, by name
+  rsaft-fast estimate my.yaml data.batch_size=1                     keys replaced, as for train
+  rsaft-fast estimate my.yaml backbone.checkpoint=[]                what checkpointing saves
+  rsaft-fast estimate my.yaml --card 12                             will it fit into a card with 12 GB
+  rsaft-fast estimate my.yaml --quick                               the table alone, in a third of the time
+  rsaft-fast estimate my.yaml --json | jq .peak                     bytes, for scripts
+
+The first part of the table is what stands throughout training. The second has every phase of an update at its own
+peak: what the phase itself brings, what stands beside it at that moment, and the sum. The largest sum is the run's
+peak, which torch.cuda.max_memory_allocated() will show. Then it says which keys lower that phase, each tried by
+estimating again. Shapes come from the config files of the pipeline and of the reward; where a hub id is not on this
+machine, from the published architecture of that name, and it says so.
+"""
+
+DOCTOR = """\
+Say which versions, devices and backends are here, what will run, and what to change.
+
+example:
+  rsaft-fast doctor
+"""
