@@ -21,12 +21,13 @@ from rsaft_fast.benchmarks.random_models import PROMPTS, Architecture, RandomTra
 from rsaft_fast.benchmarks.timing import Part, Timer
 from rsaft_fast.data.batches import PromptBatches
 from rsaft_fast.data.encodings import free_memory
+from rsaft_fast.dtypes import DTYPES
 from rsaft_fast.errors import UserError
 from rsaft_fast.out_of_memory import is_out_of_memory
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.sampling import NoiseSource, backpropagate, rollout
 from rsaft_fast.sampling.rollout import guided_prediction
-from rsaft_fast.train.trainer import DTYPES, Trainer
+from rsaft_fast.train.trainer import Trainer
 
 Row = dict[str, Any]
 

@@ -20,16 +20,18 @@ from rsaft_fast.backbones import PipelineBackbone, random_backbone
 from rsaft_fast.backbones.registry import ADAPTERS
 from rsaft_fast.backbones.specs import Spec, load_spec
 from rsaft_fast.benchmarks.memory_runs import MODELS, REWARD
-from rsaft_fast.estimate.published import Parts, published_reward
-from rsaft_fast.estimate.skeleton import LengthTokenizer, quiet
+from rsaft_fast.dtypes import DTYPES
+from rsaft_fast.estimate.published import Parts
+from rsaft_fast.estimate.skeleton import quiet
 from rsaft_fast.recipe.check import check_settings, pick_device
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards import RewardSettings
 from rsaft_fast.rewards.base import RewardSpec
-from rsaft_fast.rewards.clip import ClipReward, preprocess_from_config
+from rsaft_fast.rewards.clip import ClipReward, preprocess_from_config, published_clip
+from rsaft_fast.rewards.text import LengthTokenizer
 from rsaft_fast.train import trainer as trainer_module
 from rsaft_fast.train.inputs import Inputs
-from rsaft_fast.train.trainer import DTYPES, Trainer
+from rsaft_fast.train.trainer import Trainer
 
 PROMPTS = ("a red circle", "two blue squares", "a green triangle above a red square", "one")
 
@@ -51,7 +53,7 @@ class Architecture:
 
 
 def published(model: str) -> Architecture:
-    return Architecture(load_spec(MODELS[model].spec), published_reward(REWARD), {}, MODELS[model].steps)
+    return Architecture(load_spec(MODELS[model].spec), published_clip(REWARD), {}, MODELS[model].steps)
 
 
 class RandomTrainer(Trainer):
@@ -124,7 +126,7 @@ def random_reward(settings: RewardSettings, config: Mapping[str, Any], device: t
         preprocess_from_config({}, model.config.vision_config.image_size, settings.clamp),
         RewardSpec(name=settings.name, source=f"random weights, shapes of {settings.path}"),
         scale="cosine",
-        dtype=getattr(torch, settings.dtype),
+        dtype=DTYPES[settings.dtype],
         checkpoint=settings.checkpoint,
     ).to(device)
 

@@ -28,13 +28,14 @@ from rsaft_fast.benchmarks.results import describe_machine, file_name
 from rsaft_fast.benchmarks.timing import Part, Timer
 from rsaft_fast.errors import UserError
 from rsaft_fast.estimate.live import LiveBytes
-from rsaft_fast.estimate.published import IMAGE_REWARD_TEXT, IMAGE_REWARD_VISION, published_reward
-from rsaft_fast.estimate.skeleton import LengthTokenizer, quiet
+from rsaft_fast.estimate.skeleton import quiet
 from rsaft_fast.files import write_atomically
 from rsaft_fast.recipe.check import check_device
 from rsaft_fast.rewards import Preprocess, Reward, RewardSettings, RewardSpec
+from rsaft_fast.rewards.clip import published_clip
 from rsaft_fast.rewards.heads import AffineHead
-from rsaft_fast.rewards.image_reward import BlipScorer, ImageReward, text_config
+from rsaft_fast.rewards.image_reward import PUBLISHED_TEXT, PUBLISHED_VISION, BlipScorer, ImageReward, text_config
+from rsaft_fast.rewards.text import LengthTokenizer
 
 Row = dict[str, Any]
 NAME = "rewards.json"
@@ -156,7 +157,7 @@ def describe(row: Row) -> str:
 
 
 def _clip_h(sizes: Sizes, device: torch.device, dtype: str, checkpoint: bool) -> Reward:
-    config = dict(published_reward("hpsv2.1"))
+    config = dict(published_clip("hpsv2.1"))
     if sizes.changed:
         vision = config["vision_config"] | sizes.changed | {"image_size": 28}
         config |= {"vision_config": vision, "text_config": config["text_config"] | sizes.changed}
@@ -166,8 +167,8 @@ def _clip_h(sizes: Sizes, device: torch.device, dtype: str, checkpoint: bool) ->
 
 def _blip_l(sizes: Sizes, device: torch.device, dtype: str, checkpoint: bool) -> Reward:
     changed = sizes.changed or {}
-    vision = BlipVisionConfig(**IMAGE_REWARD_VISION | changed | ({"image_size": 32} if changed else {}))
-    text = text_config(IMAGE_REWARD_TEXT | changed, vision.hidden_size)
+    vision = BlipVisionConfig(**PUBLISHED_VISION | changed | ({"image_size": 32} if changed else {}))
+    text = text_config(PUBLISHED_TEXT | changed, vision.hidden_size)
     with quiet(), torch.device(device):
         model, head = BlipScorer(vision, text), AffineHead(text.hidden_size)
     prepare = Preprocess((vision.image_size, vision.image_size), "shortest_crop")

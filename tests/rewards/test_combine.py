@@ -227,7 +227,7 @@ def test_ranks_are_win_rates_among_pictures_of_one_prompt(folders):
 def test_parts_keep_their_dtype_and_report_what_they_gave(folders, calibrations):
     chosen = settings(folders, "weighted", dtype="float32")
     mixed = chosen.model_copy(
-        update={"parts": (chosen.parts[0].model_copy(update={"dtype": "bfloat16"}), *chosen.parts[1:])}
+        update={"parts": (chosen.parts[0].model_copy(update={"dtype": "bf16"}), *chosen.parts[1:])}
     )
     reward = load_reward(mixed)
     assert [part.reward.dtype for part in reward.parts] == [torch.bfloat16, torch.float32, torch.float32]
@@ -293,7 +293,7 @@ def test_on_the_gpu_as_on_the_cpu(folders, calibrations, how):
     images = torch.rand(3, 3, 20, 20, dtype=torch.float64)
     found = []
     for device in ("cpu", "cuda"):
-        reward, there = load_reward(chosen, device), images.to(device).requires_grad_(True)
+        reward, there = load_reward(chosen, device=device), images.to(device).requires_grad_(True)
         scores, own = reward.score_parts(there, PROMPTS)
         (gradient,) = torch.autograd.grad(scores.sum(), there)
         assert scores.device == gradient.device == there.device and all(
@@ -324,7 +324,7 @@ def test_one_part_without_gradient_leaves_none():
         ({"penalty": 2.0}, "penalty is of how mean-std, not of weighted"),
         ({"dtype": "bfloat16"}, "dtype is a key of clip, .*not of combination"),
         ({"parts": [{"name": "combination", "parts": []}]}, "cannot be part of another|parts"),
-        ({"parts": [{"name": "pickscore"}]}, "parts.0.path"),
+        ({"parts": [{"name": "aesthetic"}]}, r"parts\.0\.aesthetic\.path"),
         ({"how": "best"}, "weighted"),
         ({"penalty": -1.0, "how": "mean-std"}, "greater than or equal to 0"),
     ],

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.rewards import RewardSettings, load_reward
-from rsaft_fast.rewards.ocr import load_ocr, plain, target_text, text_score
+from rsaft_fast.rewards.ocr import plain, target_text, text_score
 
 pytest.importorskip("rapidfuzz")
 
@@ -116,14 +116,14 @@ def test_a_prompt_that_quotes_nothing_is_one_clear_line(prompt):
 
 def test_what_is_missing_is_one_clear_line(tmp_path, monkeypatch):
     pytest.importorskip("rapidocr")
-    with pytest.raises(UserError, match="repeat_penalty is -1"):
-        load_ocr(repeat_penalty=-1)
+    with pytest.raises(UserError, match="repeat_penalty: .*greater than or equal to 0"):
+        load_reward("ocr", repeat_penalty=-1)
     with pytest.raises(UserError, match=r"holds 0 files \*_det_\*.onnx"):
-        load_ocr(tmp_path)
+        load_reward("ocr", tmp_path)
     for part in ("det", "rec"):
         (tmp_path / f"x_{part}_y.onnx").write_bytes(b"no model")
     with pytest.raises(UserError, match="do not load"):
-        load_ocr(tmp_path)
+        load_reward("ocr", tmp_path)
     monkeypatch.setitem(sys.modules, "rapidocr", None)
     with pytest.raises(UserError, match="needs rapidocr, which is missing; pip install rapidocr onnxruntime rapidfuzz"):
-        load_ocr()
+        load_reward("ocr")

@@ -212,7 +212,7 @@ def test_only_this_projects_variables_are_sent(name, monkeypatch, capsys, tmp_pa
     monkeypatch.setenv(name, "a-secret-of-another-place")
     with speaking() as (url, heard):
         with pytest.raises(UserError, match=f"{name}.*only variables that begin with RSAFT_"):
-            client.load_remote(url, token_variable=name)
+            load_reward("remote", url, token_variable=name)
         with pytest.raises(ValidationError, match=f"{name}.*only variables that begin with RSAFT_"):
             RewardSettings(name="remote", path=url, token_variable=name)
         (tmp_path / "prompts.txt").write_text("a")
