@@ -21,11 +21,11 @@ from rsaft_fast.benchmarks.random_models import PROMPTS, Architecture, random_re
 from rsaft_fast.benchmarks.results import Row
 from rsaft_fast.benchmarks.timing import Part, Timer
 from rsaft_fast.data.encodings import free_memory
+from rsaft_fast.dtypes import DTYPES
 from rsaft_fast.errors import UserError
 from rsaft_fast.estimate.estimate import estimate
 from rsaft_fast.estimate.live import shapes_alone
 from rsaft_fast.out_of_memory import is_out_of_memory
-from rsaft_fast.recipe.check import DTYPES
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards.base import Reward
 from rsaft_fast.sampling import NoiseSource, call_backward

@@ -15,14 +15,16 @@ from rsaft_fast.backbones import PipelineBackbone, random_backbone
 from rsaft_fast.backbones.registry import ADAPTERS
 from rsaft_fast.backbones.specs import Spec, load_spec
 from rsaft_fast.benchmarks.memory_runs import MODELS, REWARD
-from rsaft_fast.estimate.published import published_pipeline, published_reward
-from rsaft_fast.estimate.skeleton import LengthTokenizer, quiet
+from rsaft_fast.dtypes import DTYPES
+from rsaft_fast.estimate.published import published_pipeline
+from rsaft_fast.estimate.skeleton import quiet
 from rsaft_fast.memory import checkpoint_networks
-from rsaft_fast.recipe.check import DTYPES, check_settings
+from rsaft_fast.recipe.check import check_settings
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards import RewardSettings
 from rsaft_fast.rewards.base import RewardSpec
-from rsaft_fast.rewards.clip import ClipReward, preprocess_from_config
+from rsaft_fast.rewards.clip import ClipReward, preprocess_from_config, published_clip
+from rsaft_fast.rewards.text import LengthTokenizer
 from rsaft_fast.sampling.protocol import Branch
 from rsaft_fast.train.assemble import FileLoaders
 from rsaft_fast.train.inputs import Inputs
@@ -48,7 +50,7 @@ class Architecture:
 
 
 def published(model: str) -> Architecture:
-    return Architecture(load_spec(MODELS[model].spec), published_reward(REWARD), {}, MODELS[model].steps)
+    return Architecture(load_spec(MODELS[model].spec), published_clip(REWARD), {}, MODELS[model].steps)
 
 
 class RandomLoaders(FileLoaders):
@@ -114,7 +116,7 @@ def random_reward(settings: RewardSettings, config: Mapping[str, Any], device: t
         preprocess_from_config({}, model.config.vision_config.image_size, settings.clamp),
         RewardSpec(name=settings.name, source=f"random weights, shapes of {settings.path}"),
         scale="cosine",
-        dtype=getattr(torch, settings.dtype),
+        dtype=DTYPES[settings.dtype],
         checkpoint=settings.checkpoint,
     ).to(device)
 

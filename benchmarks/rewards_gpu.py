@@ -23,19 +23,21 @@ from rsaft_fast.benchmarks.random_models import random_reward
 from rsaft_fast.benchmarks.results import Results, Row, describe_machine
 from rsaft_fast.benchmarks.timing import Part, Timer
 from rsaft_fast.data.encodings import free_memory
+from rsaft_fast.dtypes import DTYPES
 from rsaft_fast.errors import UserError
-from rsaft_fast.estimate.published import IMAGE_REWARD_TEXT, IMAGE_REWARD_VISION, published_reward
-from rsaft_fast.estimate.skeleton import LengthTokenizer, quiet
+from rsaft_fast.estimate.skeleton import quiet
 from rsaft_fast.recipe.check import check_device
 from rsaft_fast.rewards import Preprocess, Reward, RewardSettings, RewardSpec
+from rsaft_fast.rewards.clip import published_clip
 from rsaft_fast.rewards.heads import AffineHead
-from rsaft_fast.rewards.image_reward import BlipScorer, ImageReward, text_config
+from rsaft_fast.rewards.image_reward import PUBLISHED_TEXT, PUBLISHED_VISION, BlipScorer, ImageReward, text_config
+from rsaft_fast.rewards.text import LengthTokenizer
 
 NAME = "rewards.json"
 BATCHES, SIDE, TINY_SIDE = (1, 8, 32), 1024, 40
 PROMPT = "a red circle"
 # (dtype, checkpointed): as training runs it, what checkpointing costs, and what S1 and small radii need.
-MODES = (("bfloat16", True), ("bfloat16", False), ("float32", True))
+MODES = (("bf16", True), ("bf16", False), ("fp32", True))
 _TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -97,7 +99,7 @@ def describe(row: Row) -> str:
 
 def _clip_h(changed: Row, device: torch.device, dtype: str, checkpoint: bool) -> Reward:
     """`changed`: keys of the published configs that make the model small."""
-    config = dict(published_reward("hpsv2.1"))
+    config = dict(published_clip("hpsv2.1"))
     vision = config["vision_config"] | changed | ({"image_size": 28} if changed else {})
     config |= {"vision_config": vision, "text_config": config["text_config"] | changed}
     settings = RewardSettings(name="hpsv2.1", path="xswu/HPSv2", dtype=dtype, checkpoint=checkpoint)
@@ -105,12 +107,12 @@ def _clip_h(changed: Row, device: torch.device, dtype: str, checkpoint: bool) ->
 
 
 def _blip_l(changed: Row, device: torch.device, dtype: str, checkpoint: bool) -> Reward:
-    vision = BlipVisionConfig(**IMAGE_REWARD_VISION | changed | ({"image_size": 32} if changed else {}))
-    text = text_config(IMAGE_REWARD_TEXT | changed, vision.hidden_size)
+    vision = BlipVisionConfig(**PUBLISHED_VISION | changed | ({"image_size": 32} if changed else {}))
+    text = text_config(PUBLISHED_TEXT | changed, vision.hidden_size)
     with quiet(), torch.device(device):
         model, head = BlipScorer(vision, text), AffineHead(text.hidden_size)
     prepare = Preprocess((vision.image_size, vision.image_size), "shortest_crop")
-    options = {"dtype": getattr(torch, dtype), "checkpoint": checkpoint}
+    options = {"dtype": DTYPES[dtype], "checkpoint": checkpoint}
     spec = RewardSpec("imagereward", "random weights")
     return ImageReward(model, head, LengthTokenizer(35), prepare, spec, **options).to(device)
 

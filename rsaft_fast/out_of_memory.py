@@ -13,7 +13,7 @@ from rsaft_fast.errors import UserError
 _MENDS = {
     phases.ENCODING: "use backbone.dtype=bf16",
     phases.KEEPING: "use another reward",
-    phases.CHECKING: "set reward.dtype=float32",
+    phases.CHECKING: "set reward.dtype=fp32",
     phases.SAMPLING: "lower data.batch_size and raise data.accumulate",
     phases.GRID: "lower data.batch_size, which the grid is drawn with too",
     phases.SCORING: "lower data.batch_size and raise data.accumulate",

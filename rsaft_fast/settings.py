@@ -34,6 +34,11 @@ class Settings(BaseModel):
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, str_max_length=LONGEST_TEXT
     )
 
+    @classmethod
+    def kinds(cls) -> tuple[type[Settings], ...]:
+        """The classes that a value of this one can have: itself, but for a base that stands for several."""
+        return (cls,)
+
     @field_validator("*", mode="after")
     @classmethod
     def _can_be_used(cls, value: Any) -> Any:

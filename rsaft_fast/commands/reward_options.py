@@ -39,7 +39,8 @@ def parse_reward(text: str) -> tuple[str, RewardSettings]:
     if not name or not all("=" in pair for pair in pairs):
         raise UserError(_NOT_READ.format(text))
     keys = dict(parse_override(pair, RewardSettings) for pair in pairs)
-    return ",".join([name, *pairs]), _validated({"name": name, "path": path, **keys}, text)
+    given = {"name": name, "path": path} if path else {"name": name}
+    return ",".join([name, *pairs]), _validated(given | keys, text)
 
 
 _NOT_READ = "--reward {!r} is not NAME=PATH or NAME=PATH,key=value or a recipe's file; an example: hpsv2.1=xswu/HPSv2"
@@ -50,7 +51,7 @@ def _validated(keys: Any, text: str) -> RewardSettings:
         return RewardSettings.model_validate(keys)
     except ValidationError as error:
         first = error.errors()[0]
-        if first["type"] == "missing" and first["loc"] == ("path",):
+        if first["type"] == "missing" and first["loc"][-1:] == ("path",):
             raise UserError(_NOT_READ.format(text)) from error
         where = f"--reward {text if len(text) <= 100 else f'{text[:97]}...'}"
         raise UserError("\n".join(explain(error, RewardSettings, where, set()))) from error

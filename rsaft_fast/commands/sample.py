@@ -21,12 +21,13 @@ from rsaft_fast.data.encoded import EncodedPrompts, negative_texts
 from rsaft_fast.data.encodings import Encodings, load_shapes
 from rsaft_fast.data.picture_lists import GRID, LISTING
 from rsaft_fast.data.prompts import checked_prompt, load_prompts
+from rsaft_fast.dtypes import DTYPES
 from rsaft_fast.errors import UserError
 from rsaft_fast.figures.grids import save_grid, save_png, to_picture
 from rsaft_fast.files import write_atomically
 from rsaft_fast.out_of_memory import oom_as_user_error
 from rsaft_fast.progress import Counter
-from rsaft_fast.recipe.check import DTYPES, check_device, check_path, pick_device
+from rsaft_fast.recipe.check import check_device, check_path, pick_device
 from rsaft_fast.recipe.config import PLAYGROUND, BackboneSettings, Config, SamplerSettings
 from rsaft_fast.recipe.load import find_recipe, load_config
 from rsaft_fast.recipe.schema import explain

@@ -169,7 +169,7 @@ def _score_all(
     device, files = pick_device(arguments.device), [picture.file for picture in pictures]
     scored = Scored({}, {}, [])
     for label, chosen in settings.items():
-        reward = load_reward(chosen, device)
+        reward = load_reward(chosen, device=device)
         for note in (*notes, *reward.prompt_notes(prompts)):
             _say(note)
         notes = ()
@@ -240,13 +240,13 @@ def _column(
                     raise
                 raise UserError(
                     f"out of memory while scoring {batch_size} pictures at a time with {label}; lower --batch-size, or "
-                    "take dtype=bfloat16"
+                    "take dtype=bf16"
                 ) from error
             for file, score in zip(files[part], scores):
                 if not math.isfinite(score):
                     raise UserError(
                         f"reward {reward.spec.name!r} scores {str(file)!r} {score}; check its weights, or take "
-                        "dtype=float32"
+                        "dtype=fp32"
                     )
             journal.add(column, scores)
             counter.add(len(scores))

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     connections_that_fit(limits)
     listener = _listen(arguments.host, arguments.port)
     try:
-        rewards = {names[label]: load_reward(settings, device) for label, settings in chosen.items()}
+        rewards = {names[label]: load_reward(settings, device=device) for label, settings in chosen.items()}
         server = make_server(make_app(rewards, token, device, limits), limits, log_level="warning")
         _announce(listener, rewards, token if generated else None)
         server.run(sockets=[listener])

@@ -18,13 +18,14 @@ import torch
 from rsaft_fast.algorithms.update import update
 from rsaft_fast.backbones import PipelineBackbone
 from rsaft_fast.backbones.turns import encode_in_turns
+from rsaft_fast.dtypes import DTYPES
 from rsaft_fast.estimate.live import CUDA_BLOCK, LiveBytes, Peak, shapes_alone
 from rsaft_fast.estimate.reward_skeleton import skeleton_reward
 from rsaft_fast.estimate.skeleton import skeleton_backbone
 from rsaft_fast.estimate.states import AccountedOptimizer
 from rsaft_fast.memory.networks import checkpoint_networks
 from rsaft_fast.phases import ENCODING, GRID, KEEPING, SAMPLING, phase
-from rsaft_fast.recipe.check import DTYPES, check_path, check_settings
+from rsaft_fast.recipe.check import check_path, check_settings
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards.base import Reward, TowerReward
 from rsaft_fast.sampling.pictures import sample_images

@@ -19,25 +19,7 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.estimate.published import KNOWN, Parts, published_pipeline
 from rsaft_fast.hub import cached_file
 from rsaft_fast.pretrained import library_errors, read_config
-
-
-class LengthTokenizer:
-    """Stands in for a tokenizer where only the number of tokens counts."""
-
-    def __init__(self, length: int):
-        self.model_max_length = length
-        self.added_tokens_encoder: dict[str, int] = {}
-
-    def tokenize(self, text: str) -> list[str]:
-        return []
-
-    def __call__(
-        self, texts: str | list[str], padding: str | bool = False, max_length: int | None = None, **options
-    ) -> transformers.BatchEncoding:
-        rows = 1 if isinstance(texts, str) else len(texts)
-        length = max_length or self.model_max_length if padding == "max_length" else 1
-        ids = torch.ones(rows, length, dtype=torch.int64)
-        return transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+from rsaft_fast.rewards.text import LengthTokenizer
 
 
 def skeleton_backbone(

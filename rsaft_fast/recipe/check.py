@@ -9,18 +9,15 @@ import torch
 
 from rsaft_fast.backbones import PipelineBackbone, adapter_for
 from rsaft_fast.backbones.quantized import why_not
+from rsaft_fast.dtypes import DTYPES
 from rsaft_fast.errors import UserError
 from rsaft_fast.hub import is_hub_id
 from rsaft_fast.methods import GradientMethod
 from rsaft_fast.ops import backends
 from rsaft_fast.recipe.config import MOST_PICTURES, PLAYGROUND, Config
-from rsaft_fast.rewards import RewardSettings
 from rsaft_fast.sampling import GradientPlan, derive_rng
 from rsaft_fast.speed import check as speed
 from rsaft_fast.speed.apply import require_unet
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 # torch knows more names, such as meta and mps, on which nothing here runs.
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,2})?")
@@ -173,9 +170,9 @@ def _check_offload(config: Config) -> None:
 def _check_reward(config: Config) -> None:
     """A reward whose gradient can be followed where the recipe follows it."""
     reward, image = config.reward, config.smoothing.image
-    if config.method.needs_gradient and not reward.differentiable:
+    if config.method.needs_gradient and reward.without_gradient:
         raise UserError(
-            f"{_without_gradient(reward)} has no gradient, and method.name {config.method.name} follows the reward's; "
+            f"{reward.without_gradient} has no gradient, and method.name {config.method.name} follows the reward's; "
             "score with it (rsaft-fast score), or train with a differentiable one"
         )
     if image is not None and image.space == "reward_input" and reward.name == "combination":
@@ -183,13 +180,6 @@ def _check_reward(config: Config) -> None:
             "smoothing.image.space is reward_input; the parts of reward.name combination have an input of their own "
             "each: take pixel01, pixel11 or latent"
         )
-
-
-def _without_gradient(reward: RewardSettings) -> str:
-    for index, part in enumerate(reward.parts):
-        if not part.differentiable:
-            return f"reward.parts[{index}].name {part.name}"
-    return f"reward.how {reward.how}" if reward.name == "combination" else f"reward.name {reward.name}"
 
 
 def _check_true_cfg(config: Config, adapter: type[PipelineBackbone] | None = None) -> None:

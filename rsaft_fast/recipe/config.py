@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from rsaft_fast.backbones.lora import LoRASettings
 from rsaft_fast.backbones.quantized import Quantization
+from rsaft_fast.dtypes import Dtype
 from rsaft_fast.methods import AnyMethod
 from rsaft_fast.methods.losses import Loss
 from rsaft_fast.rewards import RewardSettings
@@ -58,7 +59,7 @@ class BackboneSettings(Settings):
     path: UserPlace
     height: int | None = Field(default=None, ge=1, le=LONGEST_SIDE)
     width: int | None = Field(default=None, ge=1, le=LONGEST_SIDE)
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    dtype: Dtype = "fp32"
     device: str = "auto"
     checkpoint: tuple[Literal["denoiser", "decoder", "decoder-strips"], ...] = ()
     keep_blocks: int = Field(default=0, ge=0)

@@ -138,6 +138,15 @@ def to_yaml(config: Config) -> str:
     return dump_yaml(tree)
 
 
+def respelled(raw: dict[str, Any]) -> dict[str, Any]:
+    """A run's config.yaml as this version writes it, so that another spelling or an old key is no difference; as it is
+    where this version does not take it."""
+    try:
+        return parse_yaml(to_yaml(validate(raw, "config.yaml")))
+    except UserError:
+        return raw
+
+
 def _override(raw: Any, keys: list[str], value: Any, section: str = "") -> dict[str, Any]:
     raw = raw if isinstance(raw, dict) else {}
     head, *rest = keys

@@ -10,13 +10,14 @@ import reprlib
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.settings import Settings
 
 # Where "larger than the limit" is not the whole mend.
 _MENDS = {
@@ -63,7 +64,7 @@ def _line(item: dict[str, Any], root: type[BaseModel], where: str, commanded: se
     key, level = _locate(root, item["loc"])
     kind, value, context = item["type"], item["input"], item.get("ctx", {})
     if kind in ("union_tag_not_found", "union_tag_invalid"):
-        key += ".name"
+        key = f"{key}.name" if key else "name"
     if any(
         key == given or key.startswith((f"{given}.", f"{given}[")) or given.startswith(f"{key}.") for given in commanded
     ):
@@ -120,7 +121,8 @@ def _as_section(key: str, value: Any, level: list[type[BaseModel]]) -> str:
 
 def _locate(root: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, list[type[BaseModel]]]:
     """A pydantic location as a dotted key, and the settings classes of the section where it ends."""
-    key, level, inner = "", [root], [root]
+    level = inner = list(_sections(root))
+    key = ""
     for part in location:
         if isinstance(part, int):
             key += f"[{part}]"
@@ -138,11 +140,16 @@ def _locate(root: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The settings classes that an annotation mentions."""
+    """The settings classes that a value of an annotation may have."""
+    for mentioned in _mentioned(annotation):
+        yield from mentioned.kinds() if issubclass(mentioned, Settings) else (mentioned,)
+
+
+def _mentioned(annotation: Any) -> Iterator[type[BaseModel]]:
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in typing.get_args(annotation):
-        yield from _sections(argument)
+        yield from _mentioned(argument)
 
 
 def _tags(models: list[type[BaseModel]]) -> list[str]:
@@ -153,11 +160,12 @@ def _tags(models: list[type[BaseModel]]) -> list[str]:
 
 def keys(root: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel], FieldInfo]]:
     """Every dotted key below a settings class, with the class that declares it; sections before their keys."""
-    for name, field in root.model_fields.items():
-        key = prefix + name
-        yield key, root, field
-        for section in _sections(field.annotation):
-            yield from keys(section, f"{key}.")
+    for kind in _sections(root):
+        for name, field in kind.model_fields.items():
+            key = prefix + name
+            yield key, kind, field
+            for section in _mentioned(field.annotation):
+                yield from keys(section, f"{key}.")
 
 
 def _nearest(key: str, level: list[type[BaseModel]], root: type[BaseModel]) -> str:
@@ -272,41 +280,69 @@ def help_text(root: type[BaseModel], width: int = 110, key: str = "") -> str:
         raise UserError(f"there is no key {shown(key)}; {hint}")
     section, _, name = key.rpartition(".")
     lines = [f"# of {section}"] if section else []
+    # Choices of one section may have the same key.
+    told: dict[tuple[str, ...], list[type[BaseModel]]] = {}
     for model in owners:
-        lines += [f"# with name: {tag}" for tag in _tags([model])]
-        lines += _help_lines(model, 0, width, only=name)
+        told.setdefault(tuple(_key_lines(model, name, 0, width, set())), []).append(model)
+    for text, models in told.items():
+        if tags := _tags(models):
+            lines += _comment(f"with name: {', '.join(tags)}", 0, width)
+        lines += text
     return "\n".join(lines)
 
 
-def _help_lines(
-    model: type[BaseModel], indent: int, width: int, around: type[BaseModel] | None = None, only: str | None = None
-) -> Iterator[str]:
-    pad = "  " * indent
-    # Keys that the section around this one has from the same class were described there.
-    known = [name for name in model.model_fields if around and _owner(model, name) is _owner(around, name)]
+def _help_lines(model: type[BaseModel], indent: int, width: int, told: Set[Told] = frozenset()) -> Iterator[str]:
+    """Lines of a section.
+
+    Args:
+        told: what was said of keys in the sections around this one, and in earlier choices in its place.
+    """
+    tags = _tags([model])
+    names = [name for name in model.model_fields if not (tags and name == "name")]
+    known = [name for name in names if _told(model, name) in told]
+    if tags:  # one choice of several classes, each of which says in its first sentence what it is
+        yield from _comment(_summary(model), indent, width)
+        yield f"{'  ' * indent}name: {' | '.join(tags)}"
     if known:
-        text = f"the keys above that fit: {', '.join(known)}."
-        yield from textwrap.wrap(text, width, initial_indent=f"{pad}# ", subsequent_indent=f"{pad}# ")
-    tags = _tags([model]) if only is None else []
-    if len(tags) == 1:  # one choice of several classes, each of which says in its first sentence what it is
-        yield from textwrap.wrap(_summary(model), width, initial_indent=f"{pad}# ", subsequent_indent=f"{pad}# ")
-    for tag in tags:
-        yield f"{pad}name: {tag}"
-    for name, field in model.model_fields.items():
-        if (only is None and name == "name" and _tags([model])) or name in known or only not in (None, name):
+        yield from _comment(f"the keys above that fit: {', '.join(known)}.", indent, width)
+    own = told | {_told(model, name) for name in names}
+    for name in names:
+        if name not in known:
+            yield from _key_lines(model, name, indent, width, own)
+
+
+def _key_lines(model: type[BaseModel], name: str, indent: int, width: int, told: Set[Told]) -> Iterator[str]:
+    """Lines of a key, and of the section that it is."""
+    pad, field = "  " * indent, model.model_fields[name]
+    sections = list(_sections(field.annotation))
+    yield from _comment(describe(model, name), indent, width)
+    yield f"{pad}{name}: {_default(field, bool(sections))}".rstrip()
+    alike: list[str] = []
+    for number, section in enumerate(sections):
+        keys = {_told(section, name) for name in section.model_fields if name != "name"}
+        if number and keys <= told and not _summary(section):
+            alike += _tags([section])
             continue
-        sections = list(_sections(field.annotation))
-        yield from textwrap.wrap(describe(model, name), width, initial_indent=f"{pad}# ", subsequent_indent=f"{pad}# ")
-        yield f"{pad}{name}: {_default(field, bool(sections))}".rstrip()
-        for number, section in enumerate(sections):
-            if number:
-                yield f"{pad}  # or"
-            yield from _help_lines(section, indent + 1, width, model)
+        if number:
+            yield f"{pad}  # or"
+        yield from _help_lines(section, indent + 1, width, told)
+        told = told | keys
+    if alike:
+        yield from _comment(f"or with name: {' | '.join(alike)}, and the keys above that fit.", indent + 1, width)
 
 
-def _owner(model: type[BaseModel], name: str) -> type | None:
-    """The class that declares a field; None where the model has no such field."""
-    return next((base for base in model.__mro__ if name in inspect.get_annotations(base)), None)
+Told = tuple[str, str, str]
+"""Name, description and default of a key."""
+
+
+def _told(model: type[BaseModel], name: str) -> Told:
+    field = model.model_fields[name]
+    return name, describe(model, name), _default(field, bool(list(_sections(field.annotation))))
+
+
+def _comment(text: str, indent: int, width: int) -> list[str]:
+    pad = "  " * indent
+    return textwrap.wrap(text, width, initial_indent=f"{pad}# ", subsequent_indent=f"{pad}# ", break_on_hyphens=False)
 
 
 def _default(field: FieldInfo, is_section: bool) -> str:

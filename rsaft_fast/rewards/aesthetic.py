@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal, Unpack
 
 import torch
 from transformers import CLIPModel
@@ -11,12 +12,14 @@ from transformers import CLIPModel
 from rsaft_fast.errors import UserError
 from rsaft_fast.files import sha256_of
 from rsaft_fast.memory.checkpointing import checkpoint_clip_vision
-from rsaft_fast.rewards.base import RewardSpec, TowerReward, check_prompts, score_dtype, unit
-from rsaft_fast.rewards.clip import image_processor_config, load_clip_model, preprocess_from_config
-from rsaft_fast.rewards.files import checkpoint_file, checkpoint_folder, conversion_of, weight_files
+from rsaft_fast.rewards.base import RewardSpec, TowerOptions, TowerReward, check_prompts, unit
+from rsaft_fast.rewards.clip import clip_shapes, image_processor_config, load_clip_model, preprocess_from_config
+from rsaft_fast.rewards.files import checkpoint_file, checkpoint_folder, weight_files
 from rsaft_fast.rewards.heads import AffineHead
-from rsaft_fast.rewards.preprocess import Clamp, Preprocess, without_autocast
+from rsaft_fast.rewards.preprocess import Preprocess, without_autocast
+from rsaft_fast.rewards.settings import TowerSettings, register
 from rsaft_fast.rewards.weights import fill, read_state
+from rsaft_fast.settings import UserPlace
 
 FILE = "sac+logos+ava1-l14-linearMSE.pth"
 IMAGE_TOWER = "openai/clip-vit-large-patch14"
@@ -35,20 +38,15 @@ class AestheticReward(TowerReward):
         head: AffineHead,
         prepare: Preprocess,
         spec: RewardSpec,
-        *,
-        dtype: torch.dtype = torch.float32,
-        checkpoint: bool = True,
+        **tower: Unpack[TowerOptions],
     ):
-        super().__init__()
         # Nothing here reads text.
         del model.text_model, model.text_projection
-        self.model = model.to(dtype).requires_grad_(False)
-        self.head = head.to(score_dtype(dtype)).requires_grad_(False)
-        self.prepare = prepare
-        self.spec = spec
-        if checkpoint:
-            checkpoint_clip_vision(self.model)
-        self.eval()
+        super().__init__(model, prepare, spec, head=head, **tower)
+
+    def checkpoint_layers(self) -> None:
+        """Those of the image tower."""
+        checkpoint_clip_vision(self.model)
 
     def score_inputs(self, inputs: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Scores (B,) in fp32 (float64 for a float64 model) of preprocessed images.
@@ -64,39 +62,42 @@ class AestheticReward(TowerReward):
             return self.head(unit(features))
 
 
-def load_aesthetic(
-    path: str | Path,
-    *,
-    image_tower: str | Path = IMAGE_TOWER,
-    clamp: Clamp = "hard",
-    dtype: torch.dtype = torch.float32,
-    checkpoint: bool = True,
-    device: torch.device | str = "cpu",
-) -> AestheticReward:
-    """LAION aesthetic v2 from its .pth (or a folder or hub id that holds it) and a CLIPModel folder or hub id.
+@register
+class AestheticSettings(TowerSettings):
+    """LAION aesthetic v2; it looks at no prompt.
 
-    Args:
-        path: of the head, sac+logos+ava1-l14-linearMSE.pth.
-        image_tower: OpenAI's CLIP ViT-L/14 in transformers' format.
-        clamp: see `Preprocess`.
-        dtype: of the image tower; features, head and scores are in fp32 at least.
-        checkpoint: recompute the image tower's layers in the backward pass instead of keeping their activations.
-        device: where it lives.
-
-    Raises:
-        UserError: a missing file or weight, another model's, a tower without quick_gelu (the score would fall by
-            half a point), or a head of another width than the tower's.
+    Attributes:
+        path: sac+logos+ava1-l14-linearMSE.pth, or a folder or hub id that holds it.
+        image_tower: folder or hub id of OpenAI's CLIP ViT-L/14. null is the hub's.
     """
-    file, folder = checkpoint_file(path, FILE), checkpoint_folder(image_tower)
-    model = load_clip_model(folder, str(image_tower), "quick_gelu")
-    head = _load_head(file, model.config.projection_dim, str(image_tower))
-    size = model.config.vision_config.image_size
-    # The original prepares pictures with OpenAI's clip package, whose crop is torchvision's.
-    prepare = preprocess_from_config(image_processor_config(folder), size, clamp, crop_offset="half_even")
-    tower = {"image_tower": str(image_tower), "image_tower_sha256": sha256_of(weight_files(folder))}
-    origin = conversion_of(file).get("source_sha256", "")
-    spec = RewardSpec("aesthetic", str(path), sha256_of([file]), prepare.describe() | tower, "Apache-2.0", origin)
-    return AestheticReward(model, head, prepare, spec, dtype=dtype, checkpoint=checkpoint).to(device)
+
+    name: Literal["aesthetic"] = "aesthetic"
+    image_tower: UserPlace | None = None
+
+    def load(self, device: torch.device | str = "cpu") -> AestheticReward:
+        """Load the head and the image tower.
+
+        Raises:
+            UserError: a missing file or weight, another model's, a tower without quick_gelu (the score would fall by
+                half a point), or a head of another width than the tower's.
+        """
+        source = self.image_tower or IMAGE_TOWER
+        file, folder = checkpoint_file(self.place, FILE), checkpoint_folder(source)
+        model = load_clip_model(folder, source, "quick_gelu")
+        head = _load_head(file, model.config.projection_dim, source)
+        size = model.config.vision_config.image_size
+        # The original prepares pictures with OpenAI's clip package, whose crop is torchvision's.
+        prepare = preprocess_from_config(image_processor_config(folder), size, self.clamp, crop_offset="half_even")
+        facts = {"image_tower": source, "image_tower_sha256": sha256_of(weight_files(folder))}
+        spec = self.spec([file], prepare.describe() | facts, "Apache-2.0")
+        return AestheticReward(model, head, prepare, spec, **self.tower).to(device)
+
+    def shapes(self, say: Callable[[str], None]) -> AestheticReward:
+        """Build it from the image tower's config.json, or from what is published."""
+        model, prepare = clip_shapes(self, self.image_tower or IMAGE_TOWER, say)
+        with torch.device("meta"):
+            head = AffineHead(model.config.projection_dim)
+        return AestheticReward(model, head, prepare, self.spec([], {}), **self.tower)
 
 
 def _load_head(file: Path, width: int, tower: str) -> AffineHead:

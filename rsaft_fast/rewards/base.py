@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -122,6 +122,13 @@ class PictureReward(Reward):
         raise NotImplementedError
 
 
+class TowerOptions(TypedDict, total=False):
+    """Keywords that every `TowerReward` takes and hands to its base."""
+
+    dtype: torch.dtype
+    checkpoint: bool
+
+
 class TowerReward(Reward):
     """A reward whose image tower is `model`, behind one preprocessing step.
 
@@ -132,6 +139,36 @@ class TowerReward(Reward):
 
     model: nn.Module
     prepare: Preprocess
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prepare: Preprocess,
+        spec: RewardSpec,
+        *,
+        head: nn.Module | None = None,
+        dtype: torch.dtype = torch.float32,
+        checkpoint: bool = True,
+    ):
+        """
+        Args:
+            head: from the model's features to scores, where there is one: in fp32 at least, whatever the model computes
+                in.
+            dtype: what the model computes in.
+            checkpoint: recompute its layers in the backward pass instead of keeping their activations.
+        """
+        super().__init__()
+        self.model = model.to(dtype).requires_grad_(False)
+        if head is not None:
+            self.head = head.to(score_dtype(dtype)).requires_grad_(False)
+        self.prepare, self.spec = prepare, spec
+        if checkpoint:
+            self.checkpoint_layers()
+        self.eval()
+
+    def checkpoint_layers(self) -> None:
+        """Recompute the model's layers in the backward pass."""
+        raise NotImplementedError
 
     @property
     def dtype(self) -> torch.dtype:

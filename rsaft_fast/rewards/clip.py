@@ -6,19 +6,21 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
-from transformers import CLIPModel, PreTrainedTokenizerBase
+from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.files import sha256_of
 from rsaft_fast.memory.checkpointing import checkpoint_clip_vision
-from rsaft_fast.rewards.base import RewardSpec, TowerReward, check_prompts, score_dtype, unit
-from rsaft_fast.rewards.files import checkpoint_folder, conversion_of, read_json, weight_files
+from rsaft_fast.rewards.base import RewardSpec, TowerOptions, TowerReward, check_prompts, score_dtype, unit
+from rsaft_fast.rewards.files import checkpoint_folder, local_folder, read_json, weight_files
+from rsaft_fast.rewards.open_clip import VIT_H_14
 from rsaft_fast.rewards.preprocess import CLIP_MEAN, CLIP_STD, Clamp, CropOffset, Preprocess, without_autocast
-from rsaft_fast.rewards.text import clip_tokenizer, require_vocabulary
+from rsaft_fast.rewards.settings import TowerSettings, register, shipped
+from rsaft_fast.rewards.text import LengthTokenizer, clip_tokenizer, require_vocabulary
 from rsaft_fast.rewards.weights import load_pretrained
+from rsaft_fast.settings import UserPlace
 from rsaft_fast.truncation import cut_prompts_note
 
 Scale = Literal["logit", "cosine", "percent", "clipscore"]
@@ -29,6 +31,33 @@ CLIPSCORE_PREFIX = "A photo depicts "
 # PIL's numbers, which preprocessor_config.json stores.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
 _CACHED_PROMPTS = 8192
+
+CLIP_VIT_L: dict[str, Any] = {
+    "projection_dim": 768,
+    "text_config": {
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "projection_dim": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+    },
+    "vision_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 224,
+        "patch_size": 14,
+        "hidden_act": "quick_gelu",
+    },
+}
+"""OpenAI's ViT-L/14: its public config.json, as far as shapes follow from it."""
+
+# Words of a family or hub id, and the architecture that is published under it.
+_PUBLISHED = {"pickscore": VIT_H_14, "hps": VIT_H_14, "vit-h-14": VIT_H_14, "clip-vit-large-patch14": CLIP_VIT_L}
 
 
 class ClipReward(TowerReward):
@@ -51,75 +80,24 @@ class ClipReward(TowerReward):
         spec: RewardSpec,
         *,
         scale: Scale = "logit",
-        dtype: torch.dtype = torch.float32,
-        checkpoint: bool = True,
         edit_prompt: Callable[[str], str] = str,
+        **tower: Unpack[TowerOptions],
     ):
-        super().__init__()
         if scale != "logit" and scale not in FACTORS:
             raise UserError(f"reward scale {scale!r} is unknown; choose logit, {', '.join(FACTORS)}")
         # Read before the cast: in bf16 PickScore's factor of 100 would become 98.9.
-        self.score_factor = math.exp(float(model.logit_scale.detach())) if scale == "logit" else FACTORS[scale]
-        self.model = model.to(dtype).requires_grad_(False)
+        factor = math.exp(float(model.logit_scale.detach())) if scale == "logit" else FACTORS[scale]
+        super().__init__(model, prepare, spec, **tower)
+        self.score_factor = factor
         self.tokenizer = tokenizer
-        self.prepare = prepare
-        self.spec = spec
         self.scale = scale
         self.edit_prompt = edit_prompt
         self.has_text_tower = True
         self._text_cache: OrderedDict[str, torch.Tensor] = OrderedDict()
-        if checkpoint:
-            checkpoint_clip_vision(self.model)
-        self.eval()
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        *,
-        scale: Scale = "logit",
-        clamp: Clamp = "hard",
-        dtype: torch.dtype = torch.float32,
-        checkpoint: bool = True,
-        device: torch.device | str = "cpu",
-        name: str = "clip",
-        activation: str | None = None,
-        edit_prompt: Callable[[str], str] = str,
-        crop_offset: CropOffset = "down",
-    ) -> ClipReward:
-        """Load a folder saved by `CLIPModel.save_pretrained` with its tokenizer, or a hub id of that layout.
-
-        Args:
-            path: folder or hub id.
-            scale: see the class.
-            clamp: see `Preprocess`.
-            dtype: of both towers; normalising and the dot product are in fp32 at least.
-            checkpoint: recompute the image tower's layers in the backward pass instead of keeping their activations.
-            device: where it lives.
-            name: the family name in the spec.
-            activation: what the published model was trained with; another one in the config is refused.
-            edit_prompt: see the class.
-            crop_offset: see `Preprocess`; of originals that prepare pictures with torchvision, "half_even".
-
-        Raises:
-            UserError: a missing folder, file or weight, another model's checkpoint, or preprocessing that this
-                module does not do.
-        """
-        folder = checkpoint_folder(path)
-        model = load_clip_model(folder, str(path), activation)
-        size = model.config.vision_config.image_size
-        prepare = preprocess_from_config(image_processor_config(folder), size, clamp, crop_offset)
-        spec = RewardSpec(
-            name=name,
-            source=str(path),
-            sha256=sha256_of(weight_files(folder)),
-            preprocessing=prepare.describe() | {"scale": scale},
-            converted_from=conversion_of(weight_files(folder)[0]).get("source_sha256", ""),
-        )
-        tokenizer = clip_tokenizer(folder)
-        require_vocabulary(tokenizer, model.config.text_config.vocab_size, repr(str(path)))
-        options = {"scale": scale, "dtype": dtype, "checkpoint": checkpoint, "edit_prompt": edit_prompt}
-        return cls(model, tokenizer, prepare, spec, **options).to(device)
+    def checkpoint_layers(self) -> None:
+        """Those of the image tower."""
+        checkpoint_clip_vision(self.model)
 
     @property
     def context_length(self) -> int:
@@ -199,9 +177,90 @@ class ClipReward(TowerReward):
         return applied
 
 
-def with_clipscore_prefix(prompt: str) -> str:
-    """The caption as CLIPScore reads it."""
-    return CLIPSCORE_PREFIX + prompt
+@register
+class ClipSettings(TowerSettings):
+    """Any transformers CLIPModel with its tokenizer.
+
+    Attributes:
+        scale: what the cosine is multiplied by. logit is exp(logit_scale), PickScore's scale (about 21); percent is
+            100, as HPSv2 is reported; cosine leaves it; clipscore is 2.5, negative cosines counted as 0. null is the
+            family's own (clip and pickscore logit, hpsv2 and hpsv2.1 cosine, clipscore its own).
+        own_scale: what null stands for.
+        activation: what the published model was trained with; a config with another one is refused. None takes any.
+        crop_offset: see `Preprocess`; of originals that prepare pictures with torchvision, "half_even".
+    """
+
+    name: Literal["clip"] = "clip"
+    scale: Scale | None = None
+
+    own_scale: ClassVar[Scale] = "logit"
+    activation: ClassVar[str | None] = None
+    crop_offset: ClassVar[CropOffset] = "down"
+
+    def edit_prompt(self, prompt: str) -> str:
+        """Change a prompt before its tokens."""
+        return prompt
+
+    def load(self, device: torch.device | str = "cpu") -> ClipReward:
+        """Load a folder saved by `CLIPModel.save_pretrained` with its tokenizer, or a hub id of that layout.
+
+        Raises:
+            UserError: a missing folder, file or weight, another model's checkpoint, or preprocessing that this
+                module does not do.
+        """
+        folder = checkpoint_folder(self.place)
+        model = load_clip_model(folder, self.path, self.activation)
+        size = model.config.vision_config.image_size
+        prepare = preprocess_from_config(image_processor_config(folder), size, self.clamp, self.crop_offset)
+        tokenizer = clip_tokenizer(folder)
+        require_vocabulary(tokenizer, model.config.text_config.vocab_size, repr(self.path))
+        scale = self.scale or self.own_scale
+        spec = self.spec(weight_files(folder), prepare.describe() | {"scale": scale})
+        options = {"scale": scale, "edit_prompt": self.edit_prompt, **self.tower}
+        return ClipReward(model, tokenizer, prepare, spec, **options).to(device)
+
+    def shapes(self, say: Callable[[str], None]) -> ClipReward:
+        """Build it from the config.json there, or from what is published."""
+        model, prepare = clip_shapes(self, self.path, say)
+        tokenizer = LengthTokenizer(model.config.text_config.max_position_embeddings)
+        # The scale that reads the weight logit_scale takes the same bytes.
+        return ClipReward(model, tokenizer, prepare, self.spec([], {}), scale="cosine", **self.tower)
+
+
+@register
+class PickScoreSettings(ClipSettings):
+    """PickScore v1 (arXiv 2305.01569).
+
+    Attributes:
+        path: folder or hub id of its CLIPModel.
+    """
+
+    name: Literal["pickscore"] = "pickscore"
+    path: UserPlace = "yuvalkirstain/PickScore_v1"
+
+    activation: ClassVar[str | None] = "gelu"
+
+
+@register
+class ClipScoreSettings(ClipSettings):
+    """CLIPScore (arXiv 2104.08718) of any transformers CLIPModel: 2.5 times the cosine, negative ones counted as 0."""
+
+    name: Literal["clipscore"] = "clipscore"
+
+    own_scale: ClassVar[Scale] = "clipscore"
+    # Its authors prepare pictures with torchvision.
+    crop_offset: ClassVar[CropOffset] = "half_even"
+
+    def edit_prompt(self, prompt: str) -> str:
+        """The caption as CLIPScore reads it."""
+        return CLIPSCORE_PREFIX + prompt
+
+
+class OpenAIClipSettings(ClipSettings):
+    """OpenAI's CLIP as its own package computes it: what other rewards see pictures with."""
+
+    activation: ClassVar[str | None] = "quick_gelu"
+    crop_offset: ClassVar[CropOffset] = "half_even"
 
 
 def load_clip_model(folder: Path, source: str, activation: str | None = None) -> CLIPModel:
@@ -282,3 +341,32 @@ def preprocess_from_config(
         mean=tuple(config.get("image_mean", CLIP_MEAN)) if normalised else (0.0, 0.0, 0.0),
         std=tuple(config.get("image_std", CLIP_STD)) if normalised else (1.0, 1.0, 1.0),
     )
+
+
+def clip_shapes(settings: TowerSettings, source: str, say: Callable[[str], None]) -> tuple[CLIPModel, Preprocess]:
+    """The CLIPModel at `source` on the meta device, and its preprocessing: from config files there or in the hub's
+    cache, else from what is published under that name.
+
+    Raises:
+        UserError: neither is known.
+    """
+    path, prepare = shipped(source), {}
+    folder = local_folder(path, "config.json")
+    if folder is not None:
+        config, prepare = read_json(folder / "config.json"), image_processor_config(folder)
+    else:
+        config = published_clip(f"{settings.name} {path}")
+        if config is None:
+            raise UserError(
+                f"reward.path {source!r} is neither a folder with a config.json nor in the hub's cache here, "
+                "and no published architecture is known by that name; give a folder, or download the reward first"
+            )
+        say(f"{path} has no config.json on this machine: shapes are those of the published CLIPModel of that name")
+    with torch.device("meta"):
+        model = CLIPModel(CLIPConfig.from_dict(config))
+    return model, preprocess_from_config(prepare, model.config.vision_config.image_size, settings.clamp)
+
+
+def published_clip(hub_id: str) -> dict[str, Any] | None:
+    """The CLIPConfig of the published reward of that id, or None."""
+    return next((config for word, config in _PUBLISHED.items() if word in hub_id.lower()), None)

@@ -15,15 +15,22 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.files import sha256_of
 from rsaft_fast.rewards.base import Reward, RewardSpec, check_prompts
+from rsaft_fast.rewards.calibration import Scaling, find, read_calibration
 from rsaft_fast.rewards.ensemble import win_rates
+from rsaft_fast.rewards.loading import load_reward
+from rsaft_fast.rewards.settings import OptionalPlace, RewardPart, RewardSettings, register
+from rsaft_fast.settings import UserPath
 
 How = Literal["weighted", "worst", "mean-std", "rank"]
 
@@ -215,3 +222,111 @@ def _spec(parts: Sequence[Part], how: str, penalty: float, facts: Mapping[str, o
         preprocessing=content,
         licence=", ".join(licences),
     )
+
+
+@register
+class CombinationSettings(RewardSettings):
+    """One reward of several.
+
+    Attributes:
+        path: taken and not used.
+        how: weighted adds weight * score; worst takes the lowest of the parts' scores, so that no reward can be raised
+            at another's cost; mean-std takes mean - penalty * standard deviation over the parts, which distrusts what
+            they disagree on; rank takes the mean win rate among pictures of the same prompt, has no gradient, and needs
+            no calibration. Costs one forward and backward pass of each part, one after the other: the memory of the
+            largest.
+        penalty: of mean-std: the factor on the standard deviation.
+        parts: the rewards, each with its own preprocessing and dtype.
+        calibration: file that rsaft-fast score --calibration wrote. Each part's score then enters as
+            (score - centre) / width, both measured on those pictures. worst and mean-std of different rewards need it.
+        calibrate: what centre and width are: std takes mean and standard deviation, iqr the median and the
+            interquartile range over 1.349, which outliers do not move.
+    """
+
+    name: Literal["combination"] = "combination"
+    path: OptionalPlace = ""
+    how: How = "weighted"
+    penalty: float = Field(default=1.0, ge=0)
+    parts: tuple[RewardPart, ...] = ()
+    calibration: UserPath | None = None
+    calibrate: Scaling = "std"
+
+    @model_validator(mode="after")
+    def _combines(self) -> CombinationSettings:
+        if not self.parts:
+            raise ValueError("a combination needs parts: a list of rewards, each with name and path")
+        labels = [part.column for part in self.parts]
+        if repeated := next((label for label in labels if labels.count(label) > 1), None):
+            raise ValueError(f"two parts are called {repeated!r}; give one of them a label")
+        if self.how in ("worst", "mean-std"):
+            self._require_one_scale()
+        elif self.how == "rank" and self.calibration is not None:
+            raise ValueError("calibration does nothing with how rank: ranks have no scale; leave it out")
+        elif self.how == "rank" and min(part.weight for part in self.parts) <= 0:
+            raise ValueError("how rank takes the mean of win rates; every weight must be above 0")
+        if self.how != "mean-std" and self.penalty != type(self).model_fields["penalty"].default:
+            raise ValueError(f"penalty is of how mean-std, not of {self.how}; leave it out")
+        return self
+
+    def _require_one_scale(self) -> None:
+        if any(part.weight != 1 for part in self.parts):
+            raise ValueError(f"weight is of how weighted and rank, not of {self.how}; leave it out")
+        kinds = {(part.name, getattr(part, "scale", None)) for part in self.parts}
+        if len(kinds) > 1 and self.calibration is None:
+            raise ValueError(
+                f"how {self.how} compares scores of {', '.join(part.column for part in self.parts)}, which have "
+                "different scales: the lowest scale would decide alone; give calibration (rsaft-fast score PICTURES "
+                "--reward ... --calibration FILE writes one), or take how weighted or rank"
+            )
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether every part and the rule are."""
+        return not self.without_gradient
+
+    @property
+    def without_gradient(self) -> str:
+        """Which key makes it a reward without gradient; "" where it has one."""
+        for index, part in enumerate(self.parts):
+            if not part.differentiable:
+                return f"reward.parts[{index}].name {part.name}"
+        return "reward.how rank" if self.how == "rank" else ""
+
+    @property
+    def shown(self) -> str:
+        """How messages call it: by its parts."""
+        return f"{self.name} of {' and '.join(part.column for part in self.parts)}"
+
+    def check_files(self) -> None:
+        """Read the calibration.
+
+        Raises:
+            UserError: see `read_calibration`.
+        """
+        if self.calibration is not None:
+            read_calibration(self.calibration)
+
+    def load(self, device: torch.device | str = "cpu") -> Combination:
+        """Load every part.
+
+        Raises:
+            UserError: a part or the calibration cannot be loaded, or they do not belong together.
+        """
+        # Read first: a file that is not there shall not be found missing after gigabytes were loaded.
+        entries = read_calibration(self.calibration) if self.calibration is not None else []
+        facts = {}
+        if self.calibration is not None:
+            digest = sha256_of([Path(self.calibration).expanduser()])
+            facts = {"calibration": self.calibration, "calibration_sha256": digest, "calibrate": self.calibrate}
+        parts = []
+        for part in self.parts:
+            reward, centre, width = load_reward(part, device=device), 0.0, 1.0
+            if entries:
+                centre, width = find(entries, reward.spec, self.calibration).affine(self.calibrate)
+            parts.append(Part(part.column, reward, part.weight, centre, width))
+        return Combination(parts, self.how, self.penalty, facts)
+
+    def shapes(self, say: Callable[[str], None]) -> Combination:
+        """Build every part on the meta device."""
+        parts = [Part(part.column, part.shapes(say), part.weight) for part in self.parts]
+        return Combination(parts, self.how, self.penalty)

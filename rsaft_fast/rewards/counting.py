@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import nn
@@ -19,6 +18,8 @@ from rsaft_fast.playground import scenes
 from rsaft_fast.rewards.base import PictureReward, RewardSpec
 from rsaft_fast.rewards.detection import Detector, load_mask2former
 from rsaft_fast.rewards.geneval_tasks import COUNTING_CONFIDENCE, Task, kept, load_tasks
+from rsaft_fast.rewards.settings import RewardSettings, register
+from rsaft_fast.settings import UserPath
 
 PLAYGROUND = "playground"
 # Of a 32x32 picture; the smallest object, a triangle of radius 3, covers 18 pixels.
@@ -124,27 +125,36 @@ def component_areas(mask: torch.Tensor) -> torch.Tensor:
         own = spread
 
 
-def load_counting(
-    path: str | Path = PLAYGROUND, *, metadata: str | Path = "", device: torch.device | str = "cpu"
-) -> CountingReward:
-    """The counting reward: of the playground's scenes (path "playground" or ""), or by a Mask2Former.
+@register
+class CountingSettings(RewardSettings):
+    """How nearly there are as many objects as the prompt says, 0 to 1.
 
-    Args:
-        path: "playground", or folder or hub id of a Mask2Former for instances.
-        metadata: for a detector: what the prompts want, as lines of GenEval's evaluation_metadata.jsonl.
-        device: where the detector lives.
-
-    Raises:
-        UserError: a missing file or weight, another model's checkpoint, or metadata that is not GenEval's.
+    Attributes:
+        path: playground counts the playground's scenes by colour; else folder or hub id of a Mask2Former for instances.
+        metadata: for a detector: what each prompt demands, a .jsonl as GenEval's evaluation_metadata.jsonl.
     """
-    if str(path) in ("", PLAYGROUND):
-        if str(metadata):
-            raise UserError("counting in the playground reads its own prompts; leave reward.metadata out")
-        facts = {"least_area": _LEAST_AREA, "palette": scenes.COLOURS, "background": scenes.BACKGROUND}
-        return CountingReward(PlaygroundEye(), RewardSpec("counting", PLAYGROUND, "", facts, "Apache-2.0"))
-    if not str(metadata):
-        raise UserError("counting by a detector needs to know what each prompt wants; name a .jsonl: reward.metadata")
-    detector, sha256 = load_mask2former(path, device)
-    facts = {"detector": {"size": detector.sizes, **detector.options}, "confidence": COUNTING_CONFIDENCE}
-    spec = RewardSpec("counting", str(path), sha256, facts, "see the detector's card")
-    return CountingReward(DetectorEye(detector, load_tasks(metadata, detector.names)), spec)
+
+    name: Literal["counting"] = "counting"
+    metadata: UserPath | None = None
+
+    differentiable: ClassVar[bool] = False
+
+    def load(self, device: torch.device | str = "cpu") -> CountingReward:
+        """Load the detector, if there is one, onto `device`.
+
+        Raises:
+            UserError: a missing file or weight, another model's checkpoint, or metadata that is not GenEval's.
+        """
+        if self.path == PLAYGROUND:
+            if self.metadata is not None:
+                raise UserError("counting in the playground reads its own prompts; leave reward.metadata out")
+            facts = {"least_area": _LEAST_AREA, "palette": scenes.COLOURS, "background": scenes.BACKGROUND}
+            return CountingReward(PlaygroundEye(), self.spec([], facts, "Apache-2.0"))
+        if self.metadata is None:
+            raise UserError(
+                "counting by a detector needs to know what each prompt wants; name a .jsonl: reward.metadata"
+            )
+        detector, files = load_mask2former(self.place, device)
+        facts = {"detector": {"size": detector.sizes, **detector.options}, "confidence": COUNTING_CONFIDENCE}
+        tasks = load_tasks(self.metadata, detector.names)
+        return CountingReward(DetectorEye(detector, tasks), self.spec(files, facts, "see the detector's card"))

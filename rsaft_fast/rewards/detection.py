@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from transformers import Mask2FormerConfig, Mask2FormerModel
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.files import sha256_of
 from rsaft_fast.pretrained import library_errors
 from rsaft_fast.rewards.clip import image_processor_config
 from rsaft_fast.rewards.files import checkpoint_folder, read_json, weight_files
@@ -130,11 +129,11 @@ def input_size(sizes: Mapping[str, int], height: int, width: int) -> tuple[int, 
     return tuple(max(1, round(side * scale / step)) * step for side in (height, width))
 
 
-def load_mask2former(path: str | Path, device: torch.device | str = "cpu") -> tuple[Mask2FormerDetector, str]:
+def load_mask2former(path: str | Path, device: torch.device | str = "cpu") -> tuple[Mask2FormerDetector, list[Path]]:
     """A Mask2Former for instances from a folder or hub id (facebook/mask2former-swin-small-coco-instance), in fp32.
 
     Returns:
-        the detector and the weights' SHA-256.
+        the detector and its weights' files.
 
     Raises:
         UserError: a missing file or weight, another model's checkpoint, or preprocessing that is not done here.
@@ -155,7 +154,7 @@ def load_mask2former(path: str | Path, device: torch.device | str = "cpu") -> tu
     fill(model, state, repr(str(path)))
     sizes, prepare = _preparation(image_processor_config(folder))
     names = class_names(architecture.id2label)
-    return Mask2FormerDetector(model, names, sizes, prepare).to(device), sha256_of(files)
+    return Mask2FormerDetector(model, names, sizes, prepare).to(device), files
 
 
 def class_names(labels: Mapping[int, str]) -> tuple[str, ...]:

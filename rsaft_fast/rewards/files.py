@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
 from rsaft_fast import hub
@@ -50,6 +51,27 @@ def checkpoint_file(path: str | Path, name: str) -> Path:
     if not hub.is_hub_id(path):
         raise UserError(f"there is no reward file {str(path)!r}; give the file {name}, its folder, or a hub id")
     return hub.reach("reward", str(path), lambda client: Path(client.hf_hub_download(str(path), name)))
+
+
+def local_folder(path: str | Path, name: str) -> Path | None:
+    """The folder that `path` means, if it is on this machine, the hub's cache included, and holds the file `name`."""
+    folder = Path(path).expanduser()
+    if not os.path.exists(folder):
+        cached = try_to_load_from_cache(str(path), name) if hub.is_hub_id(path) else None
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    return folder if os.path.isfile(folder / name) else None
+
+
+def local_file(path: str | Path, name: str) -> Path | None:
+    """`checkpoint_file`, as far as it is on this machine, the hub's cache included.
+
+    Raises:
+        UserError: a folder without the file.
+    """
+    if os.path.exists(Path(path).expanduser()):
+        return checkpoint_file(path, name)
+    folder = local_folder(path, name)
+    return None if folder is None else folder / name
 
 
 def tokenizer_folder(path: str | Path) -> Path:

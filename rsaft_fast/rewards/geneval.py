@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -17,10 +16,12 @@ from torch import nn
 from rsaft_fast.errors import UserError
 from rsaft_fast.rewards.aesthetic import IMAGE_TOWER
 from rsaft_fast.rewards.base import PictureReward, RewardSpec, unit
-from rsaft_fast.rewards.clip import ClipReward
+from rsaft_fast.rewards.clip import ClipReward, OpenAIClipSettings
 from rsaft_fast.rewards.detection import Detection, Detector, load_mask2former
 from rsaft_fast.rewards.geneval_tasks import COLOURS, Task, benchmark_correct, kept, load_tasks, partial_credit
 from rsaft_fast.rewards.preprocess import without_autocast
+from rsaft_fast.rewards.settings import RewardSettings, register
+from rsaft_fast.settings import UserPath, UserPlace
 
 Credit = Literal["partial", "strict", "benchmark"]
 # What an object's crop is compared with, for each colour and class; the mean embedding is the class's.
@@ -106,44 +107,45 @@ class GenevalReward(PictureReward):
         return credit if self.credit == "partial" else float(exact)
 
 
-def load_geneval(
-    path: str | Path,
-    *,
-    metadata: str | Path = "",
-    credit: Credit = "partial",
-    image_tower: str | Path = IMAGE_TOWER,
-    device: torch.device | str = "cpu",
-) -> GenevalReward:
-    """GenEval from a Mask2Former's folder or hub id (facebook/mask2former-swin-small-coco-instance).
+@register
+class GenevalSettings(RewardSettings):
+    """GenEval's logic over a Mask2Former.
 
-    Args:
-        path: of the detector.
-        metadata: GenEval's evaluation_metadata.jsonl, or one like it.
-        credit: see `GenevalReward`.
-        image_tower: OpenAI's CLIP ViT-L/14 in transformers' format, for colours.
-        device: where both models live, in fp32.
-
-    Raises:
-        UserError: a missing file or weight, another model's checkpoint, or metadata that is not GenEval's.
+    Attributes:
+        path: of the detector: folder or hub id (facebook/mask2former-swin-small-coco-instance).
+        metadata: what each prompt demands, a .jsonl as GenEval's evaluation_metadata.jsonl.
+        credit: partial is Flow-GRPO's mean of terms, strict 1 where everything is exact, else 0, benchmark GenEval's
+            own 0 or 1.
+        image_tower: folder or hub id of OpenAI's CLIP ViT-L/14, for colours. null is the hub's.
     """
-    if not str(metadata):
-        raise UserError("GenEval's prompts need what they demand; name its evaluation_metadata.jsonl: reward.metadata")
-    detector, sha256 = load_mask2former(path, device)
-    tasks = load_tasks(metadata, detector.names)
-    # The benchmark prepares objects with open_clip, whose crop is torchvision's.
-    clip = ClipReward.from_pretrained(
-        image_tower,
-        scale="cosine",
-        activation="quick_gelu",
-        crop_offset="half_even",
-        checkpoint=False,
-        device=device,
-    )
-    facts = {
-        "detector": {"size": detector.sizes, **detector.options},
-        "colours": asdict(clip.spec),
-        "credit": credit,
-        "tasks": len(tasks),
-    }
-    spec = RewardSpec("geneval-hf", str(path), sha256, facts, "see the detector's card")
-    return GenevalReward(detector, ColourJudge(clip), tasks, spec, credit)
+
+    name: Literal["geneval-hf"] = "geneval-hf"
+    metadata: UserPath | None = None
+    credit: Credit = "partial"
+    image_tower: UserPlace | None = None
+
+    differentiable: ClassVar[bool] = False
+
+    def load(self, device: torch.device | str = "cpu") -> GenevalReward:
+        """Load both models onto `device`, in fp32.
+
+        Raises:
+            UserError: a missing file or weight, another model's checkpoint, or metadata that is not GenEval's.
+        """
+        if self.metadata is None:
+            raise UserError(
+                "GenEval's prompts need what they demand; name its evaluation_metadata.jsonl: reward.metadata"
+            )
+        detector, files = load_mask2former(self.place, device)
+        tasks = load_tasks(self.metadata, detector.names)
+        # The benchmark prepares objects with open_clip, whose crop is torchvision's.
+        tower = OpenAIClipSettings(path=self.image_tower or IMAGE_TOWER, scale="cosine", checkpoint=False)
+        clip = tower.load(device)
+        facts = {
+            "detector": {"size": detector.sizes, **detector.options},
+            "colours": asdict(clip.spec),
+            "credit": self.credit,
+            "tasks": len(tasks),
+        }
+        spec = self.spec(files, facts, "see the detector's card")
+        return GenevalReward(detector, ColourJudge(clip), tasks, spec, self.credit)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import CLIPModel
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.files import digests_of, sha256_of
-from rsaft_fast.rewards.base import RewardSpec
-from rsaft_fast.rewards.clip import ClipReward, Scale, load_clip_model
+from rsaft_fast.files import digests_of
+from rsaft_fast.rewards.clip import ClipReward, ClipSettings, Scale, load_clip_model
 from rsaft_fast.rewards.files import checkpoint_file, conversion_of, weight_files
 from rsaft_fast.rewards.open_clip import VIT_H_14, clip_model
-from rsaft_fast.rewards.preprocess import Clamp, Preprocess
+from rsaft_fast.rewards.preprocess import Preprocess
+from rsaft_fast.rewards.settings import register
 from rsaft_fast.rewards.text import CLIP_FILES, clip_tokenizer, fixed_text, require_vocabulary
 from rsaft_fast.rewards.weights import read_state
+from rsaft_fast.settings import UserPlace
 
 Resize = Literal["aa", "legacy_noaa"]
 
@@ -40,62 +41,50 @@ VERSIONS = {
 }
 
 
-def load_hps(
-    path: str | Path,
-    version: str = "hpsv2.1",
-    *,
-    scale: Scale = "cosine",
-    resize: Resize = "aa",
-    clamp: Clamp = "hard",
-    dtype: torch.dtype = torch.float32,
-    checkpoint: bool = True,
-    tokenizer: str | Path | None = None,
-    device: torch.device | str = "cpu",
-    architecture: dict[str, Any] = VIT_H_14,
-) -> ClipReward:
-    """HPSv2 or HPSv2.1 from its pickle, a folder or hub id (xswu/HPSv2) that holds it, or a folder in CLIPModel format.
+@register
+class HpsSettings(ClipSettings):
+    """HPSv2 or HPSv2.1 from the published HPS_v2*_compressed.pt, or as a transformers CLIPModel.
 
-    Args:
-        path: of the weights.
-        version: a key of `VERSIONS`.
-        scale: "cosine" as the original returns it (about 0.25), "percent" as it is reported.
-        resize: "aa" is the original with torchvision 0.17 or later, "legacy_noaa" with an earlier one: published
-            scores, up to two points higher for the same pictures, may come from either.
-        clamp: see `Preprocess`.
-        dtype: of both towers; normalising and the dot product are in fp32 at least.
-        checkpoint: recompute the image tower's layers in the backward pass instead of keeping their activations.
-        tokenizer: CLIP's, as a folder, hub id or bpe_simple_vocab_16e6.txt.gz; without it one beside the weights,
-            else the hub's.
-        device: where it lives.
-        architecture: of the checkpoint, keys of `CLIPConfig`.
-
-    Raises:
-        UserError: a missing file, package or weight, another model's checkpoint or the other version's, or a pickle
-            with more than tensors in it.
+    Attributes:
+        path: the .pt, a folder or hub id that holds it, or a folder in CLIPModel format.
+        resize: aa is the original with torchvision 0.17 or later, legacy_noaa with an earlier one; published scores,
+            up to two points higher for the same pictures, may come from either.
+        tokenizer: CLIP's: folder, hub id or bpe_simple_vocab_16e6.txt.gz. null is the one beside the weights, else the
+            hub's.
+        architecture: of the pickle, keys of `CLIPConfig`.
     """
-    fixed_text("")  # ftfy is needed at the first prompt: better to hear of it before gigabytes are read
-    folder = Path(path)
-    if str(path) and os.path.isfile(folder / "config.json"):
-        model, files = load_clip_model(folder, str(path), "gelu"), weight_files(folder)
-    else:
-        files = [checkpoint_file(path, VERSIONS[version].file)]
-        model = clip_model(read_state(files[0]), architecture, repr(str(files[0])))
-    require_version(version, files[0], str(path))
-    size = model.config.vision_config.image_size
-    prepare = Preprocess((size, size), "longest_pad", antialias=resize == "aa", clamp=clamp)
-    facts = {"scale": scale, "resize": resize, "text": "ftfy, HTML entities resolved"}
-    origin = conversion_of(files[0]).get("source_sha256", "")
-    spec = RewardSpec(version, str(path), sha256_of(files), prepare.describe() | facts, "Apache-2.0", origin)
-    return ClipReward(
-        model,
-        _tokenizer(tokenizer, files[0].parent, model),
-        prepare,
-        spec,
-        scale=scale,
-        dtype=dtype,
-        checkpoint=checkpoint,
-        edit_prompt=fixed_text,
-    ).to(device)
+
+    name: Literal["hpsv2", "hpsv2.1"]
+    path: UserPlace = "xswu/HPSv2"
+    resize: Resize = "aa"
+    tokenizer: UserPlace | None = None
+
+    own_scale: ClassVar[Scale] = "cosine"
+    architecture: ClassVar[dict[str, Any]] = VIT_H_14
+
+    def load(self, device: torch.device | str = "cpu") -> ClipReward:
+        """Load the version that `name` says.
+
+        Raises:
+            UserError: a missing file, package or weight, another model's checkpoint or the other version's, or a
+                pickle with more than tensors in it.
+        """
+        fixed_text("")  # ftfy is needed at the first prompt: better to hear of it before gigabytes are read
+        folder = Path(self.place).expanduser()
+        if os.path.isfile(folder / "config.json"):
+            model, files = load_clip_model(folder, self.path, "gelu"), weight_files(folder)
+        else:
+            files = [checkpoint_file(self.place, VERSIONS[self.name].file)]
+            model = clip_model(read_state(files[0]), self.architecture, repr(str(files[0])))
+        require_version(self.name, files[0], self.path)
+        size = model.config.vision_config.image_size
+        prepare = Preprocess((size, size), "longest_pad", antialias=self.resize == "aa", clamp=self.clamp)
+        scale = self.scale or self.own_scale
+        facts = {"scale": scale, "resize": self.resize, "text": "ftfy, HTML entities resolved"}
+        spec = self.spec(files, prepare.describe() | facts, "Apache-2.0")
+        tokenizer = _tokenizer(self.tokenizer, files[0].parent, model)
+        options = {"scale": scale, "edit_prompt": fixed_text, **self.tower}
+        return ClipReward(model, tokenizer, prepare, spec, **options).to(device)
 
 
 def require_version(version: str, file: Path, source: str = "") -> None:

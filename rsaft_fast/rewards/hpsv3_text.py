@@ -143,3 +143,18 @@ class Conversation:
                 f"the tokenizer does not keep {IMAGE_TOKEN} and {REWARD_TOKEN} whole; give Qwen2-VL-7B-Instruct's"
             )
         return ids[: ids.index(self.reward_token) + 1]
+
+
+class ConversationLength:
+    """Stands in for a `Conversation` where only the number of tokens counts.
+
+    Attributes:
+        text: tokens beside the picture's.
+    """
+
+    def __init__(self, text: int):
+        self.text = text
+
+    def tokens(self, prompt: str, image_tokens: int) -> list[int]:
+        """As many as a conversation of that length has; which ones is not said."""
+        return [0] * (image_tokens + self.text)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import nn
@@ -15,14 +15,15 @@ from transformers import BlipTextModel, BlipVisionModel, PreTrainedTokenizerBase
 from transformers.models.blip.configuration_blip import BlipTextConfig, BlipVisionConfig
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.files import sha256_of
 from rsaft_fast.memory.checkpointing import checkpoint_calls
-from rsaft_fast.rewards.base import RewardSpec, TowerReward, check_prompts, score_dtype
-from rsaft_fast.rewards.files import checkpoint_file, conversion_of, read_json
+from rsaft_fast.rewards.base import RewardSpec, TowerOptions, TowerReward, check_prompts, score_dtype
+from rsaft_fast.rewards.files import checkpoint_file, local_file, read_json
 from rsaft_fast.rewards.heads import AffineHead
-from rsaft_fast.rewards.preprocess import Clamp, Preprocess, without_autocast
-from rsaft_fast.rewards.text import bert_tokenizer, require_vocabulary
+from rsaft_fast.rewards.preprocess import Preprocess, without_autocast
+from rsaft_fast.rewards.settings import TowerSettings, register
+from rsaft_fast.rewards.text import LengthTokenizer, bert_tokenizer, require_vocabulary
 from rsaft_fast.rewards.weights import State, fill, read_state
+from rsaft_fast.settings import UserPlace
 from rsaft_fast.truncation import cut_prompts_note
 
 FILE, CONFIG = "ImageReward.pt", "med_config.json"
@@ -32,6 +33,28 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072
 MAX_TOKENS = 35
 # Of both published BLIP vision transformers; the weights' shapes do not tell the heads.
 _HEAD_WIDTH = 64
+
+PUBLISHED_VISION = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "gelu",
+}
+PUBLISHED_TEXT = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "vocab_size": 30524,
+    "max_position_embeddings": 512,
+    "layer_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+    "pad_token_id": 0,
+}
+"""Keys of the published med_config.json."""
 
 _VISION_NAMES = {
     "cls_token": "embeddings.class_embedding",
@@ -86,19 +109,14 @@ class ImageReward(TowerReward):
         tokenizer: PreTrainedTokenizerBase,
         prepare: Preprocess,
         spec: RewardSpec,
-        *,
-        dtype: torch.dtype = torch.float32,
-        checkpoint: bool = True,
+        **tower: Unpack[TowerOptions],
     ):
-        super().__init__()
-        self.model = model.to(dtype).requires_grad_(False)
-        self.head = head.to(score_dtype(dtype)).requires_grad_(False)
+        super().__init__(model, prepare, spec, head=head, **tower)
         self.tokenizer = tokenizer
-        self.prepare = prepare
-        self.spec = spec
-        if checkpoint:
-            checkpoint_calls([*model.visual_encoder.encoder.layers, *model.text_encoder.encoder.layer])
-        self.eval()
+
+    def checkpoint_layers(self) -> None:
+        """Those of both encoders."""
+        checkpoint_calls([*self.model.visual_encoder.encoder.layers, *self.model.text_encoder.encoder.layer])
 
     def prompt_notes(self, prompts: Sequence[str]) -> list[str]:
         """A line where some are cut at 35 tokens."""
@@ -123,56 +141,71 @@ class ImageReward(TowerReward):
             return (self.head(features.to(score_dtype(self.dtype))) - MEAN) / STD
 
 
-def load_image_reward(
-    path: str | Path,
-    *,
-    tokenizer: str | Path | None = None,
-    clamp: Clamp = "hard",
-    dtype: torch.dtype = torch.float32,
-    checkpoint: bool = True,
-    device: torch.device | str = "cpu",
-) -> ImageReward:
-    """ImageReward from ImageReward.pt with med_config.json beside it: that file, its folder, or a hub id.
+@register
+class ImageRewardSettings(TowerSettings):
+    """ImageReward v1.0 (arXiv 2304.05977).
 
-    Args:
-        path: of the weights.
-        tokenizer: bert-base-uncased's, as a folder, hub id or vocab.txt; without it a vocab.txt beside the weights,
-            else the hub's.
-        clamp: see `Preprocess`.
-        dtype: of BLIP; features, head and scores are in fp32 at least.
-        checkpoint: recompute the layers of both encoders in the backward pass instead of keeping their activations.
-        device: where it lives.
-
-    Raises:
-        UserError: a missing file or weight, another model's checkpoint, or a pickle with more than tensors in it.
+    Attributes:
+        path: ImageReward.pt with med_config.json beside it: that file, its folder, or a hub id.
+        tokenizer: bert-base-uncased's: folder, hub id or vocab.txt. null is a vocab.txt beside the weights, else the
+            hub's.
     """
-    file = checkpoint_file(path, FILE)
-    beside = file.parent / CONFIG
-    config = read_json(beside if os.path.exists(path) else checkpoint_file(path, CONFIG))
-    model, head = _build(read_state(file), config, repr(str(file)))
-    if tokenizer is None:
-        tokenizer = file.parent if os.path.isfile(file.parent / "vocab.txt") else TOKENIZER
-    words = bert_tokenizer(tokenizer)
-    require_vocabulary(words, model.text_encoder.config.vocab_size, repr(str(tokenizer)))
-    size = model.visual_encoder.config.image_size
-    # The original crops with torchvision.
-    prepare = Preprocess((size, size), "shortest_crop", crop_offset="half_even", clamp=clamp)
-    facts = {"mean_score": MEAN, "std_score": STD, "max_tokens": MAX_TOKENS}
-    origin = conversion_of(file).get("source_sha256", "")
-    spec = RewardSpec("imagereward", str(path), sha256_of([file]), prepare.describe() | facts, "Apache-2.0", origin)
-    return ImageReward(model, head, words, prepare, spec, dtype=dtype, checkpoint=checkpoint).to(device)
+
+    name: Literal["imagereward"] = "imagereward"
+    path: UserPlace = "THUDM/ImageReward"
+    tokenizer: UserPlace | None = None
+
+    def load(self, device: torch.device | str = "cpu") -> ImageReward:
+        """Load both encoders and the head.
+
+        Raises:
+            UserError: a missing file or weight, another model's checkpoint, or a pickle with more than tensors in it.
+        """
+        file = checkpoint_file(self.place, FILE)
+        local = os.path.exists(Path(self.place).expanduser())
+        config = read_json(file.parent / CONFIG if local else checkpoint_file(self.place, CONFIG))
+        model, head = _build(read_state(file), config, repr(str(file)))
+        source = self.tokenizer or (file.parent if os.path.isfile(file.parent / "vocab.txt") else TOKENIZER)
+        words = bert_tokenizer(source)
+        require_vocabulary(words, model.text_encoder.config.vocab_size, repr(str(source)))
+        return self._of(model, head, words, [file]).to(device)
+
+    def shapes(self, say: Callable[[str], None]) -> ImageReward:
+        """Build it from the checkpoint's header, or from what is published."""
+        file = local_file(self.place, FILE)
+        if file is None:
+            say(f"{self.path} is not on this machine: shapes are those of the published ImageReward v1.0")
+            model, head = _empty(BlipVisionConfig(**PUBLISHED_VISION), PUBLISHED_TEXT)
+        else:
+            model, head = _build(read_state(file, shapes_alone=True), read_json(file.parent / CONFIG), repr(str(file)))
+        words = LengthTokenizer(model.text_encoder.config.max_position_embeddings)
+        return self._of(model, head, words, []).to("meta")
+
+    def _of(
+        self, model: BlipScorer, head: AffineHead, words: PreTrainedTokenizerBase | LengthTokenizer, files: list[Path]
+    ) -> ImageReward:
+        size = model.visual_encoder.config.image_size
+        # The original crops with torchvision.
+        prepare = Preprocess((size, size), "shortest_crop", crop_offset="half_even", clamp=self.clamp)
+        facts = {"mean_score": MEAN, "std_score": STD, "max_tokens": MAX_TOKENS}
+        spec = self.spec(files, prepare.describe() | facts, "Apache-2.0")
+        return ImageReward(model, head, words, prepare, spec, **self.tower)
 
 
 def _build(state: State, config: dict[str, Any], source: str) -> tuple[BlipScorer, AffineHead]:
-    vision = vision_config(state, source)
-    with torch.device("meta"):
-        model = BlipScorer(vision, text_config(config, vision.hidden_size))
-        head = AffineHead(model.text_encoder.config.hidden_size)
+    model, head = _empty(vision_config(state, source), config)
     renamed = to_transformers(state)
     scores = {name.removeprefix("mlp."): v for name, v in renamed.items() if name.startswith("mlp.")}
     fill(model, {name: v for name, v in renamed.items() if not name.startswith("mlp.")}, source)
     fill(head, scores, source)
     return model, head
+
+
+def _empty(vision: BlipVisionConfig, text: dict[str, Any]) -> tuple[BlipScorer, AffineHead]:
+    """The modules on the meta device; `text` is med_config.json."""
+    with torch.device("meta"):
+        model = BlipScorer(vision, text_config(text, vision.hidden_size))
+        return model, AffineHead(model.text_encoder.config.hidden_size)
 
 
 def vision_config(state: State, source: str) -> BlipVisionConfig:

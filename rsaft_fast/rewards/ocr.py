@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+from pydantic import Field
 
 from rsaft_fast.errors import UserError, first_line
-from rsaft_fast.files import sha256_of
-from rsaft_fast.pretrained import library_errors
 from rsaft_fast.rewards.base import PictureReward, RewardSpec
+from rsaft_fast.rewards.settings import OptionalPlace, RewardSettings, register
 
 if TYPE_CHECKING:
     from rapidocr import RapidOCR
@@ -92,50 +92,60 @@ class OcrReward(PictureReward):
         return text_score(plain(self.read(pixels)), target, **options)
 
 
-def load_ocr(
-    path: str | Path = "",
-    *,
-    substring: bool = True,
-    repeat_penalty: float = 0.0,
-    device: torch.device | str = "cpu",
-) -> OcrReward:
-    """The OCR reward with the models in rapidocr's own wheel, or others.
+@register
+class OcrSettings(RewardSettings):
+    """How nearly the picture's text is the one that the prompt quotes, 0 to 1.
 
-    Args:
-        path: "" for those of the wheel (nothing is downloaded), or a folder with one *_det_*.onnx and one *_rec_*.onnx.
-        substring, repeat_penalty: see `text_score`.
-        device: not used, the engine runs on the CPU.
-
-    Raises:
-        UserError: a missing package or model, or a penalty below 0.
+    Attributes:
+        path: folder with one *_det_*.onnx and one *_rec_*.onnx; empty takes those of rapidocr's wheel, and nothing is
+            downloaded.
+        substring: a quoted text that stands whole within other text counts as exact, as published.
+        repeat_penalty: taken off for each time beyond the first that the quoted text is read.
     """
-    if not 0 <= repeat_penalty < float("inf"):
-        raise UserError(f"the OCR reward's repeat_penalty is {repeat_penalty}; it must be 0 or more")
-    try:
-        import onnxruntime
-        import rapidfuzz  # noqa: F401
-        import rapidocr
-    except ImportError as error:
-        raise UserError(f"the OCR reward needs {error.name or first_line(error)}, which is missing; {_MEND}") from error
-    folder = Path(path) if path else Path(rapidocr.__file__).parent / "models"
-    models = {part: _model(folder, part) for part in ("det", "rec")}
-    parameters = {
-        "Global.log_level": "error",
-        # Flow-GRPO reads without turning lines upright.
-        "Global.use_cls": False,
-        "Det.model_path": str(models["det"]),
-        "Rec.model_path": str(models["rec"]),
-    }
-    # onnxruntime and rapidocr raise their own kinds.
-    with library_errors(f"the OCR models in {str(folder)!r} do not load", _MEND):
-        # The engine opens its models at the first picture: too late to say that one is damaged.
-        for model in models.values():
-            onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-        engine = rapidocr.RapidOCR(params=parameters)
-    facts = {part: model.name for part, model in models.items()}
-    facts |= {"rapidocr": version("rapidocr"), "substring": substring, "repeat_penalty": repeat_penalty}
-    spec = RewardSpec("ocr", str(path), sha256_of(list(models.values())), facts, "Apache-2.0")
-    return OcrReward(engine, spec, substring=substring, repeat_penalty=repeat_penalty)
+
+    name: Literal["ocr"] = "ocr"
+    path: OptionalPlace = ""
+    substring: bool = True
+    repeat_penalty: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+    differentiable: ClassVar[bool] = False
+
+    def load(self, device: torch.device | str = "cpu") -> OcrReward:
+        """Load the reader; it runs on the CPU whatever `device` is.
+
+        Raises:
+            UserError: a missing package or model.
+        """
+        try:
+            import onnxruntime
+            import rapidfuzz  # noqa: F401
+            import rapidocr
+        except ImportError as error:
+            missing = error.name or first_line(error)
+            raise UserError(f"the OCR reward needs {missing}, which is missing; {_MEND}") from error
+        folder = Path(self.place).expanduser() if self.path else Path(rapidocr.__file__).parent / "models"
+        models = {part: _model(folder, part) for part in ("det", "rec")}
+        parameters = {
+            "Global.log_level": "error",
+            # Flow-GRPO reads without turning lines upright.
+            "Global.use_cls": False,
+            "Det.model_path": str(models["det"]),
+            "Rec.model_path": str(models["rec"]),
+        }
+        try:
+            # The engine opens its models at the first picture: too late to say that one is damaged.
+            for model in models.values():
+                onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+            engine = rapidocr.RapidOCR(params=parameters)
+        except Exception as error:
+            # onnxruntime and rapidocr raise their own kinds.
+            raise UserError(
+                f"the OCR models in {str(folder)!r} do not load ({type(error).__name__}: {first_line(error)}); {_MEND}"
+            ) from error
+        facts = {part: model.name for part, model in models.items()}
+        options = {"substring": self.substring, "repeat_penalty": self.repeat_penalty}
+        facts |= {"rapidocr": version("rapidocr"), **options}
+        return OcrReward(engine, self.spec(list(models.values()), facts, "Apache-2.0"), **options)
 
 
 def _model(folder: Path, part: str) -> Path:

@@ -89,7 +89,16 @@ class SmartResize:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Preprocess in fp32, or float64 for float64 images; any autocast is switched off."""
         check_images(images)
-        return Preprocess(self.size(*images.shape[-2:]), "stretch", clamp=self.clamp)(images)
+        return self._of(*images.shape[-2:])(images)
+
+    def axis_matrices(
+        self, shape: tuple[int, int], dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Preprocess.axis_matrices`."""
+        return self._of(*shape).axis_matrices(shape, dtype, device)
+
+    def _of(self, height: int, width: int) -> Preprocess:
+        return Preprocess(self.size(height, width), "stretch", clamp=self.clamp)
 
     def describe(self) -> dict[str, Any]:
         """Every choice, for the reward's spec."""

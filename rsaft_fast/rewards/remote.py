@@ -9,7 +9,7 @@ import os
 import ssl
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 from urllib.parse import quote
 
 import torch
@@ -19,6 +19,7 @@ from rsaft_fast.errors import UserError, describe_error, printable
 from rsaft_fast.rewards import wire
 from rsaft_fast.rewards.base import Reward, RewardSpec, check_prompts
 from rsaft_fast.rewards.exchange import Oversized, exchange, parse_address
+from rsaft_fast.rewards.settings import RewardSettings, register
 
 log = logging.getLogger(__name__)
 
@@ -207,36 +208,49 @@ class RemoteReward(Reward):
         raise UserError(f"the reward server {self.url} refuses ({status}): {_detail(content)}")
 
 
-def load_remote(
-    path: str,
-    *,
-    token_variable: str = wire.TOKEN_VARIABLE,
-    timeout: float = 60.0,
-    patience: float = 120.0,
-    device: torch.device | str = "cpu",
-) -> RemoteReward:
-    """The reward at a server's address.
+@register
+class RemoteSettings(RewardSettings):
+    """A reward that a server computes (rsaft-fast serve).
 
-    Args:
+    Attributes:
         path: http://HOST:PORT/NAME.
-        token_variable: the environment variable that holds the token; a recipe must not. See `check_token_variable`.
-        timeout: see `RemoteReward`.
-        patience: see `RemoteReward`.
-        device: unused; scores come back to where the pictures are.
-
-    Raises:
-        UserError: no token, or see `RemoteReward`.
+        token_variable: the environment variable that holds the server's token; its name begins with RSAFT_.
+        timeout: seconds to wait for one answer.
+        patience: seconds during which a server that does not answer is tried again.
     """
-    parse_address(path)
-    check_token_variable(token_variable)
-    token = os.environ.get(token_variable, "")
-    if not token:
-        raise UserError(
-            f"reward {path}: the environment variable {token_variable} is not set; export the token that rsaft-fast "
-            "serve printed"
-        )
-    wire.check_token(token, f"the environment variable {token_variable}")
-    return RemoteReward(path, token, timeout=timeout, patience=patience)
+
+    name: Literal["remote"] = "remote"
+    token_variable: str = Field(default=wire.TOKEN_VARIABLE, min_length=1)
+    timeout: float = Field(default=60.0, gt=0)
+    patience: float = Field(default=120.0, ge=0)
+
+    differentiable: ClassVar[bool] = False
+
+    @field_validator("token_variable")
+    @classmethod
+    def _ours(cls, name: str) -> str:
+        try:
+            check_token_variable(name)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return name
+
+    def load(self, device: torch.device | str = "cpu") -> RemoteReward:
+        """Ask the server what it serves; scores come back to where the pictures are.
+
+        Raises:
+            UserError: no token, or see `RemoteReward`.
+        """
+        parse_address(self.path)
+        check_token_variable(self.token_variable)
+        token = os.environ.get(self.token_variable, "")
+        if not token:
+            raise UserError(
+                f"reward {self.path}: the environment variable {self.token_variable} is not set; export the token that "
+                "rsaft-fast serve printed"
+            )
+        wire.check_token(token, f"the environment variable {self.token_variable}")
+        return RemoteReward(self.path, token, timeout=self.timeout, patience=self.patience)
 
 
 def check_token_variable(name: str) -> None:

@@ -7,7 +7,8 @@ import html
 import zlib
 from pathlib import Path
 
-from transformers import AutoTokenizer, BertTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
+import torch
+from transformers import AutoTokenizer, BatchEncoding, BertTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
 
 from rsaft_fast.errors import UserError, first_line
 from rsaft_fast.pretrained import library_errors
@@ -103,3 +104,22 @@ def require_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, source: st
             f"{source}: the tokenizer has {len(tokenizer)} tokens and the text tower {size}; "
             "save the tokenizer that belongs to the model"
         )
+
+
+class LengthTokenizer:
+    """Stands in for a tokenizer where only the number of tokens counts."""
+
+    def __init__(self, length: int):
+        self.model_max_length = length
+        self.added_tokens_encoder: dict[str, int] = {}
+
+    def tokenize(self, text: str) -> list[str]:
+        return []
+
+    def __call__(
+        self, texts: str | list[str], padding: str | bool = False, max_length: int | None = None, **options
+    ) -> BatchEncoding:
+        rows = 1 if isinstance(texts, str) else len(texts)
+        length = max_length or self.model_max_length if padding == "max_length" else 1
+        ids = torch.ones(rows, length, dtype=torch.int64)
+        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -29,16 +29,17 @@ _UNREAD = r"^(?!.*\b(layers?|blocks?|stages?)\.\d+\.(?!.*position_ids$))"
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
-def read_state(file: Path) -> State:
-    """Read the tensors of a checkpoint by name, without wrappers' prefixes.
+def read_state(file: Path, shapes_alone: bool = False) -> State:
+    """The tensors of a checkpoint by name: safetensors, or a pickle that is a state dict or holds one under
+    `state_dict`; the format is read off the first bytes, not the ending. Wrappers' prefixes are taken off.
 
-    Safetensors, or a pickle that is a state dict or holds one under `state_dict`; the format is read off the first
-    bytes, not the ending.
+    Args:
+        shapes_alone: give tensors on the meta device; the weights themselves are not read.
 
     Raises:
         UserError: another format, a file cut short, a pickle with more than data in it, or no tensors.
     """
-    content = _read(file)
+    content = _read(file, shapes_alone)
     if isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     state = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
@@ -60,15 +61,18 @@ def _start(file: Path) -> bytes:
         return stream.read(32)
 
 
-def _read(file: Path) -> Mapping[str, Any]:
+def _read(file: Path, shapes_alone: bool) -> Mapping[str, Any]:
     start = _start(file)
     if start.startswith(LFS_POINTER.encode()):
         raise UserError(f"{str(file)!r} is a Git LFS pointer, not the weights; fetch them with git lfs pull")
     try:
         if start[8:9] == b"{":
-            return load_file(file)
+            return _headers(file) if shapes_alone else load_file(file)
         if start.startswith((_ZIP, _PICKLE)):
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            # Mapped, a file's weights are not read from the disk; the oldest layout cannot be.
+            mapped = shapes_alone and start.startswith(_ZIP)
+            device = "meta" if shapes_alone else "cpu"
+            content = torch.load(file, map_location=device, weights_only=True, mmap=mapped or None)
         else:
             raise UserError(f"{str(file)!r} is neither safetensors nor a PyTorch checkpoint; download it anew")
     except pickle.UnpicklingError as error:
@@ -83,6 +87,11 @@ def _read(file: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise UserError(f"{str(file)!r} holds a {type(content).__name__}, not a state dict; give the weights alone")
     return content
+
+
+def _headers(file: Path) -> State:
+    with safe_open(file, "pt") as content:
+        return {name: torch.empty(content.get_slice(name).get_shape(), device="meta") for name in content.keys()}
 
 
 def fill(module: nn.Module, state: State, source: str) -> None:

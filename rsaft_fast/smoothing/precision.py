@@ -74,7 +74,7 @@ def require_s1_precision(
     if not error <= LIMIT:
         raise UserError(
             f"in {str(reward.dtype).removeprefix('torch.')} the S1 of reward {reward.spec.name!r} at radius {radius:g} "
-            f"({norm}) is off by {error:.0%}; the limit is {LIMIT:.0%}: set reward.dtype=float32 or a larger radius"
+            f"({norm}) is off by {error:.0%}; the limit is {LIMIT:.0%}: set reward.dtype=fp32 or a larger radius"
         )
 
 

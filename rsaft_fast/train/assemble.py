@@ -22,15 +22,16 @@ from rsaft_fast.data.batches import PromptBatches
 from rsaft_fast.data.encoded import EncodedPrompts, negative_texts
 from rsaft_fast.data.encodings import Encodings, Watched, free_memory, load_shapes, open_cache
 from rsaft_fast.distributed import World
+from rsaft_fast.dtypes import DTYPES
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory import checkpoint_networks
 from rsaft_fast.methods import GradientMethod
 from rsaft_fast.optim import SAMAdamW
 from rsaft_fast.out_of_memory import oom_as_user_error
 from rsaft_fast.phases import KEEPING, phase
-from rsaft_fast.recipe.check import DTYPES, pick_device
+from rsaft_fast.recipe.check import pick_device
 from rsaft_fast.recipe.config import BackboneSettings, Config
-from rsaft_fast.rewards import Reward, RewardSettings, load_reward
+from rsaft_fast.rewards import Reward, load_reward
 from rsaft_fast.sampling import derive_rng
 from rsaft_fast.sampling.linear import Schedule
 from rsaft_fast.sampling.protocol import Branch
@@ -87,7 +88,7 @@ class FileLoaders:
         return Encodings(shapes, self.config.backbone, texts, cache, self.log)
 
     def reward(self) -> Reward:
-        self.stage(f"loading the reward {_named(self.config.reward)}")
+        self.stage(f"loading the reward {self.config.reward.shown}")
         return load_reward(self.config.reward)
 
     def encode(self, encodings: Encodings) -> None:
@@ -266,9 +267,3 @@ def prepare_backbone(settings: BackboneSettings, device: torch.device, text: boo
     )
     checkpoint_networks(backbone.denoiser, backbone.pipeline.vae, settings.checkpoint, settings.keep_blocks)
     return backbone
-
-
-def _named(reward: RewardSettings) -> str:
-    """A reward as a recipe names it; a combination by its parts."""
-    parts = " and ".join(part.shown for part in reward.parts)
-    return f"{reward.name} of {parts}" if parts else f"{reward.name} ({reward.path})"

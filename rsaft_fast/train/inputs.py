@@ -16,7 +16,6 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.files import check_writable
 from rsaft_fast.recipe.check import check_keys, check_machine, check_model
 from rsaft_fast.recipe.config import Config
-from rsaft_fast.rewards.calibration import read_calibration
 from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train.logging import CHECKPOINTS, CONFIG, METRICS, SAMPLES, TENSORBOARD
 
@@ -54,8 +53,7 @@ def check_config(config: Config) -> Inputs:
     check_model(config, plan)
     checkpoint, notes = _find_checkpoint(config)
     notes += _drowned_radii(config)
-    if config.reward.calibration is not None:
-        read_calibration(config.reward.calibration)
+    config.reward.check_files()
     prompts = load_prompts(config.data.prompts, config.data.column)
     sample_prompts = _sample_prompts(config, prompts)
     notes += _prompt_notes(config, prompts, sample_prompts)

@@ -18,7 +18,7 @@ from rsaft_fast.files import check_writable, describe_io_error, mend_of
 from rsaft_fast.lock import sole_writer
 from rsaft_fast.progress import tell
 from rsaft_fast.recipe.config import Config
-from rsaft_fast.recipe.load import read_yaml, to_yaml
+from rsaft_fast.recipe.load import read_yaml, respelled, to_yaml
 from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train.assemble import FileLoaders, Loaders
 from rsaft_fast.train.bar import Progress
@@ -391,7 +391,7 @@ def what_changed(config: Config, checkpoint: Path, info: dict[str, Any], reward:
         reward: SHA-256 of the reward's files now.
     """
     try:
-        before = _flat(read_yaml(checkpoint / checkpoints.CONFIG))
+        before = _flat(respelled(read_yaml(checkpoint / checkpoints.CONFIG)))
     except UserError as error:
         return [f"what has changed since cannot be said: {error}"]
     now = _flat(parse_yaml(to_yaml(config)))

@@ -14,7 +14,7 @@ from rsaft_fast.memory import saved_tensor_bytes
 from rsaft_fast.methods import DRaFT
 from rsaft_fast.methods.losses import Loss
 from rsaft_fast.optim import SAMAdamW
-from rsaft_fast.rewards.clip import ClipReward
+from rsaft_fast.rewards import load_reward
 from rsaft_fast.sampling import derive_rng
 from rsaft_fast.smoothing.objective import ImageSmoothing, ParameterSmoothing, Smoothing
 
@@ -29,7 +29,7 @@ class Both:
 
     def __init__(self, family, folder, w, k, checkpointing):
         self.backbone = make_backbone(family, folder / family, torch.float64)
-        reward = ClipReward.from_pretrained(write_clip(folder / "clip"), dtype=torch.float64)
+        reward = load_reward("clip", write_clip(folder / "clip"), dtype=torch.float64)
         self.noise = noise_source(2)
         plan = DRaFT(k=k).draw(STEPS, derive_rng(0, 0, "plan"))
         conditioning = self.backbone.encode(PROMPTS, **cfg(self.backbone, w))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors.torch import save_file
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from builders.pipelines import _byte_alphabet
+from rsaft_fast.rewards.hpsv3 import Hpsv3Settings
 
 CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 IMAGE = 256 + CONTROLS.index("<|image_pad|>")
@@ -95,6 +97,12 @@ def write_hpsv3(folder: Path, state: dict | None = None) -> Path:
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "instruction.txt").write_text(INSTRUCTION)
     return folder
+
+
+class SmallHpsv3(Hpsv3Settings):
+    """HPSv3 that looks at small pictures."""
+
+    pixels: ClassVar[int] = 6 * 28 * 28
 
 
 def word_tokens(prompt: str, image_tokens: int) -> list[int]:

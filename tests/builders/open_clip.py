@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional as F
 
 from builders.pipelines import byte_tokenizer
+from rsaft_fast.rewards import ClipReward, load_reward
+from rsaft_fast.rewards.hps import HpsSettings
 
 HEADS, CONTEXT, START, END = 2, 12, 512, 513
 ARCHITECTURE = {
@@ -83,6 +86,17 @@ def write_hps(folder: Path, file: str = "HPS_v2.1_compressed.pt", state: dict | 
     torch.save({"epoch": 3, "name": "tiny", "state_dict": state}, folder / file)
     byte_tokenizer(folder / "vocabulary").save_pretrained(folder)
     return folder
+
+
+class TinyHps(HpsSettings):
+    """HPSv2 in that architecture."""
+
+    architecture: ClassVar[dict[str, Any]] = ARCHITECTURE
+
+
+def load_hps(path: str | Path, name: str = "hpsv2.1", **keys: Any) -> ClipReward:
+    """HPSv2 or HPSv2.1 of `write_hps`; keys as in a recipe."""
+    return load_reward(TinyHps(name=name, path=str(path), **keys))
 
 
 def letter_tokens(words: str) -> torch.Tensor:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from rsaft_fast.cli import main
 from rsaft_fast.commands.score import read_picture
-from rsaft_fast.rewards import ClipReward, load_image_reward
+from rsaft_fast.rewards import load_reward
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,8 @@ def test_a_table_and_a_csv(clip, blip, folder, capsys):
     assert [row["picture"] for row in rows] == [str(file) for file in files]
     means = []
     for column, reward in (
-        ("pickscore", ClipReward.from_pretrained(clip)),
-        ("imagereward,clamp=ste", load_image_reward(blip)),
+        ("pickscore", load_reward("clip", clip)),
+        ("imagereward,clamp=ste", load_reward("imagereward", blip)),
     ):
         expected = [reward.score(read_picture(f), [p]).item() for f, p in zip(files, prompts)]
         assert [float(row[column]) for row in rows] == pytest.approx(expected, abs=1e-4)
@@ -125,7 +125,7 @@ def test_wrong_input_is_one_clear_line(clip, folder, tmp_path, capsys):
         (["score", damaged, damaged, "--prompts", short, *good], "damaged.png'"),
         (["score", pictures, "--prompts", prompts, *good, "--reward", f"clip={clip}"], "same reward twice"),
         (["score", pictures, "--prompts", prompts, "--reward", "clip", "--output", out], "is not NAME=PATH"),
-        (["score", pictures, "--prompts", prompts, "--reward", f"clop={clip}", "--output", out], "did you mean 'clip'"),
+        (["score", pictures, "--prompts", prompts, "--reward", f"clop={clip}", "--output", out], "did you mean clip"),
         (["score", pictures, "--prompts", prompts, "--reward", f"clip={clip},szale=1", "--output", out], "szale"),
         (["score", pictures, "--prompts", prompts, "--reward", "clip=/no/where", "--output", out], "/no/where"),
     ]:

@@ -16,8 +16,8 @@ from builders.image_reward import head_state, write_image_reward
 from PIL import Image
 
 from rsaft_fast.cli import main
+from rsaft_fast.rewards import REWARDS
 from rsaft_fast.rewards.aesthetic import FILE as AESTHETIC
-from rsaft_fast.rewards.registry import REWARDS
 
 PROMPT = 'a "dog"'
 
@@ -46,7 +46,7 @@ def rewards(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:this is not the instruction")
 def test_every_reward_scores_pictures_of_different_sizes(rewards, tmp_path):
-    assert rewards.keys() | {"combination", "remote"} == REWARDS.keys()
+    assert rewards.keys() | {"combination", "remote", "python"} == REWARDS.keys()
     rng = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
     for name, size in (("a.png", (40, 60, 3)), ("b.png", (40, 60, 4)), ("c.png", (60, 40))):

@@ -121,7 +121,7 @@ def test_sizes_that_no_machine_has_are_refused_by_key_value_and_limit(raw, key, 
 
 
 def test_a_list_with_thousands_of_faults_is_told_in_a_few_lines(raw):
-    lines = refused(put(raw, "reward.parts", [{"zzz": 1}] * 5000))
+    lines = refused(put(raw, "reward", {"name": "combination", "parts": [{"zzz": 1}] * 5000}))
     assert len(lines) < 30 and "more" in lines[-1]
 
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from builders.clip import write_clip
 from builders.image_reward import head_state, write_image_reward
 from builders.messages import says
-from builders.open_clip import ARCHITECTURE, write_hps
+from builders.open_clip import load_hps, write_hps
 from safetensors import safe_open
 
 from rsaft_fast.cli import main
 from rsaft_fast.errors import UserError
 from rsaft_fast.estimate.reward_skeleton import skeleton_reward
-from rsaft_fast.rewards import ClipReward, RewardSettings, hps, load_aesthetic, load_hps, load_image_reward
+from rsaft_fast.rewards import RewardSettings, hps, load_reward
 from rsaft_fast.rewards.calibration import find, measure
 from rsaft_fast.rewards.convert import convert
 
@@ -33,17 +34,17 @@ def written(reward, folder, tower):
     """A tiny pickle in its published layout, and how it is loaded from any path."""
     if reward.startswith("hpsv2"):
         path = write_hps(folder, hps.VERSIONS[reward].file)
-        return path, lambda p: load_hps(p, reward, architecture=ARCHITECTURE, tokenizer=str(path))
+        return path, lambda p: load_hps(p, reward, tokenizer=str(path))
     if reward == "imagereward":
-        return write_image_reward(folder), load_image_reward
+        return write_image_reward(folder), partial(load_reward, "imagereward")
     if reward == "aesthetic":
         torch.save(head_state(12), folder / "sac+logos+ava1-l14-linearMSE.pth")
-        return folder, lambda p: load_aesthetic(p, image_tower=tower)
+        return folder, lambda p: load_reward("aesthetic", p, image_tower=tower)
     write_clip(folder)
-    model = ClipReward.from_pretrained(folder).model
+    model = load_reward("clip", folder).model
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    return folder, ClipReward.from_pretrained
+    return folder, partial(load_reward, "clip")
 
 
 @pytest.mark.parametrize("reward", ["hpsv2", "hpsv2.1", "imagereward", "aesthetic", "clip"])
@@ -100,8 +101,8 @@ def test_the_other_version_is_still_known_after_converting(tmp_path, monkeypatch
         convert(file, tmp_path / "out", "hpsv2.1")
     assert not (tmp_path / "out").exists()
     made = convert(source, tmp_path / "out", "hpsv2").weights
-    with pytest.raises(UserError, match=says(made, "hpsv2.1;", "reward.name=hpsv2")):
-        load_hps(made, "hpsv2.1", architecture=ARCHITECTURE, tokenizer=str(source))
+    with pytest.raises(UserError, match="is the published hpsv2, not hpsv2.1"):
+        load_hps(made, "hpsv2.1", tokenizer=str(source))
 
 
 def test_nothing_is_replaced_unless_asked(tmp_path):

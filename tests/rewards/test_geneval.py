@@ -194,10 +194,10 @@ def geneval(detector_folder, tower, metadata, **more):
 
 def test_the_detector_is_mask2formers_own_computation(detector_folder):
     """Its (query, class) pairs against a plain loop over every one of them."""
-    detector, sha256 = load_mask2former(detector_folder)
+    detector, files = load_mask2former(detector_folder)
     pixels = torch.rand(3, 50, 70, generator=torch.Generator().manual_seed(SEED))
     found = detector.detect(pixels)
-    assert len(sha256) == 64 and 0 < len(found) <= 12
+    assert [file.name for file in files] == ["model.safetensors"] and 0 < len(found) <= 12
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     resized = torch.nn.functional.interpolate(pixels[None], (64, 64), mode="bilinear", antialias=True)
     with torch.no_grad():
@@ -349,7 +349,7 @@ def test_the_gpu_sees_what_the_cpu_sees(detector_folder, tower, metadata):
     assert theirs == pytest.approx(ours, abs=1e-3), SEED
     judge = load_reward(
         RewardSettings(name="geneval-hf", path=str(detector_folder), image_tower=str(tower), metadata=str(metadata)),
-        "cuda",
+        device="cuda",
     ).judge
     # The picture may lie elsewhere than the models.
     for device in ("cpu", "cuda"):

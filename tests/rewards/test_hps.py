@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from builders.messages import says
-from builders.open_clip import ARCHITECTURE, CONTEXT, cosines, letter_tokens, random_state, write_hps
+from builders.open_clip import ARCHITECTURE, CONTEXT, cosines, letter_tokens, load_hps, random_state, write_hps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -18,17 +18,13 @@ from transformers import CLIPConfig, CLIPModel
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.rewards import RewardSettings, hps, load_reward
-from rsaft_fast.rewards.hps import VERSIONS, load_hps
+from rsaft_fast.rewards.hps import VERSIONS
 from rsaft_fast.rewards.open_clip import VIT_H_14, to_transformers
 from rsaft_fast.rewards.text import BPE_FILE, clip_tokenizer, fixed_text
 
 pytest.importorskip("ftfy")
 PROMPTS = ["a red ox", "blue", "big owl"]
 FILE = VERSIONS["hpsv2.1"].file
-
-
-def load(path, **options):
-    return load_hps(path, architecture=ARCHITECTURE, **options)
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +42,20 @@ def expected_scores(reward, images, prompts=PROMPTS, seed=0):
 
 
 def test_scores_are_those_of_the_original_computation(folder, images):
-    double = load(folder, dtype=torch.float64)
+    double = load_hps(folder, dtype=torch.float64)
     expected = expected_scores(double, images)
     assert expected.std() > 0.05
     torch.testing.assert_close(double.score(images, PROMPTS), expected, rtol=0, atol=1e-12)
-    single = load(folder)
+    single = load_hps(folder)
     score = single.score(images, PROMPTS)
     assert score.dtype == torch.float32
     assert (score - expected).abs().max() < 1e-6
-    percent = load(folder, scale="percent").score(images, PROMPTS)
+    percent = load_hps(folder, scale="percent").score(images, PROMPTS)
     torch.testing.assert_close(percent, score * 100)
 
 
 def test_bf16_towers_give_fp32_scores_near_it(folder, images):
-    reward = load(folder, dtype=torch.bfloat16)
+    reward = load_hps(folder, dtype=torch.bfloat16)
     score = reward.score(images, PROMPTS)
     assert score.dtype == torch.float32
     assert (score - expected_scores(reward, images)).abs().max() < 0.03
@@ -94,8 +90,8 @@ def test_the_full_architecture_has_the_published_size():
 
 def test_the_original_preprocessing_longest_side_and_padding_on_the_tensor(folder):
     images = torch.rand(1, 3, 20, 32, dtype=torch.float64)
-    reward = load(folder, dtype=torch.float64)
-    legacy = load(folder, dtype=torch.float64, resize="legacy_noaa")
+    reward = load_hps(folder, dtype=torch.float64)
+    legacy = load_hps(folder, dtype=torch.float64, resize="legacy_noaa")
     for given_reward, antialias in ((reward, True), (legacy, False)):
         canvas = torch.zeros(1, 3, 16, 16, dtype=torch.float64)
         canvas[:, :, 3:13] = torch.nn.functional.interpolate(images, (10, 16), mode="bicubic", antialias=antialias)
@@ -108,7 +104,7 @@ def test_the_original_preprocessing_longest_side_and_padding_on_the_tensor(folde
 
 
 def test_gradient_of_the_whole_reward(folder):
-    reward = load(folder, dtype=torch.float64, clamp="none")
+    reward = load_hps(folder, dtype=torch.float64, clamp="none")
     images = torch.rand(2, 3, 21, 33, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(reward.score(images, PROMPTS[:2]).sum(), images)
     for seed in range(4):
@@ -122,7 +118,7 @@ def test_gradient_of_the_whole_reward(folder):
 @settings(deadline=None, max_examples=10)
 def test_a_score_depends_on_its_own_picture_and_prompt_alone(folder, order, size):
     images = torch.rand(3, 3, 24, 40, generator=torch.Generator().manual_seed(1))
-    reward = load(folder, dtype=torch.float64)
+    reward = load_hps(folder, dtype=torch.float64)
     together = reward.score(images, PROMPTS)
     for first in range(0, 3, size):
         chosen = list(order)[first : first + size]
@@ -131,7 +127,7 @@ def test_a_score_depends_on_its_own_picture_and_prompt_alone(folder, order, size
 
 
 def test_prompts_are_cleaned_as_the_original_does(folder, images):
-    reward = load(folder)
+    reward = load_hps(folder)
     assert fixed_text("  cafÃ© &amp;amp; tea ") == "café & tea"
     mended, broken = reward.encode_text(["cafÃ© &amp;amp;", "café &"])
     assert torch.equal(mended, broken)
@@ -142,7 +138,7 @@ def test_prompts_are_cleaned_as_the_original_does(folder, images):
 
 
 def test_empty_and_overlong_prompts(folder, images):
-    reward = load(folder, dtype=torch.float64)
+    reward = load_hps(folder, dtype=torch.float64)
     prompts = ["", "x " * 500, "x " * 10]
     score = reward.score(images[:1].expand(3, -1, -1, -1), prompts)
     text = reward.encode_text(prompts)
@@ -156,7 +152,7 @@ def test_empty_and_overlong_prompts(folder, images):
 def test_without_ftfy_there_is_one_clear_line(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "ftfy", None)
     with pytest.raises(UserError, match="pip install ftfy") as caught:
-        load(folder)
+        load_hps(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -175,24 +171,24 @@ def test_every_layout_of_the_weights_scores_the_same(folder, tmp_path, images, l
     else:
         torch.save({"state_dict": state}, file, _use_new_zipfile_serialization=False)
     limit = 2e-2 if layout == "fp16" else 1e-6
-    reward = load(file)
+    reward = load_hps(file)
     assert (reward.score(images, PROMPTS) - expected_scores(reward, images)).abs().max() < limit
     assert reward.spec.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def test_a_folder_in_transformers_format_scores_the_same(folder, tmp_path, images):
-    load(folder).model.save_pretrained(tmp_path)
+    load_hps(folder).model.save_pretrained(tmp_path)
     clip_tokenizer(folder).save_pretrained(tmp_path)
-    expected = load(folder).score(images, PROMPTS)
-    torch.testing.assert_close(load(tmp_path).score(images, PROMPTS), expected, rtol=0, atol=1e-6)
+    expected = load_hps(folder).score(images, PROMPTS)
+    torch.testing.assert_close(load_hps(tmp_path).score(images, PROMPTS), expected, rtol=0, atol=1e-6)
 
 
 def test_the_other_versions_file_is_recognised(folder, monkeypatch):
     md5 = hashlib.md5((folder / FILE).read_bytes()).hexdigest()
     monkeypatch.setitem(hps.VERSIONS, "hpsv2.1", hps.HpsVersion(FILE, md5))
-    assert load(folder, version="hpsv2.1").spec.name == "hpsv2.1"
-    with pytest.raises(UserError, match=says("HPS_v2.1_compressed.pt", "hpsv2;", "reward.name=hpsv2.1")):
-        load(folder / FILE, version="hpsv2")
+    assert load_hps(folder, name="hpsv2.1").spec.name == "hpsv2.1"
+    with pytest.raises(UserError, match="is the published hpsv2.1, not hpsv2; write reward.name=hpsv2.1"):
+        load_hps(folder / FILE, name="hpsv2")
 
 
 class Executed:
@@ -258,15 +254,15 @@ def test_a_broken_checkpoint_is_one_clear_line(tmp_path, monkeypatch, how, messa
     folder = write_hps(tmp_path)
     spoil(folder, how)
     with pytest.raises(UserError, match=message) as caught:
-        load(folder)
+        load_hps(folder)
     assert "\n" not in str(caught.value) and not (folder / "executed").exists()
 
 
 def test_a_recipe_names_it(folder, images, monkeypatch):
-    monkeypatch.setattr(hps.load_hps, "__kwdefaults__", hps.load_hps.__kwdefaults__ | {"architecture": ARCHITECTURE})
+    monkeypatch.setattr(hps.HpsSettings, "architecture", ARCHITECTURE)
     settings = RewardSettings(name="hpsv2.1", path=str(folder), resize="legacy_noaa", scale="percent")
     reward = load_reward(settings)
-    direct = load(folder, resize="legacy_noaa", scale="percent")
+    direct = load_hps(folder, resize="legacy_noaa", scale="percent")
     assert torch.equal(reward.score(images, PROMPTS), direct.score(images, PROMPTS)) and reward.spec == direct.spec
     # This file is v2.1's, and its name the other's default.
     with pytest.raises(UserError, match=says("HPS_v2_compressed.pt")):
@@ -280,7 +276,7 @@ def test_a_wrong_path_is_one_clear_line(monkeypatch):
         ("nobody/none", says("'nobody/none'", "HF_HUB_OFFLINE")),
     ):
         with pytest.raises(UserError, match=message):
-            load(path)
+            load_hps(path)
 
 
 def import_open_clip():
@@ -304,7 +300,7 @@ def test_scores_are_open_clips_own(tmp_path, images):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    reward = load(write_hps(tmp_path, state=model.state_dict()), dtype=torch.float64)
+    reward = load_hps(write_hps(tmp_path, state=model.state_dict()), dtype=torch.float64)
     tokens = torch.stack([letter_tokens(p) for p in PROMPTS])
     with torch.no_grad():
         image = model.encode_image(reward.preprocess(images), normalize=True)

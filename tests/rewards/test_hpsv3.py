@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from builders.hpsv3 import (
     CONFIG,
     IMAGE,
     INSTRUCTION,
+    SmallHpsv3,
     published_names,
     random_state,
     word_tokens,
@@ -30,12 +32,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory import checkpoint_calls, saved_tensor_bytes
 from rsaft_fast.rewards import RewardSettings, load_reward
-from rsaft_fast.rewards.hpsv3 import load_hpsv3, score_head
+from rsaft_fast.rewards.hpsv3 import Hpsv3Settings, score_head
 from rsaft_fast.rewards.hpsv3_text import CONSTANTS, SOURCE, read_instruction
 from rsaft_fast.rewards.qwen2_vl import QWEN2_VL_7B, Qwen2VLFeatures, SmartResize, patchify
 
 PROMPTS = ["a red ox", "b", "a much longer prompt, with ünicode and {braces}"]
-PIXELS = 6 * 28 * 28
+PIXELS = SmallHpsv3.pixels
 pytestmark = pytest.mark.filterwarnings("ignore:this is not the instruction")
 
 
@@ -44,9 +46,9 @@ def folder(tmp_path_factory):
     return write_hpsv3(tmp_path_factory.mktemp("hpsv3"))
 
 
-def load(folder, **options):
-    options = {"instruction": folder / "instruction.txt", "pixels": PIXELS} | options
-    return load_hpsv3(folder, **options)
+def load(path, family=SmallHpsv3, **options):
+    files = {"path": path, "instruction": (path if path.is_dir() else path.parent) / "instruction.txt"} | options
+    return load_reward(family(**{key: str(v) if isinstance(v, Path) else v for key, v in files.items()}))
 
 
 @pytest.fixture
@@ -113,14 +115,14 @@ def test_every_layout_scores_the_same(folder, images, tmp_path, change):
     if change == "a pickle":
         path = other / "model.pt"
         torch.save(published_names(random_state()), path)
-    reward = load_hpsv3(path, instruction=other / "instruction.txt", pixels=PIXELS)
+    reward = load(path)
     torch.testing.assert_close(reward.score(images, PROMPTS), load(folder).score(images, PROMPTS), rtol=0, atol=1e-6)
 
 
 def test_a_recipe_names_it(folder, images):
     """At the published number of pixels; the tokenizer is the one beside the weights."""
     settings = RewardSettings(name="hpsv3", path=str(folder), instruction=str(folder / "instruction.txt"))
-    expected = load(folder, pixels=256 * 28 * 28).score(images[:1], PROMPTS[:1])
+    expected = load(folder, Hpsv3Settings).score(images[:1], PROMPTS[:1])
     torch.testing.assert_close(load_reward(settings).score(images[:1], PROMPTS[:1]), expected)
 
 

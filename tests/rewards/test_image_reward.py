@@ -11,7 +11,7 @@ from builders.messages import says
 
 from rsaft_fast.errors import NonFiniteRewardError, UserError
 from rsaft_fast.memory import saved_tensor_bytes
-from rsaft_fast.rewards import RewardSettings, load_image_reward, load_reward
+from rsaft_fast.rewards import RewardSettings, load_reward
 from rsaft_fast.rewards.heads import AffineHead
 from rsaft_fast.rewards.image_reward import BlipScorer, text_config, to_transformers, vision_config
 from rsaft_fast.smoothing.objective import require_finite
@@ -50,29 +50,29 @@ def expected_scores(reward, images, prompts=PROMPTS):
 
 
 def test_scores_are_those_of_the_original_computation(folder, images):
-    double = load_image_reward(folder, dtype=torch.float64)
+    double = load_reward("imagereward", folder, dtype=torch.float64)
     expected = expected_scores(double, images)
     assert expected.std() > 0.05
     torch.testing.assert_close(double.score(images, PROMPTS), expected, rtol=0, atol=1e-11)
-    single = load_image_reward(folder).score(images, PROMPTS)
+    single = load_reward("imagereward", folder).score(images, PROMPTS)
     assert single.dtype == torch.float32 and (single - expected).abs().max() < 2e-6
 
 
 def test_the_picture_matters_to_the_text(folder, images):
-    reward = load_image_reward(folder)
+    reward = load_reward("imagereward", folder)
     same_prompt = reward.score(images, ["a red ox"] * 3)
     assert same_prompt.std() > 0.01
 
 
 def test_bf16_towers_give_fp32_scores_near_it(folder, images):
-    reward = load_image_reward(folder, dtype=torch.bfloat16)
+    reward = load_reward("imagereward", folder, dtype=torch.bfloat16)
     score = reward.score(images, PROMPTS)
     assert score.dtype == torch.float32 and reward.head.layers["0"].weight.dtype == torch.float32
     assert (score - expected_scores(reward, images)).abs().max() < 0.1
 
 
 def test_prompts_are_cut_at_35_tokens_and_it_is_said(folder, images):
-    reward = load_image_reward(folder)
+    reward = load_reward("imagereward", folder)
     whole, longer = " ".join(["red"] * 33), " ".join(["red"] * 33 + ["ox"])
     assert reward.score(images[:1], [whole]) == reward.score(images[:1], [longer])
     (note,) = reward.prompt_notes([whole, longer])
@@ -89,7 +89,7 @@ def test_every_weight_is_used_or_knowingly_dropped(folder):
         *(f"blip.{tower}_proj.{kind}" for tower in ("text", "vision") for kind in ("bias", "weight")),
     ]
     assert len(renamed) == len(state) - len(dropped)
-    reward = load_image_reward(folder)
+    reward = load_reward("imagereward", folder)
     names = {*reward.model.state_dict(), *(f"mlp.{name}" for name in reward.head.state_dict())}
     assert renamed.keys() == names
 
@@ -107,7 +107,7 @@ def test_the_full_architecture_has_the_published_size():
 
 
 def test_gradient_of_the_whole_reward(folder):
-    reward = load_image_reward(folder, dtype=torch.float64, clamp="none")
+    reward = load_reward("imagereward", folder, dtype=torch.float64, clamp="none")
     images = torch.rand(2, 3, 21, 33, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(reward.score(images, PROMPTS[:2]).sum(), images)
     assert gradient.abs().sum() > 0
@@ -119,7 +119,7 @@ def test_gradient_of_the_whole_reward(folder):
 
 
 def test_a_score_depends_on_its_own_picture_and_prompt_alone(folder, images):
-    reward = load_image_reward(folder, dtype=torch.float64)
+    reward = load_reward("imagereward", folder, dtype=torch.float64)
     together = reward.score(images, PROMPTS)
     for chosen in ([0], [2, 0], [1, 2], [2, 1, 0]):
         part = reward.score(images[chosen], [PROMPTS[i] for i in chosen])
@@ -127,7 +127,7 @@ def test_a_score_depends_on_its_own_picture_and_prompt_alone(folder, images):
 
 
 def test_empty_and_overlong_prompts(folder, images):
-    reward = load_image_reward(folder, dtype=torch.float64)
+    reward = load_reward("imagereward", folder, dtype=torch.float64)
     prompts = ["", "x " * 500, "x " * 33]
     score = reward.score(images[:1].expand(3, -1, -1, -1), prompts)
     torch.testing.assert_close(
@@ -137,7 +137,7 @@ def test_empty_and_overlong_prompts(folder, images):
 
 
 def test_an_empty_batch_and_nan_pixels(folder, images):
-    reward = load_image_reward(folder)
+    reward = load_reward("imagereward", folder)
     assert reward.score(torch.rand(0, 3, 20, 20), []).shape == (0,)
     images[1, 0, 3, 3] = float("nan")
     score = reward.score(images, PROMPTS)
@@ -149,7 +149,7 @@ def test_an_empty_batch_and_nan_pixels(folder, images):
 def test_checkpointed_layers_keep_less_and_change_no_bit(folder, images):
     results = {}
     for checkpoint in (False, True):
-        reward = load_image_reward(folder, checkpoint=checkpoint)
+        reward = load_reward("imagereward", folder, checkpoint=checkpoint)
         x = images.clone().requires_grad_()
         with saved_tensor_bytes(reward.parameters()) as saved:
             score = reward.score(x, PROMPTS)
@@ -159,7 +159,7 @@ def test_checkpointed_layers_keep_less_and_change_no_bit(folder, images):
 
 
 def test_frozen_and_without_dropout(folder, images):
-    reward = load_image_reward(folder)
+    reward = load_reward("imagereward", folder)
     reward.train()
     assert not any(module.training for module in reward.modules())
     assert not any(p.requires_grad for p in reward.parameters())
@@ -168,7 +168,7 @@ def test_frozen_and_without_dropout(folder, images):
 
 def test_a_recipe_names_it(folder, images):
     reward = load_reward(RewardSettings(name="imagereward", path=str(folder / "ImageReward.pt"), clamp="ste"))
-    torch.testing.assert_close(reward.score(images, PROMPTS), load_image_reward(folder).score(images, PROMPTS))
+    torch.testing.assert_close(reward.score(images, PROMPTS), load_reward("imagereward", folder).score(images, PROMPTS))
     assert reward.spec.name == "imagereward" and len(reward.spec.sha256) == 64
     assert (
         reward.spec.preprocessing.items() >= {"geometry": "shortest_crop", "clamp": "ste", "mean_score": MEAN}.items()
@@ -229,5 +229,5 @@ def test_a_broken_checkpoint_is_one_clear_line(tmp_path, monkeypatch, how, messa
     spoil(folder, how)
     for path in (folder, folder / "ImageReward.pt"):
         with pytest.raises(UserError, match=message) as caught:
-            load_image_reward(path)
+            load_reward("imagereward", path)
         assert "\n" not in str(caught.value)

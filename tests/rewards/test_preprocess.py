@@ -15,9 +15,9 @@ from torch.nn.functional import interpolate
 from transformers import CLIPImageProcessorPil
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.rewards import RewardSettings, load_reward
 from rsaft_fast.rewards.aesthetic import FILE as AESTHETIC
 from rsaft_fast.rewards.preprocess import Preprocess, resize, resize_matrix
-from rsaft_fast.rewards.registry import SingleReward, load_reward
 
 SIZES = [((64, 64), (16, 16)), ((37, 53), (224, 31)), ((1, 9), (4, 1)), ((224, 224), (224, 224)), ((5, 300), (7, 13))]
 
@@ -264,7 +264,7 @@ def test_each_reward_sees_the_picture_as_its_original_does(name, tmp_path):
     if name == "aesthetic":
         torch.save(head_state(12), tmp_path / AESTHETIC)
         settings |= {"path": str(tmp_path / AESTHETIC), "image_tower": settings["path"]}
-    reward = load_reward(SingleReward(**settings))
+    reward = load_reward(RewardSettings(**settings))
     size = reward.prepare.size[0]
     offset = OFFSETS["down" if name in ("pickscore", "clip") else "half_even"]
     # The long side is three pixels longer: half even and down differ.

@@ -3,7 +3,7 @@ from builders.clip import write_clip
 from builders.fixtures import out, tiny  # noqa: F401
 from builders.reward_server import Mean, serving
 
-from rsaft_fast.rewards import ClipReward
+from rsaft_fast.rewards import load_reward
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +13,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def local(folder):
-    return ClipReward.from_pretrained(folder)
+    return load_reward("clip", folder)
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ import torch
 from builders.clip import write_clip
 from builders.messages import says
 
-from rsaft_fast.rewards import ClipReward
+from rsaft_fast.rewards import load_reward
 from rsaft_fast.server.batching import Batcher
 
 
 def test_cut_prompts_are_logged_once(tmp_path, caplog):
-    reward = ClipReward.from_pretrained(write_clip(tmp_path))
+    reward = load_reward("clip", write_clip(tmp_path))
     batcher = Batcher(reward, torch.device("cpu"), None, 8, 8)
     long, images = "a long prompt of many letters", torch.rand(2, 3, 16, 16)
     with caplog.at_level(logging.WARNING, "rsaft_fast.server.batching"):

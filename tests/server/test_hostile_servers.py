@@ -212,9 +212,9 @@ def test_no_proxy_sees_the_token(monkeypatch):
 def test_only_this_projects_variables_are_sent(name, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv(name, "a-secret-of-another-place")
     with speaking() as (url, heard):
-        with pytest.raises(UserError, match=says("token_variable", f"'{name}'", "RSAFT_SERVER_TOKEN")):
-            client.load_remote(url, token_variable=name)
-        with pytest.raises(ValidationError, match=says("token_variable", f"'{name}'", "RSAFT_SERVER_TOKEN")):
+        with pytest.raises(UserError, match=f"{name}.*only variables that begin with RSAFT_"):
+            load_reward("remote", url, token_variable=name)
+        with pytest.raises(ValidationError, match=f"{name}.*only variables that begin with RSAFT_"):
             RewardSettings(name="remote", path=url, token_variable=name)
         (tmp_path / "prompts.txt").write_text("a")
         reward = ["--reward", f"remote={url},token_variable={name}"]

@@ -9,7 +9,7 @@ from builders.image_reward import write_image_reward
 from builders.messages import says
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.rewards import ClipReward, load_image_reward
+from rsaft_fast.rewards import load_reward
 from rsaft_fast.smoothing.precision import LIMIT, require_s1_precision, s1_error
 from rsaft_fast.smoothing.sharpness import sharpness
 
@@ -27,8 +27,8 @@ def images():
 
 
 def test_bf16_is_refused_at_a_small_radius_and_taken_at_a_large_one(folder, images):
-    reward = ClipReward.from_pretrained(folder, dtype=torch.bfloat16)
-    with pytest.raises(UserError, match=says("bfloat16", "S1", "'clip'", "10%", "reward.dtype=float32")) as caught:
+    reward = load_reward("clip", folder, dtype=torch.bfloat16)
+    with pytest.raises(UserError, match=r"in bfloat16 the S1 .* set reward.dtype=fp32") as caught:
         require_s1_precision(reward, images, PROMPTS, 1e-3)
     assert "\n" not in str(caught.value)
     require_s1_precision(reward, images, PROMPTS, 2.0)
@@ -37,7 +37,7 @@ def test_bf16_is_refused_at_a_small_radius_and_taken_at_a_large_one(folder, imag
 
 
 def test_float32_and_float64_need_no_comparison(folder, images, monkeypatch):
-    rewards = [ClipReward.from_pretrained(folder, dtype=dtype) for dtype in (torch.float32, torch.float64)]
+    rewards = [load_reward("clip", folder, dtype=dtype) for dtype in (torch.float32, torch.float64)]
     monkeypatch.setattr("copy.deepcopy", None)
     for reward in rewards:
         assert s1_error(reward, images, PROMPTS, 1e-6) == 0
@@ -45,7 +45,7 @@ def test_float32_and_float64_need_no_comparison(folder, images, monkeypatch):
 
 
 def test_a_reward_that_is_no_number_is_refused(folder, images):
-    reward = ClipReward.from_pretrained(folder, dtype=torch.bfloat16)
+    reward = load_reward("clip", folder, dtype=torch.bfloat16)
     with torch.no_grad():
         reward.model.visual_projection.weight.zero_()
     with pytest.raises(UserError, match=says("nan%", "reward.dtype=float32")):
@@ -56,9 +56,9 @@ def test_a_reward_that_is_no_number_is_refused(folder, images):
 def test_s1_computed_two_ways(folder, images, tmp_path, kind):
     """`sharpness` against a central difference of the score along its own normalised gradient, taken by hand."""
     if kind == "clip":
-        reward = ClipReward.from_pretrained(folder, dtype=torch.float64, clamp="none")
+        reward = load_reward("clip", folder, dtype=torch.float64, clamp="none")
     else:
-        reward = load_image_reward(write_image_reward(tmp_path), dtype=torch.float64, clamp="none")
+        reward = load_reward("imagereward", write_image_reward(tmp_path), dtype=torch.float64, clamp="none")
     images, radius = images.double(), 1e-3
     measured = sharpness(reward, images, PROMPTS, radius)
     for index in range(2):

@@ -11,7 +11,7 @@ from builders.clip import write_clip
 from builders.messages import says
 
 from rsaft_fast.errors import NonFiniteRewardError, UserError
-from rsaft_fast.rewards import ClipReward, Reward, RewardSpec
+from rsaft_fast.rewards import Reward, RewardSpec, load_reward
 from rsaft_fast.smoothing.sharpness import sharpness
 
 PROMPTS = ["a red circle", "two blue squares", "a green triangle"]
@@ -59,7 +59,7 @@ def clip_folder(tmp_path_factory):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_a_clip_rewards_s1_is_equation_10(clip_folder, images, batch_size):
-    reward = ClipReward.from_pretrained(clip_folder, dtype=torch.float64, clamp="none")
+    reward = load_reward("clip", clip_folder, dtype=torch.float64, clamp="none")
     radius, expected = 0.1, []
     for i in range(3):
         x = images[i : i + 1].clone().requires_grad_()
@@ -73,7 +73,7 @@ def test_a_clip_rewards_s1_is_equation_10(clip_folder, images, batch_size):
 
 
 def test_it_leaves_no_gradient_behind(clip_folder, images):
-    reward = ClipReward.from_pretrained(clip_folder, dtype=torch.float64)
+    reward = load_reward("clip", clip_folder, dtype=torch.float64)
     images.requires_grad_()
     with torch.no_grad():
         sharpness(reward, images, PROMPTS, 0.1)
@@ -101,13 +101,13 @@ def test_a_flat_reward_has_none_and_a_broken_gradient_is_nan(images):
 
 def test_it_warns_when_rounding_hides_it(clip_folder):
     images = torch.rand(3, 3, 16, 16) * 0.8 + 0.1
-    half = ClipReward.from_pretrained(clip_folder, dtype=torch.bfloat16)
-    with pytest.warns(UserWarning, match=says("float32", "larger radius")):
+    half = load_reward("clip", clip_folder, dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match="float32 reward or a larger radius"):
         sharpness(half, images, PROMPTS, 1e-4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sharpness(half, images, PROMPTS, 2.0)
-        sharpness(ClipReward.from_pretrained(clip_folder), images, PROMPTS, 1e-2)
+        sharpness(load_reward("clip", clip_folder), images, PROMPTS, 1e-2)
 
 
 def test_wrong_input_is_one_clear_line(images):

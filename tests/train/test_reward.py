@@ -38,8 +38,8 @@ def test_errors_name_the_part(tiny, out, tmp_path):
     for override, line in [
         ("reward.parts=[{path: a, szale: 1}]", "reward.parts[0].szale"),
         ("reward.parts=[{path: a}, {name: clap, path: b}]", "reward.parts[1].name is 'clap'"),
-        ("reward.parts=[{path: a}, {name: hpsv2}]", "reward.parts[1].path"),
-        ("reward.how=wurst", "worst?"),
+        ("reward.parts=[{path: a}, {name: aesthetic}]", "missing key reward.parts[1].path"),
+        ("reward.how=wurst", "did you mean worst?"),
     ]:
         with pytest.raises(UserError) as caught:
             load_config(recipe, [override])
