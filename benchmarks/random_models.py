@@ -17,10 +17,11 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from rsaft_fast.backbones import PipelineBackbone, random_backbone
+from rsaft_fast.backbones.family import Parts
 from rsaft_fast.backbones.registry import ADAPTERS
 from rsaft_fast.backbones.specs import Spec, load_spec
 from rsaft_fast.benchmarks.memory_runs import MODELS, REWARD
-from rsaft_fast.estimate.published import Parts, published_reward
+from rsaft_fast.estimate.published import published_reward
 from rsaft_fast.estimate.skeleton import LengthTokenizer, quiet
 from rsaft_fast.recipe.check import check_settings, pick_device
 from rsaft_fast.recipe.config import Config
@@ -62,7 +63,7 @@ class RandomTrainer(Trainer):
         Raises:
             UserError: keys that do not go together.
         """
-        check_settings(config, ADAPTERS[architecture.spec.pipeline])
+        check_settings(config, ADAPTERS[architecture.spec.pipeline].family)
         self.architecture = architecture
         inputs = Inputs(prompts=list(PROMPTS), sample_prompts=[], images=[], checkpoint=None, notes=[])
         with _random_loaders(architecture, pick_device(config.backbone.device)):
@@ -136,7 +137,7 @@ def tiny(model: str, folder: Path) -> Architecture:
     _write_configs(path, pipeline, parts)
     clip.mkdir(exist_ok=True)
     (clip / "config.json").write_text(json.dumps(_TINY_CLIP | {"model_type": "clip"}))
-    denoiser = parts[ADAPTERS[pipeline].denoiser_name][2]
+    denoiser = parts[ADAPTERS[pipeline].family.denoiser_name][2]
     size = {"backbone.path": str(path), "backbone.height": 32, "backbone.width": 32}
     keys = size | {"reward.path": str(clip), "parameters.lora.rank": 4}
     return Architecture(Spec(pipeline, denoiser, parts["vae"][2], parts["scheduler"][2]), _TINY_CLIP, keys, _TINY_STEPS)

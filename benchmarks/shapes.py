@@ -73,7 +73,7 @@ def from_architectures() -> dict[str, str]:
     found = {}
     for name, adapter in zip(NAMES, (SD15, SDXL, SD3, FLUX)):
         network = build_denoiser(name)
-        targets = tuple(f".{target}" for target in adapter.lora_targets)
+        targets = tuple(f".{target}" for target in adapter.family.lora_targets)
         layers = [module for path, module in network.named_modules() if path.endswith(targets)]
         lora = [shape for m in layers for shape in ((RANK, m.in_features), (m.out_features, RANK))]
         found[f"{name}-lora{RANK}"] = write(lora)
