@@ -1,8 +1,9 @@
 """Maps the source layout onto the installed package and builds csrc/ where compilers are; pyproject.toml has the rest.
 
-``kernels/`` sits at the top of the repository and installs as ``rsaft_fast.kernels``, never as a top-level package;
-``recipes/`` and ``benchmarks/`` install as ``rsaft_fast.recipes`` and ``rsaft_fast.benchmarks``, so that the commands
-find them without a checkout. What pytest collects in ``benchmarks/`` stays behind.
+`kernels/` sits at the top of the repository and installs beside `rsaft_fast/kernels.py`, which is its `__init__`:
+without one of its own it does not hide Hugging Face's package of that name from whoever works in the checkout.
+`recipes/` and `benchmarks/` install as `rsaft_fast.recipes` and `rsaft_fast.benchmarks`, so that the commands
+find them without a checkout. What pytest collects in `benchmarks/` stays behind.
 
 The libraries are plain shared objects with a C ABI, free of torch and Python: they serve every version of both. The one
 for CUDA is built without a GPU by nvcc; the one for host memory by the C++ compiler (CXX, else c++), on x86-64 twice:

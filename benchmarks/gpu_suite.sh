@@ -123,7 +123,7 @@ case $part in
     [ -n "$dry" ] || "${report[@]}" > "$out/goals.txt" 2>&1
     ;;
   tests)
-    tests=(tests/ops tests/kernels tests/optim tests/benchmarks)
+    tests=(tests/ops tests/triton_kernels tests/optim tests/benchmarks)
     ignored=()
     if has diffusers pydantic; then
       tests=(tests)

@@ -2,7 +2,7 @@
 
 ``python -m rsaft_fast.benchmarks.instructions [--architecture 90] [--csrc FOLDER]`` compiles csrc/ (a checkout's) with
 nvcc and prints a row a kernel: the count, and the share of what a multiprocessor can issue while memory moves the same
-elements at a copy's speed. Triton's kernels are counted the same way in tests/kernels/test_compile.py.
+elements at a copy's speed. Triton's kernels are counted the same way in tests/triton_kernels/test_compile.py.
 
 How it counts. Once around each innermost loop, on the way that moves the most by wide accesses to global memory (64 and
 128 bits), and of such ways on the shortest: so no slow path of a division, no call, and no element-by-element access,

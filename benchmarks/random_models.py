@@ -12,11 +12,11 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from rsaft_fast.backbones import PipelineBackbone, random_backbone
+from rsaft_fast.backbones.published import published_pipeline
 from rsaft_fast.backbones.registry import ADAPTERS
 from rsaft_fast.backbones.specs import Spec, load_spec
 from rsaft_fast.benchmarks.memory_runs import MODELS, REWARD
 from rsaft_fast.dtypes import DTYPES
-from rsaft_fast.estimate.published import published_pipeline
 from rsaft_fast.estimate.skeleton import quiet
 from rsaft_fast.memory import checkpoint_networks
 from rsaft_fast.recipe.check import check_settings
@@ -61,7 +61,7 @@ class RandomLoaders(FileLoaders):
     """
 
     def __init__(self, config: Config, architecture: Architecture):
-        check_settings(config, ADAPTERS[architecture.spec.pipeline])
+        check_settings(config, ADAPTERS[architecture.spec.pipeline].family)
         super().__init__(config)
         self.architecture = architecture
 
@@ -126,8 +126,8 @@ def tiny_architecture(model: str, folder: Path) -> Architecture:
     shapes."""
     small = json.loads(Path(__file__).with_name("tiny.json").read_text(encoding="utf-8"))
     clip = {"projection_dim": 16, "text_config": small["text"], "vision_config": small["vision"]}
-    pipeline, parts = published_pipeline(MODELS[model].path)
-    denoiser = ADAPTERS[pipeline].denoiser_name
+    family, parts = published_pipeline(MODELS[model].path)
+    pipeline, denoiser = family.pipeline_class.__name__, family.denoiser_name
     files = {"clip/config.json": clip | {"model_type": "clip"}}
     index, configs = {"_class_name": pipeline}, {}
     for name, (library, kind, config) in parts.items():

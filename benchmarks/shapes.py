@@ -67,7 +67,7 @@ def from_architectures() -> dict[str, str]:
     found = {}
     for name, adapter in zip(NAMES, (SD15, SDXL, SD3, FLUX)):
         network = build_denoiser(name)
-        targets = tuple(f".{target}" for target in adapter.lora_targets)
+        targets = tuple(f".{target}" for target in adapter.family.lora_targets)
         layers = [module for path, module in network.named_modules() if path.endswith(targets)]
         lora = [shape for m in layers for shape in ((RANK, m.in_features), (m.out_features, RANK))]
         for kind, shapes in ((f"lora{RANK}", lora), ("full", [p.shape for p in network.parameters()])):

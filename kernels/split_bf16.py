@@ -62,7 +62,7 @@ def variant(order: tuple[int, ...], block: int) -> tuple:
     return rsaft_split_kernel, dict(ORDER=code, COUNT=len(order), BLOCK=block) | OPTIONS
 
 
-def split(wide: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+def bf16_parts(wide: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
     """Split (r, n) fp32, any strides, fewer than 2^31 elements, into (len(order) * r, n) bf16."""
     rows, columns = wide.shape
     out = torch.empty(len(order) * rows, columns, dtype=torch.bfloat16, device=wide.device)

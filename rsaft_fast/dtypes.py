@@ -14,8 +14,10 @@ _SHORT = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.item
 
 
 def short_name(value: Any) -> Any:
-    """Spell a type as recipes do: "fp32" for "float32" and for `torch.float32`. Anything else is given back as it is,
-    for the key's own check to refuse."""
+    """Spell a type as recipes do: "fp32" for "float32" and for `torch.float32`.
+
+    Anything else is given back as it is, for the key's own check to refuse.
+    """
     name = str(value).removeprefix("torch.") if isinstance(value, str | torch.dtype) else value
     return _SHORT.get(name, value) if isinstance(name, str) else value
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +26,8 @@ def load_callable(named: str, key: str) -> Callable[..., Any]:
     if not (colon and attribute and all(part.isidentifier() for part in module_name.split("."))):
         raise UserError(f"{key} is {named!r}; it must be module:callable, such as my_code:make")
     here = os.getcwd()
-    if here not in sys.path:  # as `python` itself has it; an installed command does not
-        sys.path.insert(0, here)
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)  # last: a file of the user's hides no installed package
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -43,3 +45,16 @@ def load_callable(named: str, key: str) -> Callable[..., Any]:
         what = "has nothing of that name" if found is None else f"has a {type(found).__name__} of that name"
         raise UserError(f"{key} is {named!r}, but {module_name} {what}; name a function or class")
     return found
+
+
+def makes(found: Any, base: type) -> bool:
+    """Whether something is a subclass of `base`, or a function that is annotated to return one.
+
+    Nothing else that a recipe names is called: it may be a stranger's, and could name any function of any module.
+    """
+    if inspect.isfunction(found):
+        try:
+            found = typing.get_type_hints(found).get("return")
+        except (NameError, AttributeError, TypeError):  # names that only a type checker sees
+            return False
+    return inspect.isclass(found) and issubclass(found, base)

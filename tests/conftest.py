@@ -32,8 +32,8 @@ def pytest_collection_modifyitems(config, items):
     kept, dropped = [], []
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        # Triton decides at import whether it interprets: tests/kernels/test_interpreter.py runs these in a process
-        # of their own.
+        # Triton decides at import whether it interprets: triton_kernels/test_interpreter.py runs these in a process of
+        # their own.
         (dropped if INTERPRETER in parameters and not interpreting else kept).append(item)
         if item.get_closest_marker("gpu") and (interpreting or not torch.cuda.is_available()):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,6 +1,7 @@
 """What an installation holds: with a CUDA compiler and without, from a wheel and from the build folder."""
 
 import ctypes
+import importlib.util
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from rsaft_fast.ops import library
 from rsaft_fast.train.trainer import describe_software
 
 ROOT = Path(__file__).parents[1]
+CLI = ("-m", "rsaft_fast")
 
 
 def copy_sources(tmp_path: Path) -> Path:
@@ -48,7 +50,7 @@ def test_wheel_without_a_compiler_is_pure_and_whole(tmp_path):
     wheel = build_wheel(tmp_path, RSAFT_CUDA="0", RSAFT_CPU="0")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "rsaft_fast/kernels/global_norm.py" in names, "kernels/ installs inside the package"
+    assert {"rsaft_fast/kernels.py", "rsaft_fast/kernels/global_norm.py"} <= set(names), "kernels/ is in the package"
     assert {"rsaft_fast/recipes/playground.yaml", "rsaft_fast/recipes/starter.txt"} <= set(names)
     data = ("suite.py", "shapes.json", "tiny.json", "goals.txt")
     assert {f"rsaft_fast/benchmarks/{name}" for name in data} <= set(names)
@@ -56,14 +58,17 @@ def test_wheel_without_a_compiler_is_pure_and_whole(tmp_path):
     assert all(re.fullmatch(r"(?!test_|conftest)\w+\.(py|json|txt)", Path(name).name) for name in beside), beside
     outside = ("kernels/", "recipes/", "benchmarks/", "tests/")
     assert not any(name.startswith(outside) or name.endswith(".so") for name in names)
+    if importlib.util.find_spec("triton"):
+        where = run_from(wheel, tmp_path, "-c", "from rsaft_fast.kernels import global_norm as it; print(it.__file__)")
+        assert Path(where.strip()) == tmp_path / "site" / "rsaft_fast" / "kernels" / "global_norm.py"
 
 
 def run_from(wheel: Path, tmp_path: Path, *command: str, **environment: str) -> str:
-    """What the command line prints where nothing but the wheel's content is."""
+    """What python prints where nothing but the wheel's content is."""
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     shutil.rmtree(tmp_path / "source", ignore_errors=True)
     run = subprocess.run(
-        [sys.executable, "-m", "rsaft_fast", *command],
+        [sys.executable, *command],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(tmp_path / "site")} | environment,
         capture_output=True,
@@ -77,18 +82,19 @@ def run_from(wheel: Path, tmp_path: Path, *command: str, **environment: str) -> 
 def test_a_wheel_made_with_a_compiler_computes_with_it_on_the_cpu(tmp_path):
     wheel = build_wheel(tmp_path, RSAFT_CUDA="0", RSAFT_CPU="1")
     assert "-py3-none-" in wheel.name and not wheel.name.endswith("any.whl"), "any Python, this platform"
-    assert "sdxl-full: 2,567,463,684 parameters" in run_from(wheel, tmp_path, "bench", "--list")
-    said = run_from(wheel, tmp_path, "doctor")
+    assert "sdxl-full: 2,567,463,684 parameters" in run_from(wheel, tmp_path, *CLI, "bench", "--list")
+    said = run_from(wheel, tmp_path, *CLI, "doctor")
     assert re.search(r"cpu +runs .*librsaft_cpu", said), said
     if not torch.cuda.is_available():
         assert "used on cpu: cpu" in said
-        assert "used on cpu: torch (RSAFT_BACKEND=torch)" in run_from(wheel, tmp_path, "doctor", RSAFT_BACKEND="torch")
+        said = run_from(wheel, tmp_path, *CLI, "doctor", RSAFT_BACKEND="torch")
+        assert "used on cpu: torch (RSAFT_BACKEND=torch)" in said
 
 
 def test_a_compiler_that_fails_leaves_a_package_that_computes_with_torch(tmp_path):
     wheel = build_wheel(tmp_path, RSAFT_CUDA="0", CXX="false")
     assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
-    assert re.search(r"cpu +no +the CPU library is not built", run_from(wheel, tmp_path, "doctor"))
+    assert re.search(r"cpu +no +the CPU library is not built", run_from(wheel, tmp_path, *CLI, "doctor"))
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
@@ -180,6 +186,33 @@ def test_an_sdist_holds_what_a_wheel_is_built_from(tmp_path):
     wanted |= {f"csrc/{name}" for name in listed} | {f"kernels/{path.name}" for path in ROOT.glob("kernels/*.py")}
     assert wanted <= names, wanted - names
     assert not any(name.startswith("tests/") or name.endswith((".pyc", ".so")) for name in names)
+
+
+def test_an_installed_kernels_package_wins_over_our_folder(tmp_path):
+    """Hugging Face's, with the checkout or its tests first on sys.path."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("get_kernel = 'theirs'\n")
+    code = "from kernels import get_kernel; print(get_kernel)"
+    for place in (ROOT, ROOT / "tests"):
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        run = subprocess.run([sys.executable, "-c", code], cwd=place, env=environment, capture_output=True, text=True)
+        assert run.stdout.strip() == "theirs", run.stderr
+
+
+@pytest.mark.skipif(
+    getattr(importlib.util.find_spec("kernels"), "origin", None) is not None, reason="kernels is installed"
+)
+def test_our_folder_is_no_kernels_package_to_others():
+    """Where none is installed, libraries find none in the checkout. (On some processors bitsandbytes asks for it at
+    every import, wherever that is.)"""
+    code = (
+        "import sys, bitsandbytes, diffusers.utils, transformers.utils\n"
+        "found = [it.is_kernels_available() for it in (diffusers.utils, transformers.utils)]\n"
+        "print(found, 'rsaft_fast' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout == "[False, False] False\n", run.stderr
+    assert not [line for line in run.stderr.splitlines() if str(ROOT) in line]
 
 
 def test_sources_that_are_not_installed_have_a_version_everywhere(monkeypatch):

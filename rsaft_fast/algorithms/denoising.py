@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rsaft_fast.backbones import PipelineBackbone
 from rsaft_fast.data.batches import epoch_order
 from rsaft_fast.data.encoded import EncodedPrompts
 from rsaft_fast.data.pictures import ENDINGS, check_pictures, open_rgb, passed_over, picture_files
@@ -28,6 +27,7 @@ from rsaft_fast.phases import DENOISING, phase
 from rsaft_fast.reading import read_text
 from rsaft_fast.recipe.config import DenoisingSettings
 from rsaft_fast.sampling import LinearStep, NoiseSource, derive_rng
+from rsaft_fast.sampling.protocol import Backbone
 
 METADATA = "metadata.jsonl"
 _STREAM = 1  # of epoch_order; the prompts' is 0
@@ -141,7 +141,7 @@ def regression_target(step: LinearStep, clean: torch.Tensor, noise: torch.Tensor
 class DenoisingLoss:
     """Mean squared error of the network's prediction at random noise levels of the user's pictures."""
 
-    def __init__(self, backbone: PipelineBackbone, settings: DenoisingSettings, items: Sequence[Captioned], seed: int):
+    def __init__(self, backbone: Backbone, settings: DenoisingSettings, items: Sequence[Captioned], seed: int):
         self.backbone, self.settings, self.items, self.seed = backbone, settings, items, seed
         # The sampler's own spacing (SD3's shift included): the levels that sampling will visit.
         try:

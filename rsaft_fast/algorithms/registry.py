@@ -6,7 +6,7 @@ from rsaft_fast.algorithms.base import Algorithm
 from rsaft_fast.algorithms.reward_gradient import RewardGradient
 from rsaft_fast.distributed import World
 from rsaft_fast.errors import UserError
-from rsaft_fast.importing import load_callable
+from rsaft_fast.importing import load_callable, makes
 from rsaft_fast.methods import GradientMethod
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards.base import Reward
@@ -40,6 +40,11 @@ def build_algorithm(
             world=world,
         )
     make = load_callable(method.call, "method.call")
+    if not makes(make, Algorithm):
+        raise UserError(
+            f"method.call {method.call} is no subclass of rsaft_fast.algorithms.Algorithm, and no function that is "
+            "annotated to return one; nothing else is called"
+        )
     try:
         algorithm = make(backbone=backbone, reward=reward, schedule=schedule, config=config, **method.arguments)
     except TypeError as error:

@@ -9,6 +9,7 @@ import torch
 from rsaft_fast.backbones.flux import FLUX
 from rsaft_fast.backbones.folder import find_folder, is_text_encoder, read_index, read_pipeline
 from rsaft_fast.backbones.lora import LoRASettings, add_lora, save_lora
+from rsaft_fast.backbones.own import is_own, make_own
 from rsaft_fast.backbones.pipeline import PipelineBackbone
 from rsaft_fast.backbones.quantized import Quantization
 from rsaft_fast.backbones.random import random_backbone
@@ -17,8 +18,9 @@ from rsaft_fast.backbones.sd3 import SD3
 from rsaft_fast.backbones.sd15 import SD15
 from rsaft_fast.backbones.sdxl import SDXL
 from rsaft_fast.errors import UserError
+from rsaft_fast.paths import user_place
 from rsaft_fast.pretrained import library_errors
-from rsaft_fast.sampling.protocol import Backbone, Branch, Conditioning
+from rsaft_fast.sampling.protocol import Backbone, Branch, Conditioning, Traits
 
 
 def load_backbone(
@@ -32,18 +34,22 @@ def load_backbone(
     quantize: Quantization | None = None,
     text: bool = True,
     networks: bool = True,
-) -> PipelineBackbone:
-    """Load the pipeline at a folder or hub id with the adapter for its class; "playground" is the one shipped.
+) -> Backbone:
+    """Load the pipeline at a folder or hub id, or the model that code of the user's own makes.
 
     Args:
+        path: folder, hub id, "playground" for the pipeline that ships, or python:module:name (`backbones.own`).
         offload_blocks: blocks of the denoiser whose weights stay on the host (`memory.offload`).
         quantize: keep the denoiser's blocks in few bits (`backbones.quantized`), encoded a layer at a time.
-        text, networks: which parts get their weights, see `PipelineBackbone.from_pretrained`.
+        text, networks: which parts of a pipeline get their weights, see `PipelineBackbone.from_pretrained`.
 
     Raises:
         UserError: nothing there, a pipeline class without an adapter, a damaged file, or a size it cannot make.
     """
-    path = local_path(path)
+    if is_own(path):
+        options = {"offload_blocks": offload_blocks, "quantize": quantize}
+        return make_own(str(path), height=height, width=width, dtype=dtype, device=device, **options)
+    path = local_path(user_place(str(path)))
     adapter = adapter_for(path, text)
     # Every number in a stranger's configs can break what is computed from it, in its own way.
     with library_errors(
@@ -78,8 +84,17 @@ def adapter_for(path: str | Path, text: bool = True) -> type[PipelineBackbone]:
     if not isinstance(kind, str) or kind not in ADAPTERS:
         supported = ", ".join(sorted(ADAPTERS))
         raise UserError(f"{path} is a {kind}; supported pipeline classes: {supported}")
-    read_pipeline(path, ADAPTERS[kind], text)
+    read_pipeline(path, ADAPTERS[kind].family, text)
     return ADAPTERS[kind]
+
+
+def traits_of(path: str | Path) -> Traits:
+    """What a recipe's keys are checked against, of the model at a folder, a hub id or python:module:name.
+
+    Raises:
+        UserError: as `adapter_for`, or as `make_own`.
+    """
+    return make_own(str(path), device="meta") if is_own(path) else adapter_for(path, text=False).family
 
 
 def local_path(path: str | Path) -> str | Path:
@@ -103,6 +118,7 @@ __all__ = [
     "LoRASettings",
     "PipelineBackbone",
     "Quantization",
+    "Traits",
     "adapter_for",
     "add_lora",
     "is_text_encoder",
@@ -110,4 +126,5 @@ __all__ = [
     "local_path",
     "random_backbone",
     "save_lora",
+    "traits_of",
 ]

@@ -23,31 +23,21 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 from diffusers import DDIMScheduler
 
+from rsaft_fast.backbones.family import Family
+from rsaft_fast.backbones.parts import Part
 from rsaft_fast.errors import UserError
 
-if TYPE_CHECKING:
-    from rsaft_fast.backbones.folder import Part
-    from rsaft_fast.backbones.pipeline import PipelineBackbone
-
-# What these keys may be; anything else asks the network for what its pipeline does not have, or moves another way.
-ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "unet": {
-        "num_class_embeds": (None,),
-        "class_embed_type": (None,),
-        "encoder_hid_dim_type": (None, "text_proj"),
-        "addition_embed_type": (None, "text", "text_time"),
-    },
-    "scheduler": {
-        "timestep_type": (None, "discrete"),
-        "use_flow_sigmas": (None, False),
-        "invert_sigmas": (None, False),
-        "stochastic_sampling": (None, False),
-    },
+# What these keys of a scheduler may be; anything else moves another way.
+SCHEDULER_KEYS: dict[str, tuple[Any, ...]] = {
+    "timestep_type": (None, "discrete"),
+    "use_flow_sigmas": (None, False),
+    "invert_sigmas": (None, False),
+    "stochastic_sampling": (None, False),
 }
 SPACINGS = (
     "use_karras_sigmas",
@@ -59,25 +49,24 @@ SPACINGS = (
 )
 
 
-def check_keys(path: str, part: Part, adapter: type[PipelineBackbone]) -> list[str]:
+def check_keys(path: str, part: Part, family: Family) -> list[str]:
     """Refuse keys of a component's config that change results and would not be applied; lines about the others.
 
     Raises:
         UserError: such a key, or a number of the VAE that is none.
     """
     file = f"{path}/{part.name}/{part.config_file.name}"
-    for key, allowed in ALLOWED.get(part.name, {}).items():
+    limited = {"scheduler": SCHEDULER_KEYS, family.denoiser_name: family.denoiser_keys}
+    for key, allowed in limited.get(part.name, {}).items():
         if part.config.get(key) not in allowed:
             raise UserError(
                 f"{file}: {key} is {part.config[key]!r}; supported: {', '.join(map(str, allowed))}. It changes what "
                 f"the {part.name} is asked or gives: take another"
             )
     if part.name == "vae":
-        _check_vae(file, part.config, adapter)
-    if part.name == "unet":
-        _check_channels(file, part.config)
-    if "axes_dims_rope" in part.config:
-        _check_axes(file, part.config)
+        _check_vae(file, part.config, family)
+    if part.name == family.denoiser_name:
+        family.check_denoiser(file, part.config)
     if not part.made.__module__.startswith("diffusers."):
         return []  # transformers checks types by itself
     _check_types(file, part)
@@ -112,7 +101,7 @@ def _is_a(value: Any, hint: Any) -> bool:
     return True
 
 
-def _check_vae(file: str, config: Mapping[str, Any], adapter: type[PipelineBackbone]) -> None:
+def _check_vae(file: str, config: Mapping[str, Any], family: Family) -> None:
     """The numbers between the VAE's latents and the denoiser's."""
     channels = config.get("latent_channels", 4)
     lists = {"latents_mean": channels, "latents_std": channels}
@@ -127,28 +116,13 @@ def _check_vae(file: str, config: Mapping[str, Any], adapter: type[PipelineBackb
             raise UserError(f"{file}: {key} has {len(numbers)} numbers for {channels} latent channels")
         if key in ("scaling_factor", "latents_std") and 0 in numbers:
             raise UserError(f"{file}: {key} is {value!r}; latents cannot be divided by 0")
-        if key not in adapter.vae_keys and any(numbers):
+        if key not in family.vae_keys and any(numbers):
             raise UserError(
-                f"{file}: {key} is {value!r}, which diffusers' {adapter.pipeline_class.__name__} does not apply: the "
+                f"{file}: {key} is {value!r}, which diffusers' {family.pipeline_class.__name__} does not apply: the "
                 "VAE is another kind of pipeline's; give one of this kind, or set the key to null where you know better"
             )
     if (config.get("latents_mean") is None) != (config.get("latents_std") is None):
         raise UserError(f"{file}: latents_mean and latents_std belong together, and one of them is null")
-
-
-def _check_channels(file: str, config: Mapping[str, Any]) -> None:
-    given, returned = config.get("in_channels", 4), config.get("out_channels", 4)
-    if given != returned:
-        raise UserError(
-            f"{file}: in_channels is {given} and out_channels {returned}; a text-to-image UNet returns what it takes "
-            "(9 channels are an inpainting model's, and twice as many a learned variance's)"
-        )
-
-
-def _check_axes(file: str, config: Mapping[str, Any]) -> None:
-    axes, width = config["axes_dims_rope"], config.get("attention_head_dim", 128)
-    if not isinstance(axes, list) or not all(is_number(side) for side in axes) or sum(axes) != width:
-        raise UserError(f"{file}: axes_dims_rope is {axes!r}; expected numbers that sum to attention_head_dim {width}")
 
 
 def _unread(file: str, part: Part) -> list[str]:

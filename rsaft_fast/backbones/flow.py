@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from rsaft_fast.backbones.configs import is_number
+from rsaft_fast.backbones.family import Config, Family
 from rsaft_fast.backbones.pipeline import PipelineBackbone
 from rsaft_fast.errors import UserError
 from rsaft_fast.sampling.linear import Schedule, flow_schedule
 
+# In kohya's naming one layer makes query, key and value, in this order.
+OF_PICTURE = {"to_q": 0, "to_k": 1, "to_v": 2}
+OF_TEXT = {"add_q_proj": 0, "add_k_proj": 1, "add_v_proj": 2}
 
-class FlowBackbone(PipelineBackbone):
-    """A pipeline whose denoiser is an MMDiT: text and image tokens attend to each other."""
 
-    denoiser_name = "transformer"
-    vae_keys = ("scaling_factor", "shift_factor")
-    lora_targets = (
+def attention_width(config: Config) -> int:
+    """Channels of the query, of the key and of the value."""
+    return config["num_attention_heads"] * config["attention_head_dim"]
+
+
+FlowFamily = partial(
+    Family,
+    denoiser_name="transformer",
+    vae_keys=("scaling_factor", "shift_factor"),
+    lora_targets=(
         "attn.to_q",
         "attn.to_k",
         "attn.to_v",
@@ -26,7 +36,15 @@ class FlowBackbone(PipelineBackbone):
         "attn.add_k_proj",
         "attn.add_v_proj",
         "attn.to_add_out",
-    )
+    ),
+    web_programs="Forge",
+    comfyui_reads_diffusers=True,
+)
+"""What families with a transformer share."""
+
+
+class FlowBackbone(PipelineBackbone):
+    """A pipeline whose denoiser is an MMDiT: text and image tokens attend to each other."""
 
     @property
     @abstractmethod

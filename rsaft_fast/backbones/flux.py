@@ -2,20 +2,63 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
-from rsaft_fast.backbones.flow import FlowBackbone
+from rsaft_fast.backbones import text_specs
+from rsaft_fast.backbones.configs import is_number
+from rsaft_fast.backbones.family import Config, KohyaHeader, Place, Published
+from rsaft_fast.backbones.flow import OF_PICTURE, OF_TEXT, FlowBackbone, FlowFamily, attention_width
 from rsaft_fast.errors import UserError
 from rsaft_fast.sampling.linear import LinearStep
 from rsaft_fast.sampling.protocol import Branch
 
 PATCH = 2  # latent pixels along one side of a token
+
+
+def _check_axes(file: str, config: Config) -> None:
+    if "axes_dims_rope" not in config:
+        return
+    axes, width = config["axes_dims_rope"], config.get("attention_head_dim", 128)
+    if not isinstance(axes, list) or not all(is_number(side) for side in axes) or sum(axes) != width:
+        raise UserError(f"{file}: axes_dims_rope is {axes!r}; expected numbers that sum to attention_head_dim {width}")
+
+
+def _kohya_place(layer: str, config: Config) -> Place | None:
+    found = re.fullmatch(r"(single_)?transformer_blocks\.(\d+)\.(.+)", layer)
+    if found is None:
+        return None
+    single, number, rest = found.groups()
+    width = attention_width(config)
+    if single:
+        # One layer makes query, key, value and the MLP's input.
+        block = {"attn.to_q": 0, "attn.to_k": 1, "attn.to_v": 2, "proj_mlp": 3}.get(rest)
+        if block is not None:
+            return Place(f"single_blocks.{number}.linear1", block, (width, width, width, 4 * width))
+        outer = {"proj_out": "linear2", "norm.linear": "modulation.lin"}.get(rest)
+        return outer and Place(f"single_blocks.{number}.{outer}")
+    start = f"double_blocks.{number}"
+    kind, _, inner = rest.partition(".")
+    if kind == "attn" and inner in OF_PICTURE:
+        return Place(f"{start}.img_attn.qkv", OF_PICTURE[inner], (width,) * 3)
+    if kind == "attn" and inner in OF_TEXT:
+        return Place(f"{start}.txt_attn.qkv", OF_TEXT[inner], (width,) * 3)
+    outer = {
+        "attn.to_out.0": "img_attn.proj",
+        "attn.to_add_out": "txt_attn.proj",
+        "ff.net.0.proj": "img_mlp.0",
+        "ff.net.2": "img_mlp.2",
+        "ff_context.net.0.proj": "txt_mlp.0",
+        "ff_context.net.2": "txt_mlp.2",
+        "norm1.linear": "img_mod.lin",
+        "norm1_context.linear": "txt_mod.lin",
+    }.get(rest)
+    return outer and Place(f"{start}.{outer}")
 
 
 class FLUX(FlowBackbone):
@@ -25,18 +68,28 @@ class FLUX(FlowBackbone):
     a negative prompt comes on top with `true_cfg_scale`. Without one (schnell) `guidance_scale` must stay 1.
     """
 
-    pipeline_class = FluxPipeline
-    denoiser_class = FluxTransformer2DModel
-    text_encoders = ("text_encoder", "text_encoder_2")
-    embeds_guidance = True
-
-    @classmethod
-    def loading_options(cls) -> dict[str, Any]:
-        return {"feature_extractor": None, "image_encoder": None}
-
-    @property
-    def usual_sampling(self) -> tuple[int, float]:
-        return (28, 3.5) if self.denoiser.config.guidance_embeds else (4, 1.0)
+    family = FlowFamily(
+        name="FLUX.1",
+        pipeline_class=FluxPipeline,
+        denoiser_class=FluxTransformer2DModel,
+        text_encoders=("text_encoder", "text_encoder_2"),
+        unused={"feature_extractor": None, "image_encoder": None},
+        usual_sampling=lambda config: (28, 3.5) if config["guidance_embeds"] else (4, 1.0),
+        embeds_guidance=True,
+        check_denoiser=_check_axes,
+        kohya_place=_kohya_place,
+        kohya_header=lambda config: KohyaHeader("flux1", "flux-1-dev", "https://github.com/black-forest-labs/flux"),
+        published=(
+            Published(("flux.1", "schnell"), "flux1", {"guidance_embeds": False}),
+            Published(("flux.1",), "flux1"),
+        ),
+        published_text={
+            "text_encoder": text_specs.clip(text_specs.CLIP_L),
+            "tokenizer": text_specs.tokenizer(77),
+            "text_encoder_2": text_specs.T5_XXL,
+            "tokenizer_2": text_specs.tokenizer(512),
+        },
+    )
 
     @property
     def size_divisor(self) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import transformers
@@ -20,44 +20,18 @@ from diffusers import SchedulerMixin
 
 from rsaft_fast import hub
 from rsaft_fast.backbones.configs import check_keys
+from rsaft_fast.backbones.family import Family
+from rsaft_fast.backbones.parts import Part, config_name
 from rsaft_fast.errors import UserError
 from rsaft_fast.files import refuse_io_errors
 from rsaft_fast.pretrained import DIFFUSERS, TRANSFORMERS, Weights, choose_weights, read_config
 from rsaft_fast.reading import open_regular
 
-if TYPE_CHECKING:
-    from rsaft_fast.backbones.pipeline import PipelineBackbone
-
 INDEX = "model_index.json"
 SMALL_FILES = (INDEX, "*/*.json", "*/*.txt", "*/*.model")
 # Safety checkers of the first releases name the module that diffusers had for them; they are never loaded.
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
-_CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 _CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
-
-
-@dataclass(frozen=True)
-class Part:
-    """One component of a pipeline that is to be loaded.
-
-    Attributes:
-        folder: its own.
-        made: the class of diffusers or transformers that it becomes.
-        config: content of its config file; empty for a tokenizer without one.
-    """
-
-    name: str
-    folder: Path
-    made: type
-    config: dict[str, Any]
-
-    @property
-    def is_network(self) -> bool:
-        return not self.name.startswith(tuple(_CONFIGS))
-
-    @property
-    def config_file(self) -> Path:
-        return self.folder / config_name(self.name)
 
 
 @dataclass(frozen=True)
@@ -96,11 +70,6 @@ class PipelineFolder:
 def is_text_encoder(name: str) -> bool:
     """Whether a pipeline's component of that name is one."""
     return name.startswith("text_encoder")
-
-
-def config_name(part: str) -> str:
-    """The file name of a component's config."""
-    return next((file for start, file in _CONFIGS.items() if part.startswith(start)), "config.json")
 
 
 def find_folder(path: str | Path) -> Path:
@@ -155,8 +124,7 @@ def _about_file(file: Path) -> str:
     return (
         f"{file} is a single-file checkpoint (or a LoRA, which goes to --lora); make a folder of it once: python -c "
         f'"from diffusers import StableDiffusionPipeline as P; P.from_single_file({str(file)!r})'
-        f'.save_pretrained({str(folder)!r})" (StableDiffusionXLPipeline, StableDiffusion3Pipeline and FluxPipeline for '
-        f"the others), and give {folder}"
+        f'.save_pretrained({str(folder)!r})" (another kind has a class of its own), and give {folder}'
     )
 
 
@@ -184,19 +152,19 @@ def read_index(path: str | Path, folder: Path) -> dict[str, Any]:
     return index
 
 
-def read_pipeline(path: str | Path, adapter: type[PipelineBackbone], text: bool = True) -> PipelineFolder:
-    """Read and check all small files of a pipeline that `adapter` is for.
+def read_pipeline(path: str | Path, family: Family, text: bool = True) -> PipelineFolder:
+    """Read and check all small files of a pipeline of that family.
 
     Args:
         text: whether the text encoders must be there.
 
     Raises:
-        UserError: a file or folder is missing or damaged, a class or a key that the adapter cannot do justice to.
+        UserError: a file or folder is missing or damaged, a class or a key that its adapter cannot do justice to.
     """
     folder = find_folder(path)
     index = read_index(path, folder)
-    expected = typing.get_type_hints(adapter.pipeline_class.__init__)
-    unused = [name for name, value in adapter.loading_options().items() if value is None]
+    expected = typing.get_type_hints(family.pipeline_class.__init__)
+    unused = [name for name, value in family.unused.items() if value is None]
     notes, parts, settings = [], {}, {}
     for name, entry in index.items():
         if name.startswith("_") or name in unused:
@@ -208,23 +176,23 @@ def read_pipeline(path: str | Path, adapter: type[PipelineBackbone], text: bool 
                 notes.append(f"{path}: {INDEX} has {name}: {entry}, left unread")
         elif name not in expected:
             raise UserError(
-                f"{path}: {INDEX} names {name}, which a {adapter.pipeline_class.__name__} does not have; its pictures "
+                f"{path}: {INDEX} names {name}, which a {family.pipeline_class.__name__} does not have; its pictures "
                 "would be others: give a pipeline without"
             )
         elif any(entry) and (text or not is_text_encoder(name)):
-            parts[name] = _read_part(path, folder, name, entry, expected[name])
-    _require(path, adapter, parts, text)
+            parts[name] = _read_part(path, folder, name, entry, expected[name], family)
+    _require(path, family, parts, text)
     for part in parts.values():
-        notes += check_keys(str(path), part, adapter)
+        notes += check_keys(str(path), part, family)
     return PipelineFolder(str(path), folder, parts, settings, tuple(notes))
 
 
-def _require(path: str | Path, adapter: type[PipelineBackbone], parts: dict[str, Part], text: bool) -> None:
+def _require(path: str | Path, family: Family, parts: dict[str, Part], text: bool) -> None:
     """Parts without which nothing runs."""
-    for name in (adapter.denoiser_name, "vae", "scheduler"):
+    for name in (family.denoiser_name, "vae", "scheduler"):
         if name not in parts:
             raise UserError(f"{path} names no {name} in its {INDEX}; nothing can be drawn without: download it anew")
-    for name in adapter.text_encoders if text else ():
+    for name in family.text_encoders if text else ():
         if name not in parts:
             raise UserError(f"{path} names no {name} in its {INDEX}; prompts cannot be encoded without")
     for name in parts:
@@ -233,7 +201,7 @@ def _require(path: str | Path, adapter: type[PipelineBackbone], parts: dict[str,
             raise UserError(f"{path} names no {tokenizer} in its {INDEX}; prompts cannot be encoded without")
 
 
-def _read_part(path: str | Path, folder: Path, name: str, entry: list[str], expected: Any) -> Part:
+def _read_part(path: str | Path, folder: Path, name: str, entry: list[str], expected: Any, family: Family) -> Part:
     """A component's config, and the class that it becomes."""
     place = folder / name
     if not os.path.lexists(place):
@@ -248,7 +216,7 @@ def _read_part(path: str | Path, folder: Path, name: str, entry: list[str], expe
     if name.startswith("tokenizer"):
         _check_tokenizer(path, part, present)
     elif part.is_network:
-        _check_network(path, part)
+        _check_network(path, part, family)
     return part
 
 
@@ -267,7 +235,7 @@ def _class_of(path: str | Path, name: str, entry: list[str], expected: Any) -> t
     return getattr(transformers, kind, expected) if library == "transformers" else expected
 
 
-def _check_network(path: str | Path, part: Part) -> None:
+def _check_network(path: str | Path, part: Part, family: Family) -> None:
     """A config of another class may load, with parts of both; weights that are stored quantised cannot be read."""
     named, wanted = part.config.get("_class_name", part.made.__name__), part.made.__name__
     if part.made.__module__.startswith("transformers."):
@@ -279,7 +247,7 @@ def _check_network(path: str | Path, part: Part) -> None:
         raise UserError(f"{path}: {part.name}/{part.config_file.name} is of a {named}, and {INDEX} says {wanted}")
     if method := part.config.get("quantization_config"):
         how = method.get("quant_method") if isinstance(method, dict) else method
-        mend = ", and set backbone.quantize to nf4, int8 or fp8" if part.name in ("unet", "transformer") else ""
+        mend = ", and set backbone.quantize to nf4, int8 or fp8" if part.name == family.denoiser_name else ""
         raise UserError(
             f"{path}: {part.name} is stored quantised (quant_method {how}); give the pipeline with whole weights{mend}"
         )

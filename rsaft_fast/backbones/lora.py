@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from diffusers.loaders import PeftAdapterMixin
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from pydantic import Field
 
 from rsaft_fast.backbones.lora_linear import keep_inputs
-from rsaft_fast.backbones.pipeline import PipelineBackbone
 from rsaft_fast.errors import UserError
+from rsaft_fast.sampling.protocol import LORA_FILE, Backbone
 from rsaft_fast.settings import Settings
 
 
@@ -32,13 +33,17 @@ class LoRASettings(Settings):
         return (self.alpha or self.rank) / self.rank
 
 
-def add_lora(backbone: PipelineBackbone, settings: LoRASettings, seed: int = 0) -> None:
+def add_lora(backbone: Backbone, settings: LoRASettings, seed: int = 0) -> None:
     """Freeze the denoiser and attach trainable adapters: A Gaussian, B zero, held in fp32 whatever the base holds.
 
     fp32 adapters can carry a SAM perturbation; in bf16 rounding would swallow about 99 % of it.
     """
     denoiser = backbone.denoiser.requires_grad_(False)
     targets = settings.targets or backbone.lora_targets
+    if not targets:
+        raise UserError(
+            f"{type(backbone).__name__} names no layers for adapters (`lora_targets`); set parameters.lora.targets"
+        )
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.scale * settings.rank,
@@ -48,7 +53,10 @@ def add_lora(backbone: PipelineBackbone, settings: LoRASettings, seed: int = 0) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            denoiser.add_adapter(config)
+            if isinstance(denoiser, PeftAdapterMixin):
+                denoiser.add_adapter(config)
+            else:
+                inject_adapter_in_model(config, denoiser)
         except ValueError as error:
             if "Target modules" not in str(error):
                 raise
@@ -61,7 +69,7 @@ def add_lora(backbone: PipelineBackbone, settings: LoRASettings, seed: int = 0) 
     backbone.refuse_dropout()
 
 
-def save_lora(backbone: PipelineBackbone, folder: str | Path, settings: LoRASettings) -> Path:
+def save_lora(backbone: Backbone, folder: str | Path, settings: LoRASettings) -> Path:
     """Write the adapters in diffusers' format, alpha / rank multiplied into B.
 
     Loaders that are not told alpha take it to be the rank; with the factor folded in, they are right.
@@ -70,6 +78,5 @@ def save_lora(backbone: PipelineBackbone, folder: str | Path, settings: LoRASett
         name: tensor.detach().float().cpu() * (settings.scale if ".lora_B." in name else 1.0)
         for name, tensor in get_peft_model_state_dict(backbone.denoiser).items()
     }
-    layers = {f"{backbone.denoiser_name}_lora_layers": state}
-    backbone.pipeline_class.save_lora_weights(str(folder), **layers, safe_serialization=True)
-    return Path(folder) / "pytorch_lora_weights.safetensors"
+    backbone.save_adapters(folder, state)
+    return Path(folder) / LORA_FILE

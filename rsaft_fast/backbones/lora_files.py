@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -19,17 +18,19 @@ from safetensors.torch import load_file
 from rsaft_fast.backbones.pipeline import PipelineBackbone
 from rsaft_fast.errors import UserError
 from rsaft_fast.pretrained import Weights, check_weights, library_errors
+from rsaft_fast.sampling.protocol import LORA_FILE, Backbone
 
 ADAPTER = "file"
-STANDARD = "pytorch_lora_weights.safetensors"
 
 
-def load_lora(backbone: PipelineBackbone, path: str | Path) -> list[str]:
+def load_lora(backbone: Backbone, path: str | Path) -> list[str]:
     """Attach the LoRA in a file, or in the folder that holds it; lines for the user to see.
 
     Raises:
         UserError: nothing there, no LoRA, not finite, or one of which a part has no place in this pipeline.
     """
+    if not isinstance(backbone, PipelineBackbone):
+        raise UserError(f"LoRA {str(path)!r}: its file is diffusers' to read, and {backbone.name} is no pipeline")
     file = find_lora(path)
     check_weights(file.parent, Weights((file.name,), None, "safetensors"))
     with library_errors(f"LoRA {str(file)!r} could not be read", "download it anew"):
@@ -37,13 +38,11 @@ def load_lora(backbone: PipelineBackbone, path: str | Path) -> list[str]:
     _check_content(file, content)
     pipeline = backbone.pipeline
     options = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
-    # SDXL's loader renames the blocks of other programs by the UNet's config, which it adds by itself.
-    renaming = {"unet_config": pipeline.unet.config} if isinstance(pipeline, StableDiffusionXLLoraLoaderMixin) else {}
     with library_errors(
         f"LoRA {str(file)!r} could not be loaded into this {type(pipeline).__name__}",
         "it is of another model: give one that was trained for this family",
     ):
-        found = pipeline.lora_state_dict(str(file.parent), **options, **renaming)
+        found = pipeline.lora_state_dict(str(file.parent), **options, **backbone.lora_reading_options)
         wanted = found[0] if isinstance(found, tuple) else found
         if wanted:
             pipeline.load_lora_weights(str(file.parent), adapter_name=ADAPTER, **options)
@@ -74,13 +73,13 @@ def find_lora(path: str | Path) -> Path:
     place = Path(path)
     if os.path.isdir(place):
         files = sorted(place.glob("*.safetensors"))
-        if os.path.isfile(place / STANDARD):
-            return place / STANDARD
+        if os.path.isfile(place / LORA_FILE):
+            return place / LORA_FILE
         if len(files) == 1:
             return files[0]
         inside = f"; {place / 'lora'} is a folder: is it that?" if os.path.isdir(place / "lora") else ""
         held = f"{len(files)} .safetensors files ({', '.join(file.name for file in files[:4])})" if files else "no LoRA"
-        raise UserError(f"LoRA {str(path)!r} is a folder with {held}; give the file, such as {STANDARD}{inside}")
+        raise UserError(f"LoRA {str(path)!r} is a folder with {held}; give the file, such as {LORA_FILE}{inside}")
     if not os.path.exists(place):
         raise UserError(f"LoRA {str(path)!r} does not exist; give the file or folder that a run left in lora/")
     if place.suffix != ".safetensors":

@@ -19,39 +19,11 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from rsaft_fast.ops import backends
+from rsaft_fast.ops import bf16_parts
+from rsaft_fast.ops.split_bf16 import PARTS
 
-PARTS = (0, 1, 2)
 LEFT, RIGHT = (0, 0, 0, 1, 1, 2), (0, 1, 2, 0, 1, 0)
 """Parts of two matrices whose products are not below the last bit, in the order in which they are stacked."""
-
-
-def split(wide: torch.Tensor, order: tuple[int, ...] = PARTS) -> torch.Tensor:
-    """The three bf16 parts of an fp32 matrix (r, n), stacked along the rank in that order: (len(order) * r, n).
-
-    Their sum is the matrix, bit for bit, down to 2^-110: a bf16 number has 8 significant bits and fp32's exponents.
-    """
-    if _has_kernel(wide):
-        from rsaft_fast.kernels import split_bf16  # needs Triton
-
-        return split_bf16.split(wide, order)
-    high = _nearest_bf16(wide)
-    rest = wide - high
-    middle = _nearest_bf16(rest)
-    parts = (high, middle, rest - middle)
-    return torch.cat([parts[index] for index in order]).to(torch.bfloat16)
-
-
-def _nearest_bf16(x: torch.Tensor) -> torch.Tensor:
-    """The nearest bf16 number, in fp32. By its bits: a compiler may leave out a cast to bf16 and back."""
-    return ((x.view(torch.int32) + 0x8000) & -0x10000).view(torch.float32)
-
-
-def _has_kernel(wide: torch.Tensor) -> bool:
-    """Whether one launch does it; compiled code is traced from plain operations."""
-    if not wide.is_cuda or torch.compiler.is_compiling() or wide.numel() >= 2**31:
-        return False
-    return backends.forced() != "torch" and backends.why_not("triton", wide.device) is None
 
 
 class SplitProducts:
@@ -60,13 +32,13 @@ class SplitProducts:
     @staticmethod
     def mixed(wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
         """wide (r, n) fp32 times narrow (n, m) bf16, in fp32."""
-        stacked = _multiply_in_fp32(split(wide), narrow)
+        stacked = _multiply_in_fp32(bf16_parts(wide), narrow)
         return stacked.view(len(PARTS), wide.shape[0], narrow.shape[1]).sum(0)
 
     @staticmethod
     def expand(left: torch.Tensor, right: torch.Tensor, onto: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """left^T right of (r, N) and (r, m), both fp32, added onto (N, m) where there is one, rounded once to bf16."""
-        left, right = split(left, LEFT).T, split(right, RIGHT)
+        left, right = bf16_parts(left, LEFT).T, bf16_parts(right, RIGHT)
         if left.device.type == "cpu":
             product = _multiply_in_fp32(left, right)
             return (product if onto is None else onto + product).to(dtype)

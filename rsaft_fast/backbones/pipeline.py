@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
 
 from rsaft_fast.backbones.components import load_components
+from rsaft_fast.backbones.family import Family
 from rsaft_fast.backbones.folder import is_text_encoder, read_pipeline
 from rsaft_fast.backbones.quantized import Quantization, quantize_denoiser
 from rsaft_fast.errors import UserError, describe_error
+from rsaft_fast.memory.networks import checkpoint_networks
 from rsaft_fast.memory.offload import OffloadedBlocks
 from rsaft_fast.phases import ENCODING, phase
 from rsaft_fast.sampling.protocol import Backbone, Branch, Conditioning
@@ -31,24 +33,12 @@ class PipelineBackbone(Backbone):
     back: about 1e-5 a pixel lies below fp16's smallest normal number. bf16 has fp32's range, and half its memory.
 
     Attributes:
-        pipeline_class: the diffusers pipeline that it adapts.
-        denoiser_class, denoiser_name: of the network that is trained, and its name within the pipeline.
-        text_encoders: names of the components without which no prompt can be encoded.
-        embeds_guidance: whether `guidance_scale` goes into an embedding, not into classifier-free guidance.
-        lora_targets: names of the linear layers that adapters go to by default.
-        vae_keys: the numbers of its VAE's config that the pipeline applies.
+        family: what is known of all pipelines that it adapts.
         notes: lines about what was found in the folder and its configs, for the user to see.
         offloaded: the denoiser's blocks that are streamed from the host (`offload_blocks` of them), or None.
     """
 
-    pipeline_class: ClassVar[type[DiffusionPipeline]]
-    denoiser_class: ClassVar[type[ModelMixin]]
-    denoiser_name: ClassVar[str]
-    text_encoders: ClassVar[tuple[str, ...]]
-    embeds_guidance: ClassVar[bool] = False
-    lora_targets: ClassVar[tuple[str, ...]]
-    vae_keys: ClassVar[tuple[str, ...]] = ("scaling_factor",)
-    notes: tuple[str, ...] = ()
+    family: ClassVar[Family]
 
     def __init__(
         self,
@@ -61,13 +51,12 @@ class PipelineBackbone(Backbone):
         offload_blocks: int = 0,
         quantize: Quantization | None = None,
     ):
-        if not isinstance(pipeline, self.pipeline_class):
-            raise UserError(
-                f"{type(self).__name__} adapts {self.pipeline_class.__name__}, but was given {type(pipeline).__name__}"
-            )
+        adapted = self.family.pipeline_class
+        if not isinstance(pipeline, adapted):
+            raise UserError(f"{type(self).__name__} adapts {adapted.__name__}, but was given {type(pipeline).__name__}")
         self.pipeline = pipeline
         self.device = torch.device(device)
-        self.offloaded: OffloadedBlocks | None = None
+        self.offloaded = None
         self.quantize = quantize
         self.compute_dtype = dtype
         self.latent_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -121,10 +110,11 @@ class PipelineBackbone(Backbone):
             networks: False makes the denoiser and the VAE from their configs alone, without weights; the text encoders
                 then stay on the host, for `encode_in_turns`.
         """
-        found = read_pipeline(path, cls, text)
+        family = cls.family
+        found = read_pipeline(path, family, text)
         made, weights = load_components(found, dtype, cls.vae_dtype(dtype), networks)
-        absent = [name for name in required_components(cls.pipeline_class) if name not in made]
-        pipeline = cls.pipeline_class(**dict.fromkeys(absent) | made | found.settings | cls.loading_options())
+        absent = [name for name in required_components(family.pipeline_class) if name not in made]
+        pipeline = family.pipeline_class(**dict.fromkeys(absent) | made | found.settings | family.unused)
         backbone = cls(
             pipeline,
             height=height,
@@ -143,30 +133,60 @@ class PipelineBackbone(Backbone):
     @classmethod
     def text_encoder_names(cls) -> list[str]:
         """Names of all text encoders that the pipeline class can have, in the order in which it calls them."""
-        return [name for name in inspect.signature(cls.pipeline_class.__init__).parameters if is_text_encoder(name)]
+        return [
+            name for name in inspect.signature(cls.family.pipeline_class.__init__).parameters if is_text_encoder(name)
+        ]
 
     @staticmethod
     def vae_dtype(dtype: torch.dtype) -> torch.dtype:
         """What the VAE computes in when the denoiser computes in `dtype`."""
         return torch.float32 if dtype == torch.float16 else dtype
 
-    @classmethod
-    def loading_options(cls) -> dict[str, Any]:
-        """Components that are never used are not loaded."""
+    @property
+    def denoiser(self) -> torch.nn.Module:
+        return getattr(self.pipeline, self.family.denoiser_name)
+
+    @property
+    def name(self) -> str:
+        return self.family.name
+
+    @property
+    def vae(self) -> torch.nn.Module:
+        return self.pipeline.vae
+
+    @property
+    def denoiser_name(self) -> str:
+        return self.family.denoiser_name
+
+    @property
+    def embeds_guidance(self) -> bool:
+        return self.family.embeds_guidance
+
+    @property
+    def channels_last(self) -> bool:
+        return self.family.channels_last
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        return self.family.lora_targets
+
+    @property
+    def lora_reading_options(self) -> dict[str, Any]:
+        """What diffusers' reader of LoRA files is to be told about the denoiser."""
         return {}
 
     @property
-    def denoiser(self) -> torch.nn.Module:
-        return getattr(self.pipeline, self.denoiser_name)
+    def text_networks(self) -> dict[str, torch.nn.Module]:
+        encoders = {name: getattr(self.pipeline, name) for name in self.text_encoder_names()}
+        return {name: encoder for name, encoder in encoders.items() if encoder is not None}
 
     def modules(self) -> list[torch.nn.Module]:
         """The pipeline's networks."""
         return [component for component in self.pipeline.components.values() if isinstance(component, torch.nn.Module)]
 
     @property
-    @abstractmethod
     def usual_sampling(self) -> tuple[int, float]:
-        """Steps and guidance scale that diffusers' pipeline takes where it is told none, or the model's authors do."""
+        return self.family.usual_sampling(self.denoiser.config)
 
     @property
     def vae_scale_factor(self) -> int:
@@ -201,13 +221,7 @@ class PipelineBackbone(Backbone):
         """Channels of the VAE's latents that the denoiser takes."""
         return self.denoiser.config.in_channels
 
-    @property
-    def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """Name to parameter of everything in the denoiser that is trained."""
-        return {name: p for name, p in self.denoiser.named_parameters() if p.requires_grad}
-
     def train_all_parameters(self) -> None:
-        """Train every parameter of the denoiser."""
         if self.quantize is not None:
             raise UserError(
                 f"quantize {self.quantize} with all parameters trained: quantised weights cannot take small changes; "
@@ -218,34 +232,21 @@ class PipelineBackbone(Backbone):
                 f"offload_blocks with all parameters trained: {len(self.offloaded.host)} blocks are streamed from the "
                 "host and never written; train LoRA, or keep the optimizer's state there (optimizer.offload=state)"
             )
-        self.denoiser.requires_grad_(True)
-        self.refuse_dropout()
+        super().train_all_parameters()
 
-    def refuse_dropout(self) -> None:
-        """Random dropout would differ between the passes of a step; models stay in eval mode, so it must be 0."""
-        for name, module in self.denoiser.named_modules():
-            if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
-                raise UserError(f"{name} has dropout {module.p}; the passes of a step must agree: set dropout to 0")
+    def recompute(self, networks: Collection[str], keep_blocks: int = 0) -> None:
+        checkpoint_networks(self.denoiser, self.vae, networks, keep_blocks)
 
-    def cfg_scale(self, guidance_scale: float, true_cfg_scale: float = 1.0) -> float:
-        if true_cfg_scale != 1.0:
-            raise UserError(
-                f"sampler.true_cfg_scale is {true_cfg_scale}, which FLUX.1 alone knows; {type(self).__name__}'s "
-                "classifier-free guidance is sampler.guidance_scale"
-            )
-        return guidance_scale
+    def save_denoiser(self, folder: str | Path) -> None:
+        self.denoiser.save_pretrained(folder)
 
-    def embed(self, prompts: Sequence[str | None], guidance_scale: float = 1.0) -> Branch:
-        return self.branch(self.embed_text(prompts), len(prompts), guidance_scale)
+    def save_adapters(self, folder: str | Path, state: Mapping[str, torch.Tensor]) -> None:
+        layers = {f"{self.denoiser_name}_lora_layers": state}
+        self.family.pipeline_class.save_lora_weights(str(folder), **layers, safe_serialization=True)
 
     @phase(ENCODING)
     @torch.no_grad()
     def embed_text(self, prompts: Sequence[str | None]) -> Branch:
-        """What a branch holds of the prompts: the part of `embed` that needs the text encoders.
-
-        Raises:
-            UserError: a text encoder is missing, or is not of the denoiser's width.
-        """
         self.require_text_encoders()
         try:
             text = self.encode_text([prompt or "" for prompt in prompts])
@@ -263,9 +264,17 @@ class PipelineBackbone(Backbone):
                 )
         return {name: tensor.to(device=self.device, dtype=self.compute_dtype) for name, tensor in text.items()}
 
+    @property
+    def is_whole(self) -> bool:
+        return self.denoiser.device.type != "meta" and self.can_embed
+
+    @property
+    def can_embed(self) -> bool:
+        return all(getattr(self.pipeline, name) is not None for name in self.family.text_encoders)
+
     def require_text_encoders(self) -> None:
         """Raise `UserError` if prompts cannot be embedded."""
-        missing = [name for name in self.text_encoders if getattr(self.pipeline, name) is None]
+        missing = [name for name in self.family.text_encoders if getattr(self.pipeline, name) is None]
         if missing:
             raise UserError(f"prompts cannot be encoded: the pipeline has no {' and no '.join(missing)}")
 
@@ -274,7 +283,6 @@ class PipelineBackbone(Backbone):
         """What the pipeline's text encoders make of the prompts, under the denoiser's own names."""
 
     def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
-        """A line for each text encoder that does not read all of these prompts, see `truncation`."""
         notes = []
         for name, limit in self.text_limits.items():
             tokenizer = getattr(self.pipeline, name.replace("text_encoder", "tokenizer"))
@@ -289,15 +297,6 @@ class PipelineBackbone(Backbone):
         tokenizers = {name: part for name, part in components.items() if name.startswith("tokenizer") and part}
         return {n.replace("tokenizer", "text_encoder"): part.model_max_length for n, part in tokenizers.items()}
 
-    def added_conditions(self, batch: int, guidance_scale: float) -> Branch:
-        """What a branch holds beside the text."""
-        return {}
-
-    @property
-    @abstractmethod
-    def embedding_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of one prompt's row of every tensor of `encode_text`."""
-
     def random_conditioning(
         self, batch: int, guidance_scale: float = 1.0, true_cfg_scale: float = 1.0, seed: int = 0
     ) -> Conditioning:
@@ -310,11 +309,6 @@ class PipelineBackbone(Backbone):
         ]
         positive, negative = (*(self.branch(text, batch, guidance_scale) for text in drawn), None)[:2]
         return Conditioning(positive, negative, w)
-
-    def branch(self, text: Branch, batch: int, guidance_scale: float = 1.0) -> Branch:
-        """A branch of the rows of `embed_text`."""
-        embedded = {name: tensor.to(device=self.device, dtype=self.compute_dtype) for name, tensor in text.items()}
-        return embedded | self.added_conditions(batch, guidance_scale)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self.pipeline.vae
@@ -334,7 +328,7 @@ class PipelineBackbone(Backbone):
     def _latent_statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
         """What the VAE's config says that its latents' mean and spread are: one number, or one a channel."""
         config = self.pipeline.vae.config
-        if "latents_mean" not in self.vae_keys or config.get("latents_mean") is None:
+        if "latents_mean" not in self.family.vae_keys or config.get("latents_mean") is None:
             return config.shift_factor or 0.0, 1.0
         mean, std = (latents.new_tensor(config[key]).view(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
         return mean, std

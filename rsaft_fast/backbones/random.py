@@ -49,13 +49,14 @@ def random_backbone(
     if spec.pipeline not in ADAPTERS:
         raise UserError(f"the spec's pipeline is {spec.pipeline!r}; supported: {', '.join(sorted(ADAPTERS))}")
     adapter = ADAPTERS[spec.pipeline]
-    components = dict.fromkeys(required_components(adapter.pipeline_class)) | adapter.loading_options()
+    family = adapter.family
+    components = dict.fromkeys(required_components(family.pipeline_class)) | family.unused
     components |= {
-        adapter.denoiser_name: random_network(adapter.denoiser_class, spec.denoiser, dtype, device, seed),
+        family.denoiser_name: random_network(family.denoiser_class, spec.denoiser, dtype, device, seed),
         "vae": random_network(AutoencoderKL, spec.vae, adapter.vae_dtype(dtype), device, seed + 1),
         "scheduler": getattr(diffusers, spec.scheduler["_class_name"]).from_config(spec.scheduler),
     }
-    pipeline = adapter.pipeline_class(**components)
+    pipeline = family.pipeline_class(**components)
     return adapter(
         pipeline,
         height=height,

@@ -1,4 +1,4 @@
-"""Which adapter belongs to which diffusers pipeline class."""
+"""Every adapter by the name of its pipeline's class. A new one is a file with its `Family`, and a line here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from rsaft_fast.backbones.sd3 import SD3
 from rsaft_fast.backbones.sd15 import SD15
 from rsaft_fast.backbones.sdxl import SDXL
 
-ADAPTERS: dict[str, type[PipelineBackbone]] = {
-    adapter.pipeline_class.__name__: adapter for adapter in (SD15, SDXL, SD3, FLUX)
-}
+_ADAPTERS: tuple[type[PipelineBackbone], ...] = (
+    SD15,
+    SDXL,
+    SD3,
+    FLUX,
+)
+ADAPTERS = {adapter.family.pipeline_class.__name__: adapter for adapter in _ADAPTERS}

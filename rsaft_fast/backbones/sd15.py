@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers import StableDiffusionPipeline
 
-from rsaft_fast.backbones.unet import UNetBackbone
+from rsaft_fast.backbones import text_specs
+from rsaft_fast.backbones.family import Config, KohyaHeader, Place, Published
+from rsaft_fast.backbones.unet import UNetBackbone, UNetFamily
 from rsaft_fast.sampling.linear import LinearStep
 from rsaft_fast.sampling.protocol import Branch
+
+_SD2_TEXT_WIDTH = 1024
+
+
+def _kohya_header(config: Config) -> KohyaHeader:
+    if config["cross_attention_dim"] == _SD2_TEXT_WIDTH:
+        return KohyaHeader("sd_v2", "stable-diffusion-v2-512", "diffusers", is_v2=True)
+    return KohyaHeader("sd_v1", "stable-diffusion-v1", "diffusers")
 
 
 class SD15(UNetBackbone):
     """`StableDiffusionPipeline`: latents (4, H/8, W/8), one text encoder."""
 
-    pipeline_class = StableDiffusionPipeline
-    text_encoders = ("text_encoder",)
-
-    @classmethod
-    def loading_options(cls) -> dict[str, Any]:
-        return {
+    family = UNetFamily(
+        name="SD1.5",
+        pipeline_class=StableDiffusionPipeline,
+        text_encoders=("text_encoder",),
+        unused={
             "safety_checker": None,
             "feature_extractor": None,
             "image_encoder": None,
             "requires_safety_checker": False,
-        }
-
-    @property
-    def usual_sampling(self) -> tuple[int, float]:
-        return 50, 7.5
+        },
+        vae_keys=("scaling_factor",),
+        usual_sampling=lambda config: (50, 7.5),
+        kohya_place=lambda layer, config: Place(layer),
+        kohya_header=_kohya_header,
+        published=(Published(("stable-diffusion-v1",), "sd15"),),
+        published_text={"text_encoder": text_specs.clip(text_specs.CLIP_L), "tokenizer": text_specs.tokenizer(77)},
+    )
 
     @property
     def embedding_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -2,27 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from rsaft_fast.backbones.flow import FlowBackbone
+from rsaft_fast.backbones import text_specs
+from rsaft_fast.backbones.family import Config, KohyaHeader, Place, Published
+from rsaft_fast.backbones.flow import OF_PICTURE, OF_TEXT, FlowBackbone, FlowFamily, attention_width
 from rsaft_fast.errors import UserError
 from rsaft_fast.sampling.linear import LinearStep
 from rsaft_fast.sampling.protocol import Branch
 
 
+def _kohya_place(layer: str, config: Config) -> Place | None:
+    found = re.fullmatch(r"transformer_blocks\.(\d+)\.(attn2?|ff|ff_context)\.(.+)", layer)
+    if found is None:
+        return None
+    number, part, rest = found.groups()
+    thirds = (attention_width(config),) * 3
+    picture, text = f"joint_blocks.{number}.x_block", f"joint_blocks.{number}.context_block"
+    if part in ("ff", "ff_context"):
+        inner = {"net.0.proj": "fc1", "net.2": "fc2"}.get(rest)
+        return inner and Place(f"{picture if part == 'ff' else text}.mlp.{inner}")
+    if rest in OF_PICTURE:
+        return Place(f"{picture}.{part}.qkv", OF_PICTURE[rest], thirds)
+    if rest in OF_TEXT:
+        return Place(f"{text}.attn.qkv", OF_TEXT[rest], thirds)
+    outer = {"to_out.0": f"{picture}.{part}.proj", "to_add_out": f"{text}.attn.proj"}.get(rest)
+    return outer and Place(outer)
+
+
 class SD3(FlowBackbone):
     """`StableDiffusion3Pipeline`: latents (16, H/8, W/8), two CLIP text encoders and, where present, T5."""
 
-    pipeline_class = StableDiffusion3Pipeline
-    denoiser_class = SD3Transformer2DModel
-    text_encoders = ("text_encoder", "text_encoder_2")
-
-    @classmethod
-    def loading_options(cls) -> dict[str, Any]:
-        return {"feature_extractor": None, "image_encoder": None}
+    family = FlowFamily(
+        name="SD3",
+        pipeline_class=StableDiffusion3Pipeline,
+        denoiser_class=SD3Transformer2DModel,
+        text_encoders=("text_encoder", "text_encoder_2"),
+        unused={"feature_extractor": None, "image_encoder": None},
+        # 3.5 normalises queries and keys, and was made for less guidance.
+        usual_sampling=lambda config: (28, 7.0 if config.get("qk_norm") is None else 4.5),
+        kohya_place=_kohya_place,
+        kohya_header=lambda config: KohyaHeader(
+            "sd3", "stable-diffusion-3", "https://github.com/Stability-AI/generative-models"
+        ),
+        published=(
+            Published(("stable-diffusion-3.5-large",), "sd35-large"),
+            Published(("stable-diffusion-3.5-medium",), "sd35-medium"),
+            Published(
+                ("stable-diffusion-3-medium",),
+                "sd35-medium",
+                {"pos_embed_max_size": 192, "dual_attention_layers": [], "qk_norm": None},
+            ),
+        ),
+        published_text={
+            "text_encoder": text_specs.clip(text_specs.CLIP_L, projection=True),
+            "tokenizer": text_specs.tokenizer(77),
+            "text_encoder_2": text_specs.clip(text_specs.CLIP_G, projection=True),
+            "tokenizer_2": text_specs.tokenizer(77),
+            "text_encoder_3": text_specs.T5_XXL,
+            "tokenizer_3": text_specs.tokenizer(512),
+        },
+    )
 
     def __init__(self, pipeline: StableDiffusion3Pipeline, **options):
         super().__init__(pipeline, **options)
@@ -31,11 +74,6 @@ class SD3(FlowBackbone):
             raise UserError(
                 f"{self.height}x{self.width} exceeds this transformer's position table of {most} pixels a side"
             )
-
-    @property
-    def usual_sampling(self) -> tuple[int, float]:
-        # 3.5 normalises queries and keys, and was made for less guidance.
-        return 28, 7.0 if self.denoiser.config.get("qk_norm") is None else 4.5
 
     @property
     def size_divisor(self) -> int:

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from rsaft_fast.backbones.pipeline import PipelineBackbone
 from rsaft_fast.phases import ENCODING, phase
+from rsaft_fast.sampling.protocol import Backbone
 
 HOST = "cpu"
 
@@ -29,11 +29,11 @@ class _NotItsTurn(Exception):
     """An encoder was called that has not answered yet and is not on the device."""
 
 
-def encode_in_turns(backbone: PipelineBackbone, prompts: Sequence[str | None]) -> Iterator[dict[str, torch.Tensor]]:
+def encode_in_turns(backbone: Backbone, prompts: Sequence[str | None]) -> Iterator[dict[str, torch.Tensor]]:
     """`embed_text` of each prompt alone, on the host, in order; None is the unconditional prompt.
 
     Args:
-        backbone: its text encoders lie on the host, as `networks=False` loads them.
+        backbone: its `text_networks` lie on the host, as `networks=False` loads them; without any it encodes at once.
 
     Raises:
         UserError: as `embed_text`.
@@ -43,10 +43,10 @@ def encode_in_turns(backbone: PipelineBackbone, prompts: Sequence[str | None]) -
 
 
 @phase(ENCODING)  # not on the generator, which is left in its middle
-def _encode_block(backbone: PipelineBackbone, prompts: Sequence[str | None]) -> list[dict[str, torch.Tensor]]:
-    backbone.require_text_encoders()
-    encoders = {name: getattr(backbone.pipeline, name) for name in backbone.text_encoder_names()}
-    encoders = {name: encoder for name, encoder in encoders.items() if encoder is not None}
+def _encode_block(backbone: Backbone, prompts: Sequence[str | None]) -> list[dict[str, torch.Tensor]]:
+    encoders = backbone.text_networks
+    if not (encoders and backbone.can_embed):
+        return [_moved(dict(backbone.embed_text([prompt])), HOST) for prompt in prompts]
     answers: list[dict[str, list[Any]]] = [{name: [] for name in encoders} for _ in prompts]
     rows = {}
     for turn, encoder in encoders.items():

@@ -3,20 +3,51 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
+from rsaft_fast.backbones.family import Config, Family
 from rsaft_fast.backbones.pipeline import PipelineBackbone
 from rsaft_fast.errors import UserError
 from rsaft_fast.sampling.linear import Schedule, ddim_schedule
 
 
+def check_unet(file: str, config: Config) -> None:
+    """Refuse a UNet of another task.
+
+    Raises:
+        UserError: it returns other channels than it takes.
+    """
+    given, returned = config.get("in_channels", 4), config.get("out_channels", 4)
+    if given != returned:
+        raise UserError(
+            f"{file}: in_channels is {given} and out_channels {returned}; a text-to-image UNet returns what it takes "
+            "(9 channels are an inpainting model's, and twice as many a learned variance's)"
+        )
+
+
+UNetFamily = partial(
+    Family,
+    denoiser_class=UNet2DConditionModel,
+    denoiser_name="unet",
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+    channels_last=True,
+    sampler=DDIMScheduler,
+    denoiser_keys={
+        "num_class_embeds": (None,),
+        "class_embed_type": (None,),
+        "encoder_hid_dim_type": (None, "text_proj"),
+        "addition_embed_type": (None, "text", "text_time"),
+    },
+    check_denoiser=check_unet,
+    web_programs="AUTOMATIC1111 and Forge",
+)
+"""What families with a UNet share."""
+
+
 class UNetBackbone(PipelineBackbone):
     """A pipeline whose denoiser is a `UNet2DConditionModel`."""
-
-    denoiser_class = UNet2DConditionModel
-    denoiser_name = "unet"
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
     def __init__(self, pipeline, **options):
         super().__init__(pipeline, **options)

@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 
 from rsaft_fast.algorithms.copies import MEAN
-from rsaft_fast.backbones import PipelineBackbone, add_lora
+from rsaft_fast.backbones import Backbone, add_lora
 from rsaft_fast.backbones.lora_files import has_text_part, load_lora
 from rsaft_fast.commands.output import output_folder
 from rsaft_fast.data.encoded import EncodedPrompts, negative_texts
@@ -97,10 +97,10 @@ def _load(
     arguments: argparse.Namespace,
     settings: BackboneSettings,
     device: torch.device,
-    shapes: PipelineBackbone,
+    shapes: Backbone,
     prompts: list[str],
     sampler: SamplerSettings,
-) -> tuple[PipelineBackbone, EncodedPrompts]:
+) -> tuple[Backbone, EncodedPrompts]:
     """The model and its prompts, encoded first: text encoders and denoiser are never in memory together.
 
     Unless a LoRA has a part of theirs, which peft attaches with the rest.
@@ -114,7 +114,7 @@ def _load(
         lines: list[str] = []
         encodings = Encodings(shapes, settings, prompts + negative_texts(shapes, sampler), None, lines.append)
         encodings.complete()
-        backbone = prepare_backbone(settings, device, text=False)
+        backbone = prepare_backbone(settings, device, text=False, made=shapes)
         encoded = EncodedPrompts(backbone, encodings, sampler)
         lines += [note for note in backbone.notes if note not in lines]
         lines += load_lora(backbone, arguments.lora) if arguments.lora else []
@@ -130,9 +130,7 @@ def _read_run(folder: str) -> Config:
     return load_config(path)
 
 
-def _sampler(
-    arguments: argparse.Namespace, trained: Config | None, shapes: PipelineBackbone, path: str
-) -> SamplerSettings:
+def _sampler(arguments: argparse.Namespace, trained: Config | None, shapes: Backbone, path: str) -> SamplerSettings:
     """The options given, over the run's settings, over those that are usual for the model."""
     if trained is not None:
         base = trained.sampler
@@ -170,7 +168,7 @@ def _with_options(base: Group, given: Mapping[str, Any]) -> Group:
 
 
 @torch.no_grad()
-def load_trained(backbone: PipelineBackbone, config: Config, folder: Path, step: int | None = None) -> None:
+def load_trained(backbone: Backbone, config: Config, folder: Path, step: int | None = None) -> None:
     """Put a run's newest weights, or those of a step, into the backbone: their running mean where it kept one.
 
     Raises:
@@ -199,7 +197,7 @@ def load_trained(backbone: PipelineBackbone, config: Config, folder: Path, step:
 @torch.no_grad()
 def _pictures(
     arguments: argparse.Namespace,
-    backbone: PipelineBackbone,
+    backbone: Backbone,
     schedule: Schedule,
     encoded: EncodedPrompts,
     prompts: list[str],

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from rsaft_fast.backbones import Branch, Conditioning, PipelineBackbone
 from rsaft_fast.errors import UserError
 from rsaft_fast.recipe.config import SamplerSettings
+from rsaft_fast.sampling.protocol import Backbone, Branch, Conditioning
 
 
-def negative_texts(backbone: PipelineBackbone, sampler: SamplerSettings) -> list[str]:
+def negative_texts(backbone: Backbone, sampler: SamplerSettings) -> list[str]:
     """List what guidance steers away from: one text, "" for the model's own unconditional prompt, or none.
 
     Raises:
@@ -35,14 +35,14 @@ class EncodedPrompts:
     model's unconditional prompt.
     """
 
-    def __init__(self, backbone: PipelineBackbone, rows: Mapping[str, Branch], sampler: SamplerSettings):
+    def __init__(self, backbone: Backbone, rows: Mapping[str, Branch], sampler: SamplerSettings):
         """`rows`: `embed_text` of each prompt that will be asked for and of `negative_texts`, (1, ...) a tensor."""
         self.backbone, self.rows, self.sampler = backbone, rows, sampler
         self.guidance_scale = backbone.cfg_scale(sampler.guidance_scale, sampler.true_cfg_scale)
         self._negative = next((rows[text] for text in negative_texts(backbone, sampler)), None)
 
     @classmethod
-    def encode(cls, backbone: PipelineBackbone, texts: Iterable[str], sampler: SamplerSettings) -> EncodedPrompts:
+    def encode(cls, backbone: Backbone, texts: Iterable[str], sampler: SamplerSettings) -> EncodedPrompts:
         """Encode prompts now, by a backbone that has its text encoders."""
         wanted = dict.fromkeys([*texts, *negative_texts(backbone, sampler)])
         embed = lambda text: {n: t.cpu() for n, t in backbone.embed_text([text or None]).items()}  # noqa: E731

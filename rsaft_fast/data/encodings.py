@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from rsaft_fast.backbones import PipelineBackbone, adapter_for, load_backbone, local_path
+from rsaft_fast.backbones import Backbone, adapter_for, load_backbone, local_path
 from rsaft_fast.backbones.turns import encode_in_turns
 from rsaft_fast.data.text_files import TextFiles
 from rsaft_fast.errors import UserError
@@ -136,13 +136,13 @@ class Encodings(Mapping[str, Row]):
     asked for (2.7 MB each of SD3, 4 MB of FLUX.1); without one they are held in memory.
 
     Attributes:
-        shapes: the backbone without a weight.
+        shapes: the backbone without a weight; or one that is whole, which then encodes by itself, at every start.
         missing: prompts that are still to be encoded.
     """
 
     def __init__(
         self,
-        shapes: PipelineBackbone,
+        shapes: Backbone,
         settings: BackboneSettings,
         texts: Sequence[str],
         cache: EncodingCache | None,
@@ -153,13 +153,15 @@ class Encodings(Mapping[str, Row]):
         Raises:
             UserError: some are missing, and so is a text encoder.
         """
+        if shapes.is_whole:
+            cache = None  # nothing is known of what its encodings depend on
         self.shapes, self.settings, self.cache, self.log = shapes, settings, cache, log
         self.texts = list(dict.fromkeys(texts))
         self.files = TextFiles(local_path(settings.path), cache and cache.folder)
         self._rows: dict[str, Row] = {}
         self._keys: dict[str, str] = {}
         self._find()
-        if self.missing:
+        if self.missing and not shapes.is_whole:
             self._require_text_encoders()
         for note in shapes.notes + tuple(shapes.cut_prompts(self.texts)):
             log(note)
@@ -199,7 +201,7 @@ class Encodings(Mapping[str, Row]):
             stage(f"encodings of all {len(self.texts)} prompts are there: no text encoder is loaded")
             return
         stage(f"loading the text encoders: {len(self.missing)} of {len(self.texts)} prompts are to be encoded")
-        backbone = load_text_encoders(self.settings, self.shapes)
+        backbone = self.shapes if self.shapes.is_whole else load_text_encoders(self.settings, self.shapes)
         texts = list(self.missing)
         stage(f"encoding {len(texts)} prompts")
         rows = encode_in_turns(backbone, [text or None for text in texts])
@@ -260,13 +262,13 @@ class Encodings(Mapping[str, Row]):
         adapter_for(self.settings.path)
 
 
-def load_shapes(settings: BackboneSettings, dtype: torch.dtype, device: torch.device) -> PipelineBackbone:
-    """Load the recipe's backbone without a weight: seconds and megabytes."""
+def load_shapes(settings: BackboneSettings, dtype: torch.dtype, device: torch.device) -> Backbone:
+    """Load the recipe's backbone without a weight: seconds and megabytes. One of the user's own is whole."""
     size = {"height": settings.height, "width": settings.width}
     return load_backbone(settings.path, **size, dtype=dtype, device=device, text=False, networks=False)
 
 
-def load_text_encoders(settings: BackboneSettings, shapes: PipelineBackbone) -> PipelineBackbone:
+def load_text_encoders(settings: BackboneSettings, shapes: Backbone) -> Backbone:
     """Load the recipe's backbone with its text encoders alone, on the host."""
     size = {"height": shapes.height, "width": shapes.width}
     return load_backbone(settings.path, **size, dtype=shapes.compute_dtype, device=shapes.device, networks=False)

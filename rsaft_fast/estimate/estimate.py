@@ -16,14 +16,13 @@ from typing import Any
 import torch
 
 from rsaft_fast.algorithms.update import update
-from rsaft_fast.backbones import PipelineBackbone
+from rsaft_fast.backbones import Backbone
 from rsaft_fast.backbones.turns import encode_in_turns
 from rsaft_fast.dtypes import DTYPES
 from rsaft_fast.estimate.live import CUDA_BLOCK, LiveBytes, Peak, shapes_alone
 from rsaft_fast.estimate.reward_skeleton import skeleton_reward
 from rsaft_fast.estimate.skeleton import skeleton_backbone
 from rsaft_fast.estimate.states import AccountedOptimizer
-from rsaft_fast.memory.networks import checkpoint_networks
 from rsaft_fast.phases import ENCODING, GRID, KEEPING, SAMPLING, phase
 from rsaft_fast.recipe.check import check_path, check_settings
 from rsaft_fast.recipe.config import Config
@@ -121,6 +120,7 @@ class ShapeLoaders:
     """
 
     device = torch.device("meta")
+    own_backbone = None
 
     def __init__(self, config: Config, live: LiveBytes, cuda: bool):
         settings = config.backbone
@@ -135,14 +135,14 @@ class ShapeLoaders:
             offload_blocks=settings.offload_blocks,
             quantize=settings.quantize,
         )
-        check_settings(config, type(self._backbone))
+        check_settings(config, self._backbone)
         self._reward, more = skeleton_reward(config.reward)
         self.notes = tuple(notes + more)
 
-    def shapes(self) -> PipelineBackbone:
+    def shapes(self) -> Backbone:
         return self._backbone
 
-    def encodings(self, shapes: PipelineBackbone, texts: Sequence[str]) -> dict[str, Branch]:
+    def encodings(self, shapes: Backbone, texts: Sequence[str]) -> dict[str, Branch]:
         return dict.fromkeys(texts, {})
 
     def reward(self) -> Reward:
@@ -154,11 +154,9 @@ class ShapeLoaders:
         Where there are none, a run takes encodings that it finds.
         """
         backbone, texts = self._backbone, list(encodings)
-        encoders = {name: getattr(backbone.pipeline, name) for name in backbone.text_encoder_names()}
-        present = [encoder for encoder in encoders.values() if encoder is not None]
-        self.live.exclude(tensor for encoder in present for tensor in _tensors(encoder))
+        self.live.exclude(tensor for encoder in backbone.text_networks.values() for tensor in _tensors(encoder))
         with shapes_alone(self.cuda), self.live:
-            if all(encoders[name] is not None for name in backbone.text_encoders):
+            if backbone.can_embed:
                 rows = list(encode_in_turns(backbone, [text or None for text in texts]))
             else:
                 shapes = backbone.embedding_shapes.items()
@@ -173,11 +171,11 @@ class ShapeLoaders:
         self.standing["reward"] = self.live.alive - before
         return reward
 
-    def backbone(self) -> PipelineBackbone:
+    def backbone(self) -> Backbone:
         settings, backbone = self.config.backbone, self._backbone
         if backbone.offloaded is not None:
             self.live.exclude(backbone.offloaded.host)
-        checkpoint_networks(backbone.denoiser, backbone.pipeline.vae, settings.checkpoint, settings.keep_blocks)
+        backbone.recompute(settings.checkpoint, settings.keep_blocks)
         return backbone
 
 
@@ -211,7 +209,7 @@ class _Walk:
         trained = "adapters" if config.parameters.train == "lora" else "denoiser, trained"
         self._keep(trained, run.parameters.values())
         self._keep("denoiser", _tensors(run.backbone.denoiser))
-        self._keep("VAE", _tensors(run.backbone.pipeline.vae))
+        self._keep("VAE", [] if run.backbone.vae is None else _tensors(run.backbone.vae))
         if run.ema is not None:
             self._keep("running mean (fp32)", run.ema.means.values())
         self._score_once()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,10 +12,13 @@ import diffusers
 import torch
 import transformers
 
-from rsaft_fast.backbones import ADAPTERS, PipelineBackbone, Quantization, adapter_for
+from rsaft_fast.backbones import ADAPTERS, Backbone, Quantization, adapter_for
+from rsaft_fast.backbones.family import Family, Parts
 from rsaft_fast.backbones.folder import INDEX, read_index
+from rsaft_fast.backbones.own import is_own, make_own
+from rsaft_fast.backbones.pipeline import required_components
+from rsaft_fast.backbones.published import KNOWN, published_pipeline
 from rsaft_fast.errors import UserError
-from rsaft_fast.estimate.published import KNOWN, Parts, published_pipeline
 from rsaft_fast.hub import cached_file
 from rsaft_fast.pretrained import library_errors, read_config
 from rsaft_fast.rewards.text import LengthTokenizer
@@ -30,16 +32,19 @@ def skeleton_backbone(
     dtype: torch.dtype,
     offload_blocks: int = 0,
     quantize: Quantization | None = None,
-) -> tuple[PipelineBackbone, list[str]]:
+) -> tuple[Backbone, list[str]]:
     """The backbone at a folder or hub id on the meta device, and what there is to say about where it came from.
 
     Raises:
         UserError: no pipeline there, and none published of that name that is known here.
     """
-    name, parts, notes = _pipeline_parts(path)
-    adapter = ADAPTERS[name]
-    options = adapter.loading_options()
-    components = {part: None for part in _arguments(adapter.pipeline_class)} | options
+    how = {"height": height, "width": width, "dtype": dtype, "device": "meta"}
+    how |= {"offload_blocks": offload_blocks, "quantize": quantize}
+    if is_own(path):
+        return make_own(path, **how), []
+    family, parts, notes = _pipeline_parts(path)
+    options = family.unused
+    components = {**dict.fromkeys(required_components(family.pipeline_class)), **options}
     with quiet(), torch.device("meta"):
         for part, (library, kind, config) in parts.items():
             if part not in options and part in components:
@@ -48,23 +53,8 @@ def skeleton_backbone(
                     "it is damaged or of another class: download it anew",
                 ):
                     components[part] = _component(part, library, kind, config, dtype)
-        pipeline = adapter.pipeline_class(**components)
-    backbone = adapter(
-        pipeline,
-        height=height,
-        width=width,
-        dtype=dtype,
-        device="meta",
-        offload_blocks=offload_blocks,
-        quantize=quantize,
-    )
-    return backbone, notes
-
-
-def _arguments(pipeline_class: type) -> list[str]:
-    """Arguments of a pipeline's constructor that have no default."""
-    parameters = list(inspect.signature(pipeline_class.__init__).parameters.values())[1:]
-    return [p.name for p in parameters if p.default is inspect.Parameter.empty]
+        pipeline = family.pipeline_class(**components)
+    return ADAPTERS[family.pipeline_class.__name__](pipeline, **how), notes
 
 
 def _component(part: str, library: str, kind: str, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
@@ -80,7 +70,7 @@ def _component(part: str, library: str, kind: str, config: Mapping[str, Any], dt
     return made(made.config_class.from_dict(dict(config))).to(dtype).eval()
 
 
-def _pipeline_parts(path: str) -> tuple[str, Parts, list[str]]:
+def _pipeline_parts(path: str) -> tuple[Family, Parts, list[str]]:
     if path == "playground":
         from rsaft_fast.playground import pipeline_path
 
@@ -90,15 +80,16 @@ def _pipeline_parts(path: str) -> tuple[str, Parts, list[str]]:
         cached = cached_file(path, INDEX)
         folder = cached.parent if cached is not None else folder
     if os.path.exists(folder):
-        return adapter_for(folder, text=False).pipeline_class.__name__, _parts_of_folder(folder), []
+        return adapter_for(folder, text=False).family, _parts_of_folder(folder), []
     found = published_pipeline(path)
     if found is None:
         raise UserError(
             f"backbone.path {path!r} is neither a folder nor in the hub's cache here, and no published architecture is "
             f"known by that name (known: {', '.join(KNOWN)}); give a folder, or download the pipeline first"
         )
-    name, parts = found
-    return name, parts, [f"{path} is not on this machine: shapes are those of the published {name} of that name"]
+    family, parts = found
+    name = family.pipeline_class.__name__
+    return family, parts, [f"{path} is not on this machine: shapes are those of the published {name} of that name"]
 
 
 def _parts_of_folder(folder: Path) -> Parts:

@@ -12,6 +12,7 @@ from rsaft_fast.ops.sam import (
     sam_perturb_,
     sam_restore_,
 )
+from rsaft_fast.ops.split_bf16 import bf16_parts
 
 __all__ = [
     "CHUNK",
@@ -21,6 +22,7 @@ __all__ = [
     "TensorTable",
     "adamw_coefficients_",
     "backends",
+    "bf16_parts",
     "global_norm",
     "image_delta",
     "perturb_images",

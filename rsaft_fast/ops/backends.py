@@ -6,7 +6,6 @@ A missing backend never fails at import; it fails when it is forced with `RSAFT_
 """
 
 import functools
-import importlib
 import importlib.util
 import os
 from types import ModuleType
@@ -14,17 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from rsaft_fast.ops import library
+from rsaft_fast.ops import cuda, library, reference
 
 ORDER = ("cuda", "triton", "cpu", "torch")
 ENV = "RSAFT_BACKEND"
 
-_MODULES = {
-    "cuda": "rsaft_fast.ops.cuda",
-    "triton": "rsaft_fast.kernels",
-    "cpu": "rsaft_fast.ops.cuda",  # the same functions over another library
-    "torch": "rsaft_fast.ops.reference",
-}
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -101,7 +94,17 @@ def implementation(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -
 
 @functools.lru_cache(maxsize=256)
 def _implementation(device: torch.device, dtypes: tuple[torch.dtype, ...], *_: object) -> ModuleType:
-    return importlib.import_module(_MODULES[choose(device, dtypes)])
+    name = choose(device, dtypes)
+    if name == "triton":
+        return triton_kernels()
+    return reference if name == "torch" else cuda  # which works over either library
+
+
+def triton_kernels() -> ModuleType:
+    """The module of the Triton kernels. It is loaded at the first call: importing it needs Triton."""
+    from rsaft_fast import kernels
+
+    return kernels
 
 
 def _placed(device: torch.device) -> torch.device:
@@ -128,4 +131,6 @@ def _why(backend: str, gpu: torch.device) -> str:
     if backend == "cuda":
         return f"compiled library (csrc/) on {torch.cuda.get_device_name() if gpu.type == 'cuda' else 'the CPU'}"
     where = torch.cuda.get_device_name() if gpu.type == "cuda" else "the interpreter on the CPU (TRITON_INTERPRET=1)"
-    return f"Triton {importlib.import_module('triton').__version__} on {where}"
+    import triton
+
+    return f"Triton {triton.__version__} on {where}"

@@ -239,3 +239,17 @@ def step_against_(out: torch.Tensor, images: torch.Tensor | None, grad: torch.Te
         elements = grad[0].numel() if norm == "rms" and len(grad) else 1
         delta = grad * torch.where(usable, -radius * elements**0.5 / length, 0.0).to(compute)
     out.copy_(delta if images is None else images.to(compute) + delta)
+
+
+def bf16_parts(wide: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """See `ops.bf16_parts`."""
+    high = _nearest_bf16(wide)
+    rest = wide - high
+    middle = _nearest_bf16(rest)
+    parts = (high, middle, rest - middle)
+    return torch.cat([parts[index] for index in order]).to(torch.bfloat16)
+
+
+def _nearest_bf16(x: torch.Tensor) -> torch.Tensor:
+    """The nearest bf16 number, in fp32. By its bits: a compiler may leave out a cast to bf16 and back."""
+    return ((x.view(torch.int32) + 0x8000) & -0x10000).view(torch.float32)

@@ -7,7 +7,8 @@ import re
 
 import torch
 
-from rsaft_fast.backbones import PipelineBackbone, adapter_for
+from rsaft_fast.backbones import traits_of
+from rsaft_fast.backbones.own import is_own
 from rsaft_fast.backbones.quantized import why_not
 from rsaft_fast.dtypes import DTYPES
 from rsaft_fast.errors import UserError
@@ -16,15 +17,16 @@ from rsaft_fast.methods import GradientMethod
 from rsaft_fast.ops import backends
 from rsaft_fast.recipe.config import MOST_PICTURES, PLAYGROUND, Config
 from rsaft_fast.sampling import GradientPlan, derive_rng
+from rsaft_fast.sampling.protocol import Traits
 from rsaft_fast.speed import check as speed
-from rsaft_fast.speed.apply import require_unet
+from rsaft_fast.speed.apply import require_convolutions
 
 # torch knows more names, such as meta and mps, on which nothing here runs.
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,2})?")
 
 
-def check_settings(config: Config, adapter: type[PipelineBackbone]) -> None:
-    """Check the keys by themselves, for a pipeline of that adapter: no file, device or output folder is needed.
+def check_settings(config: Config, model: Traits) -> None:
+    """Check the keys by themselves, for a model of that kind: no file, device or output folder is needed.
 
     Raises:
         UserError: the first thing that is wrong.
@@ -32,7 +34,7 @@ def check_settings(config: Config, adapter: type[PipelineBackbone]) -> None:
     plan = check_keys(config)
     if config.backbone.device.partition(":")[0] != "cuda":  # a recipe for a GPU may be looked at without one
         check_device(config.backbone.device)
-    check_model(config, plan, adapter)
+    check_model(config, plan, model)
 
 
 def check_keys(config: Config) -> GradientPlan | None:
@@ -49,32 +51,36 @@ def check_keys(config: Config) -> GradientPlan | None:
     return plan
 
 
-def check_machine(config: Config) -> None:
+def check_machine(config: Config, own_model: bool = False) -> None:
     """Check what the keys ask of this machine: the device, a forced backend, the pipeline's path.
+
+    Args:
+        own_model: the caller hands over a model, and `backbone.path` is not read.
 
     Raises:
         UserError: the first thing that is wrong.
     """
     check_device(config.backbone.device)
     _check_backend(config.backbone.device)
-    check_path("backbone.path", config.backbone.path)
+    if not own_model:
+        check_path("backbone.path", config.backbone.path)
     speed.check_device(config.speed, pick_device(config.backbone.device), DTYPES[config.backbone.dtype])
 
 
-def check_model(config: Config, plan: GradientPlan | None, adapter: type[PipelineBackbone] | None = None) -> None:
+def check_model(config: Config, plan: GradientPlan | None, model: Traits | None = None) -> None:
     """Check the keys against the kind of model.
 
     Args:
         plan: of the first update.
-        adapter: None looks into the pipeline's folder, where a key makes it matter.
+        model: None looks into the pipeline's folder, where a key makes it matter.
 
     Raises:
         UserError: the first thing that is wrong.
     """
-    _check_true_cfg(config, adapter)
+    _check_true_cfg(config, model)
     if config.speed.channels_last:
-        require_unet(adapter or adapter_for(config.backbone.path, text=False))
-    _check_memory_options(config, plan, adapter)
+        require_convolutions(model or traits_of(config.backbone.path))
+    _check_memory_options(config, plan, model)
 
 
 def first_plan(config: Config) -> GradientPlan | None:
@@ -182,18 +188,16 @@ def _check_reward(config: Config) -> None:
         )
 
 
-def _check_true_cfg(config: Config, adapter: type[PipelineBackbone] | None = None) -> None:
+def _check_true_cfg(config: Config, model: Traits | None = None) -> None:
     """A second guidance scale needs a model whose first one is embedded."""
     scale = config.sampler.true_cfg_scale
-    if scale != 1 and not (adapter or adapter_for(config.backbone.path, text=False)).embeds_guidance:
+    if scale != 1 and not (model or traits_of(config.backbone.path)).embeds_guidance:
         raise UserError(
             f"sampler.true_cfg_scale is {scale}, which FLUX.1 alone knows; leave it out and set sampler.guidance_scale"
         )
 
 
-def _check_memory_options(
-    config: Config, plan: GradientPlan | None, adapter: type[PipelineBackbone] | None = None
-) -> None:
+def _check_memory_options(config: Config, plan: GradientPlan | None, model: Traits | None = None) -> None:
     """The optimizer's options against what is trained, and how."""
     settings = config.optimizer
     full_bf16 = config.parameters.train == "full" and config.backbone.dtype == "bf16"
@@ -209,7 +213,7 @@ def _check_memory_options(
             f"optimizer.release_gradients with method.name {config.method.name}: it is for reward gradients, whose "
             "update can be one backward pass; leave it out"
         )
-    calls = plan.backward_calls(_is_guided(config, adapter), batched=config.speed.cfg == "batched")
+    calls = plan.backward_calls(_is_guided(config, model), batched=config.speed.cfg == "batched")
     obstacles = {
         "smoothing.parameters null: there is no second pass": config.smoothing.parameters is None,
         f"data.accumulate {config.data.accumulate}; set it to 1": config.data.accumulate > 1,
@@ -221,13 +225,13 @@ def _check_memory_options(
             raise UserError(f"optimizer.release_gradients with {obstacle}")
 
 
-def _is_guided(config: Config, adapter: type[PipelineBackbone] | None = None) -> bool:
+def _is_guided(config: Config, model: Traits | None = None) -> bool:
     """Whether a network call has two branches. A guidance scale alone does not say so: FLUX.1 embeds it."""
     sampler = config.sampler
     if sampler.guidance_scale == sampler.true_cfg_scale == 1:
         return False
-    adapter = adapter or adapter_for(config.backbone.path, text=False)
-    return sampler.true_cfg_scale != 1 or not adapter.embeds_guidance
+    model = model or traits_of(config.backbone.path)
+    return sampler.true_cfg_scale != 1 or not model.embeds_guidance
 
 
 def check_device(name: str, key: str = "backbone.device") -> None:
@@ -258,6 +262,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def check_path(key: str, path: str) -> None:
-    """Refuse a pipeline's path that is neither a folder nor a hub id."""
+    """Refuse a backbone's path that is no folder, hub id, or Python code."""
+    if is_own(path):
+        return
     if path != PLAYGROUND and not os.path.exists(path) and not is_hub_id(path):
         raise UserError(f"{key}: there is no folder {path!r}, and it is not a hub id (owner/name)")

@@ -30,7 +30,8 @@ class BackboneSettings(Settings):
     """The diffusion model.
 
     Attributes:
-        path: folder of a diffusers pipeline, a hub id, or "playground" for the tiny one that ships with the package.
+        path: folder of a diffusers pipeline, a hub id, or "playground" for the tiny one that ships with the package;
+            python:module:name for a model of your own, a subclass of rsaft_fast.sampling.protocol.Backbone.
         height: of the pictures, in pixels; null takes the size that the pipeline was made for.
         width: of the pictures, in pixels; null takes the size that the pipeline was made for.
         dtype: what the networks compute in. Latents, LoRA weights and the optimizer's masters stay in fp32.

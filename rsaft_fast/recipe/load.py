@@ -139,8 +139,10 @@ def to_yaml(config: Config) -> str:
 
 
 def respelled(raw: dict[str, Any]) -> dict[str, Any]:
-    """A run's config.yaml as this version writes it, so that another spelling or an old key is no difference; as it is
-    where this version does not take it."""
+    """Respell a run's config.yaml as this version writes it, so that another spelling or an old key is no difference.
+
+    What this version does not take is given back as it is.
+    """
     try:
         return parse_yaml(to_yaml(validate(raw, "config.yaml")))
     except UserError:

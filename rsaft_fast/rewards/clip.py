@@ -344,8 +344,9 @@ def preprocess_from_config(
 
 
 def clip_shapes(settings: TowerSettings, source: str, say: Callable[[str], None]) -> tuple[CLIPModel, Preprocess]:
-    """The CLIPModel at `source` on the meta device, and its preprocessing: from config files there or in the hub's
-    cache, else from what is published under that name.
+    """Make the CLIPModel at `source` on the meta device, and its preprocessing.
+
+    Config files are taken from there or the hub's cache, else from what is published under that name.
 
     Raises:
         UserError: neither is known.

@@ -61,8 +61,10 @@ _UNSAID: dict[str, Any] = {
 
 
 class OneOf(Settings):
-    """Base of settings that come in kinds: a value is validated as the kind that its `name` says. Unlike a union's,
-    the kinds are not fixed when a recipe's class is made: more may be registered later."""
+    """Base of settings that come in kinds: a value is validated as the kind that its `name` says.
+
+    Unlike a union's, the kinds are not fixed when a recipe's class is made: more may be registered later.
+    """
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:

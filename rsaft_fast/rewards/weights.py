@@ -30,8 +30,10 @@ _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
 def read_state(file: Path, shapes_alone: bool = False) -> State:
-    """The tensors of a checkpoint by name: safetensors, or a pickle that is a state dict or holds one under
-    `state_dict`; the format is read off the first bytes, not the ending. Wrappers' prefixes are taken off.
+    """Read the tensors of a checkpoint by name, without wrappers' prefixes.
+
+    It may be safetensors, or a pickle that is a state dict or holds one under `state_dict`: the format is read off the
+    first bytes, not the ending.
 
     Args:
         shapes_alone: give tensors on the meta device; the weights themselves are not read.

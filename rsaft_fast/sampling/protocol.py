@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
 
 import torch
+from safetensors.torch import save_file, save_model
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.sampling.linear import LinearStep, Schedule
 from rsaft_fast.sampling.noise import NoiseSource
 
 Branch = Mapping[str, torch.Tensor]
+LORA_FILE = "pytorch_lora_weights.safetensors"
 CFGBatching = Literal["separate", "rollout", "batched"]
 
 
@@ -44,59 +47,167 @@ class Conditioning:
         return Conditioning(pick(self.positive), pick(self.negative), self.guidance_scale)
 
 
+class Traits(Protocol):
+    """What the keys of a recipe are checked against: a `Backbone`, or what is known of a kind of them before one loads.
+
+    Attributes: see `Backbone`.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def denoiser_name(self) -> str: ...
+    @property
+    def embeds_guidance(self) -> bool: ...
+    @property
+    def channels_last(self) -> bool: ...
+
+
 class Backbone(ABC):
     """A text-to-image diffusion model as the functions a reward gradient needs.
 
     Latents are held in `latent_dtype` (fp32; float64 for a float64 model) whatever the network computes in. One
     sample's latent may have any shape, `latent_shape`: (C, H, W), or packed tokens (L, C).
 
+    A model of your own is a subclass with the attributes that have no default here and the abstract methods; everything
+    in the package that trains, samples, estimates and saves asks for what is in this class, and for nothing more. All
+    its networks are in `eval()` and frozen when it is handed over.
+
     Attributes:
-        pipeline: the diffusers pipeline it adapts.
         height, width: image size in pixels.
+        device: of all networks and latents; "meta" where shapes alone count (estimates).
+        latent_shape: of one sample's latent.
+        compute_dtype: of the conditioning, and of what the networks compute in.
+        denoiser_name: what the folder of exported weights is called.
+        embeds_guidance: whether `guidance_scale` goes into an embedding, not into classifier-free guidance.
+        channels_last: whether the denoiser's and the VAE's convolutions may be laid out channels-last.
+        lora_targets: names of the linear layers that adapters go to where the recipe names none, matched from the end.
+        vae: network between latents and images whose memory is counted; None where there is none.
+        notes: lines about what was found while loading, for the user to see.
+        offloaded: the denoiser's blocks that are streamed from the host, or None.
+        usual_sampling: steps and guidance scale where a user gives none.
+        is_whole: whether all its weights are there; False of a pipeline of which parts were left out in loading.
+        can_embed: whether `embed_text` has its text encoders.
+        text_networks: text encoders that lie on the host and visit the device in turns, by name.
         cfg_batching: where the two branches of classifier-free guidance share one network call of 2B rows: nowhere, in
             the rollout's calls, or in graded calls too, whose activations double.
     """
 
     height: int
     width: int
-    cfg_batching: CFGBatching = "separate"
-    latent_shape: tuple[int, ...]
-    latent_dtype: torch.dtype
     device: torch.device
+    latent_shape: tuple[int, ...]
+    latent_dtype: torch.dtype = torch.float32
+    compute_dtype: torch.dtype = torch.float32
+    denoiser_name: str = "denoiser"
+    embeds_guidance: bool = False
+    channels_last: bool = False
+    lora_targets: tuple[str, ...] = ()
+    vae: torch.nn.Module | None = None
+    notes: tuple[str, ...] = ()
+    offloaded: Any = None
+    usual_sampling: tuple[int, float] = (50, 1.0)
+    is_whole: bool = True
+    can_embed: bool = True
+    text_networks: Mapping[str, torch.nn.Module] = MappingProxyType({})
+    cfg_batching: CFGBatching = "separate"
 
-    @classmethod
-    @abstractmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> Backbone:
-        """Load a pipeline in diffusers' format from a folder or hub id."""
+    @property
+    def name(self) -> str:
+        """What messages call the model."""
+        return type(self).__name__
 
     @property
     @abstractmethod
     def denoiser(self) -> torch.nn.Module:
         """The network that is trained (UNet or transformer)."""
 
+    @property
+    def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Name to parameter of everything in the denoiser that is trained."""
+        return {name: p for name, p in self.denoiser.named_parameters() if p.requires_grad}
+
+    def train_all_parameters(self) -> None:
+        """Train every parameter of the denoiser."""
+        self.denoiser.requires_grad_(True)
+        self.refuse_dropout()
+
+    def refuse_dropout(self) -> None:
+        """Random dropout would differ between the passes of a step; models stay in eval mode, so it must be 0."""
+        for name, module in self.denoiser.named_modules():
+            if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
+                raise UserError(f"{name} has dropout {module.p}; the passes of a step must agree: set dropout to 0")
+
+    def recompute(self, networks: Collection[str], keep_blocks: int = 0) -> None:
+        """Recompute activations in the backward pass, as a recipe's `backbone.checkpoint` and `keep_blocks` say.
+
+        Raises:
+            UserError: networks that this model cannot recompute.
+        """
+        if networks:
+            raise UserError(
+                f"backbone.checkpoint is {', '.join(networks)}, and {type(self).__name__} cannot recompute its "
+                "networks: leave checkpoint out, or give the class a `recompute` of its own"
+            )
+
+    def save_denoiser(self, folder: str | Path) -> None:
+        """Write the denoiser's weights, `model.safetensors` by its own names."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_model(self.denoiser, str(Path(folder) / "model.safetensors"))
+
+    def save_adapters(self, folder: str | Path, state: Mapping[str, torch.Tensor]) -> None:
+        """Write LoRA adapters, given by peft's names with alpha / rank multiplied into B, as `LORA_FILE`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file(dict(state), Path(folder) / LORA_FILE)
+
     @abstractmethod
     def schedule(self, num_steps: int, eta: float = 0.0) -> Schedule:
-        """The sampler's linear steps, at the timesteps of the pipeline's own scheduler."""
+        """The sampler's linear steps, at the timesteps of the model's own scheduler."""
 
     def initial_latents(self, noise: NoiseSource) -> torch.Tensor:
         """x_T of shape (B, *latent_shape) for the samples of `noise`."""
         return noise.draw("initial", self.latent_shape, dtype=self.latent_dtype, device=self.device)
 
-    @abstractmethod
     def cfg_scale(self, guidance_scale: float, true_cfg_scale: float = 1.0) -> float:
         """The weight w of classifier-free guidance that these settings mean for this model; 1 is without."""
+        if true_cfg_scale != 1.0:
+            raise UserError(
+                f"sampler.true_cfg_scale is {true_cfg_scale}, which FLUX.1 alone knows; {type(self).__name__}'s "
+                "classifier-free guidance is sampler.guidance_scale"
+            )
+        return guidance_scale
+
+    @property
+    @abstractmethod
+    def embedding_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of one prompt's row of every tensor of `embed_text`."""
 
     @abstractmethod
+    def embed_text(self, prompts: Sequence[str | None]) -> Branch:
+        """What a branch holds of the prompts, a row each, without gradient: what needs the text encoders.
+
+        None is the unconditional prompt. A prompt's row must not depend on the others.
+
+        Raises:
+            UserError: a text encoder is missing, or is not of the denoiser's width.
+        """
+
+    def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
+        """A line for each text encoder that does not read all of these prompts, see `truncation`."""
+        return []
+
+    def added_conditions(self, batch: int, guidance_scale: float) -> Branch:
+        """What a branch holds beside the text."""
+        return {}
+
+    def branch(self, text: Branch, batch: int, guidance_scale: float = 1.0) -> Branch:
+        """A branch of the rows of `embed_text`, on the device."""
+        embedded = {name: tensor.to(device=self.device, dtype=self.compute_dtype) for name, tensor in text.items()}
+        return embedded | self.added_conditions(batch, guidance_scale)
+
     def embed(self, prompts: Sequence[str | None], guidance_scale: float = 1.0) -> Branch:
         """Encode prompts as one branch, without gradient; None is the unconditional prompt."""
+        return self.branch(self.embed_text(prompts), len(prompts), guidance_scale)
 
     def encode(
         self,
@@ -138,9 +249,12 @@ class Backbone(ABC):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W), nominally 0 to 1 and not clamped, in `latent_dtype`, differentiable."""
 
-    @abstractmethod
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Scaled latents of images in [0, 1] (the VAE posterior's mean), without gradient."""
+        """Scaled latents of images in [0, 1] (the VAE posterior's mean), without gradient.
+
+        The denoising loss alone needs it.
+        """
+        raise UserError(f"denoising: {type(self).__name__} has no `encode_images`, so that its loss has no latents")
 
 
 def as_negative_prompts(

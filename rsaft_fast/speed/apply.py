@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from rsaft_fast.backbones import PipelineBackbone
-from rsaft_fast.backbones.unet import UNetBackbone
 from rsaft_fast.errors import UserError
+from rsaft_fast.sampling.protocol import Backbone, Traits
 from rsaft_fast.speed.attention import set_attention
 from rsaft_fast.speed.check import require_cuda
 from rsaft_fast.speed.graphs import graph_calls
@@ -14,7 +13,7 @@ from rsaft_fast.speed.regional import compile_blocks, repeated_blocks
 from rsaft_fast.speed.settings import SpeedSettings
 
 
-def apply_speed(backbone: PipelineBackbone, settings: SpeedSettings) -> None:
+def apply_speed(backbone: Backbone, settings: SpeedSettings) -> None:
     """Set a loaded backbone up as the recipe says.
 
     After adapters and checkpointing are attached and before the optimizer is built. On the meta device, where shapes
@@ -36,21 +35,22 @@ def apply_speed(backbone: PipelineBackbone, settings: SpeedSettings) -> None:
         graph_calls(denoiser, backbone.device)
 
 
-def use_channels_last(backbone: PipelineBackbone) -> None:
+def use_channels_last(backbone: Backbone) -> None:
     """Convert the UNet and the VAE's decoder to channels-last layout; their outputs follow their weights.
 
     Raises:
         UserError: the denoiser is a transformer.
     """
-    require_unet(type(backbone))
+    require_convolutions(backbone)
     backbone.denoiser.to(memory_format=torch.channels_last)
-    backbone.pipeline.vae.decoder.to(memory_format=torch.channels_last)
+    if backbone.vae is not None:
+        backbone.vae.decoder.to(memory_format=torch.channels_last)
 
 
-def require_unet(adapter: type[PipelineBackbone]) -> None:
-    """Raise `UserError` for a model without a UNet."""
-    if not issubclass(adapter, UNetBackbone):
+def require_convolutions(model: Traits) -> None:
+    """Raise `UserError` for a model that is not to be laid out channels-last."""
+    if not model.channels_last:
         raise UserError(
-            f"speed.channels_last with {adapter.__name__}, whose denoiser is a transformer without convolutions: it is "
-            "for UNets (SD1.5, SDXL); leave it out"
+            f"speed.channels_last with {model.name}: it is for denoisers made of convolutions, the UNets of SD1.5 and "
+            "SDXL; leave it out"
         )

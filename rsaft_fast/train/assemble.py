@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -17,14 +18,14 @@ from rsaft_fast.algorithms.base import Algorithm
 from rsaft_fast.algorithms.copies import EMA
 from rsaft_fast.algorithms.denoising import DenoisingLoss, captions
 from rsaft_fast.algorithms.registry import build_algorithm
-from rsaft_fast.backbones import PipelineBackbone, add_lora, load_backbone
+from rsaft_fast.backbones import Backbone, add_lora, load_backbone
+from rsaft_fast.backbones.own import refuse_pipeline_options
 from rsaft_fast.data.batches import PromptBatches
 from rsaft_fast.data.encoded import EncodedPrompts, negative_texts
 from rsaft_fast.data.encodings import Encodings, Watched, free_memory, load_shapes, open_cache
 from rsaft_fast.distributed import World
 from rsaft_fast.dtypes import DTYPES
 from rsaft_fast.errors import UserError
-from rsaft_fast.memory import checkpoint_networks
 from rsaft_fast.methods import GradientMethod
 from rsaft_fast.optim import SAMAdamW
 from rsaft_fast.out_of_memory import oom_as_user_error
@@ -43,14 +44,22 @@ Log = Callable[[str], None]
 
 
 class Loaders(Protocol):
-    """Where a run's models come from. The order of the calls is that of the methods here."""
+    """Where a run's models come from. The order of the calls is that of the methods here.
 
-    device: torch.device
+    Attributes:
+        own_backbone: the caller's own, against which the recipe's keys are checked; None for what the recipe names.
+    """
 
-    def shapes(self) -> PipelineBackbone:
+    own_backbone: Backbone | None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the run."""
+
+    def shapes(self) -> Backbone:
         """Return the backbone without a weight: its sampler, its guidance, the shapes of its encodings."""
 
-    def encodings(self, shapes: PipelineBackbone, texts: Sequence[str]) -> Mapping[str, Branch]:
+    def encodings(self, shapes: Backbone, texts: Sequence[str]) -> Mapping[str, Branch]:
         """Return what will hold `embed_text` of each text once `encode` has run; what is missing is an error here."""
 
     def reward(self) -> Reward:
@@ -62,7 +71,7 @@ class Loaders(Protocol):
     def settle(self, reward: Reward, prompts: Sequence[str]) -> Reward:
         """Return the reward on the device, without what it needs for other prompts than these."""
 
-    def backbone(self) -> PipelineBackbone:
+    def backbone(self) -> Backbone:
         """Return the denoiser and the VAE on the device, with the recomputation that the recipe asks for."""
 
 
@@ -72,22 +81,42 @@ class FileLoaders:
     Args:
         log: takes what the user should know.
         stage: takes a line about what begins now and may take long.
+        own_reward, own_backbone: the caller's, in place of those that the recipe names. Networks are frozen; the reward
+            is on the host.
     """
 
-    def __init__(self, config: Config, log: Log = lambda line: None, stage: Log = lambda line: None):
+    def __init__(
+        self,
+        config: Config,
+        log: Log = lambda line: None,
+        stage: Log = lambda line: None,
+        own_reward: Reward | None = None,
+        own_backbone: Backbone | None = None,
+    ):
         self.config, self.log, self.stage = config, log, stage
-        self.device = pick_device(config.backbone.device)
+        self.own_reward, self.own_backbone = own_reward, own_backbone
+        self._shapes = own_backbone
 
-    def shapes(self) -> PipelineBackbone:
+    @cached_property
+    def device(self) -> torch.device:
+        """The device of the recipe, or of the caller's backbone."""
+        own = self.own_backbone
+        return own.device if own is not None else pick_device(self.config.backbone.device)
+
+    def shapes(self) -> Backbone:
         settings = self.config.backbone
-        self.stage(f"looking for the prompts' encodings ({settings.path})")
-        return load_shapes(settings, DTYPES[settings.dtype], self.device)
+        if self._shapes is None:
+            self.stage(f"looking for the prompts' encodings ({settings.path})")
+            self._shapes = load_shapes(settings, DTYPES[settings.dtype], self.device)
+        return self._shapes
 
-    def encodings(self, shapes: PipelineBackbone, texts: Sequence[str]) -> Encodings:
+    def encodings(self, shapes: Backbone, texts: Sequence[str]) -> Encodings:
         cache = open_cache(self.config.data.encoding_cache, self.log)
         return Encodings(shapes, self.config.backbone, texts, cache, self.log)
 
     def reward(self) -> Reward:
+        if self.own_reward is not None:
+            return self.own_reward
         self.stage(f"loading the reward {self.config.reward.shown}")
         return load_reward(self.config.reward)
 
@@ -102,9 +131,9 @@ class FileLoaders:
         free_memory(self.device)
         return reward
 
-    def backbone(self) -> PipelineBackbone:
+    def backbone(self) -> Backbone:
         self.stage(f"loading the denoiser and the VAE of {self.config.backbone.path}")
-        return prepare_backbone(self.config.backbone, self.device, text=False)
+        return prepare_backbone(self.config.backbone, self.device, text=False, made=self._shapes)
 
 
 @dataclass
@@ -123,7 +152,7 @@ class Assembly:
     config: Config
     world: World
     device: torch.device
-    backbone: PipelineBackbone
+    backbone: Backbone
     reward: Reward
     schedule: Schedule
     encoded: EncodedPrompts
@@ -232,7 +261,7 @@ def _scored_prompts(config: Config, batches: PromptBatches, sample_prompts: list
     return list(dict.fromkeys(batches.visited(range(config.max_steps)) + sample_prompts))
 
 
-def training_schedule(config: Config, shapes: PipelineBackbone) -> Schedule:
+def training_schedule(config: Config, shapes: Backbone) -> Schedule:
     """Return the sampler's steps.
 
     Raises:
@@ -253,8 +282,19 @@ def training_schedule(config: Config, shapes: PipelineBackbone) -> Schedule:
     return schedule
 
 
-def prepare_backbone(settings: BackboneSettings, device: torch.device, text: bool = True) -> PipelineBackbone:
-    """Load the pipeline that a recipe names, with the checkpointing it asks for; `text`: with its text encoders."""
+def prepare_backbone(
+    settings: BackboneSettings, device: torch.device, text: bool = True, made: Backbone | None = None
+) -> Backbone:
+    """Load the model that a recipe names, with the recomputation it asks for.
+
+    Args:
+        text: with its text encoders.
+        made: what was loaded for shapes; taken where it is whole, as a model of the user's own is.
+    """
+    if made is not None and made.is_whole:
+        refuse_pipeline_options(settings.path, offload_blocks=settings.offload_blocks, quantize=settings.quantize)
+        made.recompute(settings.checkpoint, settings.keep_blocks)
+        return made
     backbone = load_backbone(
         settings.path,
         height=settings.height,
@@ -265,5 +305,5 @@ def prepare_backbone(settings: BackboneSettings, device: torch.device, text: boo
         quantize=settings.quantize,
         text=text,
     )
-    checkpoint_networks(backbone.denoiser, backbone.pipeline.vae, settings.checkpoint, settings.keep_blocks)
+    backbone.recompute(settings.checkpoint, settings.keep_blocks)
     return backbone

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from rsaft_fast.algorithms.denoising import CaptionedImage, load_folder
-from rsaft_fast.backbones import adapter_for
+from rsaft_fast.backbones import Backbone, traits_of
 from rsaft_fast.data.prompt_sets import overlap_note, prompt_notes
 from rsaft_fast.data.prompts import first_prompts, load_prompts
 from rsaft_fast.errors import UserError
@@ -42,16 +42,19 @@ class Inputs:
     notes: list[str]
 
 
-def check_config(config: Config) -> Inputs:
+def check_config(config: Config, own: Backbone | None = None) -> Inputs:
     """Check everything that needs no model, and read the small inputs.
+
+    Args:
+        own: the caller's own backbone; None for the one that the recipe names.
 
     Raises:
         UserError: the first thing that is wrong.
     """
     plan = check_keys(config)
-    check_machine(config)
-    check_model(config, plan)
-    checkpoint, notes = _find_checkpoint(config)
+    check_machine(config, own is not None)
+    check_model(config, plan, own)
+    checkpoint, notes = _find_checkpoint(config, own)
     notes += _drowned_radii(config)
     config.reward.check_files()
     prompts = load_prompts(config.data.prompts, config.data.column)
@@ -85,11 +88,11 @@ def _drowned_radii(config: Config) -> list[str]:
     return []
 
 
-def _find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
+def _find_checkpoint(config: Config, own: Backbone | None) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, and that the output folder may be written."""
     folder = config.run_folder
     check_writable(folder)
-    _check_run_folder(config)
+    _check_run_folder(config, own)
     if config.resume is None:
         if has_run(folder):
             raise UserError(
@@ -118,11 +121,11 @@ def _find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
     return found, passed_over
 
 
-def _check_run_folder(config: Config) -> None:
+def _check_run_folder(config: Config, own: Backbone | None) -> None:
     """That everything the run will write there, the model in the end included, can be written."""
     folder = config.run_folder
     lora = config.parameters.train == "lora"
-    export = "lora" if lora else adapter_for(config.backbone.path, text=False).denoiser_name
+    export = "lora" if lora else (own or traits_of(config.backbone.path)).denoiser_name
     for name in (CONFIG, METRICS):
         path = folder / name
         if os.path.exists(path) and not os.path.isfile(path):

@@ -196,7 +196,8 @@ class _Run:
             UserError: something is wrong with one of them.
         """
         config = self.config
-        inputs = check_config(config)
+        loaders = self.loaders(config, self.log, self.stage)
+        inputs = check_config(config, loaders.own_backbone)
         for note in inputs.notes:
             self.log(note)
         self.resumed = self.complete = inputs.checkpoint
@@ -206,7 +207,7 @@ class _Run:
             self.start = self.saved = self._saved.step
             self._read_earlier()
         advise = self.forecast(config, self.log)
-        self.trainer = Trainer(config, inputs, self.log, self.stage, self.loaders(config, self.log, self.stage))
+        self.trainer = Trainer(config, inputs, self.log, self.stage, loaders)
         self.trainer.advise = advise
         if self._saved is not None:
             self.trainer.check_fit(self._saved)
@@ -245,7 +246,7 @@ class _Run:
         aside = None
         if self.resumed is None and has_run(self.folder):
             # What a run left that was ended before its first checkpoint.
-            exports = ("lora", "unet", "transformer")
+            exports = ("lora", self.trainer.backbone.denoiser_name)
             aside = set_aside(self.folder, (METRICS, CONFIG, SAMPLES, TENSORBOARD, *exports))
         elif in_place and self._has_gaps:
             aside = set_aside(self.folder, (METRICS,))

@@ -10,21 +10,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rsaft_fast.backbones import PipelineBackbone
+from rsaft_fast.backbones import Backbone, PipelineBackbone
 from rsaft_fast.backbones.lora_formats import KOHYA_FILE, save_kohya
 from rsaft_fast.hub import is_hub_id, is_on_hub
 from rsaft_fast.recipe.config import PLAYGROUND, Config
 from rsaft_fast.rewards.base import RewardSpec
+from rsaft_fast.sampling.protocol import LORA_FILE
 from rsaft_fast.yaml_text import dump_yaml
 
 CARD = "README.md"
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 # A repository in the hub's cache: models--OWNER--NAME/snapshots/REVISION.
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
 
 
 def describe_export(
-    folder: Path, name: str, config: Config, backbone: PipelineBackbone, steps: int, reward: RewardSpec
+    folder: Path, name: str, config: Config, backbone: Backbone, steps: int, reward: RewardSpec
 ) -> None:
     """Beside weights in diffusers' format, write a LoRA in kohya's too, and the card.
 
@@ -32,7 +32,7 @@ def describe_export(
         folder: of the weights; `name` is what it will be called.
     """
     kohya = None
-    if config.parameters.train == "lora":
+    if config.parameters.train == "lora" and isinstance(backbone, PipelineBackbone):
         kohya = save_kohya(backbone, folder, config.parameters.lora, public_name(config.backbone.path))
     card = model_card(config, backbone, steps, reward, name, kohya is not None)
     (folder / CARD).write_text(card, encoding="utf-8")
@@ -53,9 +53,7 @@ def public_name(path: str) -> str:
     return "a local folder" if place.resolve() == Path.home() else name or "a local folder"
 
 
-def model_card(
-    config: Config, backbone: PipelineBackbone, steps: int, reward: RewardSpec, folder: str, kohya: bool
-) -> str:
+def model_card(config: Config, backbone: Backbone, steps: int, reward: RewardSpec, folder: str, kohya: bool) -> str:
     """The card's text.
 
     Args:
@@ -75,10 +73,10 @@ def model_card(
         "## Licence",
         f"The weights derive from {_link(base)} and from the scores of the reward named above; the licence of the base "
         "model binds whoever publishes them. Fill in `license` at the top of this file before you do.",
-        "## diffusers",
-        _code(_loading(config, backbone, base, folder, lora)),
-        *(_lora_sections(backbone, kohya) if lora else _full_sections(backbone)),
     ]
+    if isinstance(backbone, PipelineBackbone):
+        sections += ["## diffusers", _code(_loading(config, backbone, base, folder, lora))]
+        sections += _lora_sections(backbone, kohya) if lora else _full_sections(backbone)
     return "\n\n".join(sections) + "\n"
 
 
@@ -94,7 +92,7 @@ def _front_matter(base: str, lora: bool) -> str:
     return f"---\n{text}# license: that of the base model, which is not known here\n---"
 
 
-def _facts(config: Config, backbone: PipelineBackbone, steps: int, base: str) -> list[tuple[str, str]]:
+def _facts(config: Config, backbone: Backbone, steps: int, base: str) -> list[tuple[str, str]]:
     sampler, parameters, smoothing = config.sampler, config.parameters, config.smoothing
     smoothed = []
     if smoothing.image is not None:
@@ -135,10 +133,11 @@ def _reward_facts(reward: RewardSpec) -> list[tuple[str, str]]:
 
 
 def _loading(config: Config, backbone: PipelineBackbone, base: str, folder: str, lora: bool) -> str:
-    pipeline, sampler = backbone.pipeline_class.__name__, config.sampler
-    denoiser, name = type(backbone.denoiser).__name__, backbone.denoiser_name
-    unet, twice = name == "unet", sampler.true_cfg_scale != 1
-    classes = sorted([pipeline, *(["DDIMScheduler"] if unet else []), *([] if lora else [denoiser])])
+    family, sampler = backbone.family, config.sampler
+    pipeline, denoiser, name = family.pipeline_class.__name__, family.denoiser_class.__name__, family.denoiser_name
+    scheduler = family.sampler and family.sampler.__name__
+    twice = sampler.true_cfg_scale != 1
+    classes = sorted([pipeline, *([scheduler] if scheduler else []), *([] if lora else [denoiser])])
     lines = ["import torch", f"from diffusers import {', '.join(classes)}", ""]
     options = "torch_dtype=torch.bfloat16"
     if not lora:
@@ -146,11 +145,11 @@ def _loading(config: Config, backbone: PipelineBackbone, base: str, folder: str,
         options = f"{name}={name}, {options}"
     lines.append(f"pipeline = {pipeline}.from_pretrained({base!r}, {options})")
     if lora:
-        lines.append(f'pipeline.load_lora_weights("{folder}", weight_name="{DIFFUSERS_FILE}")')
-    if unet:
+        lines.append(f'pipeline.load_lora_weights("{folder}", weight_name="{LORA_FILE}")')
+    if scheduler:
         # The sampler that it was trained with.
         lines.append(
-            "pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)  # as trained"
+            f"pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config, clip_sample=False)  # as trained"
         )
     lines += [
         'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")',
@@ -171,14 +170,14 @@ def _loading(config: Config, backbone: PipelineBackbone, base: str, folder: str,
 
 
 def _lora_sections(backbone: PipelineBackbone, kohya: bool) -> list[str]:
-    unet = backbone.denoiser_name == "unet"
-    file = KOHYA_FILE if kohya else DIFFUSERS_FILE
-    web = f"AUTOMATIC1111 and Forge: copy it to `models/Lora/` and write `<lora:{Path(file).stem}:1>` into the prompt."
-    both = f" ComfyUI reads `{DIFFUSERS_FILE}` of this model as well." if kohya and not unet else ""
+    family = backbone.family
+    file = KOHYA_FILE if kohya else LORA_FILE
+    web = f"{family.web_programs}: copy it to `models/Lora/` and write `<lora:{Path(file).stem}:1>` into the prompt."
+    both = f" ComfyUI reads `{LORA_FILE}` of this model as well." if kohya and family.comfyui_reads_diffusers else ""
     programs = [
         f"ComfyUI: copy `{file}` to `ComfyUI/models/loras/` and choose it in a Load LoRA node, strength 1. It has no "
         f"part for the text encoder.{both}",
-        *([web if unet else web.replace("AUTOMATIC1111 and Forge", "Forge")] if kohya else []),
+        *([web] if kohya else []),
         "Rename the file as you like.",
     ]
     merging = _code('pipeline.fuse_lora()\npipeline.unload_lora_weights()\npipeline.save_pretrained("merged")')

@@ -254,7 +254,7 @@ class Trainer(Assembly):
             if self.config.parameters.train == "lora":
                 save_lora(self.backbone, folder, self.config.parameters.lora)
             else:
-                self.backbone.denoiser.save_pretrained(folder)
+                self.backbone.save_denoiser(folder)
 
 
 def describe_software() -> dict[str, str]:

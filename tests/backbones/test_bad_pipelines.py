@@ -74,7 +74,7 @@ def test_a_denoiser_of_another_vae(copy):
 def test_a_missing_text_encoder_is_seen_before_anything_is_loaded(copy, family, monkeypatch):
     folder = copy(family)
     monkeypatch.setattr(adapter_for(folder), "from_pretrained", lambda *args, **options: pytest.fail("it was loaded"))
-    last = adapter_for(folder).text_encoders[-1]
+    last = adapter_for(folder).family.text_encoders[-1]
     shutil.rmtree(folder / last)
     assert says("model_index.json", last, "incomplete").search(refusal(folder))
     change(folder / "model_index.json", **{last: [None, None]})

@@ -21,9 +21,9 @@ from rsaft_fast.backbones.lora_linear import (
     add_low_rank,
     keep_inputs,
     products_for,
-    split,
 )
 from rsaft_fast.memory import saved_tensor_bytes
+from rsaft_fast.ops import bf16_parts
 
 IN, OUT, RANK = 24, 40, 3
 BF16 = torch.bfloat16
@@ -74,13 +74,13 @@ def run(model, x):
 def test_three_bf16_parts_are_an_fp32_matrix_to_the_last_bit(values, seed):
     drawn = torch.randint(0, 2**23, (64,), generator=torch.Generator().manual_seed(seed)) + (127 << 23)
     wide = torch.cat([torch.tensor(values), drawn.to(torch.int32).view(torch.float32), torch.zeros(1)])[None]
-    parts = split(wide)
+    parts = bf16_parts(wide)
     assert parts.dtype == BF16 and torch.equal(parts.double().sum(0, keepdim=True), wide.double())
 
 
 def test_the_products_left_out_are_below_the_last_bit():
     left, right = torch.rand(1, 1000) + 1, torch.rand(1, 1000) + 1
-    found = (split(left, LEFT).double() * split(right, RIGHT).double()).sum(0)
+    found = (bf16_parts(left, LEFT).double() * bf16_parts(right, RIGHT).double()).sum(0)
     truth = (left.double() * right.double())[0]
     assert ((found - truth) / truth).abs().max() < 2.0**-23
 

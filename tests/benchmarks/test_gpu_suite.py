@@ -49,7 +49,7 @@ def test_what_cannot_be_imported_is_left_out(tmp_path):
     command = walked("tests", tmp_path, str(python))["tests"][2]
     ignored = re.findall(r"--ignore=(\S+)", command)
     assert ignored and all((TOP / path).is_file() for path in ignored)
-    assert "-n 4" not in command and command.endswith("tests/ops tests/kernels tests/optim tests/benchmarks")
+    assert "-n 4" not in command and command.endswith("tests/ops tests/triton_kernels tests/optim tests/benchmarks")
 
 
 def test_an_unknown_part_is_refused(tmp_path):

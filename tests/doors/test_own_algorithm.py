@@ -60,7 +60,7 @@ def test_its_memory_is_estimated(tiny, tmp_path, capsys):
         ({"method": OWN | {"call": "doors.toy_algorithm"}}, ("method.call", "module:callable")),
         ({"method": OWN | {"call": "doors.no_such:thing"}}, ("method.call", "doors.no_such")),
         ({"method": OWN | {"call": "doors.toy_algorithm:absent"}}, ("method.call", "absent")),
-        ({"method": OWN | {"call": "doors.toy_algorithm:not_one"}}, ("method.call", "dict", "Algorithm")),
+        ({"method": OWN | {"call": "doors.toy_algorithm:not_one"}}, ("method.call", "not_one", "Algorithm")),
         ({"method": OWN | {"arguments": {"warmth": 1}}}, ("method.call", "warmth")),
         ({"max_steps": 3}, ("max_steps", "3", "2")),
         ({"optimizer": {"lr": 1e-3, "release_gradients": True}}, ("release_gradients", "python")),

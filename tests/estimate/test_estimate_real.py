@@ -10,11 +10,11 @@ from builders.recipes import config, environment
 
 from rsaft_fast import phases
 from rsaft_fast.backbones import LoRASettings, add_lora, random_backbone
+from rsaft_fast.backbones.published import published_pipeline
 from rsaft_fast.backbones.turns import encode_in_turns
 from rsaft_fast.errors import UserError
 from rsaft_fast.estimate.estimate import GIB, estimate
 from rsaft_fast.estimate.live import LiveBytes, shapes_alone
-from rsaft_fast.estimate.published import published_pipeline
 from rsaft_fast.estimate.reward_skeleton import skeleton_reward
 from rsaft_fast.estimate.skeleton import skeleton_backbone
 from rsaft_fast.memory import checkpoint_denoiser
@@ -94,7 +94,7 @@ def test_published_architectures_have_the_published_sizes(hub_id, billions):
     assert sum(p.numel() for p in backbone.denoiser.parameters()) / 1e9 == pytest.approx(billions, abs=0.5 * 10**-2)
     assert hub_id in notes[0]
     encoders = {name: part for name, part in backbone.pipeline.components.items() if name.startswith("text_encoder")}
-    assert set(backbone.text_encoders) <= {name for name, part in encoders.items() if part is not None}
+    assert set(backbone.family.text_encoders) <= {name for name, part in encoders.items() if part is not None}
     sizes = {round(sum(p.numel() for p in part.parameters()) / 1e6) for part in encoders.values()}
     assert sizes <= {123, 124, 695, 4762}  # CLIP-L without and with projection, bigG, T5-XXL
 

@@ -6,8 +6,8 @@ from builders.backbones import BUILDERS, PROMPTS, cfg, clear_gradients, gradient
 from builders.messages import says
 from torch._dynamo.utils import counters
 
-from rsaft_fast.backbones.lora_linear import split
 from rsaft_fast.memory import checkpoint_denoiser
+from rsaft_fast.ops import bf16_parts
 from rsaft_fast.speed.regional import compile_blocks, repeated_blocks
 
 
@@ -103,8 +103,8 @@ def test_compiled_code_rounds_where_the_adapters_need_it():
     """Inductor leaves a cast to bf16 and back out: the parts of an fp32 adapter must not rest on one, or they would be
     the adapter in bf16, zero and zero, and a perturbation lost."""
     wide = torch.randn(4, 37)
-    parts = torch.compile(split)(wide)
-    assert torch.equal(parts, split(wide)) and torch.equal(parts.float().view(3, 4, 37).sum(0), wide)
+    parts = torch.compile(bf16_parts)(wide)
+    assert torch.equal(parts, bf16_parts(wide)) and torch.equal(parts.float().view(3, 4, 37).sum(0), wide)
 
 
 @pytest.mark.slow

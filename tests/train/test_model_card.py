@@ -13,9 +13,11 @@ import yaml
 from builders.recipes import config
 from safetensors import safe_open
 
+from rsaft_fast.backbones import FLUX, SD15
 from rsaft_fast.backbones.lora_formats import KOHYA_FILE
+from rsaft_fast.sampling.protocol import LORA_FILE
 from rsaft_fast.train.loop import train
-from rsaft_fast.train.model_card import CARD, DIFFUSERS_FILE, _front_matter, _loading, public_name
+from rsaft_fast.train.model_card import CARD, _front_matter, _loading, public_name
 
 FULL = {"parameters": {"train": "full"}}
 
@@ -34,7 +36,7 @@ def test_the_card_says_what_made_the_weights_and_its_code_loads_them(tiny, out, 
     folder, card = exported(tiny, out, family, **changes)
     base, lora = getattr(tiny, family), not changes
     names = {file.name for file in folder.iterdir()}
-    assert ({DIFFUSERS_FILE, KOHYA_FILE, CARD} == names) if lora else (CARD in names and KOHYA_FILE not in names)
+    assert ({LORA_FILE, KOHYA_FILE, CARD} == names) if lora else (CARD in names and KOHYA_FILE not in names)
     head = front_matter(card)
     # A local folder is no id of the hub's.
     assert "base_model" not in head and "base_model_relation" not in head and head["library_name"] == "diffusers"
@@ -65,7 +67,7 @@ def test_the_card_says_what_made_the_weights_and_its_code_loads_them(tiny, out, 
 def test_checkpoints_keep_the_one_format(tiny, out):
     folder, _ = exported(tiny, out)
     found = sorted(file.name for file in (out / "checkpoints").glob("*/lora/*"))
-    assert found == [DIFFUSERS_FILE]
+    assert found == [LORA_FILE]
     with safe_open(folder / KOHYA_FILE, "pt") as opened:
         assert opened.metadata()["ss_sd_model_name"] == tiny.sd15.name
 
@@ -106,8 +108,8 @@ def test_only_a_hub_id_is_a_base_model(base, named):
 
 
 def test_the_code_samples_as_the_training_did(tiny, tmp_path):
-    unet = SimpleNamespace(pipeline_class=Path, denoiser=0, denoiser_name="unet", height=8, width=8)
-    flux = SimpleNamespace(pipeline_class=Path, denoiser=0, denoiser_name="transformer", height=8, width=8)
+    unet = SimpleNamespace(family=SD15.family, height=8, width=8)
+    flux = SimpleNamespace(family=FLUX.family, height=8, width=8)
 
     def call(backbone, **sampler):
         return _loading(config(tiny, tmp_path / "run", sampler=sampler), backbone, "a/b", "lora", lora=True)

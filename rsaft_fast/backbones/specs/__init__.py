@@ -1,7 +1,7 @@
 """Public architecture configurations at real size, for benchmarks and estimates without weights.
 
-`<name>.json` is a denoiser's config; `pipelines.json` has what stands around it: the pipeline's class, where its VAE
-differs from the one architecture that all share, and its scheduler.
+`<name>.json` has a pipeline's class, its denoiser's config, its scheduler's, and where its VAE differs from the one
+architecture that all share.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import torch
 
 from rsaft_fast.errors import UserError
 
-NAMES = ("sd15", "sdxl", "sd35-medium", "sd35-large", "flux1")
+NAMES = tuple(
+    sorted(file.name.removesuffix(".json") for file in resources.files(__name__).iterdir() if ".json" in file.name)
+)
 _VAE = {
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -43,20 +45,16 @@ class Spec:
 
 
 def load_spec(name: str) -> Spec:
-    """The published architecture of that name, one of `NAMES`."""
+    """Read the published architecture of that name, one of `NAMES`."""
     if name not in NAMES:
         raise UserError(f"there is no spec {name!r}; there are {', '.join(NAMES)}")
-    around = _read("pipelines")[name]
-    return Spec(around["pipeline"], _read(name), _VAE | around["vae"], around["scheduler"])
+    found = json.loads(resources.files(__name__).joinpath(f"{name}.json").read_text(encoding="utf-8"))
+    return Spec(found["pipeline"], found["denoiser"], _VAE | found["vae"], found["scheduler"])
 
 
 def build_denoiser(name: str, device: torch.device | str = "meta") -> torch.nn.Module:
-    """The denoiser of that name with unset weights, on `device` ("meta": shapes alone, no memory)."""
-    config = _read(name)
+    """Make the denoiser of that name with unset weights, on `device` ("meta": shapes alone, no memory)."""
+    config = dict(load_spec(name).denoiser)
     network = getattr(diffusers, config.pop("_class_name"))
     with torch.device(device):
         return network(**config)
-
-
-def _read(name: str) -> dict[str, Any]:
-    return json.loads(resources.files(__name__).joinpath(f"{name}.json").read_text(encoding="utf-8"))

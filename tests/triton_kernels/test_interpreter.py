@@ -39,7 +39,7 @@ def test_through_the_interpreter():
 @interpreted
 @pytest.mark.parametrize("signed", [True, False])
 def test_codes_equal_their_definition_to_the_bit(_, signed):
-    from kernels.one_block import dequantize_kernel, quantize_kernel
+    from triton_kernels.one_block import dequantize_kernel, quantize_kernel
 
     codes = torch.arange(256, dtype=torch.uint8)
     values = torch.full((256,), float("nan"))
@@ -64,7 +64,7 @@ def test_codes_equal_their_definition_to_the_bit(_, signed):
 @pytest.mark.parametrize("first", [0, 2**35 - 2048, 2**36])
 def test_random_bits_count_on_beyond_32_bits(_, first):
     """A tensor of 2^36 elements has more packs of eight than one word counts."""
-    from kernels.one_block import random16_kernel
+    from triton_kernels.one_block import random16_kernel
 
     seed, parameter, step = 2**63 + 5, 70000, 9
     out = torch.zeros(4096, dtype=torch.int64)
@@ -78,14 +78,16 @@ def test_random_bits_count_on_beyond_32_bits(_, first):
 @interpreted
 @pytest.mark.parametrize("shape", [(3, 1000), (32, 77), (1, 1), (5, 0)])
 def test_three_bf16_parts_are_those_of_plain_torch(_, shape):
-    from rsaft_fast.backbones.lora_linear import LEFT, PARTS, RIGHT, split
+    from rsaft_fast.backbones.lora_linear import LEFT, RIGHT
+    from rsaft_fast.ops import reference
+    from rsaft_fast.ops.split_bf16 import PARTS
 
-    module = importlib.import_module("rsaft_fast.kernels.split_bf16")
+    kernels = importlib.import_module("rsaft_fast.kernels")
     wide = torch.randn(shape) * 10 ** (8 * torch.rand(shape) - 4)
     for order in (PARTS, LEFT, RIGHT):
-        expected = split(wide, order)
-        assert torch.equal(module.split(wide, order), expected)
-        assert torch.equal(module.split(wide.T.contiguous().T, order), expected)
+        expected = reference.bf16_parts(wide, order)
+        assert torch.equal(kernels.bf16_parts(wide, order), expected)
+        assert torch.equal(kernels.bf16_parts(wide.T.contiguous().T, order), expected)
 
 
 @interpreted

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from kernels.test_gpu import (  # noqa: F401
+from ops.tables import bits as bits_of
+from ops.tables import random_table, same_bits
+from triton_kernels.test_gpu import (  # noqa: F401
     bits,
     forced,
     give,
@@ -12,8 +14,6 @@ from kernels.test_gpu import (  # noqa: F401
     replayed_and_eager,
     sharp_step,
 )
-from ops.tables import bits as bits_of
-from ops.tables import random_table, same_bits
 
 from rsaft_fast import ops
 from rsaft_fast.abi.quantize import blocks
