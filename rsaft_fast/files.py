@@ -1,4 +1,4 @@
-"""Files as a whole: written, hashed, and what is said of those that cannot be.
+"""Files written whole or not at all, hashed, and refused in one line where they cannot be read or written.
 
 A power cut, a full disk or a second process leaves the old or the new, never half of either.
 """

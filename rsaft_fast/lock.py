@@ -61,7 +61,7 @@ class NoLocksError(OSError):
     """The file system has no locks."""
 
     def warning(self, path: Path) -> str:
-        """What to tell a user who writes to that path without one."""
+        """Say what to tell a user who writes to that path without one."""
         return (
             f"warning: the file system of {path} has no locks ({self.strerror}): nothing keeps a second process from "
             "writing there"

@@ -39,7 +39,7 @@ def on_terminal() -> bool:
 
 
 class Counter:
-    """Progress of what may take minutes: a bar on a terminal, else a line every ten seconds."""
+    """Show how much is done of what may take minutes: a bar on a terminal, else a line every ten seconds."""
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0):
         self.what, self.total, self.done = what, total, done

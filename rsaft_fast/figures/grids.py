@@ -152,7 +152,10 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def one_line(text: str) -> str:
-    """Put `text` on one line: control characters have no glyph, and a line break would start a line of its own."""
+    """Put `text` on one line.
+
+    Control characters have no glyph, and a line break would start a line of its own.
+    """
     return " ".join(printable(text, " ").split())
 
 

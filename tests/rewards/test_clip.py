@@ -364,7 +364,7 @@ def spoil(folder, how):
         ("config cut", says("config.json", "JSON")),
         ("no weights", "model.safetensors"),
         ("weights cut", says("model.safetensors", "header")),
-        ("weight missing", says("lacks", 1, "visual_projection.weight")),
+        ("weight missing", says("CLIPModel", "lacks", 1, "visual_projection.weight")),
         ("weight misshapen", says("CLIPModel", "RuntimeError")),
         ("no tokenizer", says("tokenizer.json", "vocab.json", "tokenizer.save_pretrained")),
         ("tokenizer cut", says("JSONDecodeError", "tokenizer.save_pretrained")),

@@ -131,7 +131,7 @@ def test_what_breaks_off_leaves_nothing_half_written(tmp_path, monkeypatch):
         real(temporary, target)
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match=says("No space left on device")):
+    with pytest.raises(UserError, match=says(tmp_path / "out", "No space left on device")):
         convert(source, tmp_path / "out", "imagereward")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["med_config.json", "vocab.txt"]
 

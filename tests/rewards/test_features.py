@@ -138,7 +138,7 @@ def test_what_is_wrong_is_one_clear_line(folder, tmp_path):
     broken = write_dino(tmp_path / "missing", kind)
     save_file({n: v for n, v in weights.items() if n != "norm.weight" and n != "layernorm.weight"},
               broken / "model.safetensors", {"format": "pt"})  # fmt: skip
-    with pytest.raises(UserError, match=says("lacks", 1, "norm")):
+    with pytest.raises(UserError, match=says(str(broken), "lacks", 1, "norm.weight")):
         load_features(broken)
     cut = write_dino(tmp_path / "cut", kind)
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:3000])
