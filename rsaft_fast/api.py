@@ -11,8 +11,9 @@ from rsaft_fast.estimate.estimate import Estimate, estimate
 from rsaft_fast.estimate.forecast import announce
 from rsaft_fast.progress import tell
 from rsaft_fast.recipe.config import Config
-from rsaft_fast.recipe.load import load_config
+from rsaft_fast.recipe.load import load_config, raw_recipe
 from rsaft_fast.rewards import Reward
+from rsaft_fast.rewards.python import Score, handed_over
 from rsaft_fast.sampling.protocol import Backbone
 from rsaft_fast.train.assemble import FileLoaders
 from rsaft_fast.train.loop import Outcome, train
@@ -24,7 +25,7 @@ def finetune(
     recipe: Recipe,
     overrides: Sequence[str] = (),
     *,
-    reward: Reward | None = None,
+    reward: Reward | Score | None = None,
     backbone: Backbone | None = None,
     log: Callable[[str], None] = tell,
     **options: Any,
@@ -34,7 +35,8 @@ def finetune(
     Args:
         recipe: a `Config`, its keys as a mapping, a YAML file, or the name of a shipped recipe.
         overrides: keys that replace the recipe's, as on the command line: `["optimizer.lr=1e-4", "max_steps=50"]`.
-        reward: a reward of your own, in place of the recipe's; on the host.
+        reward: of your own, in place of the recipe's: a `Reward`, on the host, or a function that takes images
+            (B, 3, H, W), nominally 0 to 1, and B prompts, and returns B scores with a gradient to the images.
         backbone: a model of your own, in place of `backbone.path`, with its text encoders.
         log: takes lines for the user.
         options: further keywords of `rsaft_fast.train.loop.train`, such as `on_samples`.
@@ -45,10 +47,18 @@ def finetune(
     Raises:
         UserError: something is wrong with the recipe, its inputs, a reward, memory or a disk.
     """
-    loaders = partial(FileLoaders, own_reward=reward, own_backbone=backbone)
+    raw = raw_recipe(recipe)
+    # The run's config.yaml says what was trained on, whatever the recipe named.
+    if reward is not None:
+        reward, settings = handed_over(reward)
+        raw = raw | {"reward": settings.model_dump(mode="json")}
+    if backbone is not None:
+        named = type(backbone)
+        raw = raw | {"backbone": raw.get("backbone", {}) | {"path": f"python:{named.__module__}:{named.__qualname__}"}}
     # What a model of one's own needs is not known from files.
     forecast = {"forecast": announce} if reward is None and backbone is None else {}
-    return train(as_config(recipe, overrides), log=log, loaders=loaders, **forecast, **options)
+    loaders = partial(FileLoaders, own_reward=reward, own_backbone=backbone)
+    return train(load_config(raw, overrides), log=log, loaders=loaders, **forecast, **options)
 
 
 def estimate_memory(recipe: Recipe, overrides: Sequence[str] = (), *, cuda: bool = True) -> Estimate:
@@ -61,15 +71,4 @@ def estimate_memory(recipe: Recipe, overrides: Sequence[str] = (), *, cuda: bool
     Raises:
         UserError: keys that do not go together or do not fit the model; a model whose config files are not here.
     """
-    return estimate(as_config(recipe, overrides), cuda)
-
-
-def as_config(recipe: Recipe, overrides: Sequence[str] = ()) -> Config:
-    """Return the `Config` that a recipe in any form means.
-
-    Raises:
-        UserError: no such recipe, a key that is unknown, or a value that it cannot have.
-    """
-    if isinstance(recipe, Config) and not overrides:
-        return recipe
-    return load_config(recipe, list(overrides))
+    return estimate(load_config(recipe, overrides), cuda)

@@ -1,13 +1,18 @@
 """The public names: where they are, what importing them costs, and training from Python."""
 
+import json
 import subprocess
 import sys
 from importlib import resources
 from pathlib import Path
 
 import pytest
+import yaml
+from builders.fixtures import out, tiny  # noqa: F401
+from builders.recipes import config, recipe
 
 import rsaft_fast
+from rsaft_fast.rewards import RewardSpec
 
 
 def test_every_public_name_is_there_and_none_hides_a_subpackage():
@@ -27,3 +32,43 @@ def test_an_optimizer_alone_imports_no_models():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+class Darkness(rsaft_fast.Reward):
+    spec = RewardSpec("darkness")
+
+    def preprocess(self, images):
+        return images
+
+    def score_inputs(self, inputs, prompts):
+        return -inputs.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("own", [brightness, Darkness()], ids=["function", "Reward"])
+def test_a_reward_that_is_handed_over_is_trained_on_and_recorded(tiny, out, own):  # noqa: F811
+    keys = recipe(tiny, out, max_steps=2, checkpoint_every=2)
+    del keys["reward"]
+    outcome = rsaft_fast.finetune(keys, ["optimizer.lr=0.01"], reward=own, log=lambda line: None)
+    assert (outcome.step, outcome.folder) == (2, out)
+    written = yaml.safe_load((out / "config.yaml").read_text())
+    name = "brightness" if own is brightness else "Darkness"
+    assert written["reward"]["name"] == "python" and written["reward"]["path"].endswith(f"test_api:{name}")
+    assert written["optimizer"]["lr"] == 0.01
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all((record["reward"] > 0) == (own is brightness) for record in records)
+
+
+def test_what_is_no_reward_is_refused(tiny, out):  # noqa: F811
+    with pytest.raises(rsaft_fast.UserError, match="images, prompts"):
+        rsaft_fast.finetune(recipe(tiny, out), reward=lambda pixels: pixels)
+    assert not out.exists()
+
+
+def test_memory_is_estimated_from_python(tiny, out):  # noqa: F811
+    found = rsaft_fast.estimate_memory(config(tiny, out))
+    small = rsaft_fast.estimate_memory(recipe(tiny, out), ["data.batch_size=1"])
+    assert small.peak < found.peak and found.largest.name in {phase.name for phase in found.phases}

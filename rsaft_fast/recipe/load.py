@@ -26,23 +26,18 @@ _OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)=(.*)", re.DOTALL)
 def load_config(recipe: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe, put `key.sub=value` overrides over it, and validate.
 
+    An override of a key that holds text is taken as typed; of any other it is YAML (`parse_override`).
+    `resume=<run folder>` continues in that folder unless `output_dir=` is overridden too.
+
     Args:
         recipe: a YAML file, the name of a shipped recipe, or the keys themselves.
         overrides: in order.
 
-    An override of a key that holds text is taken as typed; of any other it is YAML (`parse_override`).
-    `resume=<run folder>` continues in that folder unless `output_dir=` is overridden too.
-
     Raises:
         UserError: one line for each thing that is wrong, naming key, value and limit.
     """
-    if isinstance(recipe, Config):
-        raw, where = recipe.model_dump(mode="json"), "the recipe"
-    elif isinstance(recipe, Mapping):
-        raw, where = dict(recipe), "the recipe"
-    else:
-        path = find_recipe(recipe)
-        raw, where = read_yaml(path), path.name
+    where = find_recipe(recipe).name if isinstance(recipe, str | Path) else "the recipe"
+    raw = raw_recipe(recipe)
     given = [parse_override(text) for text in overrides]
     for key, value in given:
         raw = _override(raw, key.split("."), value)
@@ -50,6 +45,17 @@ def load_config(recipe: str | Path | Mapping[str, Any] | Config, overrides: Sequ
     if raw.get("resume") not in (None, "auto") and "output_dir" not in commanded:
         raw = raw | {"output_dir": raw["resume"]}
     return validate(raw, where=where, commanded=commanded)
+
+
+def raw_recipe(recipe: str | Path | Mapping[str, Any] | Config) -> dict[str, Any]:
+    """Return a recipe's keys as they stand, before they are validated.
+
+    Raises:
+        UserError: no such recipe, or no YAML mapping in it.
+    """
+    if isinstance(recipe, Config):
+        return recipe.model_dump(mode="json")
+    return dict(recipe) if isinstance(recipe, Mapping) else read_yaml(find_recipe(recipe))
 
 
 def validate(raw: Mapping[str, Any], where: str, commanded: set[str] = frozenset()) -> Config:

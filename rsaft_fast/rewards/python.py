@@ -181,12 +181,32 @@ class PythonSettings(RewardSettings):
 
     def _described(self, found: Any) -> RewardSpec:
         """The source files are the reward's identity, as weights are another's."""
-        files = [getattr(sys.modules[self.path.partition(":")[0]], "__file__", None)]
+        files = [getattr(sys.modules.get(self.path.partition(":")[0]), "__file__", None)]
         with contextlib.suppress(TypeError):  # an object: its class says where it was written
             files.append(inspect.getsourcefile(inspect.unwrap(found) if callable(found) else type(found)))
         sources = [Path(file) for file in dict.fromkeys(files) if file and os.path.isfile(file)]
         facts = {"arguments": self.arguments} if self.arguments else {}
         return RewardSpec(self.name, self.path, sha256_of(sources) if sources else "", facts)
+
+
+def handed_over(found: Reward | Score) -> tuple[Reward, PythonSettings]:
+    """Return a reward that a caller made, and settings that say where its code is.
+
+    Args:
+        found: a `Reward`, or a function of (images, prompts).
+
+    Raises:
+        UserError: it is neither.
+    """
+    named = found if inspect.isfunction(found) else type(found)
+    settings = PythonSettings(
+        path=f"{named.__module__}:{named.__qualname__}", differentiable=getattr(found, "differentiable", True)
+    )
+    if isinstance(found, Reward):
+        return found, settings
+    if not _scores(found):
+        raise UserError(f"reward is {_kind(found)}; it must be a Reward, or a function of (images, prompts)")
+    return FunctionReward(found, settings._described(found)), settings
 
 
 def _returns_reward(found: Any) -> bool:
