@@ -13,7 +13,7 @@ class PythonMethod(Method):
     It runs code on this machine: name only what you wrote or read.
 
     Attributes:
-        call: module:callable, found in the current folder, on PYTHONPATH or among the installed packages. It is called
+        call: module:callable, found in the current directory, on PYTHONPATH or among the installed packages. It is called
             with backbone, reward, schedule and config, and with `arguments`.
         arguments: keywords for it.
     """
