@@ -23,13 +23,14 @@ def main(tree: Path) -> int:
         package = Path(folder, "rsaft_fast")
         package.mkdir()
         for path in (tree / "rsaft_fast").iterdir():
-            (package / path.name).symlink_to(path)
+            if path.stem not in BESIDE:
+                (package / path.name).symlink_to(path)
         for name in BESIDE:
             (package / name).mkdir()
             for path in (tree / name).glob("*.py"):
                 (package / name / path.name).symlink_to(path)
-            if not (tree / name / "__init__.py").exists():  # a folder without one is none of import-linter's packages
-                (package / name / "__init__.py").touch()
+            if (module := tree / "rsaft_fast" / f"{name}.py").exists():  # stands for the folder's __init__.py
+                (package / name / "__init__.py").symlink_to(module)
         before = Path.cwd()
         os.chdir(folder)  # where import-linter looks for the package first
         try:
