@@ -34,3 +34,9 @@ def test_files_of_a_run_are_called_what_the_walk_calls_them():
     assert set(re.findall(r"^\| `([^`]+)` \| ", walk, re.MULTILINE)) >= {KOHYA_FILE, DIFFUSERS_FILE, CARD}
     copied = re.findall(r"^cp runs/sdxl/lora/(\S+) ", walk, re.MULTILINE)
     assert copied and set(copied) == {KOHYA_FILE}
+
+
+def test_files_that_contributing_names_are_there():
+    named = re.findall(r"`([\w.]+(?:/[\w.]+)+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) > 15
+    assert [name for name in named if not any((top / name).exists() for top in (ROOT, ROOT / "rsaft_fast"))] == []
