@@ -47,7 +47,7 @@ def finetune(
     """
     loaders = partial(FileLoaders, own_reward=reward, own_backbone=backbone)
     # What a model of one's own needs is not known from files.
-    forecast = {"forecast": announce} if reward is None and backbone is None else {}
+    forecast: dict[str, Any] = {"forecast": announce} if reward is None and backbone is None else {}
     return train(as_config(recipe, overrides), log=log, loaders=loaders, **forecast, **options)
 
 
