@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rsaft_fast import cli
 from rsaft_fast.backbones.lora_formats import KOHYA_FILE
+from rsaft_fast.cli.parser import build_parser, parse_arguments
 from rsaft_fast.recipe.load import load_config
 from rsaft_fast.train.model_card import CARD, DIFFUSERS_FILE
 
@@ -24,7 +24,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_understood(command):
-    arguments = cli._parse(cli.build_parser(), shlex.split(command)[1:])
+    arguments = parse_arguments(build_parser(), shlex.split(command)[1:])
     if arguments.command in ("train", "estimate"):
         load_config(arguments.recipe, arguments.overrides)
 
