@@ -241,8 +241,8 @@ class Encodings(Mapping[str, Row]):
         return {
             "format": FORMAT,
             "encoders": identity,
-            "pipeline": type(shapes.pipeline).__name__,
-            "zeros": bool(shapes.pipeline.config.get("force_zeros_for_empty_prompt", False)),
+            "pipeline": type(shapes.pipeline).__name__,  # pyrefly: ignore[missing-attribute]
+            "zeros": bool(shapes.pipeline.config.get("force_zeros_for_empty_prompt", False)),  # pyrefly: ignore[missing-attribute]
             "shapes": {name: list(shape) for name, shape in shapes.embedding_shapes.items()},
             "dtype": str(shapes.compute_dtype),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

@@ -204,7 +204,7 @@ class Backbone(ABC):
     def branch(self, text: Branch, batch: int, guidance_scale: float = 1.0) -> Branch:
         """A branch of the rows of `embed_text`, on the device."""
         embedded = {name: tensor.to(device=self.device, dtype=self.compute_dtype) for name, tensor in text.items()}
-        return embedded | self.added_conditions(batch, guidance_scale)
+        return embedded | self.added_conditions(batch, guidance_scale)  # pyrefly: ignore[unsupported-operation]
 
     def embed(self, prompts: Sequence[str | None], guidance_scale: float = 1.0) -> Branch:
         """Encode prompts as one branch, without gradient; None is the unconditional prompt."""
