@@ -9,7 +9,8 @@ import pytest
 from rsaft_fast.backbones.lora_formats import KOHYA_FILE
 from rsaft_fast.cli.parser import build_parser, parse_arguments
 from rsaft_fast.recipe.load import load_config
-from rsaft_fast.train.model_card import CARD, DIFFUSERS_FILE
+from rsaft_fast.sampling.protocol import LORA_FILE
+from rsaft_fast.train.model_card import CARD
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
@@ -31,7 +32,7 @@ def test_commands_are_understood(command):
 
 def test_files_of_a_run_are_called_what_the_walk_calls_them():
     walk = (ROOT / "docs" / "zero-to-comfyui.md").read_text()
-    assert set(re.findall(r"^\| `([^`]+)` \| ", walk, re.MULTILINE)) >= {KOHYA_FILE, DIFFUSERS_FILE, CARD}
+    assert set(re.findall(r"^\| `([^`]+)` \| ", walk, re.MULTILINE)) >= {KOHYA_FILE, LORA_FILE, CARD}
     copied = re.findall(r"^cp runs/sdxl/lora/(\S+) ", walk, re.MULTILINE)
     assert copied and set(copied) == {KOHYA_FILE}
 
