@@ -234,7 +234,7 @@ def _work(parts: Sequence[tuple[str, str]], device: str, tiny: bool) -> int:
         return 0
     from rsaft_fast.benchmarks.memory_measure import Measurements, count_part
     from rsaft_fast.benchmarks.random_models import published, tiny_architecture
-    from rsaft_fast.commands.process import prepare_process
+    from rsaft_fast.process import prepare_process
 
     prepare_process()
     by_run: dict[str, list[str]] = {}

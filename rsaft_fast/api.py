@@ -56,7 +56,7 @@ def finetune(
         named = type(backbone)
         raw = raw | {"backbone": raw.get("backbone", {}) | {"path": f"python:{named.__module__}:{named.__qualname__}"}}
     # What a model of one's own needs is not known from files.
-    forecast = {"forecast": announce} if reward is None and backbone is None else {}
+    forecast: dict[str, Any] = {"forecast": announce} if reward is None and backbone is None else {}
     loaders = partial(FileLoaders, own_reward=reward, own_backbone=backbone)
     return train(load_config(raw, overrides), log=log, loaders=loaders, **forecast, **options)
 

@@ -67,7 +67,11 @@ def _reason(error: OSError) -> str:
 
 def mend_of(error: OSError, reading: bool = False) -> str:
     """What a user does about an I/O error."""
-    return _MENDS_OF_READING.get(error.errno, "check the path") if reading else _MENDS.get(error.errno, "mend that")
+    return (
+        _MENDS_OF_READING.get(error.errno or 0, "check the path")
+        if reading
+        else _MENDS.get(error.errno or 0, "mend that")
+    )
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Table of tensors that one launch walks: device-resident addresses, sizes and a (tensor, chunk) list."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -157,7 +158,7 @@ class TensorTable:
     def __contains__(self, name: str) -> bool:
         return name in self._lists
 
-    def __getitem__(self, name: str) -> list[torch.Tensor | None]:
+    def __getitem__(self, name: str) -> list[Any]:  # tensors, and None where one of this list is absent
         if name not in self._lists:
             raise KeyError(f"the table has no list {name!r}; bind it first (bound: {', '.join(self._lists)})")
         return self._lists[name]
@@ -274,9 +275,9 @@ class TensorTable:
             raise ValueError(f"unknown list {name!r}; a table holds {', '.join(LISTS)}")
         if len(tensors) != len(self):
             raise ValueError(f"{name}: {len(tensors)} tensors for a table of {len(self)}")
-        present = [index for index, tensor in enumerate(tensors) if tensor is not None]
-        for index in present:
-            self.check(name, index, tensors[index], tensors[present[0]].dtype)
+        present = [(index, tensor) for index, tensor in enumerate(tensors) if tensor is not None]
+        for index, tensor in present:
+            self.check(name, index, tensor, present[0][1].dtype)
 
     def check(self, name: str, index: int, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> None:
         """Check that a tensor fits as entry `index` of a list of this dtype (default: as the list has been).

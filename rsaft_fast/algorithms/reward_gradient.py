@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -17,7 +17,7 @@ from rsaft_fast.algorithms.base import Algorithm, At, Figures, no_check
 from rsaft_fast.algorithms.update import update
 from rsaft_fast.data.batches import MicroBatch
 from rsaft_fast.distributed import World
-from rsaft_fast.methods import Method
+from rsaft_fast.methods import GradientMethod
 from rsaft_fast.methods.losses import Loss
 from rsaft_fast.optim import SAM, SAMAdamW
 from rsaft_fast.rewards.base import Reward
@@ -74,7 +74,7 @@ class RewardGradient(Algorithm[PlannedBatch]):
         *,
         smoothing: Smoothing,
         loss: Loss,
-        method: Method | None = None,
+        method: GradientMethod | None = None,
         plan_scope: Literal["batch", "micro-batch"] = "batch",
         probe: ImageSmoothing | None = None,
         world: World | None = None,
@@ -94,12 +94,12 @@ class RewardGradient(Algorithm[PlannedBatch]):
         if self.method is None:
             raise ValueError("RewardGradient was made without a method, which draws the plans")
         total = sum(len(batch.prompts) for batch in batches) * self.world.size
-        return [PlannedBatch(batch, self._draw(batch), total) for batch in batches]
+        return [PlannedBatch(batch, self._draw(self.method, batch), total) for batch in batches]
 
-    def _draw(self, batch: MicroBatch) -> GradientPlan:
+    def _draw(self, method: GradientMethod, batch: MicroBatch) -> GradientPlan:
         index = batch.index if self.plan_scope == "micro-batch" else 0
         rng = derive_rng(batch.noise.seed, batch.noise.step, "plan", index)
-        return self.method.draw(len(self.schedule), rng)
+        return method.draw(len(self.schedule), rng)
 
     def parts(self, experience: list[PlannedBatch], index: int) -> list[PlannedBatch]:
         return experience
@@ -123,13 +123,15 @@ class RewardGradient(Algorithm[PlannedBatch]):
     def backward(self, part: PlannedBatch, at: At, check: Callable[..., None] = no_check) -> Figures:
         """Accumulate the gradient of the part's mean reward (FIRST) or loss (PLAIN, SECOND)."""
         if at is At.SECOND:
+            if part.first is None:
+                raise ValueError("a part's SECOND pass comes after its FIRST")
             return self._follow(part, self._sample(part, prefix=part.first.trajectory), part.first, check)
-        figures, first = self._observe_first(part)
+        figures, trajectory, first = self._observe_first(part)
         if at is At.PLAIN:
-            return figures | self._follow(part, first.trajectory, first, check)
-        self._ascend(part, first)
+            return figures | self._follow(part, trajectory, first, check)
+        self._ascend(part, trajectory, first)
         keep = self.smoothing.resample == "graded_only"
-        part.first = FirstPass(first.trajectory if keep else None, [], first.deltas)
+        part.first = FirstPass(trajectory if keep else None, [], first.deltas)
         return figures
 
     def _sample(self, part: PlannedBatch, prefix: Trajectory | None = None) -> Trajectory:
@@ -138,13 +140,13 @@ class RewardGradient(Algorithm[PlannedBatch]):
             self.backbone, self.schedule, part.plan, batch.latents, batch.conditioning, batch.noise, prefix=prefix
         )
 
-    def _observe_first(self, part: PlannedBatch) -> tuple[Figures, FirstPass]:
+    def _observe_first(self, part: PlannedBatch) -> tuple[Figures, Trajectory, FirstPass]:
         """x_T, c -> x_0, r, delta."""
         trajectory, prompts = self._sample(part), part.batch.prompts
         image = self.smoothing.image
         space = image.space if image else "pixel01"
         observations = [observe(self.backbone, self.reward, x, prompts, space=space) for x in trajectory.endpoints]
-        deltas = [image and image_perturbation(self.backbone, seen, image) for seen in observations]
+        deltas = [None if image is None else image_perturbation(self.backbone, seen, image) for seen in observations]
         reward = self._mean(part, [seen.rewards for seen in observations])
         figures = {"reward": reward, _AT_THETA: reward}
         if image:
@@ -157,7 +159,7 @@ class RewardGradient(Algorithm[PlannedBatch]):
             figures["s1"] = reward - lowest
         for name in observations[0].parts:
             figures[PART + name] = self._mean(part, [seen.parts[name] for seen in observations])
-        return figures, FirstPass(trajectory, observations, deltas)
+        return figures, trajectory, FirstPass(trajectory, observations, deltas)
 
     def _mean_perturbed(self, part: PlannedBatch, observations, deltas, ball: ImageSmoothing) -> torch.Tensor:
         prompts = part.batch.prompts
@@ -167,13 +169,13 @@ class RewardGradient(Algorithm[PlannedBatch]):
         ]
         return self._mean(part, scores)
 
-    def _ascend(self, part: PlannedBatch, first: FirstPass) -> None:
+    def _ascend(self, part: PlannedBatch, trajectory: Trajectory, first: FirstPass) -> None:
         """The gradient that eps follows, at theta and the unperturbed picture."""
         slopes = [
             self.loss.derivative(seen.rewards) if self.smoothing.ascend == "loss" else -torch.ones_like(seen.rewards)
             for seen in first.observations
         ]
-        self._backpropagate(part, first.trajectory, first.observations, slopes)
+        self._backpropagate(part, trajectory, first.observations, slopes)
 
     def _follow(
         self, part: PlannedBatch, trajectory: Trajectory, first: FirstPass, check: Callable[..., None]
@@ -218,7 +220,8 @@ class RewardGradient(Algorithm[PlannedBatch]):
 
     def _mean(self, part: PlannedBatch, values: list[torch.Tensor]) -> torch.Tensor:
         """This micro-batch's share of the mean over all samples of the update, float64."""
-        return sum(w * v.double().sum() for w, v in zip(part.plan.weights, values)) / self._total(part)
+        total: Any = sum(w * v.double().sum() for w, v in zip(part.plan.weights, values))
+        return total / self._total(part)
 
     @staticmethod
     def _total(part: PlannedBatch) -> int:
@@ -308,5 +311,6 @@ def rsaft_step(
         perturbs=smoothing.parameters is not None,
         compare_gradients=compare_gradients,
     )
-    own = {name: figures.pop(name) for name in list(figures) if name.startswith(PART)}
-    return StepReport(**figures, optimizer=stats, parts={name.removeprefix(PART): v for name, v in own.items()})
+    own: Any = {name: figures.pop(name) for name in list(figures) if name.startswith(PART)}
+    report: Any = figures
+    return StepReport(**report, optimizer=stats, parts={name.removeprefix(PART): v for name, v in own.items()})

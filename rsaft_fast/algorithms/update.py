@@ -111,7 +111,7 @@ def gradient_change(first: list[torch.Tensor | None], second: list[torch.Tensor 
     pairs = [(a, b) for a, b in zip(first, second) if a is not None and b is not None]
     if not pairs:
         return {}
-    sums = sum(
+    sums: Any = sum(
         torch.stack(
             [(a * a).sum(dtype=torch.float64), (a * b).sum(dtype=torch.float64), (b * b).sum(dtype=torch.float64)]
         )

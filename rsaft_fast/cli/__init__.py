@@ -97,7 +97,7 @@ def _require_text(argument: str) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "train" and arguments.recipe is None and arguments.help_config is None:
         raise UserError("train needs a recipe: rsaft-fast train RECIPE.yaml [key=value ...]")
-    from rsaft_fast.commands.process import prepare_process
+    from rsaft_fast.process import prepare_process
 
     prepare_process(quieten=arguments.command != "bench")
     command = importlib.import_module(f"rsaft_fast.commands.{arguments.command}")

@@ -26,6 +26,7 @@ EXTRAS = {
     "prompts": "prompt sets in parquet",
     "bench": "whom rsaft-fast bench measures beside us",
     "test": "the tests",
+    "docs": "builds the pages of docs/",
 }
 """What each extra of pyproject.toml is for, in its order."""
 

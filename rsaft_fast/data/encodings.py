@@ -157,7 +157,7 @@ class Encodings(Mapping[str, Row]):
             cache = None  # nothing is known of what its encodings depend on
         self.shapes, self.settings, self.cache, self.log = shapes, settings, cache, log
         self.texts = list(dict.fromkeys(texts))
-        self.files = TextFiles(local_path(settings.path), cache and cache.folder)
+        self.files = TextFiles(local_path(settings.path), None if cache is None else cache.folder)
         self._rows: dict[str, Row] = {}
         self._keys: dict[str, str] = {}
         self._find()
@@ -169,7 +169,7 @@ class Encodings(Mapping[str, Row]):
     def __getitem__(self, text: str) -> Row:
         if text in self._rows:
             return self._rows[text]
-        if text not in self._keys or text in self.missing:
+        if self.cache is None or text not in self._keys or text in self.missing:
             raise KeyError(text)
         try:
             row = self.cache.read(self._keys[text])
@@ -222,7 +222,7 @@ class Encodings(Mapping[str, Row]):
         """Find the encodings that are there, complete."""
         identity = self.files.identity() if self.cache is not None else None
         self.missing = dict.fromkeys(self.texts)
-        if identity is None:
+        if self.cache is None or identity is None:
             return
         common = hashlib.sha256(json.dumps(self._determinants(identity), sort_keys=True).encode()).hexdigest()
         self._keys = {text: hashlib.sha256(f"{common} {text}".encode()).hexdigest() for text in self.texts}
@@ -241,8 +241,8 @@ class Encodings(Mapping[str, Row]):
         return {
             "format": FORMAT,
             "encoders": identity,
-            "pipeline": type(shapes.pipeline).__name__,
-            "zeros": bool(shapes.pipeline.config.get("force_zeros_for_empty_prompt", False)),
+            "pipeline": type(shapes.pipeline).__name__,  # pyrefly: ignore[missing-attribute]
+            "zeros": bool(shapes.pipeline.config.get("force_zeros_for_empty_prompt", False)),  # pyrefly: ignore[missing-attribute]
             "shapes": {name: list(shape) for name, shape in shapes.embedding_shapes.items()},
             "dtype": str(shapes.compute_dtype),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

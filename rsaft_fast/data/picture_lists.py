@@ -85,7 +85,7 @@ def _of_folder(place: Path, path: str, log: Callable[[str], None]) -> list[tuple
     return [(file, None, None) for file in files]
 
 
-def _listed(folder: Path) -> list[tuple[Path, str, int | None]]:
+def _listed(folder: Path) -> list[tuple[Path, str | None, int | None]]:
     listing = folder / LISTING
     try:
         entries = json.loads(read_text(listing, "listing", MAX_FILE_BYTES))
@@ -97,7 +97,7 @@ def _listed(folder: Path) -> list[tuple[Path, str, int | None]]:
     return found
 
 
-def _entry(folder: Path, number: int, entry: Any) -> tuple[Path, str, int | None]:
+def _entry(folder: Path, number: int, entry: Any) -> tuple[Path, str | None, int | None]:
     prompt, seed = entry["prompt"], entry.get("seed")
     if prompt != "":  # pictures of the unconditional prompt
         prompt = checked_prompt(prompt, f"{str(folder / LISTING)!r}, entry {number}")
@@ -131,7 +131,7 @@ def assign_prompts(
             raise UserError(
                 f"{str(lacking.file)!r} has no prompt: give --prompts FILE, or a folder that rsaft-fast sample wrote"
             )
-        return [picture.prompt for picture in pictures]
+        return [picture.prompt for picture in pictures if picture.prompt is not None]
     counts = sizes(pictures)
     if len(prompts) == 1:
         assigned = list(prompts) * len(pictures)

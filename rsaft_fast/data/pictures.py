@@ -71,9 +71,8 @@ def open_rgb(file: str | Path | BinaryIO, name: str = "", max_pixels: int = MAX_
                 raise UserError(f"picture {shown} has {picture.width}x{picture.height} pixels; {max_pixels} may follow")
             # A JPEG of several pictures (MPO) is a photo with its depth or brightness map; the photo comes first.
             if picture.format in ("PNG", "WEBP") and getattr(picture, "is_animated", False):
-                raise UserError(
-                    f"picture {shown} is animated ({picture.n_frames} frames); save the frame that is meant"
-                )
+                frames = getattr(picture, "n_frames", "several")
+                raise UserError(f"picture {shown} is animated ({frames} frames); save the frame that is meant")
             picture.load()
             return _rgb(picture)
     except UserError:
@@ -88,7 +87,7 @@ def open_rgb(file: str | Path | BinaryIO, name: str = "", max_pixels: int = MAX_
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
-    turn = _UPRIGHT.get(_orientation(picture))
+    turn = _UPRIGHT.get(_orientation(picture) or 0)
     if picture.mode.startswith("I"):
         picture = _from_16_bits(picture)
     if picture.has_transparency_data:

@@ -45,7 +45,8 @@ class TextFiles:
             index = cached_file(self.path, INDEX)
             return {"hub": f"{self.path}@{index.parent.name}"} if index is not None else None
         found = {name: self._of_component(name) for name in self.components}
-        return None if None in found.values() else found
+        known = {name: digest for name, digest in found.items() if digest is not None}
+        return known if len(known) == len(found) else None
 
     @cached_property
     def components(self) -> list[str]:
@@ -70,14 +71,14 @@ class TextFiles:
             if is_text_encoder(name)
         }
         note = json.dumps({"folder": str(self.folder.resolve()), "encoders": noted}, indent=1)
+        place = self._note(self.memory)
         with suppress(OSError):  # it saves an encoding one day, and is no reason to end a run
-            self._note.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(self._note, note.encode())
+            place.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(place, note.encode())
 
-    @property
-    def _note(self) -> Path:
+    def _note(self, memory: Path) -> Path:
         name = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()
-        return self.memory / "pipelines" / f"{name}.json"
+        return memory / "pipelines" / f"{name}.json"
 
     def _of_component(self, name: str) -> str | None:
         if not is_text_encoder(name) or self._weights(name):
@@ -85,7 +86,7 @@ class TextFiles:
         if self.memory is None:
             return None
         try:
-            noted = json.loads(self._note.read_text(encoding="utf-8"))["encoders"][name]
+            noted = json.loads(self._note(self.memory).read_text(encoding="utf-8"))["encoders"][name]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         same = not os.path.exists(self.folder / name) or noted["rest"] == self._rest(name)

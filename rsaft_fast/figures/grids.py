@@ -121,7 +121,8 @@ def displayed_size(width: int, height: int) -> tuple[int, int]:
     """Compute a picture's size in a grid."""
     longest = max(width, height)
     if longest > GREATEST_SIDE:
-        return tuple(max(1, round(side * GREATEST_SIDE / longest)) for side in (width, height))
+        width, height = (max(1, round(side * GREATEST_SIDE / longest)) for side in (width, height))
+        return width, height
     factor = -(-LEAST_SIDE // longest)
     return width * factor, height * factor
 
@@ -191,7 +192,8 @@ def _check(
 ) -> tuple[int, int]:
     if not prompts or not columns:
         raise UserError(f"a grid of {len(prompts)} prompts and {len(columns)} runs; it needs at least one of each")
-    shape = tuple(next(iter(columns.values())).shape[-2:])
+    height, width = next(iter(columns.values())).shape[-2:]
+    shape = (height, width)
     for label, images in columns.items():
         if tuple(images.shape) != (len(prompts), 3, *shape):
             raise UserError(

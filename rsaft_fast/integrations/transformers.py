@@ -43,4 +43,4 @@ class SharpnessCallback(TrainerCallback):
 
     def training_step(self, *args) -> torch.Tensor:
         """Run `Trainer.training_step`; the last micro-batch of a step leaves the second pass's gradients."""
-        return self.passes(self.one_pass, *args)
+        return self.passes(self.one_pass, *args)  # pyrefly: ignore[not-callable]  # in place between begin and end

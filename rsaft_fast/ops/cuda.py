@@ -86,7 +86,7 @@ class _Cache(dict):
 def _cache(owner: TensorTable | GradientNorm | StepScalars) -> _Cache:
     found = owner.__dict__.get("_cuda")
     if found is None:
-        found = owner._cuda = _Cache()
+        found = owner.__dict__["_cuda"] = _Cache()
     return found
 
 
@@ -120,7 +120,7 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _norm_pointers(norm: GradientNorm) -> tuple[int, int, int, int]:
+def _norm_pointers(norm: GradientNorm) -> tuple[int, ...]:
     """Give the addresses of values, norm, scale and found_inf, which live as long as the object."""
     cache = _cache(norm)
     found = cache.get("pointers")
@@ -199,7 +199,7 @@ def finish_norm(
         rho.numel(),
         values,
         found_inf,
-        None if inputs is None else _table_array(norm, tables),
+        None if inputs is None else _table_array(norm, tables or ()),
         None if inputs is None else _inputs(inputs),
     )
 

@@ -22,9 +22,9 @@ def _compute_dtype(table: TensorTable) -> torch.dtype:
     return torch.promote_types(table.dtypes["weight"], torch.float32)
 
 
-def _flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
     """View all elements in memory order: layouts are dense, so nothing lies between them."""
-    return None if tensor is None else tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
 def _rows(table: TensorTable, tensor: int | None = None) -> Iterator[SimpleNamespace]:
@@ -34,7 +34,8 @@ def _rows(table: TensorTable, tensor: int | None = None) -> Iterator[SimpleNames
     """
     for index in range(len(table)) if tensor is None else (tensor,):
         numel = table.shapes[index].numel()
-        lists = {name: _flat(table[name][index]) if name in table else None for name in LISTS}
+        lists = {name: table[name][index] if name in table else None for name in LISTS}
+        lists = {name: None if held is None else _flat(held) for name, held in lists.items()}
         size = PIECE if table.device.type == "cpu" else max(numel, 1)
         for start in range(0, numel, size):
             piece = lists if size >= numel else {name: _cut(name, x, start, size) for name, x in lists.items()}
@@ -82,7 +83,7 @@ def finish_norm(
     norm.sum_sq.copy_(torch.cat(slots).sum())
     scale_from_sum(norm, rho)
     if inputs is not None:
-        adamw_coefficients(tables, norm, inputs)
+        adamw_coefficients(tables or [], norm, inputs)
 
 
 def scale_from_sum(norm: GradientNorm, rho: torch.Tensor) -> None:

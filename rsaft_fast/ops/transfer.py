@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -67,7 +67,8 @@ def host_buffer(nbytes: int, device: torch.device) -> torch.Tensor:
 
 def _lock_pages(buffer: torch.Tensor) -> None:
     # Registered where it lies: torch's own pinned allocator rounds sizes up to powers of two, up to twice the memory.
-    runtime, address = torch.cuda.cudart(), buffer.data_ptr()
+    runtime: Any = torch.cuda.cudart()
+    address = buffer.data_ptr()
     error = int(runtime.cudaHostRegister(address, buffer.numel(), 0))
     if error:
         raise RuntimeError(
@@ -98,7 +99,8 @@ class CopyStream:
                 self._stream.wait_event(event)
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-            return self._stream.record_event()
+            end: Any = self._stream.record_event()  # which torch types by its base class
+            return end
 
     def synchronize(self) -> None:
         """Let the host wait for all copies so far."""
@@ -108,7 +110,8 @@ class CopyStream:
 
 def record_event(device: torch.device) -> torch.cuda.Event | None:
     """Record an event that comes when the computation has got to here."""
-    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+    stream: Any = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    return None if stream is None else stream.record_event()
 
 
 def wait_for(event: torch.cuda.Event | None, device: torch.device) -> None:

@@ -195,7 +195,7 @@ class Bucket:
                 self._backup[index] = None
                 self.table.forget("backup", index)
 
-    def _own_backup(self) -> list[torch.Tensor]:
+    def _own_backup(self) -> list[torch.Tensor | None]:
         """Allocate backup storage of the weights' dtype, kept from step to step so that its addresses stay."""
         if self._backup is None:
             if self.table.dtypes["weight"] in LOW_PRECISION and self.storage.rounding_seed is None:

@@ -65,7 +65,7 @@ class Part:
     packing: Packing
     names: tuple[str, ...]
     host: torch.Tensor
-    slot: _Slot | None = None
+    slot: Any = None  # a _Slot while it has a place on the device
     arrived: Any = None
     written: bool = False
     left: set[int] = field(default_factory=set)
@@ -256,7 +256,7 @@ class OffloadedBucket(Bucket):
 
     def _bind_part(self, part: Part, gradients: bool) -> None:
         own = slice(part.members.start, part.members.stop)
-        lists = part.staged_lists() | {"weight": self.params[own]}
+        lists: dict[str, Any] = part.staged_lists() | {"weight": self.params[own]}
         if gradients:
             lists["grad"] = self.table["grad"][own]  # in the weights' layout, whatever p.grad has
         if self._backup is not None:
@@ -280,8 +280,8 @@ class OffloadedBucket(Bucket):
 
     def drop_backup(self, index: int | None = None) -> None:
         super().drop_backup(index)
-        part = self._part_of.get(index)
-        if part is not None and "backup" in part.table:
+        part = None if index is None else self._part_of.get(index)
+        if index is not None and part is not None and "backup" in part.table:
             part.table.forget("backup", index - part.members.start)
 
     def _part_on_device(self, index: int) -> Part:

@@ -1,6 +1,7 @@
 """Released gradients: the fused step inside the second backward, which uses and frees each gradient as it arrives."""
 
 import functools
+from typing import Any
 
 import torch
 
@@ -70,7 +71,8 @@ class GradientRelease:
                 "been applied: release_gradients=True needs exactly one backward there (no accumulation)"
             )
         self.arm()
-        bucket.step_tensor(index, in_layout_of(param, param.grad), self.scalars, self.norm)
+        gradient: Any = in_layout_of(param, param.grad)  # it has just arrived
+        bucket.step_tensor(index, gradient, self.scalars, self.norm)
         stepped[index] = True
         param.grad = None
         bucket.drop_backup(index)

@@ -1,6 +1,8 @@
 """SAM: the two-pass step around any torch optimizer."""
 
 import inspect
+from collections import defaultdict
+from typing import Any
 
 import torch
 
@@ -49,7 +51,7 @@ class SAM(SharpnessAware):
         replicas: Replicas = None,
         **kwargs,
     ):
-        self.base: torch.optim.Optimizer | None = None
+        self.base: torch.optim.Optimizer = None  # pyrefly: ignore[bad-assignment]  # under construction
         base = _build_base(params, base_optimizer, kwargs)
         defaults = {**base.defaults, "rho": rho, "adaptive": adaptive}
         super().__init__(base.param_groups, defaults, process_group, replicas)
@@ -75,11 +77,11 @@ class SAM(SharpnessAware):
             self.base.param_groups = groups
 
     @property
-    def state(self) -> dict:
+    def state(self) -> defaultdict[torch.Tensor, Any]:  # pyrefly: ignore[bad-override-mutable-attribute]
         return self._own_state if self.base is None else self.base.state
 
     @state.setter
-    def state(self, state: dict) -> None:
+    def state(self, state: defaultdict[torch.Tensor, Any]) -> None:
         if self.base is None:
             self._own_state = state
         else:
@@ -163,7 +165,7 @@ class SAM(SharpnessAware):
     def _step_base(self, skip: torch.Tensor) -> None:
         grad_scale = self._take_grad_scale()
         if getattr(self.base, "_step_supports_amp_scaling", False):
-            self.base.grad_scale, self.base.found_inf = grad_scale, skip
+            self.base.__dict__.update(grad_scale=grad_scale, found_inf=skip)
             try:
                 self.base.step()
             finally:

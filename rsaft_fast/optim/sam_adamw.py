@@ -140,7 +140,7 @@ class SAMAdamW(SharpnessAware):
 
     def _update(self, buckets: list[Bucket]) -> None:
         if self._release is not None and self._phase != IDLE:
-            return self._finish_released()
+            return self._finish_released(self._release)
         self._upload_hyper()
         first = None if self._phase == IDLE else self._first
         inputs = ops.StepInputs(self._scalars, first, self._take_grad_scale(), getattr(self, "found_inf", None))
@@ -209,7 +209,8 @@ class SAMAdamW(SharpnessAware):
         """
         if self.release_gradients:
             self._refuse_unless_perturbed("check_finite()")
-            self._release.check_finite(tensors)
+            if self._release is not None:  # built by perturb()
+                self._release.check_finite(tensors)
 
     def _put_back(self) -> None:
         if self._release is None:
@@ -230,15 +231,15 @@ class SAMAdamW(SharpnessAware):
                     bucket.close()
                 error.add_note("the step was half done: load the model's and the optimizer's last checkpoint")
 
-    def _finish_released(self) -> None:
+    def _finish_released(self, release: GradientRelease) -> None:
         if getattr(self, "grad_scale", None) is not None:
             raise RuntimeError(
                 "release_gradients with a GradScaler: the gradients were applied before they could be unscaled. Use "
                 "bf16, or leave release_gradients out"
             )
         if self._phase == PERTURBED:
-            self._release.restore_rest()
-        self._release.count()
+            release.restore_rest()
+        release.count()
         self._second.values.fill_(math.nan)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

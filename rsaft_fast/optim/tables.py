@@ -1,6 +1,8 @@
 """Tables of an optimizer's parameters: built when they are needed, and again when they no longer fit."""
 
+import functools
 import operator
+from abc import abstractmethod
 
 import torch
 
@@ -16,18 +18,29 @@ class TabledOptimizer(torch.optim.Optimizer):
     (`is_perturbed`) tables stay as they are; where weights change there, they are restored by value first.
     """
 
-    is_perturbed: bool
+    # None until the tables are built, which every use comes after; `skipped` and `stats` ask.
+    _scalars: ops.StepScalars
+    _first: ops.GradientNorm
+    _second: ops.GradientNorm
+    _gradient_scale: torch.Tensor
+
+    @property
+    @abstractmethod
+    def is_perturbed(self) -> bool:
+        """Whether the weights are between the two passes of a step."""
+
+    @abstractmethod
+    def restore(self) -> None:
+        """Put perturbed weights back."""
 
     def _reset(self) -> None:
         self._buckets: list[Bucket] = []
         self._outdated = True
         self._frozen: list[torch.Tensor] = []
         self._known_groups: list[tuple[list[torch.Tensor], bool]] = []
-        self._scalars: ops.StepScalars | None = None
         self._skipped_before = 0
-        self._first: ops.GradientNorm | None = None
-        self._second: ops.GradientNorm | None = None
-        self._gradient_scale: torch.Tensor | None = None
+        self._scalars = self._first = self._second = None  # pyrefly: ignore[bad-assignment]
+        self._gradient_scale = None  # pyrefly: ignore[bad-assignment]
         self._rho_known: list[float] | None = None
 
     def _drop_tables(self) -> None:
@@ -131,7 +144,7 @@ class TabledOptimizer(torch.optim.Optimizer):
 
     def _perturbation_sums(self) -> torch.Tensor:
         """Add up the perturbation sums of all tables: float64 `(3,)`."""
-        return sum(bucket.table.perturbation_sums.sum(0) for bucket in self._buckets)
+        return functools.reduce(operator.add, (bucket.table.perturbation_sums.sum(0) for bucket in self._buckets))
 
     def _storage_of(self, param: torch.Tensor) -> Storage:
         """Give a parameter's kind of storage."""

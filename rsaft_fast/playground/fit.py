@@ -86,7 +86,7 @@ def best_fit(images: Tensor, demands: Sequence[Constraints]) -> Fit:
     window = _window(coarse) * (1 - taken)
     matte = foreground(images[slots.image], cover, window)
     fits = torch.stack([_refine(matte, window, taken, coarse, slots, shape) for shape in range(len(SHAPES))], dim=1)
-    covers = torch.stack([coverage(*fits[:, i].unbind(1), shape) for i, shape in enumerate(SHAPES)], dim=1)
+    covers = torch.stack([coverage(*fits[:, i].unbind(1), shape=shape) for i, shape in enumerate(SHAPES)], dim=1)
     return Fit(slots, fits[torch.arange(len(fits)), slots.shape], covers, window)
 
 
@@ -187,7 +187,7 @@ def _templates(shape: str) -> tuple[Tensor, Tensor]:
 
 
 def _cover(geometry: Tensor, shape: Tensor) -> Tensor:
-    every = torch.stack([coverage(*geometry.unbind(1), name) for name in SHAPES], dim=1)
+    every = torch.stack([coverage(*geometry.unbind(1), shape=name) for name in SHAPES], dim=1)
     return every[torch.arange(len(shape)), shape]
 
 
@@ -216,7 +216,7 @@ def _refine(matte: Tensor, window: Tensor, taken: Tensor, start: Tensor, slots: 
         for _ in range(2):
             tried = best[:, None] + step * moves
             tried[..., 2] = torch.minimum(torch.maximum(tried[..., 2], low[:, None]), high[:, None])
-            cover = coverage(*tried.unbind(-1), SHAPES[shape])
+            cover = coverage(*tried.unbind(-1), shape=SHAPES[shape])
             misfit = (cover - matte[:, None]).square() * window[:, None] + cover * taken[:, None]
             error = misfit.sum((2, 3))
             best = tried[rows, error.argmin(1)]

@@ -15,6 +15,7 @@ r* is the mean of the terms that apply.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,6 +156,6 @@ def _fidelity(images: Tensor, fit: Fit) -> Tensor:
     paint = torch.tensor(list(COLOURS.values()), dtype=images.dtype)[fit.slots.colour][..., None, None] - background
     target = background + sum_by_image(fit.cover[:, None] * paint, fit.slots)
     pixels = _halving((images - target).square().sum(1), PIXEL_SCALE**2).mean((1, 2))
-    height = sum((images.diff(dim=d) * target.diff(dim=d)).sum((1, 2, 3)) for d in (2, 3))
+    height: Any = sum((images.diff(dim=d) * target.diff(dim=d)).sum((1, 2, 3)) for d in (2, 3))
     wanted = sum(target.diff(dim=d).square().sum((1, 2, 3)) for d in (2, 3))
     return (pixels + _halving((height / wanted - 1).square(), EDGE_SCALE**2)) / 2

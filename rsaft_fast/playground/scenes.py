@@ -174,7 +174,7 @@ def satisfies(scene: Scene, constraints: Constraints) -> bool:
     pairs = [(a, b) for i, a in enumerate(scene.objects) for b in scene.objects[:i]]
     if not all(_separate(a.box, b.box) for a, b in pairs):
         return False
-    return constraints.relation is None or _related(*scene.objects, constraints.relation)
+    return constraints.relation is None or _related(*scene.objects, relation=constraints.relation)
 
 
 def _separate(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
@@ -224,7 +224,7 @@ def render(scenes: Sequence[Scene], dtype: torch.dtype = torch.float32) -> Tenso
             continue
         geometry = torch.tensor([(thing.x, thing.y, thing.radius) for _, thing in found], dtype=dtype)
         colour = torch.tensor([COLOURS[thing.colour] for _, thing in found], dtype=dtype)[..., None, None]
-        mask = coverage(*geometry.unbind(1), shape)[:, None]
+        mask = coverage(*geometry.unbind(1), shape=shape)[:, None]
         rows = torch.tensor([i for i, _ in found])
         images.index_add_(0, rows, mask * (colour - background))
     return images

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def raw_recipe(recipe: str | Path | Mapping[str, Any] | Config) -> dict[str, Any
     return dict(recipe) if isinstance(recipe, Mapping) else read_yaml(find_recipe(recipe))
 
 
-def validate(raw: Mapping[str, Any], where: str, commanded: set[str] = frozenset()) -> Config:
+def validate(raw: Mapping[str, Any], where: str, commanded: Set[str] = frozenset()) -> Config:
     """A mapping as a `Config`; `where` names its origin in messages, `commanded` the keys that overrides set."""
     try:
         return Config.model_validate(raw)

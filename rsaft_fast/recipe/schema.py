@@ -10,7 +10,7 @@ import reprlib
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ValidationError
@@ -53,14 +53,14 @@ _MOST_LINES = 20
 _NAME = re.compile(r"[\w.\-]{1,60}")
 
 
-def explain(error: ValidationError, root: type[BaseModel], where: str, commanded: set[str]) -> list[str]:
+def explain(error: ValidationError, root: type[BaseModel], where: str, commanded: Set[str]) -> list[str]:
     """One line for each thing that is wrong."""
     items = error.errors()
     lines = [_line(item, root, where, commanded) for item in items[:_MOST_LINES]]
     return lines + ([f"and {len(items) - len(lines)} more of {where}"] if len(items) > len(lines) else [])
 
 
-def _line(item: dict[str, Any], root: type[BaseModel], where: str, commanded: set[str]) -> str:
+def _line(item: Mapping[str, Any], root: type[BaseModel], where: str, commanded: Set[str]) -> str:
     key, level = _locate(root, item["loc"])
     kind, value, context = item["type"], item["input"], item.get("ctx", {})
     if kind in ("union_tag_not_found", "union_tag_invalid"):
@@ -225,8 +225,8 @@ def _kinds(annotation: Any) -> Iterator[str]:
 
 def describe(model: type[BaseModel], name: str) -> str:
     """A key's description: its field's own, else its lines under `Attributes:` in the class (or a base's) docstring."""
-    if model.model_fields[name].description:
-        return model.model_fields[name].description
+    if own := model.model_fields[name].description:
+        return own
     for base in model.__mro__:
         if (text := _documented(base).get(name)) is not None:
             return text

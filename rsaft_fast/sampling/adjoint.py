@@ -9,7 +9,7 @@ of graded calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -87,27 +87,28 @@ def call_backward(
         uncond: what the unconditional branch carries; "none" is a call without guidance.
         input_gradient: also return scale * (df/dx)^T cotangent, (B, *latent_shape); else None is returned.
     """
-    guided = conditioning.negative is not None and uncond != "none"
+    negative = None if uncond == "none" else conditioning.negative
+    guided = negative is not None
     w = conditioning.guidance_scale if guided else 1.0
     branches = [(conditioning.positive, w)]
-    if guided and uncond == "graded":
-        branches.append((conditioning.negative, 1.0 - w))
+    if negative is not None and uncond == "graded":
+        branches.append((negative, 1.0 - w))
     # What shares a network call.
     groups = [branches] if backbone.cfg_batching == "batched" else [[branch] for branch in branches]
     if callable(cotangent) and (len(groups) > 1 or (guided and len(branches) == 1)):
         with torch.no_grad():
             cotangent = cotangent(guided_prediction(backbone, x, step, conditioning, uncond))
-    total = None
+    total: Any = None
     for group in groups:
         leaf = x.detach().requires_grad_(input_gradient)
         with torch.enable_grad():
             predictions = backbone.predict_together(leaf, step, [branch for branch, _ in group])
         if callable(cotangent):  # this one group is the whole call
             found = [prediction.detach() for prediction in predictions]
-            cotangent = cotangent(found[0] if len(found) == 1 else guide(*found, w))
+            cotangent = cotangent(found[0] if len(found) == 1 else guide(found[0], found[1], w))
         torch.autograd.backward(predictions, [(scale * weight) * cotangent for _, weight in group])
         if input_gradient:
-            total = leaf.grad if total is None else total + leaf.grad
+            total = leaf.grad if total is None else total + leaf.grad  # pyrefly: ignore[unsupported-operation]
     return total
 
 

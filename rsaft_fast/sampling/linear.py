@@ -158,10 +158,10 @@ def flow_schedule(
     _check_num_steps(num_steps, config.num_train_timesteps, least=2 if terminal else 1)
     shift = {"mu": mu} if config.get("use_dynamic_shifting") else {}
     _place(scheduler, num_steps, sigmas=None if sigmas is None else list(sigmas), **shift)
-    sigmas = scheduler.sigmas.double().tolist()
+    placed = scheduler.sigmas.double().tolist()
     return _checked(
         LinearStep(t=float(t), a=1.0, b=after - now, c=0.0, x0_a=1.0, x0_b=-now, alpha=1.0 - now, sigma=now)
-        for t, now, after in zip(scheduler.timesteps, sigmas[:-1], sigmas[1:])
+        for t, now, after in zip(scheduler.timesteps, placed[:-1], placed[1:])
     )
 
 

@@ -43,8 +43,9 @@ class Conditioning:
     def select(self, index: slice | Sequence[int]) -> Conditioning:
         """The rows `index` of every tensor."""
         index = index if isinstance(index, slice) else list(index)
-        pick = lambda branch: None if branch is None else {name: tensor[index] for name, tensor in branch.items()}  # noqa: E731
-        return Conditioning(pick(self.positive), pick(self.negative), self.guidance_scale)
+        pick = lambda branch: {name: tensor[index] for name, tensor in branch.items()}  # noqa: E731
+        negative = None if self.negative is None else pick(self.negative)
+        return Conditioning(pick(self.positive), negative, self.guidance_scale)
 
 
 class Traits(Protocol):
@@ -203,7 +204,7 @@ class Backbone(ABC):
     def branch(self, text: Branch, batch: int, guidance_scale: float = 1.0) -> Branch:
         """A branch of the rows of `embed_text`, on the device."""
         embedded = {name: tensor.to(device=self.device, dtype=self.compute_dtype) for name, tensor in text.items()}
-        return embedded | self.added_conditions(batch, guidance_scale)
+        return embedded | self.added_conditions(batch, guidance_scale)  # pyrefly: ignore[unsupported-operation]
 
     def embed(self, prompts: Sequence[str | None], guidance_scale: float = 1.0) -> Branch:
         """Encode prompts as one branch, without gradient; None is the unconditional prompt."""
@@ -257,9 +258,7 @@ class Backbone(ABC):
         raise UserError(f"denoising: {type(self).__name__} has no `encode_images`, so that its loss has no latents")
 
 
-def as_negative_prompts(
-    prompts: Sequence[str], negative_prompts: Sequence[str] | str | None
-) -> Sequence[str] | Sequence[None]:
+def as_negative_prompts(prompts: Sequence[str], negative_prompts: Sequence[str] | str | None) -> Sequence[str | None]:
     """One negative prompt for each prompt; None and a single string are repeated."""
     if negative_prompts is None or isinstance(negative_prompts, str):
         return [negative_prompts] * len(prompts)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import io
 import json
 import threading
@@ -131,7 +130,7 @@ def unpack_json(body: bytes, limits: Limits) -> Parts:
             raise TypeError("images is no list")
         _check_count(len(texts), limits)
         files = [base64.b64decode(text, validate=True) for text in texts]
-    except (ValueError, KeyError, TypeError, RecursionError, binascii.Error) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{_NO_LISTS} ({type(error).__name__}: {error})") from error
     prompts = wire.checked_prompts(prompts, len(files), limits.max_prompt)
     room, pictures = limits.max_bytes, []

@@ -98,7 +98,7 @@ class Connection(H11Protocol):
 
     def _make_room(self) -> None:
         """Close the one that has asked for nothing for longest, if there are too many."""
-        alive = [connection for connection in self.connections if not connection.transport.is_closing()]
+        alive: list[Any] = [connection for connection in self.connections if not connection.transport.is_closing()]
         if len(alive) > self.most:
             spare = [connection for connection in alive if connection._watched in _SPARE and connection is not self]
             min(spare, key=lambda connection: connection.since, default=self).transport.abort()

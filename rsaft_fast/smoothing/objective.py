@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -198,7 +198,7 @@ def image_perturbation(backbone: Backbone, observation: Observation, smoothing: 
     if smoothing.space == "latent":
         gradient = latent_gradient(backbone, observation, observation.image_gradient)
     elif smoothing.space == "reward_input":
-        gradient = observation.input_gradient
+        gradient: Any = observation.input_gradient  # asked for, in this space
     else:
         gradient = observation.image_gradient
     radius = smoothing.radius / 2 if smoothing.space == "pixel11" else smoothing.radius

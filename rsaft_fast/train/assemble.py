@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -65,7 +65,7 @@ class Loaders(Protocol):
     def reward(self) -> Reward:
         """Return the reward, on the host: one that cannot be loaded is known before what takes long."""
 
-    def encode(self, encodings: Mapping[str, Branch]) -> None:
+    def encode(self, encodings: Any) -> None:
         """Encode what is missing."""
 
     def settle(self, reward: Reward, prompts: Sequence[str]) -> Reward:

@@ -42,11 +42,11 @@ class RunLog:
         self.folder = folder
         self._wants_tensorboard = tensorboard
         self._say = say
-        self._metrics = None
+        self._metrics: Any = None
         self._board = None
         self._writer = BackgroundWriter()
         self._failed: set[str] = set()
-        self._hook = None
+        self._hook: Any = None
 
     @property
     def is_open(self) -> bool:

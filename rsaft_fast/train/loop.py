@@ -130,7 +130,7 @@ def _train(config: Config, run: _Run, stop: StopSignals, on_samples: Callable) -
             run.save()
     if trainer.step > run.saved:
         run.save()
-    if trainer.step < config.max_steps:
+    if stop.received is not None and trainer.step < config.max_steps:
         return Outcome(config.run_folder, trainer.step, None, run.farewell(stop.received), stop.received)
     stop.finishing = "the model is being written"
     export = trainer.export(config.run_folder)
@@ -161,12 +161,12 @@ class _Run:
     ):
         self.config, self.log, self.title, self.forecast, self.loaders = config, log, title, forecast, loaders
         self.folder = config.run_folder
-        self.trainer: Trainer | None = None
+        self.trainer: Trainer = None  # pyrefly: ignore[bad-assignment]  # from `load` on
         self.resumed: Path | None = None
         self.baseline: torch.Tensor | None = None
         self.latest: torch.Tensor | None = None
         self.run_log = RunLog(self.folder, config.logging.tensorboard, log)
-        self.progress: Progress | None = None
+        self.progress: Progress = None  # pyrefly: ignore[bad-assignment]  # from `begin` on, unless stopped before it
         self.start = self.saved = 0
         self.complete: Path | None = None
         self._began = time.monotonic()
@@ -205,18 +205,18 @@ class _Run:
         if self.resumed is not None:
             self._saved = checkpoints.read(self.resumed, verify=False)
             self.start = self.saved = self._saved.step
-            self._read_earlier()
+            self._read_earlier(self.resumed)
         advise = self.forecast(config, self.log)
         self.trainer = Trainer(config, inputs, self.log, self.stage, loaders)
         self.trainer.advise = advise
-        if self._saved is not None:
+        if self._saved is not None and self.resumed is not None:
             self.trainer.check_fit(self._saved)
             self.log(f"resuming from {self.resumed}, after update {self.start}")
             for line in what_changed(config, self.resumed, self._saved.info, self.trainer.reward.spec.sha256):
                 self.log(line)
 
-    def _read_earlier(self) -> None:
-        self._earlier = read_metrics(self.resumed.parents[1], self.start, self.log)
+    def _read_earlier(self, checkpoint: Path) -> None:
+        self._earlier = read_metrics(checkpoint.parents[1], self.start, self.log)
         missing = self.start - len({record["step"] for record in self._earlier})
         self._has_gaps = missing > 0
         if missing:
@@ -297,7 +297,7 @@ class _Run:
         columns = {"before": self.baseline, f"after {self.trainer.step} updates": images}
         self._log_grid(columns, self.trainer.step)
 
-    def _log_grid(self, columns: dict[str, torch.Tensor], step: int) -> None:
+    def _log_grid(self, columns: dict[str, Any], step: int) -> None:
         self.run_log.samples(lambda: compose_grid(self.trainer.sample_prompts, columns), step)
 
     def save(self) -> None:
@@ -358,10 +358,8 @@ class _Run:
         if not self.run_log.is_open and self.resumed is None:
             return f"stopped by {received.name} before the first update was finished; nothing was written"
         step = self.trainer.step if self.run_log.is_open else self.start
-        return (
-            f"stopped by {received.name} after update {step} of {self.config.max_steps}; "
-            f"go on with resume={self.folder if self.run_log.is_open else self.resumed.parents[1]}"
-        )
+        folder = self.folder if self.run_log.is_open or self.resumed is None else self.resumed.parents[1]
+        return f"stopped by {received.name} after update {step} of {self.config.max_steps}; go on with resume={folder}"
 
     def result(self, export: Path) -> str:
         if self.start == self.trainer.step:

@@ -118,6 +118,6 @@ def load_state(optimizer: SAMAdamW, saved: Mapping[str, Any]) -> None:
     Rates and radii are the recipe's: a resumed run has said which of them changed.
     """
     own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(dict(saved))
     for group, settings in zip(optimizer.param_groups, own):
         group.update(settings)

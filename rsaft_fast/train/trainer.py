@@ -78,9 +78,8 @@ class Trainer(Assembly):
         balls = [ball for ball in (self.config.sharpness, self.config.smoothing.image) if ball is not None]
         prompts = self.sample_prompts if images is not None else self.scored_prompts
         with oom_as_user_error("checking the reward"):
-            check_precision(
-                self.reward, balls, prompts, lambda some: self._draw(some) if images is None else images[: len(some)]
-            )
+            draw: Any = lambda some: self._draw(some) if images is None else images[: len(some)]  # noqa: E731
+            check_precision(self.reward, balls, prompts, draw)
         free_memory(self.device)  # the float32 copy refers to itself
 
     def iterate(self) -> Iterator[dict[str, Any]]:
@@ -118,7 +117,9 @@ class Trainer(Assembly):
                 world=self.world,
                 compare_gradients=config.logging.diagnostics and not config.optimizer.release_gradients,
             )
-            denoising_loss = self.denoising and self.denoising.update(self.encoded, self.optimizer, step)
+            denoising_loss = None
+            if self.denoising is not None:
+                denoising_loss = self.denoising.update(self.encoded, self.optimizer, step)
             self.step += 1
             if self.ema is not None:
                 self.ema.update(self.step)

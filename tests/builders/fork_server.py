@@ -83,7 +83,7 @@ def _serve(shim: str) -> None:
     # Answers go where nothing else is printed.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    from rsaft_fast.commands.process import prepare_process
+    from rsaft_fast.process import prepare_process
 
     prepare_process()
     for name in ("train", "sample"):

@@ -101,7 +101,7 @@ def test_every_stage_is_said_before_it_begins(tiny, out):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_bars_of_downloads_are_shown_on_a_terminal(terminal, tmp_path):
     script = (
-        "from rsaft_fast.commands.process import prepare_process; prepare_process()\n"
+        "from rsaft_fast.process import prepare_process; prepare_process()\n"
         "from huggingface_hub.utils import are_progress_bars_disabled as off\n"
         "from transformers.utils import logging; print(off(), logging.is_progress_bar_enabled())"
     )
