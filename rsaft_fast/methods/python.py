@@ -13,8 +13,9 @@ class PythonMethod(Method):
     It runs code on this machine: name only what you wrote or read.
 
     Attributes:
-        call: module:callable, found in the current directory, on PYTHONPATH or among the installed packages. It is called
-            with backbone, reward, schedule and config, and with `arguments`.
+        call: module:callable of a subclass of Algorithm, or of a function that is annotated to return one; nothing
+            else is called. It is found in the current directory, on PYTHONPATH or among the installed packages, and
+            takes backbone, reward, schedule, config and `arguments`.
         arguments: keywords for it.
     """
 
