@@ -18,7 +18,6 @@ from rsaft_fast.backbones.specs import Spec, load_spec
 from rsaft_fast.benchmarks.memory_runs import MODELS, REWARD
 from rsaft_fast.dtypes import DTYPES
 from rsaft_fast.estimate.skeleton import quiet
-from rsaft_fast.memory import checkpoint_networks
 from rsaft_fast.recipe.check import check_settings
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards import RewardSettings
@@ -85,7 +84,7 @@ class RandomLoaders(FileLoaders):
         settings = self.config.backbone
         loading = {"offload_blocks": settings.offload_blocks, "quantize": settings.quantize}
         backbone = self._random(self.device, **loading)
-        checkpoint_networks(backbone.denoiser, backbone.pipeline.vae, settings.checkpoint, settings.keep_blocks)
+        backbone.recompute(settings.checkpoint, settings.keep_blocks)
         return backbone
 
     def _random(self, device: torch.device | str, **loading: Any) -> PipelineBackbone:

@@ -30,14 +30,14 @@ _ELSE = "lower data.batch_size and raise data.accumulate"
 @contextmanager
 def oom_as_user_error(
     what: str,
-    half_done: Callable[[], bool] = lambda: False,
+    state: Callable[[], str] = lambda: "the weights are those before it",
     advise: Callable[[str], str | None] = lambda phase: None,
 ) -> Iterator[None]:
     """Turn an out-of-memory error inside the block into a `UserError` that names its phase and the mend.
     Perturbed weights are back by then.
 
     Args:
-        half_done: whether some weights are updated and others are not (`optimizer.release_gradients`).
+        state: tells what became of the weights.
         advise: what lowers that phase's need most in this very recipe; None leaves it to the rule.
     """
     try:
@@ -46,9 +46,8 @@ def oom_as_user_error(
         if not is_out_of_memory(error):
             raise
         phase = phases.phase_of(error)
-        state = "it broke off half done" if half_done() else "the weights are those before it"
         raise UserError(
-            f"out of memory in {what} ({phase}); {state}. Lower the need: "
+            f"out of memory in {what} ({phase}); {state()}. Lower the need: "
             f"{advise(phase) or _MENDS.get(phase, _ELSE)}, or a smaller backbone.height and backbone.width"
         ) from error
 

@@ -2,6 +2,5 @@
 
 from rsaft_fast.algorithms.base import Algorithm, At
 from rsaft_fast.algorithms.reward_gradient import PlannedBatch, RewardGradient, StepReport, rsaft_step
-from rsaft_fast.algorithms.update import update
 
-__all__ = ["Algorithm", "At", "PlannedBatch", "RewardGradient", "StepReport", "rsaft_step", "update"]
+__all__ = ["Algorithm", "At", "PlannedBatch", "RewardGradient", "StepReport", "rsaft_step"]

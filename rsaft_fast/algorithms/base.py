@@ -37,12 +37,10 @@ class Algorithm(ABC, Generic[Part]):
     """A way to train a diffusion model on a reward.
 
     Attributes:
-        copies: names of the copies of the trained weights that it needs beside them.
         updates: optimizer updates made from one iteration.
         shown: figures that the progress bar shows, name to label, the most important first.
     """
 
-    copies: tuple[str, ...] = ()
     updates: int = 1
     shown: ClassVar[Mapping[str, str]] = {"reward": "reward"}
 

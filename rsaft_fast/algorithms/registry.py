@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rsaft_fast.algorithms.base import Algorithm
 from rsaft_fast.algorithms.reward_gradient import RewardGradient
 from rsaft_fast.distributed import World
 from rsaft_fast.errors import UserError
 from rsaft_fast.importing import load_callable, makes
-from rsaft_fast.methods import GradientMethod
+from rsaft_fast.methods import GradientMethod, Method, PythonMethod
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards.base import Reward
 from rsaft_fast.sampling import Schedule
@@ -26,19 +28,31 @@ def build_algorithm(
     Raises:
         UserError: an algorithm of the user's own cannot be imported or made.
     """
+    build = next(build for kind, build in BUILDERS.items() if isinstance(config.method, kind))
+    return build(config, backbone, reward, schedule, world or World())
+
+
+def _reward_gradient(
+    config: Config, backbone: Backbone, reward: Reward, schedule: Schedule, world: World
+) -> RewardGradient:
     method = config.method
-    if isinstance(method, GradientMethod):
-        return RewardGradient(
-            backbone,
-            reward,
-            schedule,
-            smoothing=config.smoothing,
-            loss=config.training_loss,
-            method=method,
-            plan_scope=config.data.plan_scope,
-            probe=config.sharpness,
-            world=world,
-        )
+    assert isinstance(method, GradientMethod)
+    return RewardGradient(
+        backbone,
+        reward,
+        schedule,
+        smoothing=config.smoothing,
+        loss=config.training_loss,
+        method=method,
+        plan_scope=config.data.plan_scope,
+        probe=config.sharpness,
+        world=world,
+    )
+
+
+def _own(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule, world: World) -> Algorithm:
+    method = config.method
+    assert isinstance(method, PythonMethod)
     make = load_callable(method.call, "method.call")
     if not makes(make, Algorithm):
         raise UserError(
@@ -55,3 +69,10 @@ def build_algorithm(
     if not isinstance(algorithm, Algorithm):
         raise UserError(f"method.call {method.call} gives a {type(algorithm).__name__}; it must give an Algorithm")
     return algorithm
+
+
+BUILDERS: dict[type[Method], Callable[[Config, Backbone, Reward, Schedule, World], Algorithm]] = {
+    GradientMethod: _reward_gradient,
+    PythonMethod: _own,
+}
+"""A line an algorithm: its settings, and what makes it of them."""

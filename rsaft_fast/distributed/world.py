@@ -32,13 +32,6 @@ class World:
         if not 0 <= self.rank < self.size:
             raise ValueError(f"rank is {self.rank}; a world of {self.size} has 0 to {self.size - 1}")
 
-    @classmethod
-    def current(cls) -> World:
-        """Return torch.distributed's default group, where a launcher has made one; else one process alone."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return cls()
-        return cls(dist.get_rank(), dist.get_world_size())
-
     def share(self, count: int) -> range:
         """Return this rank's indices of `count` of each rank, numbered through all ranks."""
         return range(self.rank * count, (self.rank + 1) * count)

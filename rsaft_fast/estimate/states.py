@@ -20,7 +20,7 @@ _TENSOR_BYTES = 8 + 4 + 4 + 8 * len(LISTS) + 4 + 8 * 9
 
 
 class AccountedOptimizer:
-    """In `rsaft_step`'s hands what a SAMAdamW of the same settings is, as far as bytes go.
+    """In `update`'s hands what a SAMAdamW of the same settings is, as far as bytes go.
 
     The kernels write in place and make nothing besides; so does this.
 

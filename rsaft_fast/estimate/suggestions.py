@@ -99,7 +99,7 @@ def candidates(config: Config) -> Iterator[dict[str, Any]]:
         yield {"speed.cfg": "rollout"}
     if config.speed.cuda_graph:
         yield {"speed.cuda_graph": False}
-    if not config.reward.checkpoint:
+    if not getattr(config.reward, "checkpoint", True):  # towers have the key
         yield {"reward.checkpoint": True}
     if data.batch_size > 1:
         smaller = data.batch_size // 2 if data.batch_size % 2 == 0 else 1

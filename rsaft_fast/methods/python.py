@@ -16,7 +16,8 @@ class PythonMethod(Method):
         call: module:callable of a subclass of Algorithm, or of a function that is annotated to return one; nothing
             else is called. It is found in the current directory, on PYTHONPATH or among the installed packages, and
             takes backbone, reward, schedule, config and `arguments`.
-        arguments: keywords for it.
+        arguments: keywords for it. What smoothing.image, sharpness, loss and data.plan_scope say is its to read from
+            config; smoothing.parameters holds for every algorithm.
     """
 
     needs_gradient: ClassVar[bool] = False

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import inspect
 import os
 import sys
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import nn
 
 from rsaft_fast.errors import UserError, first_line
 from rsaft_fast.files import sha256_of
-from rsaft_fast.importing import load_callable
+from rsaft_fast.importing import load_callable, makes
 from rsaft_fast.rewards.base import Reward, RewardSpec, check_prompts, score_dtype
 from rsaft_fast.rewards.preprocess import check_images
 from rsaft_fast.rewards.settings import RewardSettings, register
@@ -119,21 +119,25 @@ class PythonSettings(RewardSettings):
             UserError: no such module or name, one that is no reward, or one that does not take the arguments.
         """
         found = load_callable(self.path, "reward.path")
-        spec = self._described(found)
-        reward = self._made(found, spec)
+        return self._ready(self._made(found, self._described(found)), found).to(device)
+
+    def _ready(self, reward: Reward, found: Any) -> Reward:
+        """A reward with frozen weights and a spec that tells its code and its weights apart from others'."""
         if reward.differentiable != self.differentiable:
             raise UserError(
                 f"reward.differentiable is {self.differentiable}, but {self.path} says {reward.differentiable} of "
                 "itself; write the same in both places"
             )
-        own = getattr(reward, "spec", None)
-        if isinstance(own, RewardSpec) and own is not spec:
+        spec, own = self._described(found), getattr(reward, "spec", None)
+        if isinstance(own, RewardSpec) and not isinstance(reward, FunctionReward):
             # The same code with other weights is another reward.
             digest = hashlib.sha256(f"{spec.sha256} {own.sha256}".encode()).hexdigest()
             facts = spec.preprocessing | {"own": asdict(own)}
             spec = RewardSpec(spec.name, spec.source, digest, facts, own.licence)
+        if reward is found:  # the user's own object keeps its spec and its device
+            reward = copy.deepcopy(reward)
         reward.spec = spec
-        return reward.requires_grad_(False).eval().to(device)
+        return reward.requires_grad_(False).eval()
 
     def shapes(self, say: Callable[[str], None]) -> Reward:
         """Make the reward and move it to the meta device.
@@ -158,7 +162,7 @@ class PythonSettings(RewardSettings):
         recipe may be a stranger's, and could name any function of any installed module."""
         if isinstance(found, Reward) and not self.arguments:
             return found
-        if (inspect.isclass(found) and issubclass(found, Reward)) or _returns_reward(found):
+        if makes(found, Reward):
             try:
                 made = found(**self.arguments)
             except (UserError, torch.OutOfMemoryError):
@@ -183,7 +187,11 @@ class PythonSettings(RewardSettings):
         """The source files are the reward's identity, as weights are another's."""
         files = [getattr(sys.modules.get(self.path.partition(":")[0]), "__file__", None)]
         with contextlib.suppress(TypeError):  # an object: its class says where it was written
-            files.append(inspect.getsourcefile(inspect.unwrap(found) if callable(found) else type(found)))
+            files.append(
+                inspect.getsourcefile(
+                    inspect.unwrap(found) if inspect.isfunction(found) or inspect.isclass(found) else type(found)
+                )
+            )
         sources = [Path(file) for file in dict.fromkeys(files) if file and os.path.isfile(file)]
         facts = {"arguments": self.arguments} if self.arguments else {}
         return RewardSpec(self.name, self.path, sha256_of(sources) if sources else "", facts)
@@ -203,20 +211,10 @@ def handed_over(found: Reward | Score) -> tuple[Reward, PythonSettings]:
         path=f"{named.__module__}:{named.__qualname__}", differentiable=getattr(found, "differentiable", True)
     )
     if isinstance(found, Reward):
-        return found, settings
+        return settings._ready(found, found), settings
     if not _scores(found):
         raise UserError(f"reward is {_kind(found)}; it must be a Reward, or a function of (images, prompts)")
     return FunctionReward(found, settings._described(found)), settings
-
-
-def _returns_reward(found: Any) -> bool:
-    if not inspect.isfunction(found):
-        return False
-    try:
-        wanted = typing.get_type_hints(found).get("return")
-    except (NameError, AttributeError, TypeError):  # names that only a type checker sees
-        return False
-    return inspect.isclass(wanted) and issubclass(wanted, Reward)
 
 
 def _scores(found: Any) -> bool:

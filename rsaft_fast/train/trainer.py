@@ -117,7 +117,8 @@ class Trainer(Assembly):
                 world=self.world,
                 compare_gradients=config.logging.diagnostics and not config.optimizer.release_gradients,
             )
-            denoising_loss = None
+        denoising_loss = None
+        with self._naming_oom("the optimizer's step is made; go on from the last checkpoint"):
             if self.denoising is not None:
                 denoising_loss = self.denoising.update(self.encoded, self.optimizer, step)
             self.step += 1
@@ -128,8 +129,10 @@ class Trainer(Assembly):
             record["denoising_loss"] = denoising_loss
         return record | {"seconds": round(time.perf_counter() - started, 4)}
 
-    def _naming_oom(self) -> AbstractContextManager[None]:
-        return oom_as_user_error(f"update {self.step + 1}", lambda: self.optimizer.half_stepped, self.advise)
+    def _naming_oom(self, state: str = "the weights are those before it") -> AbstractContextManager[None]:
+        """`state`: what became of the weights, where no released update broke off."""
+        told = lambda: "it broke off half done" if self.optimizer.half_stepped else state  # noqa: E731
+        return oom_as_user_error(f"update {self.step + 1}", told, self.advise)
 
     def _optimizer_figures(self, stats: Mapping[str, float]) -> dict[str, float | None]:
         """The optimizer's own under the names of metrics.jsonl; `grad_norm` is that of the update's gradient, before
@@ -189,6 +192,11 @@ class Trainer(Assembly):
 
     def check_fit(self, saved: Checkpoint) -> None:
         """Raise `UserError` if a checkpoint is another model's, or its optimizer state another optimizer's."""
+        if saved.step % self.algorithm.updates:
+            raise UserError(
+                f"resume: the checkpoint is of update {saved.step}, and an iteration of method "
+                f"{self.config.method.name} makes {self.algorithm.updates} updates; resume with the run's own method"
+            )
         self._check_tensors("weights", saved.weights)
         if (MEAN in saved.copies) != (self.ema is not None):
             raise UserError("resume: the checkpoint and the recipe disagree on ema; set it as the run had it")

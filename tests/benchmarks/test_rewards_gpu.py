@@ -21,13 +21,13 @@ def test_every_row_is_measured_and_written(tmp_path, capsys):
         assert row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"] and row["standing"] < row["peak"], row
     own = {place: row["peak"] - row["standing"] for place, row in rows.items()}
     for name in ("clip-h", "blip-l"):
-        assert own[name, "bfloat16", True, 32] > 8 * own[name, "bfloat16", True, 1]
+        assert own[name, "bf16", True, 32] > 8 * own[name, "bf16", True, 1]
     assert len(capsys.readouterr().out.splitlines()) == len(rows) + 1
 
 
 @pytest.mark.parametrize("name, parameters", [("clip-h", 986.1e6), ("blip-l", 446.67e6)])
 def test_models_have_the_published_size(name, parameters):
-    built = rewards_gpu.BUILDERS[name]({}, torch.device("meta"), "bfloat16", True)
+    built = rewards_gpu.BUILDERS[name]({}, torch.device("meta"), "bf16", True)
     assert sum(p.numel() for p in built.parameters()) == pytest.approx(parameters, rel=0.003)
 
 
@@ -37,8 +37,8 @@ def test_a_row_that_does_not_fit_says_so():
 
     row = rewards_gpu.measured(SimpleNamespace(score=full), 1, 8, torch.device("cpu"), 3)
     assert row == {"missing": "out of memory"}
-    what = {"reward": "clip-h", "dtype": "bfloat16", "checkpoint": True, "batch": 1}
-    assert rewards_gpu.describe(what | row) == "clip-h x1 bfloat16 checkpointed: out of memory"
+    what = {"reward": "clip-h", "dtype": "bf16", "checkpoint": True, "batch": 1}
+    assert rewards_gpu.describe(what | row) == "clip-h x1 bf16 checkpointed: out of memory"
 
 
 def test_wrong_input_is_one_line(tmp_path, capsys):
@@ -55,7 +55,7 @@ def test_wrong_input_is_one_line(tmp_path, capsys):
 @pytest.mark.gpu
 def test_one_row_on_the_gpu():
     device = torch.device("cuda")
-    reward = rewards_gpu.BUILDERS["clip-h"]({}, device, "bfloat16", True)
+    reward = rewards_gpu.BUILDERS["clip-h"]({}, device, "bf16", True)
     reward.keep_prompts([rewards_gpu.PROMPT])
     row = rewards_gpu.measured(reward, 1, 1024, device, 3)
     # 1.26 GB of bf16 weights, and 0.7 GiB a batch of 32 at most beside the pictures.

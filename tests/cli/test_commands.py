@@ -20,10 +20,10 @@ from builders.messages import says
 from builders.recipes import config, environment
 from PIL import Image
 
-from rsaft_fast import cli
+from rsaft_fast import cli, process
 from rsaft_fast.cli import main
 from rsaft_fast.cli.parser import build_parser
-from rsaft_fast.commands import doctor, process
+from rsaft_fast.commands import doctor
 from rsaft_fast.train.loop import train
 from rsaft_fast.train.signals import StopSignals
 
@@ -201,7 +201,7 @@ def test_a_signal_interrupts_at_once_while_there_is_nothing_to_finish():
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_stopped_while_loading_nothing_is_written(tiny, out, monkeypatch, number, code):
-    monkeypatch.setattr("rsaft_fast.train.trainer.load_reward", lambda settings: signal.raise_signal(number))
+    monkeypatch.setattr("rsaft_fast.train.assemble.load_reward", lambda settings: signal.raise_signal(number))
     outcome = train(config(tiny, out))
     assert outcome.exit_code == code and "nothing was written" in outcome.message
     assert not out.exists()

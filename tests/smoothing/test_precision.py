@@ -48,7 +48,7 @@ def test_a_reward_that_is_no_number_is_refused(folder, images):
     reward = load_reward("clip", folder, dtype=torch.bfloat16)
     with torch.no_grad():
         reward.model.visual_projection.weight.zero_()
-    with pytest.raises(UserError, match=says("nan%", "reward.dtype=float32")):
+    with pytest.raises(UserError, match=says("nan%", "reward.dtype=fp32")):
         require_s1_precision(reward, images, PROMPTS, 2.0)
 
 
