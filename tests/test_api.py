@@ -7,12 +7,12 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from builders.fixtures import out, tiny  # noqa: F401
 from builders.recipes import config, recipe
 
 import rsaft_fast
-from rsaft_fast.rewards import RewardSpec
 
 
 def test_every_public_name_is_there_and_none_hides_a_subpackage():
@@ -39,13 +39,17 @@ def brightness(images, prompts):
 
 
 class Darkness(rsaft_fast.Reward):
-    spec = RewardSpec("darkness")
+    """Without a spec, and with what counts in training mode alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.forget = torch.nn.Dropout(1.0)
 
     def preprocess(self, images):
         return images
 
     def score_inputs(self, inputs, prompts):
-        return -inputs.mean((1, 2, 3))
+        return -self.forget(inputs).mean((1, 2, 3))
 
 
 @pytest.mark.parametrize("own", [brightness, Darkness()], ids=["function", "Reward"])
@@ -59,7 +63,7 @@ def test_a_reward_that_is_handed_over_is_trained_on_and_recorded(tiny, out, own)
     assert written["reward"]["name"] == "python" and written["reward"]["path"].endswith(f"test_api:{name}")
     assert written["optimizer"]["lr"] == 0.01
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert all((record["reward"] > 0) == (own is brightness) for record in records)
+    assert all((record["reward"] > 0) == (own is brightness) and record["reward"] != 0 for record in records)
 
 
 def test_what_is_no_reward_is_refused(tiny, out):  # noqa: F811

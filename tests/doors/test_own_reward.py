@@ -42,7 +42,7 @@ def run(folder: Path, raw: dict, *overrides: str) -> list[dict]:
 def estimated(folder: Path, capsys) -> dict:
     """What `rsaft-fast estimate` says of the recipe."""
     capsys.readouterr()
-    assert main(["estimate", str(folder / "recipe.yaml"), "--quick", "--json"]) == 0
+    assert main(["estimate", str(folder / "recipe.yaml"), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 

@@ -155,3 +155,13 @@ def test_code_that_reads_values_is_not_estimated(write):
     module = write("def f(images, prompts): return images.mean((1, 2, 3)) * images.max().item()")
     with pytest.raises(UserError, match=f"{module}:f cannot be estimated.*shapes alone"):
         RewardSettings(name="python", path=f"{module}:f").shapes(print)
+
+
+def test_an_object_is_the_same_reward_however_often_it_is_loaded(write):
+    name = write('f = Mine(3.0, spec="of its weights")')
+    settings = RewardSettings(name="python", path=f"{name}:f")
+    first, shapes, again = settings.load(), settings.shapes(lambda line: None), settings.load()
+    assert shapes.gain.is_meta and not again.gain.is_meta
+    assert first.spec == again.spec and first.spec.sha256 not in ("", "of its weights")
+    own = sys.modules[name].f
+    assert own.spec.sha256 == "of its weights" and own.gain.requires_grad and own.training
