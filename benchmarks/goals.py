@@ -15,7 +15,8 @@ from rsaft_fast.benchmarks.memory_tables import GIB, MemoryView
 from rsaft_fast.benchmarks.peers import DTYPES
 from rsaft_fast.benchmarks.results import Row, is_gpu
 from rsaft_fast.benchmarks.shapes import shapes_of
-from rsaft_fast.benchmarks.tables import View, align
+from rsaft_fast.benchmarks.tables import View
+from rsaft_fast.figures.tables import aligned
 
 FILE = Path(__file__).with_name("goals.txt")
 STATE_BYTES = 12  # that AdamW holds a parameter in bf16 without SAM: fp32 moments and master
@@ -105,7 +106,7 @@ def text(results: Row) -> str:
     met, measured = sum(goal.met is True for goal in found), sum(goal.met is not None for goal in found)
     note = "" if is_gpu(results) else f". {results.get('note', '')}"
     summary = f"{met} of {measured} measured goals met; {len(found) - measured} not measured{note}"
-    return "\n".join([*align(rows, words=4), "", summary])
+    return "\n".join([*aligned(rows, left=4), "", summary])
 
 
 @cache

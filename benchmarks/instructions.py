@@ -24,7 +24,7 @@ from pathlib import Path
 
 import networkx  # torch needs it, too
 
-from rsaft_fast.benchmarks.tables import align
+from rsaft_fast.figures.tables import aligned
 
 WARP = 32
 ELEMENTS = 256
@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"needs {' and '.join(missing)} on PATH (cuobjdump also comes with the package triton)")
     if not (chosen.csrc / KERNELS[0][1]).is_file():
         parser.error(f"--csrc {chosen.csrc}: no kernels there; give the folder csrc of a checkout")
-    print("\n".join(align(table(chosen.csrc, chosen.architecture), words=1)))
+    print("\n".join(aligned(table(chosen.csrc, chosen.architecture))))
     return 0
 
 

@@ -11,7 +11,8 @@ from rsaft_fast.benchmarks import memory_runs as runs
 from rsaft_fast.benchmarks.floors import dense_bf16, predicted_ms
 from rsaft_fast.benchmarks.memory_runs import MODELS, RUNS, Run
 from rsaft_fast.benchmarks.results import Row
-from rsaft_fast.benchmarks.tables import NONE, align, markdown, number, percent
+from rsaft_fast.benchmarks.tables import NONE, markdown, number, percent
+from rsaft_fast.figures.tables import aligned
 
 GIB = 2**30
 EXACT, GRADED_ONLY, PLAIN_METHOD = "exact", "graded_only", "plain method"
@@ -130,7 +131,7 @@ def terminal(results: Row) -> str:
     """Everything."""
     view, lines = MemoryView(results), [machine_line(results)]
     for title, header, rows in tables(view):
-        lines += ["", title, *("  " + text for text in align([header, *rows]))]
+        lines += ["", title, *("  " + text for text in aligned([header, *rows]))]
     missing = [f"{run}: {part}: {row['missing']}" for (run, part), row in view.rows.items() if "missing" in row]
     for title, said in (("no figure", missing), ("left out", results["left_out"])):
         lines += ["", f"{title}:", *(f"  {text}" for text in said)] if said else []

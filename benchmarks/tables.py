@@ -8,6 +8,7 @@ from rsaft_fast.benchmarks.floors import LAYOUTS, PASSES, floor
 from rsaft_fast.benchmarks.images import EAGER, WHAT
 from rsaft_fast.benchmarks.providers import OURS, PROVIDERS
 from rsaft_fast.benchmarks.results import Row
+from rsaft_fast.figures.tables import aligned
 
 ORDER = (*PROVIDERS, EAGER)
 NONE = "-"
@@ -83,7 +84,7 @@ def terminal(results: Row) -> str:
         known = what in PASSES and dtype in LAYOUTS
         least = f", floor {floor(what, dtype):.4g} bytes a parameter" if known else ""
         lines += [f"  {LABELS.get(what, what)}{least}"]
-        lines += ["    " + line for line in align(_columns(view, what, rows))]
+        lines += ["    " + line for line in aligned(_columns(view, what, rows))]
     notes = {(r["provider"], r["dtype"]): r["note"] for r in view.rows if r.get("note")}
     sections = {
         "notes": [f"{provider}, {dtype}: {note}" for (provider, dtype), note in notes.items()],
@@ -99,15 +100,6 @@ def machine_line(results: Row) -> str:
     versions = [f"{name} {results[name]}" for name in ("driver", "torch", "triton") if results[name]]
     versions += [f"CUDA {results['cuda']}"] if results["cuda"] else []
     return f"{results['gpu']}: {', '.join(versions)}; commit {results['commit'] or 'unknown'}, {results['date']}"
-
-
-def align(rows: Sequence[Sequence[str]], words: int = 1) -> list[str]:
-    """Columns of equal width; the first `words` columns to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(c.ljust(w) if i < words else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
-        for row in rows
-    ]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
