@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rsaft_fast.errors import UserError
 from rsaft_fast.estimate.estimate import Estimate, estimate
 from rsaft_fast.estimate.forecast import announce
 from rsaft_fast.progress import tell
@@ -35,8 +36,9 @@ def finetune(
     Args:
         recipe: a `Config`, its keys as a mapping, a YAML file, or the name of a shipped recipe.
         overrides: keys that replace the recipe's, as on the command line: `["optimizer.lr=1e-4", "max_steps=50"]`.
-        reward: of your own, in place of the recipe's: a `Reward`, on the host, or a function that takes images
-            (B, 3, H, W), nominally 0 to 1, and B prompts, and returns B scores with a gradient to the images.
+        reward: of your own, in place of the recipe's: a `Reward`, on the host, or a function whose first two arguments
+            are named images, (B, 3, H, W), nominally 0 to 1, and prompts, B texts, and that returns B scores with a
+            gradient to the images.
         backbone: a model of your own, in place of `backbone.path`, with its text encoders.
         log: takes lines for the user.
         options: further keywords of `rsaft_fast.train.loop.train`, such as `on_samples`.
@@ -48,6 +50,11 @@ def finetune(
         UserError: something is wrong with the recipe, its inputs, a reward, memory or a disk.
     """
     raw = raw_recipe(recipe)
+    for own, key in ((reward, "reward."), (backbone, "backbone.path=")):
+        if own is not None and (odd := [text for text in overrides if text.startswith(key)]):
+            raise UserError(f"{odd[0]} beside a {key.partition('.')[0]} that is handed over; leave one of them out")
+    if backbone is not None and not isinstance(backbone, Backbone):
+        raise UserError(f"backbone is a {type(backbone).__name__}; it must be an object of a subclass of Backbone")
     # The run's config.yaml says what was trained on, whatever the recipe named.
     if reward is not None:
         reward, settings = handed_over(reward)

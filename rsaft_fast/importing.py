@@ -36,14 +36,15 @@ def load_callable(named: str, key: str) -> Callable[..., Any]:
         raise UserError(
             f"{key}: there is no module {module_name!r} in {here}, on PYTHONPATH or among the installed packages"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{key}: importing {module_name} fails ({type(error).__name__}: {error})") from error
     found: Any = module
     for name in attribute.split("."):
         found = getattr(found, name, None)
     if not callable(found):
         what = "has nothing of that name" if found is None else f"has a {type(found).__name__} of that name"
-        raise UserError(f"{key} is {named!r}, but {module_name} {what}; name a function or class")
+        where = getattr(module, "__file__", None) or "built in"
+        raise UserError(f"{key} is {named!r}, but {module_name} ({where}) {what}; name a function or class")
     return found
 
 

@@ -13,6 +13,7 @@ from builders.fixtures import out, tiny  # noqa: F401
 from builders.recipes import config, recipe
 
 import rsaft_fast
+from rsaft_fast.rewards.python import handed_over
 
 
 def test_every_public_name_is_there_and_none_hides_a_subpackage():
@@ -67,7 +68,7 @@ def test_a_reward_that_is_handed_over_is_trained_on_and_recorded(tiny, out, own)
 
 
 def test_what_is_no_reward_is_refused(tiny, out):  # noqa: F811
-    with pytest.raises(rsaft_fast.UserError, match="images, prompts"):
+    with pytest.raises(rsaft_fast.UserError, match="images and prompts"):
         rsaft_fast.finetune(recipe(tiny, out), reward=lambda pixels: pixels)
     assert not out.exists()
 
@@ -76,3 +77,24 @@ def test_memory_is_estimated_from_python(tiny, out):  # noqa: F811
     found = rsaft_fast.estimate_memory(config(tiny, out))
     small = rsaft_fast.estimate_memory(recipe(tiny, out), ["data.batch_size=1"])
     assert small.peak < found.peak and found.largest.name in {phase.name for phase in found.phases}
+
+
+@pytest.mark.parametrize(
+    ("options", "overrides", "said"),
+    [
+        ({"reward": brightness}, ["reward.path=playground/fair"], "reward.path"),
+        ({"backbone": "playground"}, [], "str"),
+        ({"backbone": Darkness}, [], "type"),
+    ],
+)
+def test_what_is_handed_over_wrongly_is_one_line(tiny, out, options, overrides, said):  # noqa: F811
+    with pytest.raises(rsaft_fast.UserError, match=said):
+        rsaft_fast.finetune(recipe(tiny, out), overrides, **options)
+    assert not out.exists()
+
+
+def test_another_reward_is_another_identity():
+    loud, quiet = (torch.nn.Linear(1, 1) for _ in range(2))
+    loud.forward = quiet.forward = lambda images, prompts: images.mean((1, 2, 3))
+    specs = [handed_over(own)[0].spec.sha256 for own in (brightness, Darkness(), loud, quiet, loud)]
+    assert all(specs) and len(set(specs)) == 4 and specs[2] == specs[4]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import inspect
 import os
@@ -184,17 +185,32 @@ class PythonSettings(RewardSettings):
         return FunctionReward(found, spec, arguments=self.arguments, differentiable=self.differentiable)
 
     def _described(self, found: Any) -> RewardSpec:
-        """The source files are the reward's identity, as weights are another's."""
+        """The source files are the reward's identity, and of an object its weights, too."""
+        called = found
+        while isinstance(called, functools.partial):
+            called = called.func
         files = [getattr(sys.modules.get(self.path.partition(":")[0]), "__file__", None)]
         with contextlib.suppress(TypeError):  # an object: its class says where it was written
             files.append(
                 inspect.getsourcefile(
-                    inspect.unwrap(found) if inspect.isfunction(found) or inspect.isclass(found) else type(found)
+                    inspect.unwrap(called) if inspect.isroutine(called) or inspect.isclass(called) else type(called)
                 )
             )
         sources = [Path(file) for file in dict.fromkeys(files) if file and os.path.isfile(file)]
         facts = {"arguments": self.arguments} if self.arguments else {}
-        return RewardSpec(self.name, self.path, sha256_of(sources) if sources else "", facts)
+        digest = sha256_of(sources) if sources else ""
+        if isinstance(found, nn.Module):
+            digest = hashlib.sha256(f"{digest} {_digest_of_weights(found)}".encode()).hexdigest()
+        return RewardSpec(self.name, self.path, digest, facts)
+
+
+def _digest_of_weights(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if not tensor.is_meta:
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def handed_over(found: Reward | Score) -> tuple[Reward, PythonSettings]:
@@ -213,7 +229,10 @@ def handed_over(found: Reward | Score) -> tuple[Reward, PythonSettings]:
     if isinstance(found, Reward):
         return settings._ready(found, found), settings
     if not _scores(found):
-        raise UserError(f"reward is {_kind(found)}; it must be a Reward, or a function of (images, prompts)")
+        raise UserError(
+            f"reward is {_kind(found)}; it must be a Reward, or a function whose first two "
+            "arguments are named images and prompts"
+        )
     return FunctionReward(found, settings._described(found)), settings
 
 

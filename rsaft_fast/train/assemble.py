@@ -221,40 +221,42 @@ def assemble(
         loaders.encode(encodings)
         reward = loaders.settle(reward, prompts)
         backbone = loaders.backbone()
-    for note in dict.fromkeys(backbone.notes):
-        if note not in shapes.notes:
-            log(note)
-    encoded = EncodedPrompts(backbone, encodings, config.sampler)
-    # Adapters are made on the host, to the same numbers for every device; of shapes there are no numbers.
-    with loaders.device if loaders.device.type == "meta" else nullcontext():
-        if config.parameters.train == "lora":
-            add_lora(backbone, config.parameters.lora, config.seed)
-        else:
-            backbone.train_all_parameters()
-    apply_speed(backbone, config.speed)
-    parameters = backbone.trainable_parameters
-    algorithm = build_algorithm(config, backbone, reward, schedule, world)
-    if config.max_steps % algorithm.updates:
-        raise UserError(
-            f"max_steps is {config.max_steps}, and an iteration of method {config.method.name} makes "
-            f"{algorithm.updates} updates; give a multiple of that"
+        for note in dict.fromkeys(backbone.notes):
+            if note not in shapes.notes:
+                log(note)
+        encoded = EncodedPrompts(backbone, encodings, config.sampler)
+        # Adapters are made on the host, to the same numbers for every device; of shapes there are no numbers.
+        with loaders.device if loaders.device.type == "meta" else nullcontext():
+            if config.parameters.train == "lora":
+                add_lora(backbone, config.parameters.lora, config.seed)
+            else:
+                backbone.train_all_parameters()
+        apply_speed(backbone, config.speed)
+        parameters = backbone.trainable_parameters
+        algorithm = build_algorithm(config, backbone, reward, schedule, world)
+        if config.max_steps % algorithm.updates:
+            raise UserError(
+                f"max_steps is {config.max_steps}, and an iteration of method {config.method.name} makes "
+                f"{algorithm.updates} updates; give a multiple of that"
+            )
+        return Assembly(
+            config=config,
+            world=world,
+            device=loaders.device,
+            backbone=backbone,
+            reward=reward,
+            schedule=schedule,
+            encoded=encoded,
+            batches=batches,
+            parameters=parameters,
+            optimizer=build_optimizer(parameters, config.optimizer, config.smoothing.parameters, config.seed),
+            algorithm=algorithm,
+            ema=EMA(parameters, config.ema.decay) if config.ema else None,
+            denoising=DenoisingLoss(backbone, config.denoising, inputs.images, config.seed)
+            if config.denoising
+            else None,
+            sample_prompts=inputs.sample_prompts,
         )
-    return Assembly(
-        config=config,
-        world=world,
-        device=loaders.device,
-        backbone=backbone,
-        reward=reward,
-        schedule=schedule,
-        encoded=encoded,
-        batches=batches,
-        parameters=parameters,
-        optimizer=build_optimizer(parameters, config.optimizer, config.smoothing.parameters, config.seed),
-        algorithm=algorithm,
-        ema=EMA(parameters, config.ema.decay) if config.ema else None,
-        denoising=DenoisingLoss(backbone, config.denoising, inputs.images, config.seed) if config.denoising else None,
-        sample_prompts=inputs.sample_prompts,
-    )
 
 
 def _scored_prompts(config: Config, batches: PromptBatches, sample_prompts: list[str]) -> list[str]:

@@ -75,7 +75,7 @@ def test_it_trains_resumes_to_the_same_bits_and_is_sampled(tmp_path):
 def test_an_object_trains_in_place_of_what_the_recipe_names(tmp_path):
     mine = made_by_a_function(height=16, width=16, dtype=torch.float32, device=torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in mine.denoiser.requires_grad_(False).state_dict().items()}
-    finetune(recipe(tmp_path, "run"), ["backbone.path=mine", "max_steps=1", "samples.every=0"], backbone=mine)
+    finetune(recipe(tmp_path, "run"), ["max_steps=1", "samples.every=0"], backbone=mine)
     after = trained(tmp_path / "run")
     assert not any(torch.equal(tensor, before[name]) for name, tensor in after.items())
     assert all(torch.equal(tensor, after[name]) for name, tensor in mine.denoiser.state_dict().items())
