@@ -55,14 +55,14 @@ class CaptionedImage:
         return read_image(self.path, height, width)
 
 
-def load_folder(folder: str | Path, say: Callable[[str], None] = lambda line: None) -> list[CaptionedImage]:
+def load_folder(folder: str | Path, log: Callable[[str], None] = lambda line: None) -> list[CaptionedImage]:
     """Pictures and captions: from `metadata.jsonl` (file_name, text) where there is one, else from `<name>.txt` files.
 
     Every picture is decoded once here: one that is cut off shall not end the training that reaches it.
 
     Args:
         folder: of the pictures.
-        say: takes a line about what else is in it.
+        log: takes a line about what else is in it.
 
     Raises:
         UserError: no such folder, no pictures, or a picture without a caption or that cannot be read.
@@ -76,7 +76,7 @@ def load_folder(folder: str | Path, say: Callable[[str], None] = lambda line: No
         raise UserError(f"denoising.images: {folder} holds no pictures ({', '.join(ENDINGS)})")
     known = [METADATA] if os.path.isfile(metadata) else [path.name for path in _caption_files(folder).values()]
     if line := passed_over(folder, [item.path for item in items], known):
-        say(line)
+        log(line)
     try:
         check_pictures(item.path for item in items)
     except UserError as error:

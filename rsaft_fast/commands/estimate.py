@@ -19,10 +19,10 @@ _WIDTH = 44
 def run(arguments: argparse.Namespace) -> int:
     """Run `rsaft-fast estimate`."""
     config = load_config(arguments.recipe, arguments.overrides)
-    found = estimate(config, say=_say)
+    found = estimate(config, log=_log)
     card = round(arguments.card * GIB) if arguments.card is not None else card_memory(config)
     if arguments.json:
-        suggestions = [] if arguments.quick else suggest(config, found, found.largest.name, _say)
+        suggestions = [] if arguments.quick else suggest(config, found, found.largest.name, _log)
         print(json.dumps(_as_json(found, suggestions, card), indent=1))
         return 0
     print("\n".join(table(found)))
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     """What is being done, beside the table: it can take a minute."""
     print(f"rsaft-fast: {line}", file=sys.stderr, flush=True)
 
@@ -76,7 +76,7 @@ def _advice(config: Config, found: Estimate, card: int | None) -> list[str]:
     """What lowers the largest phase; where nothing does, the next as well; what makes it fit where it does not."""
     lines = []
     for phase in sorted(found.phases, key=lambda phase: -phase.total)[:2]:
-        suggestions = suggest(config, found, phase.name, _say)
+        suggestions = suggest(config, found, phase.name, _log)
         if not suggestions:
             lines.append(f"{phase.name}: no key of the recipe lowers it by 1 % or more")
             continue

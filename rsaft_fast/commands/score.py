@@ -73,15 +73,15 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         journal.close(finished or not journal.count)
     if files.calibration is not None:
-        _say(f"centre and width of {len(scored.calibrations)} rewards in {files.calibration}")
+        _log(f"centre and width of {len(scored.calibrations)} rewards in {files.calibration}")
     print(score_table([picture.group for picture in pictures], scored.columns))
     for lines in comparisons(pictures, prompts, scored.columns):
         print(f"\n{lines}")
-    _say(f"{len(pictures)} pictures in {files.output}; what scored them in {files.spec}")
+    _log(f"{len(pictures)} pictures in {files.output}; what scored them in {files.spec}")
     return 0
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(f"rsaft-fast: {line}", flush=True)
 
 
@@ -148,13 +148,13 @@ class Scored:
     calibrations: list[Calibration]
 
 
-def _prompts(pictures: Sequence[Picture], source: str | None, say: Callable[[str], None]) -> list[str]:
+def _prompts(pictures: Sequence[Picture], source: str | None, log: Callable[[str], None]) -> list[str]:
     if source is None:
-        return assign_prompts(pictures, None, "", say)
+        return assign_prompts(pictures, None, "", log)
     prompts = load_prompts(source, held_out=True)
     for note in prompt_notes(source, prompts):
-        say(note)
-    return assign_prompts(pictures, prompts, source, say)
+        log(note)
+    return assign_prompts(pictures, prompts, source, log)
 
 
 def _score_all(
@@ -171,7 +171,7 @@ def _score_all(
     for label, chosen in settings.items():
         reward = load_reward(chosen, device=device)
         for note in (*notes, *reward.prompt_notes(prompts)):
-            _say(note)
+            _log(note)
         notes = ()
         # By what it is, not by what it is called: other weights under the same name are another reward.
         key = digest([chosen.model_dump(), asdict(reward.spec)])

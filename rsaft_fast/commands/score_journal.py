@@ -48,11 +48,11 @@ class Journal:
     line that was cut off is dropped.
     """
 
-    def __init__(self, path: Path, identity: str, say: Callable[[str], None] = lambda line: None):
+    def __init__(self, path: Path, identity: str, log: Callable[[str], None] = lambda line: None):
         """Begin it, or go on with the one that is there.
 
         Args:
-            say: takes a line where the file system has no locks.
+            log: takes a line where the file system has no locks.
 
         Raises:
             UserError: it cannot be written, is another process's, or holds scores of other pictures.
@@ -61,7 +61,7 @@ class Journal:
         self._columns: dict[Column, list[float]] = {}
         meanwhile = f"--output: {path}, where scores are kept meanwhile,"
         with refuse_io_errors(meanwhile, or_else="give a file elsewhere"):
-            self._stream = self._open(say)
+            self._stream = self._open(log)
         self._end = 0
         try:
             self._read({"format": FORMAT, "pictures": identity})
@@ -69,7 +69,7 @@ class Journal:
             self.close(finished=self._end == 0)
             raise
 
-    def _open(self, say: Callable[[str], None]) -> IO[bytes]:
+    def _open(self, log: Callable[[str], None]) -> IO[bytes]:
         """The file, held by this process."""
         path = self.path
         while True:
@@ -87,7 +87,7 @@ class Journal:
                     f"{path} is being written by another rsaft-fast score; give another --output"
                 ) from error
             except NoLocksError as error:
-                say(error.warning(path))
+                log(error.warning(path))
                 return stream
             except OSError:
                 stream.close()

@@ -97,18 +97,18 @@ def spare(peak: int, card: int) -> int:
     return card - RESERVED - peak
 
 
-def estimate(config: Config, cuda: bool = True, say: Callable[[str], None] = lambda line: None) -> Estimate:
+def estimate(config: Config, cuda: bool = True, log: Callable[[str], None] = lambda line: None) -> Estimate:
     """Walk one update of the recipe on shapes alone.
 
     Args:
         cuda: as torch's CUDA allocator and attention kernels have it; else as on the CPU, byte by byte.
-        say: gets a line before each stage that takes a while.
+        log: gets a line before each stage that takes a while.
 
     Raises:
         UserError: keys that do not go together or do not fit the model; a pipeline or reward that has no config files
             here and is not a published one.
     """
-    return _Walk(config, cuda, say).estimate()
+    return _Walk(config, cuda, log).estimate()
 
 
 class ShapeLoaders:
@@ -193,8 +193,8 @@ class ShapePicture:
 class _Walk:
     """One update, its memory and its models."""
 
-    def __init__(self, config: Config, cuda: bool, say: Callable[[str], None]):
-        self.config, self.cuda, self.say = config, cuda, say
+    def __init__(self, config: Config, cuda: bool, log: Callable[[str], None]):
+        self.config, self.cuda, self.log = config, cuda, log
         self.live = LiveBytes("meta", CUDA_BLOCK if cuda else 1)
         self.loaders = ShapeLoaders(config, self.live, cuda)
         self.standing = self.loaders.standing
@@ -213,7 +213,7 @@ class _Walk:
         if run.ema is not None:
             self._keep("running mean (fp32)", run.ema.means.values())
         self._score_once()
-        self.say("the models stand, as shapes; walking one update")
+        self.log("the models stand, as shapes; walking one update")
         with shapes_alone(self.cuda), self.live:
             self._check_reward()
             self._update()

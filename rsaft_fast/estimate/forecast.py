@@ -32,7 +32,7 @@ class Forecast:
         return f"set {best[0]}, which saves {best[0].saves / GIB:.2f} GiB there" if best else None
 
 
-def announce(config: Config, say: Callable[[str], None]) -> Callable[[str], str | None]:
+def announce(config: Config, log: Callable[[str], None]) -> Callable[[str], str | None]:
     """On a GPU: say what the run will need, and warn when the card has less. Never keeps a run from starting.
 
     A run on the CPU is not slowed down by it, and has no card to compare with.
@@ -43,22 +43,22 @@ def announce(config: Config, say: Callable[[str], None]) -> Callable[[str], str 
     device = pick_device(config.backbone.device)
     found = None
     if device.type == "cuda":
-        found = forecast(config, say, torch.cuda.get_device_properties(device).total_memory)
+        found = forecast(config, log, torch.cuda.get_device_properties(device).total_memory)
     return found.advise if found is not None else lambda phase: None
 
 
-def forecast(config: Config, say: Callable[[str], None], card: int) -> Forecast | None:
+def forecast(config: Config, log: Callable[[str], None], card: int) -> Forecast | None:
     """`announce` for a card of so many bytes."""
     try:
         found = estimate(config)
     except Exception as error:
         # A model that cannot be walked on shapes alone may well run.
         reason = first_line(error) if isinstance(error, UserError) else describe_error(error)
-        say(f"the memory that this run needs could not be estimated ({reason})")
+        log(f"the memory that this run needs could not be estimated ({reason})")
         return None
-    say(f"estimated peak {found.peak / GIB:.2f} GiB of the card's {card / GIB:.2f}, in {found.largest.name}")
+    log(f"estimated peak {found.peak / GIB:.2f} GiB of the card's {card / GIB:.2f}, in {found.largest.name}")
     if (missing := -spare(found.peak, card)) > 0:
-        say(
+        log(
             f"warning: that is {missing / GIB:.2f} GiB more than the card has beside {RESERVED / GIB:.2f} GiB for what "
             "is not counted; 'rsaft-fast estimate' with this recipe says which keys would lower it"
         )

@@ -37,15 +37,15 @@ class Suggestion:
 
 
 def suggest(
-    config: Config, found: Estimate, phase: str, say: Callable[[str], None] = lambda line: None
+    config: Config, found: Estimate, phase: str, log: Callable[[str], None] = lambda line: None
 ) -> list[Suggestion]:
-    """What lowers the total of that phase, the most helpful first; `say` gets a line for each change tried."""
+    """What lowers the total of that phase, the most helpful first; `log` gets a line for each change tried."""
     before = found.phase(phase)
     if before is None:
         return []
     suggestions = []
     for keys in candidates(config):
-        say(f"estimating again with {Suggestion(keys, 0, 0)}")
+        log(f"estimating again with {Suggestion(keys, 0, 0)}")
         try:
             after = estimate(changed(config, keys))
         except UserError:

@@ -92,9 +92,9 @@ class AestheticSettings(TowerSettings):
         spec = self.spec([file], prepare.describe() | facts, "Apache-2.0")
         return AestheticReward(model, head, prepare, spec, **self.tower).to(device)
 
-    def shapes(self, say: Callable[[str], None]) -> AestheticReward:
+    def shapes(self, log: Callable[[str], None]) -> AestheticReward:
         """Build it from the image tower's config.json, or from what is published."""
-        model, prepare = clip_shapes(self, self.image_tower or IMAGE_TOWER, say)
+        model, prepare = clip_shapes(self, self.image_tower or IMAGE_TOWER, log)
         with torch.device("meta"):
             head = AffineHead(model.config.projection_dim)
         return AestheticReward(model, head, prepare, self.spec([], {}), **self.tower)

@@ -219,9 +219,9 @@ class ClipSettings(TowerSettings):
         options = {"scale": scale, "edit_prompt": self.edit_prompt, **self.tower}
         return ClipReward(model, tokenizer, prepare, spec, **options).to(device)
 
-    def shapes(self, say: Callable[[str], None]) -> ClipReward:
+    def shapes(self, log: Callable[[str], None]) -> ClipReward:
         """Build it from the config.json there, or from what is published."""
-        model, prepare = clip_shapes(self, self.path, say)
+        model, prepare = clip_shapes(self, self.path, log)
         tokenizer = LengthTokenizer(model.config.text_config.max_position_embeddings)
         # The scale that reads the weight logit_scale takes the same bytes.
         return ClipReward(model, tokenizer, prepare, self.spec([], {}), scale="cosine", **self.tower)
@@ -343,7 +343,7 @@ def preprocess_from_config(
     )
 
 
-def clip_shapes(settings: TowerSettings, source: str, say: Callable[[str], None]) -> tuple[CLIPModel, Preprocess]:
+def clip_shapes(settings: TowerSettings, source: str, log: Callable[[str], None]) -> tuple[CLIPModel, Preprocess]:
     """Make the CLIPModel at `source` on the meta device, and its preprocessing.
 
     Config files are taken from there or the hub's cache, else from what is published under that name.
@@ -362,7 +362,7 @@ def clip_shapes(settings: TowerSettings, source: str, say: Callable[[str], None]
                 f"reward.path {source!r} is neither a folder with a config.json nor in the hub's cache here, "
                 "and no published architecture is known by that name; give a folder, or download the reward first"
             )
-        say(f"{path} has no config.json on this machine: shapes are those of the published CLIPModel of that name")
+        log(f"{path} has no config.json on this machine: shapes are those of the published CLIPModel of that name")
     with torch.device("meta"):
         model = CLIPModel(CLIPConfig.from_dict(config))
     return model, preprocess_from_config(prepare, model.config.vision_config.image_size, settings.clamp)

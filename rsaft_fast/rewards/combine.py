@@ -326,7 +326,7 @@ class CombinationSettings(RewardSettings):
             parts.append(Part(part.column, reward, part.weight, centre, width))
         return Combination(parts, self.how, self.penalty, facts)
 
-    def shapes(self, say: Callable[[str], None]) -> Combination:
+    def shapes(self, log: Callable[[str], None]) -> Combination:
         """Build every part on the meta device."""
-        parts = [Part(part.column, part.shapes(say), part.weight) for part in self.parts]
+        parts = [Part(part.column, part.shapes(log), part.weight) for part in self.parts]
         return Combination(parts, self.how, self.penalty)

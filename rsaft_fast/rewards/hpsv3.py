@@ -147,17 +147,17 @@ class Hpsv3Settings(TowerSettings):
         spec = self.spec([file], prepare.describe() | facts, "MIT (code)")
         return Hpsv3Reward(model, head, Conversation(words, text), prepare, spec, **self.tower).to(device)
 
-    def shapes(self, say: Callable[[str], None]) -> Hpsv3Reward:
+    def shapes(self, log: Callable[[str], None]) -> Hpsv3Reward:
         """Build it from the checkpoint's header, or from what is published."""
         file = local_file(self.place, FILE)
         if file is None:
-            say(f"{self.path} is not on this machine: shapes are those of the published HPSv3")
+            log(f"{self.path} is not on this machine: shapes are those of the published HPSv3")
             model, head = _empty(_config(QWEN2_VL_7B, "Qwen2-VL-7B", PUBLISHED_TOKENS))
         else:
             model, head = _build(read_state(file, shapes_alone=True), _architecture(file.parent), repr(str(file)))
         conversation = self._conversation_here(file)
         if conversation is None:
-            say(
+            log(
                 f"HPSv3's instruction or tokenizer is not on this machine: its text is taken to be {TEXT_TOKENS} tokens"
             )
             conversation = ConversationLength(TEXT_TOKENS)

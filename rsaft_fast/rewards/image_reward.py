@@ -170,11 +170,11 @@ class ImageRewardSettings(TowerSettings):
         require_vocabulary(words, model.text_encoder.config.vocab_size, repr(str(source)))
         return self._of(model, head, words, [file]).to(device)
 
-    def shapes(self, say: Callable[[str], None]) -> ImageReward:
+    def shapes(self, log: Callable[[str], None]) -> ImageReward:
         """Build it from the checkpoint's header, or from what is published."""
         file = local_file(self.place, FILE)
         if file is None:
-            say(f"{self.path} is not on this machine: shapes are those of the published ImageReward v1.0")
+            log(f"{self.path} is not on this machine: shapes are those of the published ImageReward v1.0")
             model, head = _empty(BlipVisionConfig(**PUBLISHED_VISION), PUBLISHED_TEXT)
         else:
             model, head = _build(read_state(file, shapes_alone=True), read_json(file.parent / CONFIG), repr(str(file)))

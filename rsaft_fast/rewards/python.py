@@ -140,7 +140,7 @@ class PythonSettings(RewardSettings):
         reward.spec = spec
         return reward.requires_grad_(False).eval()
 
-    def shapes(self, say: Callable[[str], None]) -> Reward:
+    def shapes(self, log: Callable[[str], None]) -> Reward:
         """Make the reward and move it to the meta device.
 
         Raises:

@@ -141,11 +141,11 @@ class RewardSettings(OneOf):
         """
         raise NotImplementedError
 
-    def shapes(self, say: Callable[[str], None]) -> Reward:
+    def shapes(self, log: Callable[[str], None]) -> Reward:
         """Build the same reward on the meta device, from config files or what is published: every shape, no weight.
 
         Args:
-            say: takes a line about where the shapes came from, if it was not from the checkpoint.
+            log: takes a line about where the shapes came from, if it was not from the checkpoint.
 
         Raises:
             UserError: it cannot be estimated, or there is no checkpoint there and none published of that name is

@@ -33,7 +33,7 @@ class Progress:
         done: int,
         total: int,
         title: str | None = None,
-        say: Callable[[str], None] = tell,
+        log: Callable[[str], None] = tell,
         earlier: Sequence[Mapping[str, Any]] = (),
         shown: Mapping[str, str] = MappingProxyType({"reward": "reward", "s1": "S1"}),
     ):
@@ -42,7 +42,7 @@ class Progress:
             earlier: the records of the updates done, for the means.
             shown: the figures beside the bar, name in a record to label; the first stands before the times.
         """
-        self.total, self.title, self._say = total, title, say
+        self.total, self.title, self._log = total, title, log
         self._started, self._done = time.monotonic(), done
         self._told = -math.inf
         self._labels = dict(shown)
@@ -64,7 +64,7 @@ class Progress:
             self._bar.update(step - self._bar.n)
         elif time.monotonic() - self._told >= INTERVAL or step == self.total:
             self._told = time.monotonic()
-            self._say(f"update {self.text(step)}")
+            self._log(f"update {self.text(step)}")
 
     def _take_in(self, record: Mapping[str, Any]) -> None:
         for name, values in self._recent.items():

@@ -72,7 +72,7 @@ def write(
     config: str,
     export: Callable[[Path], None] | None = None,
     keep: int | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Write `root/step_N` and prune older ones once it is complete. What fails before leaves nothing of it.
 
@@ -80,7 +80,7 @@ def write(
         config: the run's configuration as YAML, stored beside the weights.
         export: writes files for other programs (a diffusers LoRA) into a folder it is given.
         keep: how many of the newest complete checkpoints stay; None keeps all.
-        say: takes a line about older ones that could not be deleted.
+        log: takes a line about older ones that could not be deleted.
 
     Raises:
         OSError: it cannot be written.
@@ -114,7 +114,7 @@ def write(
     try:
         prune(root, checkpoint.step, keep)
     except OSError as error:
-        say(f"warning: {final} is complete, but what it replaces could not be deleted: {describe_io_error(error)}")
+        log(f"warning: {final} is complete, but what it replaces could not be deleted: {describe_io_error(error)}")
     return final
 
 

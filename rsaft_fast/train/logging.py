@@ -38,10 +38,10 @@ class RunLog:
     in a thread beside the next updates, and is not worth a run: what fails there is said once.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool, say: Callable[[str], None] = lambda line: None):
+    def __init__(self, folder: Path, tensorboard: bool, log: Callable[[str], None] = lambda line: None):
         self.folder = folder
         self._wants_tensorboard = tensorboard
-        self._say = say
+        self._log = log
         self._metrics: Any = None
         self._board = None
         self._writer = BackgroundWriter()
@@ -149,7 +149,7 @@ class RunLog:
             if what not in self._failed:
                 self._failed.add(what)
                 reason = describe_io_error(error) if isinstance(error, OSError) else describe_error(error)
-                self._say(f"warning: {what} cannot be written ({reason}); training goes on without")
+                self._log(f"warning: {what} cannot be written ({reason}); training goes on without")
 
     def __enter__(self) -> RunLog:
         return self
@@ -164,7 +164,7 @@ class RunLog:
 
 
 def read_metrics(
-    folder: Path, until: int | None = None, say: Callable[[str], None] = lambda line: None
+    folder: Path, until: int | None = None, log: Callable[[str], None] = lambda line: None
 ) -> list[dict[str, Any]]:
     """The records of a run up to update `until`; lines that are none are left out, and said.
 
@@ -192,7 +192,7 @@ def read_metrics(
         del damaged[-1]
     if damaged:
         numbers = ", ".join(str(number) for number, _ in damaged[:3]) + ", ..." * (len(damaged) > 3)
-        say(f"warning: {path}: {len(damaged)} damaged lines are left out (line {numbers})")
+        log(f"warning: {path}: {len(damaged)} damaged lines are left out (line {numbers})")
     return records
 
 

@@ -43,8 +43,8 @@ def copy(tiny, tmp_path):
     return lambda family, name="pipeline": shutil.copytree(getattr(tiny, family), tmp_path / name)
 
 
-def start(config: Config, say=lambda line: None) -> Trainer:
-    return Trainer(config, check_config(config), say)
+def start(config: Config, log=lambda line: None) -> Trainer:
+    return Trainer(config, check_config(config), log)
 
 
 def files_of(cache: Path) -> list[Path]:

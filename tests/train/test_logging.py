@@ -68,7 +68,7 @@ def broken() -> Image.Image:
 
 def test_what_fails_beside_the_training_is_said_once_and_ends_nothing(out):
     said = []
-    with RunLog(out, tensorboard=False, say=said.append) as log:
+    with RunLog(out, tensorboard=False, log=said.append) as log:
         log.open("seed: 0\n", 0, [])
         for step in (1, 2):
             log.samples(broken, step)
@@ -84,7 +84,7 @@ def test_a_tensorboard_that_cannot_be_written_ends_nothing(out):
     said = []
     out.mkdir()
     (out / "tensorboard").write_text("a file")
-    with RunLog(out, tensorboard=True, say=said.append) as log:
+    with RunLog(out, tensorboard=True, log=said.append) as log:
         log.open("seed: 0\n", 0, [])
         log.metrics({"step": 1, "reward": 1.0})
         log.samples(picture, 1)
@@ -176,7 +176,7 @@ def test_a_damaged_line_loses_no_other(out, content, steps, damaged):
     out.mkdir()
     (out / "metrics.jsonl").write_bytes(content)
     said = []
-    assert [record["step"] for record in read_metrics(out, say=said.append)] == steps
+    assert [record["step"] for record in read_metrics(out, log=said.append)] == steps
     assert len(said) == bool(damaged) and all(says(damaged, "damaged").search(line) for line in said)
 
 

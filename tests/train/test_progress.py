@@ -26,7 +26,7 @@ def record(step: int, reward: float | None = 21.4837) -> dict:
 
 def test_the_reward_shown_is_the_mean_of_the_last_updates():
     lines = []
-    told = Progress(0, 100, say=lines.append)
+    told = Progress(0, 100, log=lines.append)
     for step in range(1, 31):
         told.update(record(step, float(step) if step != 30 else None))
     told.update(record(100, 50.0))
@@ -37,7 +37,7 @@ def test_the_reward_shown_is_the_mean_of_the_last_updates():
 
 def test_a_resumed_run_goes_on_with_the_means_before():
     lines = []
-    told = Progress(2, 4, say=lines.append, earlier=[record(1, 1.0), record(2, 3.0), {"step": 2, "reward": "x"}])
+    told = Progress(2, 4, log=lines.append, earlier=[record(1, 1.0), record(2, 3.0), {"step": 2, "reward": "x"}])
     told.update(record(3, 5.0))
     assert "reward 3 (mean of 3)" in lines[0]
 
