@@ -78,6 +78,7 @@ def run_from(wheel: Path, tmp_path: Path, *command: str, **environment: str) -> 
     return run.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no c++")
 def test_a_wheel_made_with_a_compiler_computes_with_it_on_the_cpu(tmp_path):
     wheel = build_wheel(tmp_path, RSAFT_CUDA="0", RSAFT_CPU="1")
@@ -91,12 +92,14 @@ def test_a_wheel_made_with_a_compiler_computes_with_it_on_the_cpu(tmp_path):
         assert "used on cpu: torch (RSAFT_BACKEND=torch)" in said
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_leaves_a_package_that_computes_with_torch(tmp_path):
     wheel = build_wheel(tmp_path, RSAFT_CUDA="0", CXX="false")
     assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
     assert re.search(r"cpu +no +the CPU library is not built", run_from(wheel, tmp_path, *CLI, "doctor"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_wheel_with_a_compiler_holds_a_library_that_loads(tmp_path, monkeypatch):
     wheel = build_wheel(tmp_path, RSAFT_CUDA="1", RSAFT_CPU="0", RSAFT_ARCHITECTURES="90")
@@ -132,6 +135,7 @@ def test_a_missing_damaged_or_foreign_library_says_so(tmp_path, monkeypatch):
         library.forget()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not all(map(shutil.which, ("nvcc", "cmake", "ninja"))), reason="no nvcc, cmake or ninja")
 def test_cmake_builds_the_same_library(tmp_path):
     subprocess.run(

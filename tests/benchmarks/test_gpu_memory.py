@@ -49,6 +49,7 @@ def test_the_peak_of_a_run_is_what_was_estimated(tmp_path, name):
     assert sum(found["phase_ms"].values()) == pytest.approx(found["ms"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_every_other_part_runs(tmp_path, monkeypatch):
     monkeypatch.setattr("rsaft_fast.benchmarks.memory_measure.UPDATES", 1)
     run = runs.run_named("sd15-lora")
@@ -157,6 +158,7 @@ def test_kernels_by_their_names():
     assert kernel_shares(lambda: None, CPU) is None and limit_of(None) == "not known"
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_its_rows_and_goes_on(tmp_path, capsys):
     """Killed at its first row, no warning given; the next run measures the others, and a third has nothing to do."""
     arguments = ["--device", "cpu", "--tiny", "--runs", "flux-full", "--results", str(tmp_path)]

@@ -98,6 +98,7 @@ def test_json_holds_the_same_in_bytes(path, tiny, out, capsys):
     assert best["saves"] == truth.largest.total - again.phase(truth.largest.name).total > 0
 
 
+@pytest.mark.slow
 def test_advice_is_what_estimating_again_says(path, capsys):
     text = output(["estimate", path], capsys)
     lines = re.findall(r"^  (\S+=.*?)\s+saves\s+([\d.]+) GiB \(peak ([\d.]+)\)$", text, re.MULTILINE)
@@ -113,6 +114,7 @@ def test_every_family_is_walked_from_its_own_folder(tiny, out, family):
     assert found.phase(phases.DENOISER).own > 0
 
 
+@pytest.mark.slow
 def test_every_suggestion_makes_a_valid_recipe(tiny, out):
     full = config(tiny, out, parameters={"train": "full"}, backbone__dtype="bf16", ema={"decay": 0.9})
     tried = [changed(full, keys) for keys in candidates(full)]
@@ -198,6 +200,7 @@ def test_an_estimate_that_fails_stops_nothing(tiny, out, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_out_of_memory_advises_what_the_estimate_says(tiny, out, monkeypatch):
     settings = config(tiny, out, data__batch_size=2, backbone__checkpoint=["denoiser", "decoder"])
     grad = torch.autograd.grad

@@ -16,7 +16,7 @@ from rsaft_fast.benchmarks.instructions import functions as disassembled
 
 CSRC = Path(__file__).parents[2] / "csrc"
 functions = cache(disassembled)
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+pytestmark = [pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc"), pytest.mark.slow]
 needs_disassembler = pytest.mark.skipif(disassembler() is None, reason="no cuobjdump")
 
 # A block has 512 threads and a multiprocessor 65,536 registers. 40 a thread let three blocks run at once, 64 two: while

@@ -176,6 +176,7 @@ def shipped(name: str, **changes):
     return load_config(name, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
 
 
+@pytest.mark.slow
 def test_a_shipped_recipe_is_estimated_in_seconds_and_adds_up():
     started = time.process_time()
     found = estimate(shipped("sd15-lora-24gb.yaml"))
@@ -191,6 +192,7 @@ def test_a_shipped_recipe_is_estimated_in_seconds_and_adds_up():
         assert phase.total <= found.peak
 
 
+@pytest.mark.slow
 def test_checkpointing_never_raises_a_peak_and_k_hardly():
     small = dict(data__batch_size=1, data__accumulate=1, backbone__height=256, backbone__width=256)
     small |= dict(sampler__steps=8, sampler__guidance_scale=1, samples__every=0)

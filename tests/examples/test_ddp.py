@@ -164,6 +164,7 @@ def test_a_trainer_is_m_sharpness_over_its_micro_batches(ranks):
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "options"), [([], []), (TORCHRUN, ["--sync-first-pass"])])
 def test_the_script_learns(launcher, options):
     command = [sys.executable, *launcher, EXAMPLES / "ddp.py", *options]

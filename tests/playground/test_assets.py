@@ -106,6 +106,7 @@ def test_the_fair_proxy_was_admitted_and_the_brittle_was_not(record):
         assert verdict["plain"]["proxy"][1] > verdict["plain"]["proxy"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REWARDS)
 def test_the_recorded_gradient_cosine_is_that_of_the_shipped_files(record, sampler, name):
     own = Settings().admission

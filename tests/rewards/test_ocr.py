@@ -52,6 +52,7 @@ def test_lines_colours_and_blank_pictures(reward):
     assert reward.score(blank, ['"open"']).tolist() == [0]
 
 
+@pytest.mark.slow
 def test_a_score_does_not_depend_on_its_neighbours(reward):
     pictures = torch.cat([written("one"), written("two"), written("six")])
     prompts = ['"one"', '"two"', '"sex"']

@@ -131,6 +131,7 @@ def test_a_mask_is_refused_by_kernels_that_would_ignore_it(package):
         functional.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(4, 4, dtype=torch.bool))
 
 
+@pytest.mark.slow
 def test_a_named_kernel_inside_compiled_blocks(tmp_path):
     backbone = make_backbone("sdxl", tmp_path)
     truth = predict(backbone)
