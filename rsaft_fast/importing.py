@@ -8,9 +8,13 @@ import os
 import sys
 import typing
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from rsaft_fast.errors import UserError
+import torch
+
+from rsaft_fast.errors import UserError, describe_error
+
+Made = TypeVar("Made")
 
 
 def load_callable(named: str, key: str) -> Callable[..., Any]:
@@ -59,3 +63,26 @@ def makes(found: Any, base: type) -> bool:
         except (NameError, AttributeError, TypeError):  # names that only a type checker sees
             return False
     return inspect.isclass(found) and issubclass(found, base)
+
+
+def make(found: Callable[..., Made], base: type[Made], named: str, **arguments: Any) -> Made:
+    """Call what `makes` an object of `base`, and refuse whatever goes wrong in its code in one line.
+
+    Args:
+        named: the key and its value, for messages.
+        arguments: keywords for it.
+
+    Raises:
+        UserError: it does not take them, raises anything else, or gives something else.
+    """
+    try:
+        made = found(**arguments)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a stranger's code raises
+        raise UserError(
+            f"{named}: {describe_error(error)}; it is called with {', '.join(arguments) or 'nothing'}"
+        ) from error
+    if not isinstance(made, base):
+        raise UserError(f"{named} returned a {type(made).__name__}; it must return a {base.__name__}")
+    return made

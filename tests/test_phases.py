@@ -86,3 +86,5 @@ def test_a_real_out_of_memory_error_names_its_phase(tiny, out, tmp_path, monkeyp
     with pytest.raises(UserError) as raised:
         run.sample() if where == GRID else run.update()
     assert f"({where})" in str(raised.value) and "Lower the need" in str(raised.value)
+    # The running mean and the denoising loss come after the optimizer's step.
+    assert ("those before it" in str(raised.value)) == (where == GRID)

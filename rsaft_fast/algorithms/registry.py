@@ -8,7 +8,7 @@ from rsaft_fast.algorithms.base import Algorithm
 from rsaft_fast.algorithms.reward_gradient import RewardGradient
 from rsaft_fast.distributed import World
 from rsaft_fast.errors import UserError
-from rsaft_fast.importing import load_callable, makes
+from rsaft_fast.importing import load_callable, make, makes
 from rsaft_fast.methods import GradientMethod, Method, PythonMethod
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards.base import Reward
@@ -53,22 +53,14 @@ def _reward_gradient(
 def _own(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule, world: World) -> Algorithm:
     method = config.method
     assert isinstance(method, PythonMethod)
-    make = load_callable(method.call, "method.call")
-    if not makes(make, Algorithm):
+    found = load_callable(method.call, "method.call")
+    if not makes(found, Algorithm):
         raise UserError(
             f"method.call {method.call} is no subclass of rsaft_fast.algorithms.Algorithm, and no function that is "
             "annotated to return one; nothing else is called"
         )
-    try:
-        algorithm = make(backbone=backbone, reward=reward, schedule=schedule, config=config, **method.arguments)
-    except TypeError as error:
-        raise UserError(
-            f"method.call {method.call} does not take backbone, reward, schedule, config and "
-            f"{', '.join(method.arguments) or 'no arguments'}: {error}"
-        ) from error
-    if not isinstance(algorithm, Algorithm):
-        raise UserError(f"method.call {method.call} gives a {type(algorithm).__name__}; it must give an Algorithm")
-    return algorithm
+    given = {"backbone": backbone, "reward": reward, "schedule": schedule, "config": config}
+    return make(found, Algorithm, f"method.call {method.call!r}", **given | method.arguments)
 
 
 BUILDERS: dict[type[Method], Callable[[Config, Backbone, Reward, Schedule, World], Algorithm]] = {

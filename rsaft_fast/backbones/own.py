@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from rsaft_fast.errors import UserError, describe_error
-from rsaft_fast.importing import load_callable, makes
+from rsaft_fast.errors import UserError
+from rsaft_fast.importing import load_callable, make, makes
 from rsaft_fast.sampling.protocol import Backbone
 
 PREFIX = "python:"
@@ -46,14 +46,8 @@ def make_own(
             f"backbone.path {path!r} is no subclass of rsaft_fast.sampling.protocol.Backbone, and no function that is "
             "annotated to return one; nothing else is called"
         )
-    try:
-        backbone = found(height=height, width=width, dtype=dtype, device=torch.device(device))
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever a stranger's code raises
-        raise UserError(f"backbone.path {path!r}: {describe_error(error)}") from error
-    if not isinstance(backbone, Backbone):
-        raise UserError(f"backbone.path {path!r} gave a {type(backbone).__name__}, not a Backbone")
+    options = {"height": height, "width": width, "dtype": dtype, "device": torch.device(device)}
+    backbone = make(found, Backbone, f"backbone.path {path!r}", **options)
     backbone.denoiser.requires_grad_(False).eval()
     return backbone
 

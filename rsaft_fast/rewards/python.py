@@ -19,7 +19,7 @@ from torch import nn
 
 from rsaft_fast.errors import UserError, first_line
 from rsaft_fast.files import sha256_of
-from rsaft_fast.importing import load_callable, makes
+from rsaft_fast.importing import load_callable, make, makes
 from rsaft_fast.rewards.base import Reward, RewardSpec, check_prompts, score_dtype
 from rsaft_fast.rewards.preprocess import check_images
 from rsaft_fast.rewards.settings import RewardSettings, register
@@ -164,18 +164,9 @@ class PythonSettings(RewardSettings):
         if isinstance(found, Reward) and not self.arguments:
             return found
         if makes(found, Reward):
-            try:
-                made = found(**self.arguments)
-            except (UserError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:  # whatever a stranger's code raises
-                raise UserError(
-                    f"reward.path {self.path!r} with reward.arguments {self.arguments}: {type(error).__name__}: "
-                    f"{first_line(error)}"
-                ) from error
-            if not isinstance(made, Reward):
-                raise UserError(f"reward.path {self.path!r} returned a {type(made).__name__}, not a Reward")
-            return made
+            return make(
+                found, Reward, f"reward.path {self.path!r} with reward.arguments {self.arguments}", **self.arguments
+            )
         if not _scores(found):
             raise UserError(f"reward.path {self.path!r} is {_kind(found)}; it must be {_WANTED}")
         try:

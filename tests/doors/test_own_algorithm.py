@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from builders.messages import says
 from builders.recipes import recipe
 from safetensors.torch import load_file
 
 from rsaft_fast.cli import main
 from rsaft_fast.errors import UserError
 from rsaft_fast.phases import DENOISER, SAMPLING
+from rsaft_fast.recipe.load import load_config
 from rsaft_fast.train.checkpoint import read
+from rsaft_fast.train.loop import train
 
 OWN = {"name": "python", "call": "doors.toy_algorithm:WeightedRegression", "arguments": {"temperature": 0.1}}
 
@@ -61,6 +64,8 @@ def test_its_memory_is_estimated(tiny, tmp_path, capsys):
         ({"method": OWN | {"call": "doors.no_such:thing"}}, ("method.call", "doors.no_such")),
         ({"method": OWN | {"call": "doors.toy_algorithm:absent"}}, ("method.call", "absent")),
         ({"method": OWN | {"call": "doors.toy_algorithm:not_one"}}, ("method.call", "not_one", "Algorithm")),
+        ({"method": OWN | {"call": "doors.toy_algorithm:broken"}}, ("method.call", "OSError", "table.bin")),
+        ({"method": OWN | {"call": "doors.toy_algorithm:something_else"}}, ("method.call", "dict", "Algorithm")),
         ({"method": OWN | {"arguments": {"warmth": 1}}}, ("method.call", "warmth")),
         ({"max_steps": 3}, ("max_steps", "3", "2")),
         ({"optimizer": {"lr": 1e-3, "release_gradients": True}}, ("release_gradients", "python")),
@@ -73,11 +78,15 @@ def test_what_is_wrong_is_said_in_a_line(tiny, tmp_path, capsys, keys, said):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_of_another_kind_is_refused(tiny, tmp_path, capsys):
+def test_a_checkpoint_of_another_kind_is_refused(tiny, tmp_path):
     assert main(["train", written(tiny, tmp_path / "run")]) == 0
     other = {"method": {"name": "draft"}, "max_steps": 6}
     with pytest.raises(UserError, match=r"(?s)algorithm.*baseline"):
-        from rsaft_fast.recipe.load import load_config
-        from rsaft_fast.train.loop import train
-
         train(load_config(written(tiny, tmp_path / "run", **other), ["resume=auto"]))
+
+
+def test_a_checkpoint_within_an_iteration_is_refused(tiny, tmp_path):
+    draft = {"method": {"name": "draft"}, "max_steps": 1}
+    assert main(["train", written(tiny, tmp_path / "run", **draft)]) == 0
+    with pytest.raises(UserError, match=says("resume", 1, 2, "updates")):
+        train(load_config(written(tiny, tmp_path / "run"), ["resume=auto"]))

@@ -75,5 +75,13 @@ class WeightedRegression(Algorithm[Sampled]):
         self.baseline = state["baseline"].clone()
 
 
+def broken(**everything) -> Algorithm:
+    raise OSError("table.bin is gone")
+
+
+def something_else(**everything) -> Algorithm:
+    return dict(everything)
+
+
 def not_one(**everything):
     return everything
