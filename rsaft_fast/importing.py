@@ -65,7 +65,7 @@ def makes(found: Any, base: type) -> bool:
     return inspect.isclass(found) and issubclass(found, base)
 
 
-def make(found: Callable[..., Made], base: type[Made], named: str, **arguments: Any) -> Made:
+def make(found: Callable[..., Made], base: type[Made], named: str, /, **arguments: Any) -> Made:
     """Call what `makes` an object of `base`, and refuse whatever goes wrong in its code in one line.
 
     Args:

@@ -18,19 +18,15 @@ from rsaft_fast.files import check_writable, describe_io_error, mend_of
 from rsaft_fast.lock import sole_writer
 from rsaft_fast.progress import tell
 from rsaft_fast.recipe.config import Config
-from rsaft_fast.recipe.load import read_yaml, respelled, to_yaml
+from rsaft_fast.recipe.load import to_yaml
 from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train.assemble import FileLoaders, Loaders
 from rsaft_fast.train.bar import Progress
+from rsaft_fast.train.changes import what_changed
 from rsaft_fast.train.inputs import check_config, has_run
 from rsaft_fast.train.logging import CHECKPOINTS, CONFIG, METRICS, SAMPLES, TENSORBOARD, RunLog, read_metrics, set_aside
 from rsaft_fast.train.signals import Interrupted, StopSignals
-from rsaft_fast.train.trainer import Trainer, describe_software
-from rsaft_fast.yaml_text import parse_yaml
-
-# Keys that may differ after a resume without a word.
-_FREE_KEYS = {"resume", "output_dir", "max_steps", "checkpoint_every", "keep_checkpoints", "samples", "logging"}
-_FREE_KEYS |= {"data.encoding_cache"}
+from rsaft_fast.train.trainer import Trainer
 
 Log = Callable[[str], None]
 Forecaster = Callable[[Config, Log], Callable[[str], str | None]]
@@ -380,39 +376,3 @@ class _Run:
         lines.append(f"next: rsaft-fast sample --run {self.folder} --prompts-file FILE --output after")
         lines.append("      rsaft-fast score after --reward NAME=PATH    by a reward that was not trained on")
         return lines
-
-
-def what_changed(config: Config, checkpoint: Path, info: dict[str, Any], reward: str | None = None) -> list[str]:
-    """Lines about what may keep a resumed run from repeating bit for bit: other settings, versions, or weights.
-
-    Args:
-        info: the checkpoint's.
-        reward: SHA-256 of the reward's files now.
-    """
-    try:
-        before = _flat(respelled(read_yaml(checkpoint / checkpoints.CONFIG)))
-    except UserError as error:
-        return [f"what has changed since cannot be said: {error}"]
-    now = _flat(parse_yaml(to_yaml(config)))
-    lines = [
-        f"{key} was {before.get(key)!r} and is {value!r} now"
-        for key, value in now.items()
-        if before.get(key) != value and not _FREE_KEYS & {key, key.partition(".")[0]}
-    ]
-    if reward != info.get("reward", reward):
-        lines.append(
-            f"warning: the reward's files are others (SHA-256 {info['reward']} before, {reward} now): its scores "
-            "cannot be compared with the earlier updates'"
-        )
-    lines += [
-        f"{name} was {info[name]} and is {version} now: the last bits may differ"
-        for name, version in describe_software().items()
-        if info.get(name, version) != version
-    ]
-    return lines
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}

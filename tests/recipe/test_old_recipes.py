@@ -11,7 +11,7 @@ from rsaft_fast.dtypes import DTYPES, short_name
 from rsaft_fast.errors import UserError
 from rsaft_fast.recipe.load import respelled, to_yaml, validate
 from rsaft_fast.rewards import REWARDS, RewardSettings
-from rsaft_fast.train.loop import what_changed
+from rsaft_fast.train.changes import what_changed
 
 # The reward section of a config.yaml of version 0.1, word for word.
 WRITTEN = """

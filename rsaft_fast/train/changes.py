@@ -1,0 +1,55 @@
+"""What a resumed run has other than the run that it goes on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rsaft_fast.errors import UserError
+from rsaft_fast.recipe.config import Config
+from rsaft_fast.recipe.load import read_yaml, respelled, to_yaml
+from rsaft_fast.train import checkpoint as checkpoints
+from rsaft_fast.train.trainer import describe_software
+from rsaft_fast.yaml_text import parse_yaml
+
+# Keys that may differ after a resume without a word.
+_FREE_KEYS = {
+    *("resume", "output_dir", "max_steps", "checkpoint_every", "keep_checkpoints", "samples", "logging"),
+    "data.encoding_cache",
+}
+
+
+def what_changed(config: Config, checkpoint: Path, info: dict[str, Any], reward: str | None = None) -> list[str]:
+    """Lines about what may keep a resumed run from repeating bit for bit: other settings, versions, or weights.
+
+    Args:
+        info: the checkpoint's.
+        reward: SHA-256 of the reward's files now.
+    """
+    try:
+        before = _flat(respelled(read_yaml(checkpoint / checkpoints.CONFIG)))
+    except UserError as error:
+        return [f"what has changed since cannot be said: {error}"]
+    now = _flat(parse_yaml(to_yaml(config)))
+    lines = [
+        f"{key} was {before.get(key)!r} and is {value!r} now"
+        for key, value in now.items()
+        if before.get(key) != value and not _FREE_KEYS & {key, key.partition(".")[0]}
+    ]
+    if reward != info.get("reward", reward):
+        lines.append(
+            f"warning: the reward's files are others (SHA-256 {info['reward']} before, {reward} now): its scores "
+            "cannot be compared with the earlier updates'"
+        )
+    lines += [
+        f"{name} was {info[name]} and is {version} now: the last bits may differ"
+        for name, version in describe_software().items()
+        if info.get(name, version) != version
+    ]
+    return lines
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
