@@ -1,13 +1,15 @@
 """The build: deterministic, resumable, in the formats that diffusers and transformers read."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
+from rsaft_fast.files import sha256_of
 from rsaft_fast.playground import train_prompts
-from rsaft_fast.playground.build import stages
+from rsaft_fast.playground.build import denoiser, stages
 from rsaft_fast.playground.build.record import hashes
 from rsaft_fast.playground.build.settings import Admission, Denoiser, FineTune, Pairs, Proxy, Settings, Vae
 from rsaft_fast.playground.build.text import tokenizer, vocabulary
@@ -18,7 +20,7 @@ TINY = Denoiser(steps=3, batch=4, width=16, layers=1, heads=1, pool=8, warmup=1,
 MINIATURE = Settings(
     vae=Vae(steps=4, batch=4, channels=(8, 8)),
     denoiser=TINY,
-    guided=(replace(TINY, seed=1, guidance=0.5), replace(TINY, seed=2, guidance=0.5)),
+    guided=replace(TINY, seed=1, guidance=0.5),
     pairs=Pairs(train=12, held_out=6, match=4, steps=(3, 2)),
     fair=FEW,
     brittle=replace(FEW, match=0.0),
@@ -82,6 +84,26 @@ def test_a_broken_stage_leaves_no_result(build, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="broken"):
         stages.run(MINIATURE, tmp_path / "work", tmp_path / "assets")
     assert not (tmp_path / "work" / "vae").exists()
+
+
+def test_training_broken_off_goes_on_to_the_same_bits(build, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def die(average, trained, decay, kept=denoiser._follow):
+        kept(average, trained, decay)
+        if (tmp_path / "work" / "denoiser.partial" / stages.STATE).exists():  # that of the step before
+            raise Killed
+
+    shutil.copytree(build / "work" / "vae", tmp_path / "work" / "vae")
+    monkeypatch.setattr(denoiser, "SAVE_EVERY", 1)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(denoiser, "_follow", die)
+        stages.run(MINIATURE, tmp_path / "work", tmp_path / "assets", ["denoiser"])
+    stages.run(MINIATURE, tmp_path / "work", tmp_path / "assets", ["denoiser"])
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert sha256_of([tmp_path / "work" / "denoiser" / weights]) == sha256_of([build / "work" / "denoiser" / weights])
+    assert not list((tmp_path / "work" / "denoiser").glob("*.pt"))
 
 
 def test_each_word_is_one_token_and_any_text_is_taken():

@@ -1,7 +1,8 @@
 """Make the assets that the playground ships, stage by stage: `python -m rsaft_fast.playground.build`.
 
 Each finished stage leaves its fp32 result and its log in the working folder and is not run again unless named with
---stage; the assets are the same weights in fp16. The same settings, package versions and processor give the same bits.
+--stage; a stage that was broken off goes on where it last saved. The assets are the same weights in fp16. The same
+settings, package versions and processor give the same bits.
 """
 
 import argparse
@@ -21,7 +22,8 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=ASSETS, help="folder to write the fp16 assets to")
     arguments = parser.parse_args()
     for stage in arguments.stage or ():
-        shutil.rmtree(arguments.work / stage, ignore_errors=True)
+        for folder in (stage, f"{stage}.partial"):
+            shutil.rmtree(arguments.work / folder, ignore_errors=True)
     run(Settings(), arguments.work, arguments.assets, arguments.stage or STAGES)
 
 

@@ -40,6 +40,16 @@ class Log:
         self.results |= values
         print(f"{self.name} {values} {time.time() - self._start:.0f} s", flush=True)
 
+    def state_dict(self) -> dict[str, object]:
+        """Give what a run that goes on after a break has to know."""
+        kept = {key: value for key, value in vars(self).items() if key != "_start"}
+        return kept | {"elapsed": time.time() - self._start}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        state = dict(state)
+        self._start = time.time() - state.pop("elapsed")
+        vars(self).update(state)
+
     def summary(self) -> dict[str, object]:
         return {"losses": self.losses, "results": self.results, "seconds": round(time.time() - self._start, 1)}
 

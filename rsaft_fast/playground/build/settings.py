@@ -33,20 +33,24 @@ class Denoiser:
     """Settings of the denoiser and one phase of its training."""
 
     seed: int = 20
-    steps: int = 2800
+    steps: int = 4000
     batch: int = 48
-    lr: float = 1.5e-3
-    warmup: int = 100
+    matrix_lr: float = 0.02  # Muon's, for the matrices between layers
+    lr: float = 1.5e-3  # AdamW's, for the rest
+    warmup: int = 50
     ema: float = 0.998
     width: int = 160
     layers: int = 4
     heads: int = 4
-    pool: int = 32768  # scenes encoded once
+    pool: int = 65536  # scenes encoded once
     uncond: float = 0.1  # share of samples with the empty prompt
     # The number of T5's zero embeddings varies: at most null_tokens, now and then diffusers' default.
-    null_tokens: int = 4
+    null_tokens: int = 12
     long_null_tokens: int = 256
-    long_every: int = 10
+    long_every: int = 20
+    # Noise levels trained on: none below what a sampler asks for, more of the high ones, where the layout is decided.
+    sigma_low: float = 0.08
+    sigma_shift: float = 1.3
     # Euler steps end at this sigma, then at 0: what a reward gradient through the last step alone can move.
     last_sigma: float = 0.1
     # Weight w of the model's own guidance, prediction − unconditional prediction, in its target. The fixed point is
@@ -129,8 +133,9 @@ class Settings:
     vae: Vae = field(default_factory=Vae)
     text: Text = field(default_factory=Text)
     denoiser: Denoiser = field(default_factory=Denoiser)
-    # One phase after the other, each annealing the learning rate to 0.
-    guided: tuple[Denoiser, ...] = (Denoiser(seed=21, steps=1600, lr=1e-3, guidance=0.5),)
+    guided: Denoiser = field(
+        default_factory=lambda: Denoiser(seed=21, steps=1800, matrix_lr=0.01, lr=7.5e-4, guidance=0.6)
+    )
     defect: Defect = field(default_factory=Defect)
     pairs: Pairs = field(default_factory=Pairs)
     fair: Proxy = field(default_factory=Proxy)

@@ -14,6 +14,8 @@ from rsaft_fast.playground.build import admission, denoiser, proxies, vae
 from rsaft_fast.playground.build.record import Log, forget_origin, store_half, update
 from rsaft_fast.playground.build.settings import Settings
 
+STATE = "state.pt"
+
 
 def _vae(settings: Settings, work: Path, assets: Path, log: Log) -> None:
     vae.train(settings, log).save_pretrained(work)
@@ -21,12 +23,12 @@ def _vae(settings: Settings, work: Path, assets: Path, log: Log) -> None:
 
 def _denoiser(settings: Settings, work: Path, assets: Path, log: Log) -> None:
     trained = AutoencoderKL.from_pretrained(work.parent / "vae").eval().requires_grad_(False)
-    denoiser.train(settings, trained, log).save_pretrained(work)
+    denoiser.train(settings, trained, log, work / STATE).save_pretrained(work)
 
 
 def _guidance(settings: Settings, work: Path, assets: Path, log: Log) -> None:
     pipeline = denoiser.load(work.parent / "denoiser")
-    denoiser.sharpen(pipeline, settings, log)
+    denoiser.sharpen(pipeline, settings, log, work / STATE)
     pipeline.save_pretrained(work)
     _ship(work, assets / "pipeline")
 
@@ -65,15 +67,15 @@ def run(settings: Settings, work: Path, assets: Path, stages: Sequence[str] = tu
         folder = work / stage
         if stage not in stages or (folder / "log.json").exists():
             continue
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial = folder.with_suffix(".partial")  # a long stage goes on from what it left there
+        partial.mkdir(parents=True, exist_ok=True)
         threads = settings.threads[stage]
         torch.set_num_threads(threads)
         log = Log(stage)
         STAGES[stage](settings, partial, assets, log)
         (partial / "log.json").write_text(json.dumps(log.summary() | {"threads": threads}))
         replace_folder(partial, folder)
+    assets.mkdir(parents=True, exist_ok=True)
     logs = {stage: work / stage / "log.json" for stage in STAGES}
     finished = {stage: json.loads(path.read_text()) for stage, path in logs.items() if path.exists()}
     update(assets, asdict(settings), finished)
