@@ -20,7 +20,8 @@ TINY = Denoiser(steps=3, batch=4, width=16, layers=1, heads=1, pool=8, warmup=1,
 MINIATURE = Settings(
     vae=Vae(steps=4, batch=4, channels=(8, 8)),
     denoiser=TINY,
-    guided=replace(TINY, seed=1, guidance=0.5),
+    layout=replace(TINY, seed=2, references=3),
+    guidance=replace(TINY, seed=1, guidance=0.5),
     pairs=Pairs(train=12, held_out=6, match=4, steps=(3, 2)),
     fair=FEW,
     brittle=replace(FEW, match=0.0),
@@ -104,6 +105,35 @@ def test_training_broken_off_goes_on_to_the_same_bits(build, tmp_path, monkeypat
     weights = "transformer/diffusion_pytorch_model.safetensors"
     assert sha256_of([tmp_path / "work" / "denoiser" / weights]) == sha256_of([build / "work" / "denoiser" / weights])
     assert not list((tmp_path / "work" / "denoiser").glob("*.pt"))
+
+
+def test_the_target_is_the_posterior_mean_over_scenes_of_the_prompt():
+    torch.manual_seed(3)
+    candidates = torch.randn(2, 4, 1, 2, 2, dtype=torch.float64)
+    sigma = torch.tensor([0.9, 0.01], dtype=torch.float64)
+    noisy = (1 - sigma[:, None, None, None]) * candidates[:, 0] + 0.005
+    densities = torch.stack(
+        [
+            torch.distributions.Normal((1 - sigma)[:, None, None, None] * candidates[:, i], sigma[:, None, None, None])
+            .log_prob(noisy)
+            .sum((1, 2, 3))
+            for i in range(4)
+        ],
+        dim=1,
+    ).exp()
+    wanted = torch.einsum("bi,bichw->bchw", densities / densities.sum(1, keepdim=True), candidates)
+    mean = denoiser._posterior_mean(noisy, sigma, candidates)
+    torch.testing.assert_close(mean, wanted)
+    torch.testing.assert_close(mean[1], candidates[1, 0])  # little noise: the own scene
+
+
+def test_scenes_of_the_same_prompt_are_drawn():
+    prompts = ["a", "b", "a", "c", "a"]
+    drawn = denoiser._Alike(prompts).draw(
+        torch.tensor([0, 1, 3]), torch.tensor([False, False, True]), 200, torch.Generator().manual_seed(0)
+    )
+    assert set(drawn[0].tolist()) == {0, 2, 4} and set(drawn[1].tolist()) == {1}
+    assert set(drawn[2].tolist()) == {0, 1, 2, 3, 4}
 
 
 def test_each_word_is_one_token_and_any_text_is_taken():

@@ -68,9 +68,12 @@ def train(settings: Settings, vae: AutoencoderKL, log: Log, state: Path) -> Stab
     return pipeline
 
 
-def sharpen(pipeline: StableDiffusion3Pipeline, settings: Settings, log: Log, state: Path) -> None:
-    """Train on with guidance in the target, so that samples need no unconditional branch."""
-    _fit(pipeline, settings.guided, settings, log, state)
+def train_on(
+    pipeline: StableDiffusion3Pipeline, own: Denoiser, settings: Settings, log: Log, state: Path
+) -> StableDiffusion3Pipeline:
+    """Train on from a trained pipeline, which is changed and returned."""
+    _fit(pipeline, own, settings, log, state)
+    return pipeline
 
 
 def _fit(pipeline: StableDiffusion3Pipeline, own: Denoiser, settings: Settings, log: Log, state: Path) -> None:
@@ -79,6 +82,7 @@ def _fit(pipeline: StableDiffusion3Pipeline, own: Denoiser, settings: Settings, 
     images, prompts = flawed_scenes(own.pool, own.seed, settings.defect)
     latents, ids = encode(pipeline.vae, images), text.token_ids(pipeline.tokenizer, prompts)
     nothing = text.token_ids(pipeline.tokenizer, [""])
+    alike = _Alike(prompts)
     optimizers = _optimizers(trained, own)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, own.warmup, own.steps))
@@ -97,7 +101,11 @@ def _fit(pipeline: StableDiffusion3Pipeline, own: Denoiser, settings: Settings, 
         noise = torch.randn(latents[rows].shape, generator=generator)
         noisy = torch.lerp(latents[rows], noise, sigma[:, None, None, None])
         velocity = _velocity(trained, noisy, sigma, torch.where(dropped, nothing, ids[rows]), null_tokens)
-        target = noise - latents[rows]
+        clean = latents[rows]
+        if own.references:
+            others = alike.draw(rows, dropped[:, 0], own.references, generator)
+            clean = _posterior_mean(noisy, sigma, torch.cat([clean[:, None], latents[others]], dim=1))
+        target = (noisy - clean) / sigma[:, None, None, None]
         if own.guidance:
             with torch.no_grad():
                 unconditional = _velocity(trained, noisy, sigma, nothing.expand(batch, -1), null_tokens)
@@ -116,6 +124,40 @@ def _fit(pipeline: StableDiffusion3Pipeline, own: Denoiser, settings: Settings, 
     trained.load_state_dict(average.state_dict())
     trained.requires_grad_(False)
     state.unlink(missing_ok=True)
+
+
+class _Alike:
+    """Index of the pool's scenes by prompt."""
+
+    def __init__(self, prompts: Sequence[str]):
+        numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        group = torch.tensor([numbers[prompt] for prompt in prompts])
+        self.order, self.group = group.argsort(stable=True), group
+        self.count = group.bincount()
+        self.start = self.count.cumsum(0) - self.count
+
+    def draw(self, rows: Tensor, any_prompt: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        """Draw for each row `n` rows (B, n) of its prompt, or of any prompt where `any_prompt` (B,) holds."""
+        group = self.group[rows]
+        start = torch.where(any_prompt, 0, self.start[group])
+        count = torch.where(any_prompt, len(self.order), self.count[group])
+        place = torch.rand(len(rows), n, generator=generator) * count[:, None]
+        return self.order[start[:, None] + place.long().clamp_max(count[:, None] - 1)]
+
+
+def _posterior_mean(noisy: Tensor, sigma: Tensor, candidates: Tensor) -> Tensor:
+    """Estimate E[x0 | noisy latents, prompt] from the sample's own x0 and others of its prompt (arXiv 2302.00670).
+
+    Where noise hides the layout, at which the prompt has to decide it, the mean over several scenes teaches it with a
+    fraction of one scene's variance; at low noise the own x0 takes all of the weight.
+
+    Args:
+        noisy: (B, C, H, W). sigma: (B,). candidates: (B, n, C, H, W), the own x0 first.
+    """
+    scale = sigma[:, None, None, None, None]
+    misfit = ((noisy[:, None] - (1 - scale) * candidates) / scale).square().sum((2, 3, 4))
+    weight = torch.softmax(-misfit / 2, dim=1)
+    return (weight[:, :, None, None, None] * candidates).sum(1)
 
 
 def _optimizers(trained: nn.Module, own: Denoiser) -> list[torch.optim.Optimizer]:

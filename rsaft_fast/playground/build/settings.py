@@ -51,6 +51,7 @@ class Denoiser:
     # Noise levels trained on: none below what a sampler asks for, more of the high ones, where the layout is decided.
     sigma_low: float = 0.08
     sigma_shift: float = 1.3
+    references: int = 0  # further scenes of the prompt, over which the target is a posterior mean
     # Euler steps end at this sigma, then at 0: what a reward gradient through the last step alone can move.
     last_sigma: float = 0.1
     # Weight w of the model's own guidance, prediction − unconditional prediction, in its target. The fixed point is
@@ -133,8 +134,13 @@ class Settings:
     vae: Vae = field(default_factory=Vae)
     text: Text = field(default_factory=Text)
     denoiser: Denoiser = field(default_factory=Denoiser)
-    guided: Denoiser = field(
-        default_factory=lambda: Denoiser(seed=21, steps=1800, matrix_lr=0.01, lr=7.5e-4, guidance=0.6)
+    layout: Denoiser = field(
+        default_factory=lambda: Denoiser(seed=22, matrix_lr=0.015, lr=1.2e-3, sigma_shift=2.5, references=8)
+    )
+    guidance: Denoiser = field(
+        default_factory=lambda: Denoiser(
+            seed=21, steps=2000, matrix_lr=0.01, lr=7.5e-4, sigma_shift=2.0, references=8, guidance=0.6
+        )
     )
     defect: Defect = field(default_factory=Defect)
     pairs: Pairs = field(default_factory=Pairs)
@@ -142,4 +148,6 @@ class Settings:
     brittle: Proxy = field(default_factory=lambda: Proxy(seed=31, match=0.0, mixed_quality=False))
     admission: Admission = field(default_factory=Admission)
     # Sums depend on the number of threads, so it is part of what makes two builds alike.
-    threads: dict[str, int] = field(default_factory=lambda: dict(vae=2, denoiser=1, guidance=1, proxies=1, admission=1))
+    threads: dict[str, int] = field(
+        default_factory=lambda: dict(vae=2, denoiser=1, layout=1, guidance=1, proxies=1, admission=1)
+    )

@@ -26,10 +26,15 @@ def _denoiser(settings: Settings, work: Path, assets: Path, log: Log) -> None:
     denoiser.train(settings, trained, log, work / STATE).save_pretrained(work)
 
 
-def _guidance(settings: Settings, work: Path, assets: Path, log: Log) -> None:
+def _layout(settings: Settings, work: Path, assets: Path, log: Log) -> None:
     pipeline = denoiser.load(work.parent / "denoiser")
-    denoiser.sharpen(pipeline, settings, log, work / STATE)
-    pipeline.save_pretrained(work)
+    denoiser.train_on(pipeline, settings.layout, settings, log, work / STATE).save_pretrained(work)
+
+
+def _guidance(settings: Settings, work: Path, assets: Path, log: Log) -> None:
+    """Put guidance into the target, so that samples need no unconditional branch."""
+    pipeline = denoiser.load(work.parent / "layout")
+    denoiser.train_on(pipeline, settings.guidance, settings, log, work / STATE).save_pretrained(work)
     _ship(work, assets / "pipeline")
 
 
@@ -53,7 +58,14 @@ def _admission(settings: Settings, work: Path, assets: Path, log: Log) -> None:
     log.result(**admission.judge(settings, assets))
 
 
-STAGES = {"vae": _vae, "denoiser": _denoiser, "guidance": _guidance, "proxies": _proxies, "admission": _admission}
+STAGES = {
+    "vae": _vae,
+    "denoiser": _denoiser,
+    "layout": _layout,
+    "guidance": _guidance,
+    "proxies": _proxies,
+    "admission": _admission,
+}
 
 
 def run(settings: Settings, work: Path, assets: Path, stages: Sequence[str] = tuple(STAGES)) -> None:
