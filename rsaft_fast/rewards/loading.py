@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from rsaft_fast.errors import UserError
 from rsaft_fast.pretrained import library_errors
 from rsaft_fast.rewards.base import Reward
-from rsaft_fast.rewards.settings import RewardSettings
+from rsaft_fast.rewards.settings import REWARDS, RewardSettings
 
 
 def load_reward(
@@ -51,6 +52,10 @@ def load_reward(
 
 
 def _settings(name: str, path: str | Path | None, keys: dict[str, Any]) -> RewardSettings:
+    if name not in REWARDS:
+        near = difflib.get_close_matches(str(name), REWARDS, 1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"there is no reward {name!r}; {hint}it must be one of {', '.join(REWARDS)}")
     given = {"name": name, **({} if path is None else {"path": str(path)})}
     paths = {key: str(value) for key, value in keys.items() if isinstance(value, Path)}
     try:

@@ -17,9 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from rsaft_fast.errors import UserError, first_line
+from rsaft_fast.errors import UserError, describe_error, first_line
 from rsaft_fast.files import sha256_of
 from rsaft_fast.importing import load_callable, make, makes
+from rsaft_fast.out_of_memory import is_out_of_memory
 from rsaft_fast.rewards.base import Reward, RewardSpec, check_prompts, score_dtype
 from rsaft_fast.rewards.preprocess import check_images
 from rsaft_fast.rewards.settings import RewardSettings, register
@@ -66,11 +67,19 @@ class FunctionReward(Reward):
         """Scores (B,) in fp32 at least.
 
         Raises:
-            UserError: the function gives anything but one number a picture, or no gradient where one is promised.
+            UserError: the function raises anything, gives anything but one number a picture, or no gradient where one
+                is promised.
         """
         check_prompts(prompts, len(inputs))
-        with contextlib.nullcontext() if self.differentiable else torch.no_grad():
-            scores = self.function(inputs, list(prompts), **self.arguments)
+        try:
+            with contextlib.nullcontext() if self.differentiable else torch.no_grad():
+                scores = self.function(inputs, list(prompts), **self.arguments)
+        except Exception as error:  # whatever a stranger's code raises
+            if isinstance(error, UserError) or is_out_of_memory(error) or inputs.is_meta:
+                raise
+            raise UserError(
+                f"reward {self.spec.source} failed at {len(inputs)} pictures: {describe_error(error)}; mend its code"
+            ) from error
         if not isinstance(scores, torch.Tensor) or scores.shape != (len(inputs),) or not scores.is_floating_point():
             raise UserError(
                 f"reward {self.spec.source} gave {_described(scores)} for {len(inputs)} pictures; it must give a float "
@@ -124,6 +133,8 @@ class PythonSettings(RewardSettings):
 
     def _ready(self, reward: Reward, found: Any) -> Reward:
         """A reward with frozen weights and a spec that tells its code and its weights apart from others'."""
+        if "_parameters" not in vars(reward):
+            raise UserError(f"reward {self.path}: its __init__ does not call super().__init__(); begin with that")
         if reward.differentiable != self.differentiable:
             raise UserError(
                 f"reward.differentiable is {self.differentiable}, but {self.path} says {reward.differentiable} of "

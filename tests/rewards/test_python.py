@@ -11,6 +11,7 @@ import torch
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.rewards import RewardSettings, load_reward
+from rsaft_fast.rewards.python import handed_over
 
 NUMBERS = itertools.count()
 HEAD = """
@@ -137,6 +138,30 @@ def test_scores_that_are_none_are_one_clear_line(write, returned, words):
     if "no gradient" in words:
         scored = load_reward("python", f"{module}:f", differentiable=False)
         assert not scored.score(IMAGES.clone().requires_grad_(), ["a", "b"]).requires_grad
+
+
+def test_what_its_code_raises_is_one_clear_line(write):
+    path = write("def f(images, prompts): return {'a': images}[prompts[0]]") + ":f"
+    with pytest.raises(UserError, match=f"{path}.* 1 .*KeyError: 'b'") as error:
+        load_reward("python", path).score(torch.rand(1, 3, 8, 8), ["b"])
+    assert isinstance(error.value.__cause__, KeyError)
+
+    def too_much(images, prompts):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):  # whose phase is named elsewhere
+        handed_over(too_much)[0].score(torch.rand(1, 3, 8, 8), ["b"])
+
+
+def test_a_reward_that_is_not_begun_as_a_module_is_one_clear_line(write):
+    path = write("class Bare(Mine):\n    def __init__(self): self.limit = 1\n") + ":Bare"
+    with pytest.raises(UserError, match=rf"{path}.*super\(\)"):
+        load_reward("python", path)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(UserError, match="'pickscor'.* pickscore\\?"):
+        load_reward("pickscor")
 
 
 def test_arguments_and_differentiability_must_fit(write):
