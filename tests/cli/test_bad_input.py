@@ -255,6 +255,7 @@ def test_sample_refuses_what_it_cannot_use(tiny, tmp_path, capsys, monkeypatch):
     assert (full / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_as_a_process_of_its_own_it_says_one_line_and_nothing_else(tiny, tmp_path, path, out):
     """Nothing that other libraries print while they are imported or load weights gets in between."""
     poisoned = poisoned_reward(tiny, tmp_path / "poisoned")

@@ -223,7 +223,7 @@ def test_stopped_during_the_baseline_nothing_is_written(tiny, out, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help-config"]])
+@pytest.mark.parametrize("arguments", [["--help"], pytest.param(["train", "--help-config"], marks=pytest.mark.slow)])
 def test_a_full_standard_output_is_one_line(arguments, tmp_path):
     command = [sys.executable, "-m", "rsaft_fast", *arguments]
     with open("/dev/full", "w") as full:

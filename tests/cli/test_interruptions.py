@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train.logging import read_metrics
 
+pytestmark = pytest.mark.slow  # eight runs, each a process of its own
+
 STEPS = 8
 
 
@@ -92,7 +94,6 @@ def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(tiny, tmp_path
     assert_same_end(out, unbroken)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_second_signal_ends_at_once_and_leaves_whole_checkpoints(tiny, tmp_path, number, code):
     # Updates long enough to be caught inside, which is where the one after a checkpoint is.

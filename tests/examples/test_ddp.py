@@ -14,6 +14,8 @@ from examples.reference import EXAMPLES, distance, example, textbook, weights
 from examples.test_hf_trainer import next_token_loss
 from examples.test_loops import cosine, numbers, on, task
 
+pytestmark = pytest.mark.slow  # two workers of four scenarios, each importing the libraries
+
 STEPS = 24
 
 
@@ -164,7 +166,6 @@ def test_a_trainer_is_m_sharpness_over_its_micro_batches(ranks):
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "options"), [([], []), (TORCHRUN, ["--sync-first-pass"])])
 def test_the_script_learns(launcher, options):
     command = [sys.executable, *launcher, EXAMPLES / "ddp.py", *options]

@@ -11,6 +11,8 @@ from builders.workers import COUNT, run_workers
 from optim.networks import batches, loss_of, network
 from rsaft_fast.optim import SAM, SAMAdamW
 
+pytestmark = pytest.mark.slow  # two workers
+
 RHO, CLIP, STEPS = 0.3, 0.05, 3
 
 MAKERS = {

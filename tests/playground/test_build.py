@@ -48,6 +48,7 @@ def record(folder):
     return json.loads((folder / "assets" / "build.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_builds_are_the_same_bits(build, tmp_path):
     stages.run(MINIATURE, tmp_path / "work", tmp_path / "assets")
     first, second = hashes(build / "assets"), hashes(tmp_path / "assets")

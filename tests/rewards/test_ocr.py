@@ -36,6 +36,7 @@ def reward():
     return load_reward(RewardSettings(name="ocr"))
 
 
+@pytest.mark.slow
 def test_text_rendered_by_pil_is_read(reward):
     """Each of four prompts against one picture; the last two quote other words at a known distance."""
     picture = written("Hello World")

@@ -47,7 +47,14 @@ def assert_close(ours: dict, truth: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "checkpointed"), [*((family, False) for family in BUILDERS), ("sdxl", True), ("flux", True)]
+    ("family", "checkpointed"),
+    [
+        ("sd3", False),
+        ("flux", True),
+        # Some ten seconds each, mostly of compiling.
+        *(pytest.param(family, False, marks=pytest.mark.slow) for family in ("sd15", "sdxl", "flux")),
+        pytest.param("sdxl", True, marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_blocks_compute_the_same_and_compile_once(family, checkpointed, tmp_path):
     backbone = make_backbone(family, tmp_path)
@@ -83,6 +90,7 @@ def test_weights_that_change_in_place_are_seen(family, tmp_path):
     torch.testing.assert_close(perturbed, calls.sample(1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rollout_alone_leaves_graded_calls_as_they_are(tmp_path):
     backbone = make_backbone("sd3", tmp_path)
     calls = Calls(backbone)

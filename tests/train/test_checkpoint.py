@@ -154,6 +154,7 @@ def test_a_marker_with_something_behind_it_is_no_marker(two):
     assert "damaged" in find_fault(two / "step_4")
 
 
+@pytest.mark.slow
 def test_killed_at_every_write_it_leaves_the_old_or_the_new(tmp_path):
     """The process dies at its n-th fsync or rename, for every n, while step_4 is being written."""
     outcomes = []

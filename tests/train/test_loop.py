@@ -75,12 +75,18 @@ def test_a_run_leaves_a_log_grids_checkpoints_and_a_lora(tiny, out, family, caps
     "overrides",
     [
         {},
-        {"smoothing": None},
+        pytest.param({"smoothing": None}, marks=pytest.mark.slow),
         {"method": {"name": "draft_lv", "n_extra": 1}, "ema": {"decay": 0.5}, "data__accumulate": 2},
-        {"method": {"name": "alignprop"}, "sampler": {"steps": 3, "eta": 1.0, "guidance_scale": 2.0}},
-        {"method": {"name": "drtune", "k": 1}, "optimizer__schedule": "cosine", "optimizer__warmup_steps": 1},
+        pytest.param(
+            {"method": {"name": "alignprop"}, "sampler": {"steps": 3, "eta": 1.0, "guidance_scale": 2.0}},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"method": {"name": "drtune", "k": 1}, "optimizer__schedule": "cosine", "optimizer__warmup_steps": 1},
+            marks=pytest.mark.slow,
+        ),
         {"parameters": {"train": "full"}, "backbone__dtype": "bf16"},
-        {"family": "sdxl", "sampler": {"steps": 2, "guidance_scale": 3.0}},
+        pytest.param({"family": "sdxl", "sampler": {"steps": 2, "guidance_scale": 3.0}}, marks=pytest.mark.slow),
         {"family": "flux", "sampler": {"steps": 2, "guidance_scale": 3.5}, "parameters": {"train": "full"}},
     ],
     ids=["rsaft", "plain", "lv-ema-accumulate", "alignprop-eta-cfg", "drtune-cosine", "full-bf16", "sdxl", "flux-full"],

@@ -98,6 +98,7 @@ def test_every_stage_is_said_before_it_begins(tiny, out):
     assert any(f"rsaft-fast sample --run {out}" in line for line in outcome.further)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("terminal", [True, False])
 def test_bars_of_downloads_are_shown_on_a_terminal(terminal, tmp_path):
     script = (
