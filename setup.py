@@ -153,7 +153,7 @@ setup(
     package_data={
         "rsaft_fast": ["playground/assets/**/*", "backbones/specs/*.json", "py.typed"],
         "rsaft_fast.recipes": ["*.yaml", "*.txt"],
-        "rsaft_fast.benchmarks": ["shapes.json", "tiny.json", "goals.txt"],
+        "rsaft_fast.benchmarks": ["shapes.json", "goals.txt"],
     },
     ext_modules=libraries,
     cmdclass={"build_py": WithoutTests}

@@ -21,12 +21,7 @@ of 1 GiB that would make the card 1.2 to 2 % faster than it is, of 4 GiB at most
 
 
 def bandwidths(timer: Timer) -> dict[str, object]:
-    """GB/s (10^9 bytes), and the way that was best.
-
-    Returns:
-        copy_gbps: bytes read and bytes written over time. read_gbps: bytes read over time. copy_way, read_way: by what.
-        copy_ways, read_ways: GB/s of each.
-    """
+    """GB/s (10^9 bytes) of copying (bytes read and written) and of reading: the best way of each, its name, and all."""
     n = bytes_copied(timer.device)
     source = torch.rand(n // 4, device=timer.device)
     target, rows = torch.empty_like(source), source.view(-1, 1 << 14)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rsaft_fast.benchmarks.floors import floor, image_floor
-from rsaft_fast.benchmarks.memory_runs import PLAIN, RUNS, Run
+from rsaft_fast.benchmarks.memory_runs import PLAIN, RUNS
 from rsaft_fast.benchmarks.memory_tables import GIB, MemoryView
 from rsaft_fast.benchmarks.peers import DTYPES
 from rsaft_fast.benchmarks.results import Row, is_gpu
@@ -45,9 +45,6 @@ class Goal(NamedTuple):
 class SpeedGoals(View):
     """The values of goals.txt for passes of an update; NaN where they were not measured."""
 
-    def nowhere(self, case: str, layout: str) -> float:
-        return math.nan
-
     def field(self, case: str, layout: str, what: str, *names: str) -> tuple[float, ...]:
         """Fields of our row."""
         found = [(self.ours(what, case, layout) or {}).get(name) for name in names]
@@ -55,8 +52,7 @@ class SpeedGoals(View):
 
     def over(self, case: str, layout: str, what: str, peer: str) -> float:
         """Our time over a peer's."""
-        ours, other = self.ours(what, case, layout), self.get(what, case, layout, peer)
-        return ours["ms_p50"] / other["ms_p50"] if ours and other else math.nan
+        return 1 / (self.times_ours(self.get(what, case, layout, peer)) or math.nan)
 
     def faster(self, case: str, layout: str, what: str, peer: str) -> float:
         return 1 / self.over(case, layout, what, peer)
@@ -80,16 +76,14 @@ MEMORY_VALUES = {
     "peak_gib": lambda view, run, _: view.peak(run) / GIB,
     "growth": lambda view, run, _: view.peak_growth(run),
     "estimate_error": lambda view, run, _, k="": view.estimate_ratio(run, bool(k)) - 1,
-    "over_method": lambda view, run, steps, mode: view.over_plain_method(run, mode, _steps(run, steps)),
-    "sam": lambda view, run, _: view.sam_share(run, run.steps),
+    "over_method": lambda view, run, steps, mode: view.over_plain_method(
+        run, mode, run.steps if steps == "own" else int(steps)
+    ),
+    "sam": lambda view, run, _: view.sam_share(run),
     "plain_peak": lambda view, run, _: view.peak_over_plain(run),
     "plain_time": lambda view, run, _: view.time_over_plain(run),
 }
 """The values of goals.txt for whole updates, of a view, a run and sampler steps; NaN where they were not measured."""
-
-
-def _steps(run: Run, steps: str) -> int:
-    return run.steps if steps == "own" else int(steps)
 
 
 def goals(results: Row) -> list[Goal]:
@@ -137,7 +131,7 @@ def _judged(
             values = found if isinstance(found, tuple) else (found,)
             if any(map(math.isnan, values)):
                 if not named.endswith("?"):
-                    yield Goal(*line, shown if method == "nowhere" else "not measured", None)
+                    yield Goal(*line, "not measured", None)
                 continue
             sides = [(abs(a) if wanted.startswith("within") else a, b) for a, b in zip(values, bounds)]
             met = all(a >= b if wanted.startswith(">=") else a <= b for a, b in sides)

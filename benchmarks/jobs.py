@@ -9,25 +9,19 @@ from itertools import product
 import torch
 
 from rsaft_fast.benchmarks.floors import LAYOUTS
-from rsaft_fast.benchmarks.images import IMAGE_DTYPES
-from rsaft_fast.benchmarks.providers import OURS, PROVIDERS, why_missing
+from rsaft_fast.benchmarks.providers import PROVIDERS
 from rsaft_fast.benchmarks.shapes import CASES, PLAIN, TINY
 from rsaft_fast.ops import backends
 
 IMAGES, HOST = "images", "host"
 ALL_CASES = (*CASES, IMAGES, HOST)
 
-HEADLINE = (
-    ("sdxl-full", "fp32"),
-    ("sdxl-lora32", "fp32"),
-    (IMAGES, "fp32"),
-    (IMAGES, "bf16"),
-    (HOST, "fp32"),
-    ("sdxl-full", "bf16"),
-    ("sdxl-full", "8bit"),
-    ("flux1-lora32", "fp32"),
-    ("sd35-medium-full", "8bit"),
-    ("flux1-full", "8bit"),
+HEADLINE = tuple(
+    tuple(job.split())
+    for job in (
+        *("sdxl-full fp32", "sdxl-lora32 fp32", "images fp32", "images bf16", "host fp32", "sdxl-full bf16"),
+        *("sdxl-full 8bit", "flux1-lora32 fp32", "sd35-medium-full 8bit", "flux1-full 8bit"),
+    )
 )
 """What the goals speak of, most important first; a run on a budget begins here. All but the last fit into 80 GB."""
 
@@ -39,16 +33,11 @@ CPU_PEERS = ("usual-fused", "foreach", "bitsandbytes")
 
 @dataclass(frozen=True)
 class Job:
-    """One parameter list in one layout with its providers, measured side by side.
-
-    Attributes:
-        reference: a provider that is measured beside the others once more, for its ratio to them; not a row of its own.
-    """
+    """One parameter list in one layout with its providers, measured side by side."""
 
     case: str
     layout: str
     providers: tuple[str, ...]
-    reference: str | None = None
 
     def __str__(self) -> str:
         return f"{self.case} {self.layout}"
@@ -61,7 +50,7 @@ def plan(
     providers: Sequence[str] | None = None,
     quick: bool = False,
 ) -> list[Job]:
-    """Jobs in order of importance; on a GPU, providers that take long come last, each beside ours again.
+    """Jobs in order of importance; on a GPU, providers that take long come last, each alone.
 
     None: everything that makes sense here (without a GPU the tiny list by everybody, and two lists of real size by ours
     and the best peers). LoRA lists have an 8-bit layout only when asked for: their state is small.
@@ -74,7 +63,7 @@ def plan(
 
     def sensible(case: str, layout: str) -> bool:
         if case in (HOST, IMAGES):
-            return layout in (IMAGE_DTYPES if case == IMAGES else ("fp32",))
+            return layout in (("fp32", "bf16") if case == IMAGES else ("fp32",))
         return bool(layouts) or layout != "8bit" or "lora" not in case
 
     def here(case: str) -> tuple[str, ...]:
@@ -89,10 +78,5 @@ def plan(
     late = [name for name in known if PROVIDERS[name].late and on_gpu]
     prompt = tuple(name for name in known if name not in late)
     first = [Job(case, layout, here(case)) for case, layout in pairs if prompt]
-    listed = [(case, layout) for case, layout in pairs if case in CASES]
-    return first + [
-        Job(case, layout, (name,), next((n for n in prompt if n in OURS and not why_missing(n, device, layout)), None))
-        for name in late
-        for case, layout in listed
-        if layout in PROVIDERS[name].held
-    ]
+    listed = [(name, pair) for name in late for pair in pairs if pair[0] in CASES]
+    return first + [Job(*pair, (name,)) for name, pair in listed if pair[1] in PROVIDERS[name].held]

@@ -1,33 +1,32 @@
-"""The measurements of one run, each part of it as a row."""
+"""The measurements of one run, each part of it as a row: peaks, times, kernels, and the same in plain PyTorch."""
 
 from __future__ import annotations
 
-import statistics
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rsaft_fast import phases
-from rsaft_fast.backbones import LoRASettings, PipelineBackbone, add_lora, random_backbone
 from rsaft_fast.benchmarks import memory_runs as runs
 from rsaft_fast.benchmarks.bandwidth import bandwidths
 from rsaft_fast.benchmarks.memory_runs import STEPS, Run
-from rsaft_fast.benchmarks.meter import Measured, kernel_shares, measure
-from rsaft_fast.benchmarks.plain_step import PlainSettings, PlainStep, add_plain_lora
-from rsaft_fast.benchmarks.random_models import PROMPTS, Architecture, random_reward, random_trainer
+from rsaft_fast.benchmarks.plain_step import PlainStep, add_plain_lora
+from rsaft_fast.benchmarks.random_models import PROMPTS, random_pipeline, random_reward, random_trainer
 from rsaft_fast.benchmarks.results import Row
-from rsaft_fast.benchmarks.timing import Part, Timer
+from rsaft_fast.benchmarks.timing import Part, Timer, device_kernels
 from rsaft_fast.data.encodings import free_memory
-from rsaft_fast.dtypes import DTYPES
 from rsaft_fast.errors import UserError
 from rsaft_fast.estimate.estimate import estimate
-from rsaft_fast.estimate.live import shapes_alone
+from rsaft_fast.estimate.live import LiveBytes
 from rsaft_fast.out_of_memory import is_out_of_memory
 from rsaft_fast.recipe.config import Config
-from rsaft_fast.rewards.base import Reward
 from rsaft_fast.sampling import NoiseSource, call_backward
 from rsaft_fast.sampling.rollout import guided_prediction
 from rsaft_fast.train.trainer import Trainer
@@ -38,19 +37,99 @@ MODES: Mapping[str, Mapping[str, Any]] = {
     "graded_only": {"smoothing.resample": "graded_only"},
     "plain method": {"smoothing": None},
 }
-SAM_PHASES = (phases.PERTURBING, phases.UPDATING)
+KINDS = {
+    "attention": re.compile(r"flash|fmha|attention|sdpa", re.I),
+    "products": re.compile(r"gemm|gemv|cutlass|nvjet|xmma|cublas|conv|wgrad|dgrad|winograd|implicit", re.I),
+    "elementwise, norms, copies": re.compile(""),
+}
+"""Kernels by their names; the first kind that matches."""
+
+
+@dataclass
+class Measured:
+    """One update. Bytes are torch's max_memory_allocated, or the CPU's storages as `LiveBytes` counts them, None where
+    it did not (it slows the CPU down)."""
+
+    ms: float = 0.0  # until the device had done it, by the host's clock
+    peak: int | None = None
+    standing: int | None = None  # bytes that were there before
+    reserved: int | None = None  # that torch's allocator held at most; None on the CPU
+    peaks: dict[str, int] = field(default_factory=dict)  # by phase
+    phase_ms: dict[str, float] = field(default_factory=dict)  # device time, by phase; the CPU's own there
+
+
+def measure(
+    device: torch.device, update: Callable[[], object], standing: Callable[[], Iterable[torch.Tensor]] | None = None
+) -> Measured:
+    """Run an update once, without waiting for the device within it. `standing` gives the tensors that are there before,
+    which the CPU's counter must be shown; None leaves it out."""
+    found, marks = Measured(), []
+    on_gpu = device.type == "cuda"
+    live = LiveBytes("cpu") if standing is not None and not on_gpu else nullcontext()
+
+    def begin(phase: str) -> None:
+        """End a phase and begin another. Counters speak of the host's order of allocations: this waits for nothing."""
+        if not on_gpu:
+            marks.append((phase, time.perf_counter()))
+            return
+        if marks:
+            name = marks[-1][0]
+            found.peaks[name] = max(found.peaks.get(name, 0), torch.cuda.max_memory_allocated(device))
+            found.reserved = max(found.reserved or 0, torch.cuda.max_memory_reserved(device))
+        torch.cuda.reset_peak_memory_stats(device)
+        marks.append((phase, torch.cuda.Event(enable_timing=True)))
+        marks[-1][1].record()
+
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        found.standing = torch.cuda.memory_allocated(device)
+    elif standing is not None:
+        found.standing = live.see(standing())
+    with live:
+        start = time.perf_counter()
+        begin(phases.REST)
+        with phases.listening(begin):
+            update()
+        begin(phases.REST)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        found.ms = 1e3 * (time.perf_counter() - start)
+    for (name, begun), (_, ended) in zip(marks, marks[1:]):
+        ms = begun.elapsed_time(ended) if on_gpu else 1e3 * (ended - begun)
+        found.phase_ms[name] = found.phase_ms.get(name, 0.0) + ms
+    if standing is not None and not on_gpu:
+        found.peaks = {name: peak.total for name, peak in live.peaks.items()}
+    found.peak = max(found.peaks.values(), default=None)
+    return found
+
+
+def kernel_shares(run: Callable[[], object], device: torch.device) -> dict[str, float] | None:
+    """Fractions of the wall time by kind of kernel; idle is what no kernel covers. None without a GPU or CUPTI. The
+    profiler slows the host down, so the wall time is that of calls without it."""
+    if device.type != "cuda":
+        return None
+    wall_us = 1e3 * min(measure(device, run).ms for _ in range(3))
+    shares = dict.fromkeys(KINDS, 0.0)
+    for name, us in device_kernels(run):
+        shares[kind_of(name)] += us / wall_us
+    return shares | {"idle": max(0.0, 1 - sum(shares.values()))} if any(shares.values()) else None
+
+
+def kind_of(kernel: str) -> str:
+    return next(kind for kind, pattern in KINDS.items() if pattern.search(kernel))
 
 
 class Measurements:
     """Builds a run's trainer once, and measures."""
 
-    def __init__(self, run: Run, architecture: Architecture, device: torch.device):
-        self.run, self.architecture, self.device = run, architecture, device
+    def __init__(self, run: Run, keys: Mapping[str, Any], device: torch.device):
+        """`keys`: of a recipe, over the run's own."""
+        self.run, self.keys, self.device = run, keys, device
         self.trainer: Trainer | None = None
         self.parts: dict[str, Callable[[], Row]] = {
             runs.CARD: self.card,
             runs.PEAK: self.peak,
-            runs.PEAK_K: self.peak_k,
+            runs.PEAK_K: lambda: _memory(self.updates(self.config(runs.PEAK_K), 1, memory=True)),
             runs.TIME: lambda: self.times(MODES),
             runs.GRAPHS: lambda: self.times(["exact"], runs.GRAPHS),
             runs.COMPILED: lambda: self.times(["exact"], runs.COMPILED),
@@ -61,10 +140,8 @@ class Measurements:
         }
 
     def rows(self, parts: Iterable[str]) -> Iterator[Row]:
-        """A row for each part as it is measured; one that cannot be is a row that says why.
-
-        The first is the card's own, at the clock and temperature of this run.
-        """
+        """A row for each part as it is measured; one that cannot be is a row that says why. The first is the card's
+        own, at the clock and temperature of this run."""
         for part in (runs.CARD, *parts):
             start, failed = time.perf_counter(), None
             try:
@@ -92,16 +169,18 @@ class Measurements:
 
     def card(self) -> Row:
         """What the card itself reaches now: copies, reads, and products of two 8192 x 8192 bf16 matrices."""
-        timer = Timer(self.device)
+        timer, side = Timer(self.device), 8192 if self.device.type == "cuda" else 256
         found = bandwidths(timer)
-        rate = _product_tflops(timer, 8192 if self.device.type == "cuda" else 256)
+        a, b = (torch.randn(side, side, device=self.device, dtype=torch.bfloat16) for _ in range(2))
+        ms = timer.alternate({"product": Part(lambda: a @ b)}, repeats=10)["product"].row()["ms_p50"]
         self._forget()
-        return {"copy_gbps": found["copy_gbps"], "read_gbps": found["read_gbps"], "matmul_tflops": rate}
+        rates = {name: found[name] for name in ("copy_gbps", "read_gbps")}
+        return rates | {"matmul_tflops": 2 * side**3 / ms / 1e9}
 
     # Ours
 
     def config(self, part: str = runs.PEAK, more: Mapping[str, Any] | None = None) -> Config:
-        keys = self.run.recipe(self.device.type, self.architecture.keys, part)
+        keys = self.run.recipe(self.device.type, self.keys, part)
         return runs.config_of(keys | dict(more or {}))
 
     def trained_by(self, config: Config) -> Trainer:
@@ -110,7 +189,7 @@ class Measurements:
         if self.trainer is not None and self.trainer.config.speed != config.speed:
             self._forget()
         if self.trainer is None:
-            self.trainer = random_trainer(config, self.architecture)
+            self.trainer = random_trainer(config)
             free_memory(self.device)  # what building took is no part of what is reserved
         self.trainer.follow(config)
         return self.trainer
@@ -130,10 +209,6 @@ class Measurements:
         first, second = *self.updates(config, 1), *self.updates(config, 1, memory=True)
         return _memory([first, second]) | {"ms": second.ms, "phase_ms": second.phase_ms}
 
-    def peak_k(self) -> Row:
-        (found,) = self.updates(self.config(runs.PEAK_K), 1, memory=True)
-        return _memory([found]) | {"ms": found.ms}
-
     def times(self, modes: Iterable[str], speed: str = runs.TIME) -> Row:
         """A step of every kind at few sampler steps, and what each network call more adds to it."""
         return {"kinds": {mode: self._time({**MODES[mode], **self.run.speed(speed)}) for mode in modes}}
@@ -141,20 +216,20 @@ class Measurements:
     def _time(self, keys: Mapping[str, Any]) -> Row:
         config = self.config(more=keys)
         updates, calls = self.updates(config, UPDATES, warm=1), rollout_calls(config)
-        phase_ms = {name: _median(u.phase_ms.get(name, 0.0) for u in updates) for name in updates[0].phase_ms}
+        phase_ms = {name: median(u.phase_ms.get(name, 0.0) for u in updates) for name in updates[0].phase_ms}
         return {
             "steps": config.sampler.steps,
             "rollouts": calls.count(config.sampler.steps),
-            "ms": _median(u.ms for u in updates),
+            "ms": median(u.ms for u in updates),
             "call_ms": phase_ms[phases.SAMPLING] / sum(calls),
             "denoiser_ms": phase_ms[phases.DENOISER],
-            "decoder_ms": phase_ms[phases.DECODER],
-            "sam_ms": sum(phase_ms.get(name, 0.0) for name in SAM_PHASES),
+            "sam_ms": sum(phase_ms.get(name, 0.0) for name in (phases.PERTURBING, phases.UPDATING)),
             "phase_ms": phase_ms,
         }
 
     def kernels(self) -> Row:
-        """Where the device's time goes within a guided call, and within the backward pass of one."""
+        """FLOPs of a guided call and of one with its backward pass, recomputed ones included, and where the device's
+        time goes within them."""
         config = self.config()
         trainer = self.trained_by(config)
         backbone, schedule, uncond = trainer.backbone, trainer.schedule, config.method.uncond
@@ -169,12 +244,16 @@ class Measurements:
             call_backward(backbone, batch.latents, schedule[-1], batch.conditioning, adjoint, uncond=uncond)
             trainer.optimizer.zero_grad()
 
-        shares = {"call": kernel_shares(call, self.device), "graded": kernel_shares(graded, self.device)}
-        return {"branches": 1 if batch.conditioning.negative is None else 2, "shares": shares}
+        found: dict[str, Row] = {}
+        for name, run in (("call", call), ("graded", graded)):
+            with FlopCounterMode(display=False) as counter:
+                run()
+            found[name] = {"flops": counter.get_total_flops(), "shares": kernel_shares(run, self.device)}
+        return found
 
     def whole(self) -> Row:
         """One update of the whole number of sampler steps, to hold the composed time against."""
-        config = self.config(more={"sampler.steps": self.architecture.steps})
+        config = self.config(more={"sampler.steps": self.run.steps})
         (found,) = self.updates(config, 1)
         return {"steps": config.sampler.steps, "ms": found.ms, "phase_ms": found.phase_ms} | _memory([found])
 
@@ -189,20 +268,18 @@ class Measurements:
         t, x = next(iter(step._timesteps())), step.noise.to(step.denoiser.dtype)
         call = torch.no_grad()(lambda: step.predict(x, t))
         call_ms = Timer(self.device).alternate({"call": Part(call)}, repeats=5, seconds=2.0)["call"].row()["ms_p50"]
-        times = {"ms": _median(m.ms for m in timed), "call_ms": call_ms}
+        times = {"ms": median(m.ms for m in timed), "call_ms": call_ms}
         return _memory([first, *timed]) | {"steps": STEPS, "rollouts": 2} | times
 
     def _plain_step(self, checkpointing: bool) -> tuple[PlainStep, list[torch.Tensor]]:
         """The step, and the tensors that it finds in memory."""
         config, prompt = self.config(), PROMPTS[0]
-        settings, lora, sampler = config.backbone, config.parameters.lora, config.sampler
-        size = {"height": settings.height, "width": settings.width}
-        dtype = DTYPES[settings.dtype]
-        backbone = random_backbone(self.architecture.spec, **size, dtype=dtype, device=self.device)
+        lora, sampler = config.parameters.lora, config.sampler
+        backbone = random_pipeline(config, self.device)
         add_plain_lora(backbone.denoiser, lora.rank, lora.targets or backbone.lora_targets, torch.float32)
         # transformers' own checkpointing does nothing under eval(), so there is none; its text tower is done with.
         unchecked = config.reward.model_copy(update={"checkpoint": False})
-        reward = random_reward(unchecked, self.architecture.clip, self.device)
+        reward = random_reward(unchecked, self.device)
         reward.keep_prompts([prompt])
         conditioning = backbone.random_conditioning(1, sampler.guidance_scale, sampler.true_cfg_scale)
         step = PlainStep(
@@ -214,16 +291,13 @@ class Measurements:
             backbone.initial_latents(NoiseSource(0, 0, (0,))),
             backbone.height,
             backbone.width,
-            PlainSettings(STEPS, 1, checkpointing, lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay),
+            STEPS,
+            checkpointing=checkpointing,
+            lr=config.optimizer.lr,
+            weight_decay=config.optimizer.weight_decay,
         )
         tensors = [t for m in (*backbone.modules(), reward) for t in (*m.parameters(), *m.buffers())]
         return step, tensors + [*conditioning.positive.values(), *(conditioning.negative or {}).values()]
-
-
-def _product_tflops(timer: Timer, side: int) -> float:
-    a, b = (torch.randn(side, side, device=timer.device, dtype=torch.bfloat16) for _ in range(2))
-    times = timer.alternate({"product": Part(lambda: a @ b)}, repeats=10)["product"]
-    return 2 * side**3 / times.row()["ms_p50"] / 1e9
 
 
 def rollout_calls(config: Config) -> tuple[int, ...]:
@@ -246,78 +320,19 @@ def standing(trainer: Trainer) -> list[torch.Tensor]:
     return tensors
 
 
-# What follows from shapes alone
-
-
-def count_part(run: Run, part: str, device: str, architecture: Architecture) -> Row:
-    """A row of what a device is not needed for: the estimate of the peak, or the FLOPs. A recipe for a GPU is estimated
-    where there is none, too."""
-    start = time.perf_counter()
+def estimated(run: Run, part: str, device: str, keys: Mapping[str, Any]) -> Row:
+    """The row of an estimate. A recipe for a GPU is estimated where there is none, too."""
     try:
-        config = runs.config_of(run.recipe(device, architecture.keys, part))
-        row = count_flops(config, architecture) if part == runs.FLOPS else _estimated(config, device == "cuda")
+        found = estimate(runs.config_of(run.recipe(device, keys, part)), cuda=device == "cuda")
     except UserError as error:  # a key or a value that this version does not have
-        row = {"missing": str(error).splitlines()[0], "failed": False}
-    return {"part": part} | row | {"seconds": round(time.perf_counter() - start, 2)}
-
-
-def _estimated(config: Config, cuda: bool) -> Row:
-    found = estimate(config, cuda=cuda)
-    peaks = {phase.name: phase.total for phase in found.phases}
-    # Text encoders are not there to be measured.
-    of_update = max(size for name, size in peaks.items() if name != phases.ENCODING)
-    return {"peak": of_update, "peak_with_encoding": found.peak, "peaks": peaks, "standing": dict(found.standing)}
-
-
-def count_flops(config: Config, architecture: Architecture) -> dict[str, int]:
-    """Model FLOPs of one call at batch 1, counted on the meta device under LoRA.
-
-    They are those of the network's own mathematics: a forward pass, and a backward pass as far as gradients are asked
-    for. What checkpointing computes a second time is not among them, so that utilisation never rises by recomputing.
-
-    Returns:
-        call: the network without a graph, one branch. graded: forward and backward of one branch.
-        decode: without a graph. decode_graded: forward, and backward to the latent.
-        score_graded: the reward's image tower, forward and backward to the picture.
-    """
-    size = {"height": config.backbone.height, "width": config.backbone.width}
-    # In fp32 every product is one product: beside bf16, the adapters' are computed in parts, which are no model FLOPs.
-    backbone: PipelineBackbone = random_backbone(architecture.spec, **size, dtype=torch.float32, device="meta")
-    with torch.device("meta"):
-        add_lora(backbone, LoRASettings(rank=config.parameters.lora.rank))
-    unchecked = config.reward.model_copy(update={"checkpoint": False})
-    reward: Reward = random_reward(unchecked, architecture.clip, "meta")
-    with shapes_alone():
-        reward.keep_prompts(PROMPTS[:1])
-    step, branch = backbone.schedule(1)[0], backbone.random_conditioning(1).positive
-    kind = {"dtype": backbone.latent_dtype, "device": backbone.device}
-    latents = torch.empty(1, *backbone.latent_shape, **kind)
-    picture = torch.empty(1, 3, backbone.height, backbone.width, **kind, requires_grad=True)
-    graded = latents.detach().requires_grad_()
-    return {
-        "call": _flops(lambda: backbone.predict(latents, step, branch)),
-        "graded": _flops(lambda: backbone.predict(latents, step, branch), grad=True),
-        "decode": _flops(lambda: backbone.decode(latents)),
-        "decode_graded": _flops(lambda: backbone.decode(graded), grad=True),
-        "score_graded": _flops(lambda: reward.score(picture, [PROMPTS[0]]), grad=True),
-    }
-
-
-def _flops(run: Callable[[], torch.Tensor], grad: bool = False) -> int:
-    """FLOPs of a call; with `grad` also of its backward pass."""
-    with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as counter:
-        out = run()
-        if grad:
-            out.sum().backward()
-    return counter.get_total_flops()
+        return {"part": part, "missing": str(error).splitlines()[0], "failed": False}
+    peaks = {phase.name: phase.total for phase in found.phases if phase.name != phases.ENCODING}  # nor is it measured
+    return {"part": part, "peak": max(peaks.values()), "peaks": peaks, "standing": dict(found.standing)}
 
 
 def _memory(measured: list[Measured]) -> Row:
     """The highest of several updates."""
     highest = max(measured, key=lambda m: m.peak or 0)
     reserved = [m.reserved for m in measured if m.reserved is not None]
-    return {"peak": highest.peak, "reserved": max(reserved, default=None), "peaks": highest.peaks}
-
-
-def _median(values: Iterable[float]) -> float:
-    return statistics.median(values)
+    found = {"peak": highest.peak, "reserved": max(reserved, default=None), "peaks": highest.peaks}
+    return found | {"ms": measured[-1].ms}

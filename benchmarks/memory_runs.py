@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from rsaft_fast.recipe.config import Config
@@ -13,16 +14,10 @@ GRADED_STEPS = 8  # K of the second peak, which must not be higher than the firs
 STEPS = 4  # peaks do not depend on the number of sampler steps; times are extrapolated from it
 
 
-@dataclass(frozen=True)
-class Model:
-    """A published pipeline and how recipes sample it.
+class Model(NamedTuple):
+    """A published pipeline's hub id, and how recipes sample it: pixels a side, steps of a whole picture, and
+    `sampler.guidance_scale`."""
 
-    Attributes:
-        spec: its name in `backbones.specs`. path: its hub id. size: pixels a side.
-        steps: of a whole picture. guidance: `sampler.guidance_scale`.
-    """
-
-    spec: str
     path: str
     size: int
     steps: int
@@ -30,10 +25,10 @@ class Model:
 
 
 MODELS = {
-    "sd15": Model("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5", 512, 50, 7.5),
-    "sdxl": Model("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", 1024, 50, 5.0),
-    "sd35m": Model("sd35-medium", "stabilityai/stable-diffusion-3.5-medium", 1024, 28, 4.5),
-    "flux": Model("flux1", "black-forest-labs/FLUX.1-dev", 1024, 28, 3.5),
+    "sd15": Model("stable-diffusion-v1-5/stable-diffusion-v1-5", 512, 50, 7.5),
+    "sdxl": Model("stabilityai/stable-diffusion-xl-base-1.0", 1024, 50, 5.0),
+    "sd35m": Model("stabilityai/stable-diffusion-3.5-medium", 1024, 28, 4.5),
+    "flux": Model("black-forest-labs/FLUX.1-dev", 1024, 28, 3.5),
 }
 REWARD = "yuvalkirstain/PickScore_v1"  # CLIP-H
 
@@ -71,15 +66,10 @@ CARD, PEAK, PEAK_K = "card", "peak", f"peak, K = {GRADED_STEPS}"
 TIME, KERNELS, WHOLE = "times", "kernels", "a whole run"
 GRAPHS, COMPILED = "times, CUDA graphs", "times, compiled"
 PLAIN, PLAIN_UNCHECKED = "plain, checkpointed", "plain, without checkpointing"
-ESTIMATE, ESTIMATE_K, FLOPS = "estimate", f"estimate, K = {GRADED_STEPS}", "FLOPs"
+ESTIMATE, ESTIMATE_K = "estimate", f"estimate, K = {GRADED_STEPS}"
 
-SPEEDS: Mapping[str, Mapping[str, Any]] = {
-    TIME: {},
-    GRAPHS: {"speed.cuda_graph": True},
-    COMPILED: {"speed.compile": "rollout"},
-}
-"""Recipe keys under which a step is timed; the first are the defaults, which every other figure is of. The others come
-with channels-last for UNets."""
+SPEEDS = {TIME: {}, GRAPHS: {"speed.cuda_graph": True}, COMPILED: {"speed.compile": "rollout"}}
+"""Recipe keys under which a step is timed; the first are the defaults, which every other figure is of."""
 
 _START_SECONDS = 15.0  # a process, its imports, a model on the device
 _LATE_SECONDS = {GRAPHS: 15.0, COMPILED: 75.0}
@@ -87,25 +77,18 @@ _LATE_SECONDS = {GRAPHS: 15.0, COMPILED: 75.0}
 
 @dataclass(frozen=True)
 class Run:
-    """One model in one process.
-
-    Attributes:
-        limit: GiB that the peak must not exceed.
-        seconds: a guess on an H100, `late_parts` aside; what takes three times as long is given up.
-        keys: over `BASE` and the model's.
-        compare: whether its times are measured too, beside the step in plain PyTorch.
-    """
+    """One model in one process."""
 
     name: str
     model: str
-    limit: float
-    seconds: float
-    keys: Mapping[str, Any] = field(default_factory=dict)
-    compare: bool = False
+    limit: float  # GiB that the peak must not exceed
+    seconds: float  # a guess on an H100, `late_parts` aside; what takes three times as long is given up
+    keys: Mapping[str, Any] = field(default_factory=dict)  # over `BASE` and the model's
+    compare: bool = False  # whether its times are measured too, beside the step in plain PyTorch
 
     @property
     def lora(self) -> bool:
-        return self.keys.get("parameters.train", "lora") == "lora"
+        return "parameters.train" not in self.keys
 
     @property
     def steps(self) -> int:
@@ -121,12 +104,12 @@ class Run:
         """What is measured when all runs have been: it takes long to get ready."""
         return (GRAPHS, COMPILED) if self.compare else ()
 
-    def counted_parts(self) -> tuple[str, ...]:
+    def estimates(self) -> tuple[str, ...]:
         """What is worked out of it without a device."""
-        return (ESTIMATE,) + ((ESTIMATE_K,) if self.lora else ()) + ((FLOPS,) if self.compare else ())
+        return (ESTIMATE, ESTIMATE_K) if self.lora else (ESTIMATE,)
 
     def speed(self, part: str) -> Mapping[str, Any]:
-        """Recipe keys of one of `SPEEDS`."""
+        """Recipe keys of one of `SPEEDS`; all but the first come with channels-last for UNets."""
         layout = {"speed.channels_last": True} if self.model in ("sd15", "sdxl") and part != TIME else {}
         return {**SPEEDS[part], **layout}
 
@@ -137,13 +120,12 @@ class Run:
         return _START_SECONDS + sum(late) + share * (self.seconds - _START_SECONDS)
 
     def recipe(self, device: str, overrides: Mapping[str, Any], part: str = PEAK) -> dict[str, Any]:
-        """The recipe as dotted keys, at few sampler steps; `overrides` are those of the tiny models."""
+        """The recipe as dotted keys, at few sampler steps; `overrides` are other keys of its model."""
         model = MODELS[self.model]
         place = {"backbone.path": model.path, "backbone.height": model.size, "backbone.width": model.size}
         keys = {**BASE, **place, "backbone.device": device, "sampler.guidance_scale": model.guidance}
-        keys |= {**self.keys, **overrides}
-        many = part in (PEAK_K, ESTIMATE_K)
-        return keys | ({"method.k": GRADED_STEPS, "sampler.steps": GRADED_STEPS} if many else {})
+        many = {"method.k": GRADED_STEPS, "sampler.steps": GRADED_STEPS} if part in (PEAK_K, ESTIMATE_K) else {}
+        return {**keys, **self.keys, **overrides, **many}
 
 
 RUNS = (
@@ -163,19 +145,7 @@ def run_named(name: str) -> Run:
 
 
 def config_of(keys: Mapping[str, Any]) -> Config:
-    """The recipe that dotted keys spell.
+    """The recipe that dotted keys spell."""
+    from rsaft_fast.recipe.load import load_config  # diffusers and transformers: seconds that --help need not wait
 
-    Raises:
-        UserError: a key or a value that this version does not have.
-    """
-    # Imports diffusers and transformers: seconds that --help need not wait.
-    from rsaft_fast.recipe.load import validate
-
-    tree: dict[str, Any] = {}
-    for key, value in keys.items():
-        *sections, name = key.split(".")
-        branch = tree
-        for section in sections:
-            branch = branch.setdefault(section, {})
-        branch[name] = value
-    return validate(tree, where="benchmarks/memory_runs.py")
+    return load_config({}, [f"{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in keys.items()])

@@ -8,15 +8,15 @@ from functools import partial
 from typing import Any
 
 from rsaft_fast.benchmarks import memory_runs as runs
-from rsaft_fast.benchmarks.floors import dense_bf16, predicted_ms
-from rsaft_fast.benchmarks.memory_runs import MODELS, RUNS, Run
+from rsaft_fast.benchmarks.floors import dense_bf16
+from rsaft_fast.benchmarks.memory_runs import RUNS, Run
 from rsaft_fast.benchmarks.results import Row
-from rsaft_fast.benchmarks.tables import NONE, markdown, number, percent
+from rsaft_fast.benchmarks.tables import NONE, machine_line, markdown, number, percent
 from rsaft_fast.figures.tables import aligned
 
 GIB = 2**30
-EXACT, GRADED_ONLY, PLAIN_METHOD = "exact", "graded_only", "plain method"
-PREDICTED_UTILISATION = 0.45
+Columns = dict[str, Callable[[Run], str]]
+"""A name, and what a run's cell says."""
 
 
 class MemoryView:
@@ -54,31 +54,30 @@ class MemoryView:
         """Peak of many graded calls over that of one."""
         return self.peak(run, runs.PEAK_K) / self.peak(run)
 
-    def composed(self, run: Run, kind: str, steps: int, part: str = runs.TIME) -> float:
+    def composed(self, run: Run, steps: int, part: str, *kind: str) -> float:
         """Milliseconds of a step at so many sampler steps: one at few of them, and the calls that more of them add."""
-        return self._composed(run, part, steps, "kinds", kind)
-
-    def _composed(self, run: Run, part: str, steps: int, *path: str) -> float:
         ms, measured_at, rollouts, call_ms = (
-            self.get(run, part, *path, name) for name in ("ms", "steps", "rollouts", "call_ms")
+            self.get(run, part, *kind, name) for name in ("ms", "steps", "rollouts", "call_ms")
         )
         return ms + (steps - measured_at) * rollouts * call_ms
 
+    def exact(self, run: Run, part: str = runs.TIME) -> float:
+        """Milliseconds of a step of RSA-FT of the model's own sampler steps."""
+        return self.composed(run, self.steps(run), part, "kinds", "exact")
+
     def over_plain_method(self, run: Run, kind: str, steps: int) -> float:
         """Time of RSA-FT over that of the same method without smoothing."""
-        return self.composed(run, kind, steps) / self.composed(run, PLAIN_METHOD, steps)
+        smoothed, plain = (self.composed(run, steps, runs.TIME, "kinds", k) for k in (kind, "plain method"))
+        return smoothed / plain
 
-    def sam_share(self, run: Run, steps: int) -> float:
-        """What perturbing and updating the weights take of an exact step."""
-        return self.get(run, runs.TIME, "kinds", EXACT, "sam_ms") / self.composed(run, EXACT, steps)
-
-    def whole_over_composed(self, run: Run) -> float:
-        """How well the composition tells the time of a whole step."""
-        return self.get(run, runs.WHOLE, "ms") / self.composed(run, EXACT, self.steps(run))
+    def sam_share(self, run: Run) -> float:
+        """What perturbing and updating the weights take of an exact step of the model's own sampler steps."""
+        exact = ("kinds", "exact")
+        return self.get(run, runs.TIME, *exact, "sam_ms") / self.composed(run, run.steps, runs.TIME, *exact)
 
     def steps(self, run: Run) -> int:
         """Of a whole picture."""
-        return (self.row(run, runs.WHOLE) or {"steps": MODELS[run.model].steps})["steps"]
+        return (self.row(run, runs.WHOLE) or {"steps": run.steps})["steps"]
 
     def peak_over_plain(self, run: Run, part: str = runs.PLAIN) -> float:
         """Ours over the plain step's; an upper bound, where that ran out of memory."""
@@ -86,45 +85,25 @@ class MemoryView:
 
     def time_over_plain(self, run: Run, part: str = runs.PLAIN) -> float:
         """Ours at its fastest over the plain step's, an exact step of the model's own sampler steps each."""
-        steps = self.steps(run)
-        found = [self.composed(run, EXACT, steps, speed) for speed in runs.SPEEDS]
+        found = [self.exact(run, speed) for speed in runs.SPEEDS]
         fastest = min((ms for ms in found if not math.isnan(ms)), default=math.nan)
-        return fastest / self._composed(run, part, steps)
+        return fastest / self.composed(run, self.steps(run), part)
 
-    def achieved(self, run: Run, name: str) -> float:
-        """TFLOP/s of model FLOPs: in the rollout, the network's backward pass, or the decoder's."""
-        branches = 1 if name == "decoder" else self.get(run, runs.KERNELS, "branches")
-        flops, ms = {
-            "rollout": ("call", "call_ms"),
-            "backward": ("graded", "denoiser_ms"),
-            "decoder": ("decode_graded", "decoder_ms"),
-        }[name]
-        return branches * self.get(run, runs.FLOPS, flops) / self.get(run, runs.TIME, "kinds", PLAIN_METHOD, ms) / 1e9
-
-    def matmul_tflops(self, run: Run) -> float:
-        """What large matrix products reached in the same process."""
-        return self.get(run, runs.CARD, "matmul_tflops")
-
-    def timed(self, run: Run) -> bool:
-        return not math.isnan(self.get(run, runs.TIME, "kinds", EXACT, "ms"))
+    def tflops(self, run: Run, name: str) -> float:
+        """TFLOP/s of a guided call in the rollout, or of one with its backward pass."""
+        ms = self.get(run, runs.TIME, "kinds", "plain method", {"call": "call_ms", "graded": "denoiser_ms"}[name])
+        return self.get(run, runs.KERNELS, name, "flops") / ms / 1e9
 
 
 def line(row: Row) -> str:
     """A row as it comes."""
-    what = f"{row['run']}: {row['part']}"
-    if "missing" in row:
-        return f"{what}: {row['missing']}"
-    said = []
-    if row.get("out_of_memory"):
-        said.append(f"out of memory, > {gib(row['card_bytes'])} GiB")
-    if row.get("peak") is not None:
-        said.append(f"peak {gib(row['peak'])} GiB")
-    if row.get("ms") is not None:
-        said.append(f"{row['ms']:.0f} ms")
+    said = [f"out of memory, > {gib(row['card_bytes'])} GiB"] if row.get("out_of_memory") else []
+    said += [f"peak {gib(row['peak'])} GiB"] if row.get("peak") is not None else []
+    said += [f"{row['ms']:.0f} ms"] if row.get("ms") is not None else []
     said += [f"{kind} {found['ms']:.0f} ms" for kind, found in row.get("kinds", {}).items()]
     if "copy_gbps" in row:
         said.append(f"copies {row['copy_gbps']:,.0f} GB/s, multiplies {row['matmul_tflops']:.0f} TFLOP/s")
-    return f"{what}: {', '.join(said)} ({row['seconds']:.0f} s)" if said else f"{what} ({row['seconds']:.0f} s)"
+    return f"{row['run']}: {row['part']}: {row.get('missing') or ', '.join(said)} ({row.get('seconds', 0):.0f} s)"
 
 
 def terminal(results: Row) -> str:
@@ -147,149 +126,99 @@ def section(results: Row) -> str:
     return "\n\n".join(blocks)
 
 
-def machine_line(results: Row) -> str:
-    parts = [f"{name} {version}" for name, version in results["versions"].items() if version and name != "rsaft_fast"]
-    driver = [f"driver {results['driver']}"] if results.get("driver") else []
-    return f"{results['gpu']}: {', '.join([*driver, *parts])}; commit {results['commit'] or 'unknown'}"
-
-
 def tables(view: MemoryView) -> Iterator[tuple[str, Sequence[str], list[Sequence[str]]]]:
     """Title, header and rows of each table of which something was measured, for the terminal and for Markdown."""
-    for table in (_peaks, _phases, _times, _predictions, _plain, _utilisation):
-        title, runs_of, columns = table(view)
-        rows = [(run.name, *(cell(run) for _, cell in columns)) for run in runs_of]
-        if rows:
-            yield title, ("run", *(name for name, _ in columns)), rows
+    counted = "torch's max allocated" if view.results["cuda"] else "storages alive on the CPU"
+    found = {
+        f"Peak memory, {counted}": (_peaks(view), (runs.PEAK, runs.ESTIMATE)),
+        "Peak by phase, GiB (estimated)": (_phases(view), (runs.PEAK,)),
+        "Time, composed from measured calls": (_times(view), (runs.TIME,)),
+        "Ours over the same step in plain PyTorch": (_plain(view), (runs.PLAIN, runs.PLAIN_UNCHECKED)),
+        "FLOP utilisation, what checkpointing repeats included": (_utilisation(view), (runs.KERNELS,)),
+    }
+    for title, (columns, parts) in found.items():
+        of = [run for run in RUNS if any(view.row(run, part) for part in parts)]
+        if of:
+            yield title, ("run", *columns), [(run.name, *(cell(run) for cell in columns.values())) for run in of]
 
 
-Table = tuple[str, list[Run], list[tuple[str, Callable[[Run], str]]]]
-"""Title, the runs that have a row, and columns: a name and what a run's cell says."""
-
-
-def _peaks(view: MemoryView) -> Table:
+def _peaks(view: MemoryView) -> Columns:
     def where(run: Run) -> str:
         peaks = (view.row(run, runs.PEAK) or {}).get("peaks")
         return max(peaks, key=peaks.get) if peaks else NONE
 
-    counted = "torch's max allocated" if view.results.get("cuda") else "storages alive on the CPU"
-    found = [run for run in RUNS if view.row(run, runs.PEAK) or view.row(run, runs.ESTIMATE)]
-    columns = [
-        ("limit, GiB", lambda run: f"{run.limit:g}"),
-        ("peak", lambda run: gib(view.peak(run))),
-        ("estimate", lambda run: gib(view.peak(run, runs.ESTIMATE))),
-        ("estimate/peak", lambda run: number(view.estimate_ratio(run), ".3f")),
-        ("reserved", lambda run: gib(view.get(run, runs.PEAK, "reserved"))),
-        (f"K={runs.GRADED_STEPS} over K=1", lambda run: number(view.peak_growth(run), ".3f")),
-        ("where", where),
-    ]
-    return f"Peak memory, {counted}", found, columns
+    return {
+        "limit, GiB": lambda run: f"{run.limit:g}",
+        "peak": lambda run: gib(view.peak(run)),
+        "estimate": lambda run: gib(view.peak(run, runs.ESTIMATE)),
+        "estimate/peak": lambda run: number(view.estimate_ratio(run), ".3f"),
+        "reserved": lambda run: gib(view.get(run, runs.PEAK, "reserved")),
+        f"K={runs.GRADED_STEPS} over K=1": lambda run: number(view.peak_growth(run), ".3f"),
+        "where": where,
+    }
 
 
-def _phases(view: MemoryView) -> Table:
+def _phases(view: MemoryView) -> Columns:
     """Peaks of each phase, measured; the estimate's in brackets."""
 
     def cell(run: Run, name: str) -> str:
         guess = view.get(run, runs.ESTIMATE, "peaks", name)
         return gib(view.get(run, runs.PEAK, "peaks", name)) + ("" if math.isnan(guess) else f" ({gib(guess)})")
 
-    found = [run for run in RUNS if view.row(run, runs.PEAK)]
-    names = dict.fromkeys(name for run in found for name in view.row(run, runs.PEAK)["peaks"])
-    return "Peak by phase, GiB (estimated)", found, [(name, partial(cell, name=name)) for name in names]
+    found = [view.row(run, runs.PEAK) or {"peaks": {}} for run in RUNS]
+    return {name: partial(cell, name=name) for row in found for name in row["peaks"]}
 
 
-def _times(view: MemoryView) -> Table:
+def _times(view: MemoryView) -> Columns:
     def seconds(run: Run, part: str = runs.TIME) -> str:
-        return number(view.composed(run, EXACT, view.steps(run), part) / 1e3)
+        return number(view.exact(run, part) / 1e3)
 
-    columns = [
-        ("a guided call, ms", lambda run: f"{view.get(run, runs.TIME, 'kinds', EXACT, 'call_ms'):.1f}"),
-        ("a step, s", lambda run: f"{seconds(run)} (T={view.steps(run)})"),
-        ("CUDA graphs", lambda run: seconds(run, runs.GRAPHS)),
-        ("compiled", lambda run: seconds(run, runs.COMPILED)),
-        ("whole run over composed", lambda run: number(view.whole_over_composed(run), ".3f")),
-        ("exact over plain method", lambda run: number(view.over_plain_method(run, EXACT, view.steps(run)))),
-        ("graded_only, T=50", lambda run: number(view.over_plain_method(run, GRADED_ONLY, 50))),
-        ("graded_only, T=28", lambda run: number(view.over_plain_method(run, GRADED_ONLY, 28))),
-        ("SAM's share", lambda run: percent(view.sam_share(run, view.steps(run)))),
-        ("copy, GB/s", lambda run: number(view.get(run, runs.CARD, "copy_gbps"), ".0f")),
-    ]
-    return "Time, composed from measured calls", [run for run in RUNS if view.timed(run)], columns
-
-
-def _predictions(view: MemoryView) -> Table:
-    """What FLOPs alone say of runs that have not been timed."""
-    rate = dense_bf16(view.results["gpu"])
-    rate = 989.5 if math.isnan(rate) else rate
-
-    def ms(run: Run, name: str, steps: int | None = None) -> float:
-        branches, counted = 1 if run.model == "flux" else 2, view.row(run, runs.FLOPS)
-        return predicted_ms(counted, branches, steps or view.steps(run), PREDICTED_UTILISATION * rate)[name]
-
-    def over(run: Run, kind: str, other: str, steps: int | None = None) -> str:
-        return number(ms(run, kind, steps) / ms(run, other, steps))
-
-    title = f"Predicted from FLOPs at {PREDICTED_UTILISATION:.0%} of {rate:g} TFLOP/s"
-    columns = [
-        ("a guided call, ms", lambda run: f"{ms(run, 'call'):.0f}"),
-        ("its gradient, ms", lambda run: f"{ms(run, 'graded'):.0f}"),
-        ("decode and score, ms", lambda run: f"{ms(run, 'ends'):.0f}"),
-        ("a step, s", lambda run: f"{ms(run, EXACT) / 1e3:.1f} (T={view.steps(run)})"),
-        ("exact over plain method", lambda run: over(run, EXACT, PLAIN_METHOD)),
-        ("graded_only, T=50", lambda run: over(run, GRADED_ONLY, PLAIN_METHOD, 50)),
-        ("graded_only, T=28", lambda run: over(run, GRADED_ONLY, PLAIN_METHOD, 28)),
-        ("exact over plain PyTorch", lambda run: over(run, EXACT, "plain PyTorch")),
-    ]
-    return title, [run for run in RUNS if view.row(run, runs.FLOPS) and not view.timed(run)], columns
+    return {
+        "a guided call, ms": lambda run: number(view.get(run, runs.TIME, "kinds", "exact", "call_ms"), ".1f"),
+        "a step, s": lambda run: f"{seconds(run)} (T={view.steps(run)})",
+        "CUDA graphs": lambda run: seconds(run, runs.GRAPHS),
+        "compiled": lambda run: seconds(run, runs.COMPILED),
+        "whole run over composed": lambda run: number(view.get(run, runs.WHOLE, "ms") / view.exact(run), ".3f"),
+        "exact over plain method": lambda run: number(view.over_plain_method(run, "exact", view.steps(run))),
+        "graded_only, T=50": lambda run: number(view.over_plain_method(run, "graded_only", 50)),
+        "graded_only, T=28": lambda run: number(view.over_plain_method(run, "graded_only", 28)),
+        "SAM's share": lambda run: percent(view.sam_share(run)),
+        "copy, GB/s": lambda run: number(view.get(run, runs.CARD, "copy_gbps"), ".0f"),
+    }
 
 
-def _plain(view: MemoryView) -> Table:
+def _plain(view: MemoryView) -> Columns:
     def bound(run: Run, part: str, sign: str, said: str) -> str:
         return f"{sign} {said}" if view.out_of_memory(run, part) else said
 
-    columns: list[tuple[str, Callable[[Run], str]]] = [("ours, GiB", lambda run: gib(view.peak(run)))]
-    for part, name in ((runs.PLAIN, "plain, checkpointed"), (runs.PLAIN_UNCHECKED, "plain, unchecked")):
-        columns += [
-            (name, lambda run, part=part: bound(run, part, ">", gib(view.peak(run, part)))),
-            ("peak ratio", lambda run, part=part: bound(run, part, "<", number(view.peak_over_plain(run, part)))),
-            ("time ratio", lambda run, part=part: number(view.time_over_plain(run, part))),
-        ]
-    found = [run for run in RUNS if view.row(run, runs.PLAIN) or view.row(run, runs.PLAIN_UNCHECKED)]
-    return "Ours over the same step in plain PyTorch", found, columns
+    columns: Columns = {"ours, GiB": lambda run: gib(view.peak(run))}
+    for part, name in ((runs.PLAIN, "checkpointed"), (runs.PLAIN_UNCHECKED, "unchecked")):
+        columns |= {
+            f"plain, {name}": lambda run, p=part: bound(run, p, ">", gib(view.peak(run, p))),
+            f"peak ratio, {name}": lambda run, p=part: bound(run, p, "<", number(view.peak_over_plain(run, p))),
+            f"time ratio, {name}": lambda run, p=part: number(view.time_over_plain(run, p)),
+        }
+    return columns
 
 
-def _utilisation(view: MemoryView) -> Table:
-    def share(run: Run, name: str, rate: float) -> str:
-        return percent(view.achieved(run, name) / rate)
+def _utilisation(view: MemoryView) -> Columns:
+    def limits(run: Run, name: str) -> str:
+        shares = (view.row(run, runs.KERNELS) or {}).get(name, {}).get("shares") or {}
+        return ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()) or NONE
 
-    def limit(run: Run, name: str) -> str:
-        return limit_of(view.row(run, runs.KERNELS)["shares"][name])
-
-    dense = dense_bf16(view.results["gpu"])
-    found = [run for run in RUNS if not math.isnan(view.achieved(run, "rollout"))]
-    columns = [
-        ("rollout, TFLOP/s", lambda run: f"{view.achieved(run, 'rollout'):.0f}"),
-        ("backward", lambda run: f"{view.achieved(run, 'backward'):.0f}"),
-        ("decoder", lambda run: f"{view.achieved(run, 'decoder'):.0f}"),
-        ("rollout of data sheet", lambda run: share(run, "rollout", dense)),
-        ("backward", lambda run: share(run, "backward", dense)),
-        ("rollout of measured products", lambda run: share(run, "rollout", view.matmul_tflops(run))),
-        ("backward", lambda run: share(run, "backward", view.matmul_tflops(run))),
-        ("rollout is limited by", lambda run: limit(run, "call")),
-        ("backward is limited by", lambda run: limit(run, "graded")),
-    ]
-    return "Model FLOP utilisation", found, columns
-
-
-def limit_of(shares: dict[str, float] | None) -> str:
-    """What to change first to make a call faster, in a phrase, from its `kernel_shares`."""
-    if shares is None:
-        return "not known"
-    kinds = {kind: share for kind, share in shares.items() if kind != "idle"}
-    if shares["idle"] > 0.15:
-        return f"the host: the device waits {shares['idle']:.0%} of the time for launches"
-    name = max(kinds, key=kinds.get)
-    others = ", ".join(f"{other} {share:.0%}" for other, share in kinds.items() if other != name)
-    return f"{name} {kinds[name]:.0%} ({others})"
+    columns: Columns = {}
+    for name, said in (("call", "rollout"), ("graded", "with gradient")):
+        columns |= {
+            f"{said}, TFLOP/s": lambda run, n=name: number(view.tflops(run, n), ".0f"),
+            f"{said}, of data sheet": lambda run, n=name: percent(
+                view.tflops(run, n) / dense_bf16(view.results["gpu"])
+            ),
+            f"{said}, of measured products": lambda run, n=name: percent(
+                view.tflops(run, n) / view.get(run, runs.CARD, "matmul_tflops")
+            ),
+            f"{said}, its time": partial(limits, name=name),
+        }
+    return columns
 
 
 def gib(size: float | None) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import Protocol
 
 import torch
 
@@ -18,10 +17,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Problem:
-    """Shapes, and gradients that every provider reads (clipping scales them in place, to norm 1, once).
-
-    Weights are each provider's own: optimizers notice when others write to theirs, and some rebind them.
-    """
+    """Shapes, and gradients that every provider reads (clipping scales them in place, to norm 1, once). Weights are
+    each provider's own: optimizers notice when others write to theirs, and some rebind them."""
 
     shapes: Sequence[tuple[int, ...]]
     layout: str
@@ -34,8 +31,8 @@ class Problem:
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Weights with the gradients attached."""
-        dtype = DTYPES[self.layout]
-        parameters = [torch.nn.Parameter(self._normal(s, dtype, self.device, 0.02)) for s in self.shapes]
+        weights = (self._normal(s, DTYPES[self.layout], self.device, 0.02) for s in self.shapes)
+        parameters = list(map(torch.nn.Parameter, weights))
         for p, gradient in zip(parameters, self.gradients):
             p.grad = gradient
         return parameters
@@ -43,13 +40,6 @@ class Problem:
     @staticmethod
     def _normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, std: float) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, std)
-
-
-class Running(Protocol):
-    """A provider with its state built."""
-
-    def parts(self) -> dict[str, Part]:
-        """Pass (`floors.PASSES`) to a call that can be repeated; what it does not offer by itself is left out."""
 
 
 Optimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -64,7 +54,10 @@ fused = adamw("torch.optim", "AdamW", fused=True)
 
 
 class UsualLoop:
-    """The SAM code that most people copy: clone, add e_w, copy back, clip, step of the base optimizer."""
+    """The SAM code that most people copy: clone, add e_w, copy back, clip, step of the base optimizer.
+
+    `parts` of it and of the others: a pass (`floors.PASSES`) to a call that can be repeated.
+    """
 
     foreach: bool | None = None  # torch chooses
 
@@ -113,10 +106,8 @@ class UsualLoop:
 
 
 class UsualLoopWithMaster(UsualLoop):
-    """The same for bf16 weights with an fp32 master, which holds what the weights are restored from: no clone.
-
-    The base optimizer works on the master, with the gradients cast to fp32.
-    """
+    """The same for bf16 weights with an fp32 master, from which they are restored: no clone. The base optimizer works
+    on the master, with the gradients cast to fp32."""
 
     def __init__(self, problem: Problem, optimizer: Optimizer = fused):
         self.parameters = problem.parameters()
@@ -145,10 +136,8 @@ class UsualLoopWithMaster(UsualLoop):
 
 
 class Foreach(UsualLoop):
-    """The best that torch's own `_foreach_` functions give, around torch's fused AdamW.
-
-    The scale goes through the host: on the device it would need a temporary of all gradients.
-    """
+    """The best that torch's own `_foreach_` functions give. The scale goes through the host: on the device it would
+    need a temporary of all gradients."""
 
     foreach = True
 
@@ -180,10 +169,8 @@ class ForeachWithMaster(UsualLoopWithMaster):
 
 
 class AdamWAlone:
-    """torch's fused AdamW without SAM, on fp32 weights and gradients: the yardstick of restore + AdamW.
-
-    For bf16 weights it is the master's step, without casting the gradients before or the weights after: 28 bytes too.
-    """
+    """torch's fused AdamW without SAM, the yardstick of restore + AdamW. For bf16 weights it is the master's step,
+    without casting the gradients before or the weights after: 28 bytes too."""
 
     def __init__(self, problem: Problem):
         self.parameters = problem.parameters()
@@ -217,7 +204,7 @@ class PytorchOptimizerSAM:
         self.sam.second_step(zero_grad=False)
 
 
-def by_layout(plain: Callable[..., Running], with_master: Callable[..., Running], *optimizer: Optimizer):
+def by_layout(plain: Callable, with_master: Callable, *optimizer: Optimizer):
     """A loop, with a master where the layout has one."""
     return lambda problem: (with_master if problem.layout == "bf16" else plain)(problem, *optimizer)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,37 +23,18 @@ Embeddings = Mapping[str, torch.Tensor]
 """What the pipeline's encode_prompt gives (and SDXL's time ids, FLUX's guidance), under the denoiser's own names."""
 
 
-@dataclass(frozen=True)
-class PlainSettings:
-    """Everything the step can be told; defaults are those of the recipes.
-
-    Attributes:
-        steps: sampler steps. k: the last k of them are in the graph (DRaFT-K).
-        checkpointing: diffusers' own, on denoiser and VAE.
-        image_rho: L2 radius of the picture's perturbation, a sample. weight_rho: of the weights'.
-    """
-
-    steps: int
-    k: int = 1
-    checkpointing: bool = True
-    image_rho: float = 1e-2
-    weight_rho: float = 1e-2
-    lr: float = 2e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
-
-
 @dataclass
 class PlainStep:
-    """Sample, score, climb, sample again, descend.
+    """Sample, score, climb, sample again, descend; defaults are those of the recipes.
 
     Attributes:
         pipeline: a diffusers pipeline without text encoders; its denoiser's trainable parameters are what is trained.
         score: images (B, 3, H, W), nominally 0 to 1, to rewards (B,).
         positive, negative: embeddings of the prompts; without a negative there is no guidance.
         noise: x_T, as the sampler takes it (FLUX: packed tokens).
+        steps: sampler steps. k: the last k of them are in the graph (DRaFT-K).
+        checkpointing: diffusers' own, on denoiser and VAE.
+        image_rho: L2 radius of the picture's perturbation, a sample. weight_rho: of the weights'.
     """
 
     pipeline: DiffusionPipeline
@@ -64,30 +45,32 @@ class PlainStep:
     noise: torch.Tensor
     height: int
     width: int
-    settings: PlainSettings
-    optimizer: torch.optim.Optimizer = field(init=False)
+    steps: int
+    k: int = 1
+    checkpointing: bool = True
+    image_rho: float = 1e-2
+    weight_rho: float = 1e-2
+    lr: float = 2e-5
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
         self.denoiser = getattr(self.pipeline, "unet", None) or self.pipeline.transformer
-        self.vae = self.pipeline.vae
+        self.vae, self.is_flux = self.pipeline.vae, isinstance(self.pipeline, FluxPipeline)
         for network in (self.denoiser, self.vae):
-            if self.settings.checkpointing:
-                network.enable_gradient_checkpointing()
-            else:
-                network.disable_gradient_checkpointing()
+            (network.enable_gradient_checkpointing if self.checkpointing else network.disable_gradient_checkpointing)()
         self.parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
-        s = self.settings
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay
-        )
-        self.scheduler = self._scheduler()
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.lr, weight_decay=self.weight_decay)
+        self.scheduler = self.pipeline.scheduler
+        if not isinstance(self.pipeline, FluxPipeline | StableDiffusion3Pipeline):
+            self.scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False)
 
     def __call__(self) -> float:
         """One update; the mean reward at the unperturbed weights and picture."""
         self.optimizer.zero_grad()
         reward, delta = self.first_pass()
         old = self.climb()
-        self.second_pass(delta)
+        (-self.score(self.sample() + delta).mean()).backward()
         self.descend(old)
         return reward.item()
 
@@ -99,29 +82,25 @@ class PlainStep:
         (-reward).backward()
         slope = images.grad.float() if images.dtype != torch.float64 else images.grad
         norm = torch.linalg.vector_norm(slope, dim=(1, 2, 3), keepdim=True)
-        return reward.detach(), self.settings.image_rho * slope / (norm + 1e-12)
+        return reward.detach(), self.image_rho * slope / (norm + 1e-12)
 
     @torch.no_grad()
     def climb(self) -> list[torch.Tensor]:
         """To the perturbed weights; the clones to come back from."""
         graded = [p for p in self.parameters if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in graded]))
-        scale = self.settings.weight_rho / (norm + 1e-12)
+        scale = self.weight_rho / (norm + 1e-12)
         old = [p.clone() for p in self.parameters]
         for p in graded:
             p.add_(p.grad * scale.to(p.grad.dtype))
         self.optimizer.zero_grad()
         return old
 
-    def second_pass(self, delta: torch.Tensor) -> None:
-        """Gradients of -reward at the perturbed weights and the perturbed picture."""
-        (-self.score(self.sample() + delta).mean()).backward()
-
     @torch.no_grad()
     def descend(self, old: Sequence[torch.Tensor]) -> None:
         for p, before in zip(self.parameters, old):
             p.copy_(before)
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimizer.step()
 
     def sample(self) -> torch.Tensor:
@@ -129,11 +108,11 @@ class PlainStep:
         x = self.noise.to(self.denoiser.dtype)
         timesteps = list(self._timesteps())
         for index, t in enumerate(timesteps):
-            graded = index >= len(timesteps) - self.settings.k
+            graded = index >= len(timesteps) - self.k
             with nullcontext() if graded else torch.no_grad():
                 prediction = self.predict(x, t)
                 x = self.scheduler.step(prediction, t, x, return_dict=False)[0]
-        if isinstance(self.pipeline, FluxPipeline):
+        if self.is_flux:
             x = FluxPipeline._unpack_latents(x, self.height, self.width, self.pipeline.vae_scale_factor)
         config = self.vae.config
         latents = x / config.scaling_factor + (config.shift_factor or 0.0)
@@ -150,7 +129,7 @@ class PlainStep:
     def _call(self, x: torch.Tensor, t: torch.Tensor, embeddings: Embeddings) -> torch.Tensor:
         inputs: dict[str, Any] = dict(embeddings)
         timestep = t.expand(len(x))
-        if isinstance(self.pipeline, FluxPipeline):
+        if self.is_flux:
             timestep = timestep / 1000
             inputs |= self._positions(embeddings)
         elif "time_ids" in inputs:
@@ -166,20 +145,14 @@ class PlainStep:
         image = FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, dtype)
         return {"img_ids": image, "txt_ids": image.new_zeros(embeddings["encoder_hidden_states"].shape[1], 3)}
 
-    def _scheduler(self) -> Any:
-        scheduler = self.pipeline.scheduler
-        if isinstance(self.pipeline, FluxPipeline | StableDiffusion3Pipeline):
-            return scheduler
-        return DDIMScheduler.from_config(scheduler.config, clip_sample=False)
-
     def _timesteps(self) -> Iterator[torch.Tensor]:
         """Set anew for every picture: the flow's scheduler counts the steps it has taken."""
-        device, options = self.noise.device, {"num_inference_steps": self.settings.steps}
-        if isinstance(self.pipeline, FluxPipeline):
+        device, options = self.noise.device, {"num_inference_steps": self.steps}
+        if self.is_flux:
             config = self.scheduler.config
             shift = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
             mu = calculate_shift(self.noise.shape[1], *(config[name] for name in shift))
-            sigmas = np.linspace(1.0, 1 / self.settings.steps, self.settings.steps)
+            sigmas = np.linspace(1.0, 1 / self.steps, self.steps)
             options = {"sigmas": sigmas.tolist(), "mu": mu if config.use_dynamic_shifting else None}
         self.scheduler.set_timesteps(device=device, **options)
         return iter(self.scheduler.timesteps)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
+from unittest.mock import Mock, patch
 
 import torch
 
 from rsaft_fast import ops
 from rsaft_fast.benchmarks import peers
-from rsaft_fast.benchmarks.peers import CLIP, DTYPES, LR, RHO, Problem, Running
+from rsaft_fast.benchmarks.peers import CLIP, DTYPES, LR, RHO, Problem
 from rsaft_fast.benchmarks.timing import Part
 from rsaft_fast.ops import backends
 from rsaft_fast.optim import SAMAdamW
@@ -59,64 +60,33 @@ def use_backend(name: str | None) -> None:
 
 
 def passes_of(optimizer: SAMAdamW, update: Callable[[], None]) -> dict[str, Callable[[], None]]:
-    """The operations that one update calls, to be called again: "norm", "perturb" and "step" (restore + AdamW).
-
-    They are seen at the door of `rsaft_fast.ops`, with the tables and scalars that the optimizer gives them.
-    """
-    with _listening("global_norm", "sam_perturb_", "sam_adamw_step_") as calls:
+    """The operations that one update calls, to be called again: "norm", "perturb" and "step" (restore + AdamW). They
+    are seen at the door of `rsaft_fast.ops`, with the tables and scalars that the optimizer gives them."""
+    operations = {name: getattr(ops, name) for name in ("global_norm", "sam_perturb_", "sam_adamw_step_")}
+    with patch.multiple(ops, **{name: Mock(wraps=run) for name, run in operations.items()}):
         update()
+        calls = {
+            name: [partial(run, *call.args, **call.kwargs) for call in getattr(ops, name).call_args_list]
+            for name, run in operations.items()
+        }
     norm = calls["global_norm"][0]
-    tables = norm.args[0]
-    for table in tables:  # an optimizer holds no gradient between its passes
+    for table in norm.args[0]:  # an optimizer holds no gradient between its passes
         table.bind(grad=[weight.grad for weight in table["weight"]])
-
-    def again(calls: list[partial]) -> Callable[[], None]:
-        return lambda: [call() for call in calls]
-
-    return {"norm": norm, "perturb": again(calls["sam_perturb_"]), "step": again(calls["sam_adamw_step_"])}
-
-
-@contextmanager
-def _listening(*names: str) -> Iterator[dict[str, list[partial]]]:
-    """Calls of these operations, by their names, as they are made."""
-    calls: dict[str, list[partial]] = {name: [] for name in names}
-    originals = {name: getattr(ops, name) for name in names}
-
-    def heard(name: str, *arguments: object, **keywords: object):
-        calls[name].append(partial(originals[name], *arguments, **keywords))
-        return calls[name][-1]()
-
-    try:
-        for name in names:
-            setattr(ops, name, partial(heard, name))
-        yield calls
-    finally:
-        for name, operation in originals.items():
-            setattr(ops, name, operation)
+    perturb, step = calls["sam_perturb_"], calls["sam_adamw_step_"]
+    return {"norm": norm, "perturb": lambda: [call() for call in perturb], "step": lambda: [call() for call in step]}
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One row of the comparison.
-
-    Attributes:
-        about: what it is. build: makes it run.
-        held: layout to the bytes a parameter it holds at its peak, gradients aside (weights, moments, copies). Only
-            these layouts are measured.
-        module, package: what must be installed.
-        notes: layout to what it does differently from the layout's own definition (`floors.LAYOUTS`).
-        seconds_a_shape: time to compile for each distinct shape, for those that compile for it.
-        late: on a GPU measured after everybody else, since it takes long.
-    """
+    """One row of the comparison, measured in the layouts of `held`."""
 
     about: str
-    build: Callable[[Problem], Running]
-    held: Mapping[str, float]
-    module: str | None = None
+    build: Callable[[Problem], Any]  # makes it run
+    held: Mapping[str, float]  # by layout, bytes a parameter at its peak, gradients aside (weights, moments, copies)
+    module: str | None = None  # what must be installed, and as which package
     package: str | None = None
-    notes: Mapping[str, str] = field(default_factory=dict)
-    seconds_a_shape: float = 0.0
-    late: bool = False
+    notes: Mapping[str, str] = field(default_factory=dict)  # by layout, what differs from `floors.LAYOUTS`
+    late: bool = False  # on a GPU measured after everybody else (torchao compiles for every shape, 4 s each)
 
 
 _OURS_HELD = {"fp32": 16, "bf16": 14, "8bit": 6.1}
@@ -182,13 +152,22 @@ PROVIDERS: dict[str, Provider] = {
         module="torchao",
         package="torchao",
         notes={"8bit": "the step rounds stochastically, the perturbation to nearest; step count on the host"},
-        seconds_a_shape=4.0,
         late=True,
     ),
 }
 """In order of importance: a run on a budget measures the first ones first."""
 
 OURS = tuple(name for name in PROVIDERS if name.startswith("ours-"))
+
+
+IMAGE_PASS, EAGER, RADIUS = "perturb_images", "eager", 0.01
+IMAGE_SIZES = {"cuda": ((32, 1024), (4, 512)), "cpu": ((2, 128),)}
+HOST_LISTS = ("sdxl-lora32", "flux1-lora32", "sd15-lora32", "sd35-medium-lora32")
+HOST_PASSES = ("host-static", "host-checked", "host-moved")
+"""Host time until perturb() and step() have returned: gradients stay where they are, and the optimizer was promised so
+(`static_gradients=True`); they stay, and it looks at every address in every pass; every pass finds new ones, as after
+`zero_grad(set_to_none=True)`, and uploads their addresses."""
+HOST_NOTE = "on the CPU, of tensors of one element: Python and foreign calls, no launches"
 
 
 def why_missing(name: str, device: torch.device, layout: str) -> str | None:
@@ -205,3 +184,34 @@ def quiet() -> None:
     """Silence packages that remark on what they do not find while they are imported."""
     for name in ("bitsandbytes", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def eager(images: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """The image perturbation as one writes it without a kernel: per-sample norm, scale, subtract."""
+    norm = torch.linalg.vector_norm(gradient, dim=(1, 2, 3), keepdim=True, dtype=torch.float32)
+    return images - (RADIUS / (norm + 1e-12)).to(images.dtype) * gradient
+
+
+def image_parts(batch: int, side: int, dtype: str, device: torch.device) -> dict[str, Part]:
+    """The image perturbation (one radius a sample) on one batch: eager torch, and ours on each backend here."""
+    images = torch.rand(batch, 3, side, side, device=device).to(DTYPES[dtype])
+    gradient = torch.randn_like(images)
+    ours = partial(ops.perturb_images, images, gradient, RADIUS)
+    here = [name for name in OURS if why_missing(name, device, dtype) is None]
+    parts = {name: Part(ours, partial(use_backend, name.removeprefix("ours-"))) for name in here}
+    return {EAGER: Part(partial(eager, images, gradient))} | parts
+
+
+def host_parts(problem: Problem, backend: str) -> dict[str, Part]:
+    """A whole update for each of `HOST_PASSES`. Each has its own weights."""
+    static, checked, moved = (Ours(problem, backend, static_gradients=what == "host-static") for what in HOST_PASSES)
+    sets = [problem.gradients, [gradient.clone() for gradient in problem.gradients]]
+
+    def move() -> None:
+        moved.use()
+        sets.reverse()
+        for parameter, gradient in zip(moved.parameters, sets[0]):
+            parameter.grad = gradient
+
+    parts = Part(static.update, static.use), Part(checked.update, checked.use), Part(moved.update, move)
+    return dict(zip(HOST_PASSES, parts))

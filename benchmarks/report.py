@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rsaft_fast.benchmarks import goals, memory_tables, plots, tables
 from rsaft_fast.benchmarks.floors import PASSES, floor
-from rsaft_fast.benchmarks.images import EAGER, WHAT
-from rsaft_fast.benchmarks.jobs import CPU_LISTS
-from rsaft_fast.benchmarks.results import Row, is_gpu, load, newest
-from rsaft_fast.benchmarks.tables import View, markdown, milliseconds, number, percent
+from rsaft_fast.benchmarks.providers import EAGER, IMAGE_PASS
+from rsaft_fast.benchmarks.results import Row, load, newest
+from rsaft_fast.benchmarks.tables import NONE, View, markdown, milliseconds, number, percent
 from rsaft_fast.errors import UserError
 from rsaft_fast.files import write_atomically
 
-SPEED, MEMORY, CPU = ((f"<!-- {name}: begin -->", f"<!-- {name}: end -->") for name in ("speed", "memory", "cpu"))
+SPEED, MEMORY = ((f"<!-- {name}: begin -->", f"<!-- {name}: end -->") for name in ("speed", "memory"))
 NOTHING = (
     "No GPU figures have been recorded yet. `rsaft-fast bench --results benchmarks/results` measures this machine;\n"
     "`benchmarks/gpu_suite.sh OUT` builds and tests it within 9 minutes, and `benchmarks/gpu_suite.sh OUT benchmarks`\n"
@@ -38,11 +37,9 @@ README_PEERS = ("usual-fused", "foreach", "bitsandbytes", "pytorch_optimizer", "
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line above; 2 when the input is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rsaft_fast.benchmarks.report", description="Tables and plots of a benchmark run."
-    )
+    parser = argparse.ArgumentParser(description="Tables and plots of a benchmark run.")
     parser.add_argument("results", type=Path, help="a results file, or a folder: the newest GPU results under it")
-    between = ", and where they are between ".join(" and ".join(markers) for markers in (SPEED, MEMORY, CPU))
+    between = ", and where they are between ".join(" and ".join(markers) for markers in (SPEED, MEMORY))
     parser.add_argument("--readme", type=Path, metavar="FILE", help=f"rewrite what lies between {between}")
     parser.add_argument("--goals", action="store_true", help="show the goals and which are met, not all figures")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write bars.png and roofline.png")
@@ -50,11 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         found = _find(arguments.results)
         if arguments.readme is not None:
-            sections = {
-                SPEED: section(found.get("speed")),
-                MEMORY: memory_section(found.get("memory")),
-                CPU: cpu_section(arguments.results),
-            }
+            sections = {SPEED: section(found.get("speed")), MEMORY: memory_section(found.get("memory"))}
             _write_readme(arguments.readme, sections)
         if not found:
             print(f"no GPU results under {arguments.results}")
@@ -87,35 +80,11 @@ def section(found: Row | None) -> str:
         "How it is measured: `benchmarks/README.md`."
     )
     note = f"**{found['note']}.**" if found.get("note") else ""
-    blocks = ["## Speed", head, note, _passes(view), _updates(view, README_CASES), _images(view)]
+    blocks = ["## Speed", head, note, _passes(view), _updates(view), _images(view)]
     return "\n\n".join(block for block in blocks if block)
 
 
-def cpu_section(folder: Path) -> str | None:
-    """The newest figures of a CPU under a folder as a table of whole updates; None without any."""
-    found = newest(folder, "speed", lambda results: not is_gpu(results)) if folder.is_dir() else None
-    table = _updates(View(found), CPU_LISTS) if found is not None else ""
-    return f"On the CPU: {tables.machine_line(found)}.\n\n{table}" if table else None
-
-
 def _passes(view: View) -> str:
-    rows = []
-    for case, dtype, what, _ in view.groups():
-        ours = view.ours(what, case, dtype)
-        if what in PASSES and case in README_CASES and ours is not None:
-            usual = view.get(what, case, dtype, "usual-fused") or view.get(what, case, dtype, "bitsandbytes")
-            of_read = what == "norm"
-            rows.append(
-                (
-                    f"{case}, {dtype}: {tables.LABELS[what]}",
-                    f"{floor(what, dtype):.4g}",
-                    milliseconds(ours["ms_p50"]),
-                    percent(ours["fraction_of_read" if of_read else "fraction_of_copy"]) + " (of read)" * of_read,
-                    _launched(ours),
-                    milliseconds(usual["ms_p50"]) if usual else tables.NONE,
-                    _launched(usual),
-                )
-            )
     header = (
         "list, layout: pass",
         "bytes a parameter",
@@ -125,13 +94,23 @@ def _passes(view: View) -> str:
         "usual loop, ms",
         "launches",
     )
+    rows = []
+    for case, dtype, what, _ in view.groups():
+        ours = view.ours(what, case, dtype)
+        if what in PASSES and case in README_CASES and ours is not None:
+            usual = view.get(what, case, dtype, "usual-fused") or view.get(what, case, dtype, "bitsandbytes")
+            of_read = what == "norm"
+            reached = percent(ours["fraction_of_read" if of_read else "fraction_of_copy"]) + " (of read)" * of_read
+            cells = (f"{floor(what, dtype):.4g}", milliseconds(ours["ms_p50"]), reached, _launched(ours))
+            peer = milliseconds(usual["ms_p50"]) if usual else NONE
+            rows.append((f"{case}, {dtype}: {tables.LABELS[what]}", *cells, peer, _launched(usual)))
     return markdown(header, rows) if rows else ""
 
 
-def _updates(view: View, cases: Iterable[str]) -> str:
-    pairs = [(case, dtype) for case, dtype, what, _ in view.groups() if what == "update" and case in cases]
+def _updates(view: View) -> str:
+    pairs = [(case, dtype) for case, dtype, what, _ in view.groups() if what == "update" and case in README_CASES]
     rows = [(name, *(_times(view, "update", *pair, name) for pair in pairs)) for name in README_PEERS]
-    rows = [row for row in rows if set(row[1:]) - {tables.NONE}]
+    rows = [row for row in rows if set(row[1:]) - {NONE}]
     return markdown(("whole update, time over ours", *map(", ".join, pairs)), rows) if rows else ""
 
 
@@ -139,9 +118,9 @@ def _images(view: View) -> str:
     rows = []
     for case, dtype, what, _ in view.groups():
         ours = view.ours(what, case, dtype)
-        if what == WHAT and ours is not None:
+        if what == IMAGE_PASS and ours is not None:
             cells = (milliseconds(ours["ms_p50"]), percent(ours["fraction_of_copy"]))
-            rows.append((f"{case}, {dtype}", *cells, _times(view, WHAT, case, dtype, EAGER)))
+            rows.append((f"{case}, {dtype}", *cells, _times(view, IMAGE_PASS, case, dtype, EAGER)))
     return markdown(("image perturbation", "ours, ms", "of copy", "eager torch, time over ours"), rows) if rows else ""
 
 
@@ -151,34 +130,30 @@ def _times(view: View, *place: str) -> str:
 
 def _launched(row: Row | None) -> str:
     counted = row is not None and row.get("launches") is not None
-    return f"{row['launches'] + row['copies']:,}" if counted else tables.NONE
+    return f"{row['launches'] + row['copies']:,}" if counted else NONE
 
 
 def _find(path: Path) -> dict[str, Row]:
     """Results by their kind."""
-    if not path.is_dir():
-        found = load(path)
-        if found["kind"] not in ("speed", "memory"):
-            raise UserError(
-                f"{path} holds results of kind {found['kind']!r}, of which there is no table; read it as JSON"
-            )
-        return {found["kind"]: found}
-    return {kind: found for kind in ("speed", "memory") if (found := newest(path, kind)) is not None}
+    if path.is_dir():
+        return {kind: found for kind in ("speed", "memory") if (found := newest(path, kind)) is not None}
+    found = load(path)
+    if found["kind"] not in ("speed", "memory"):
+        raise UserError(f"{path} holds results of kind {found['kind']!r}, of which there is no table; read it as JSON")
+    return {found["kind"]: found}
 
 
-def _write_readme(path: Path, sections: dict[tuple[str, str], str | None]) -> None:
+def _write_readme(path: Path, sections: dict[tuple[str, str], str]) -> None:
     """Replace what lies between each pair of markers; the first must be there."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--readme {path} cannot be read ({error.strerror})") from error
     for (begin, end), said in sections.items():
-        if said is None or ((begin, end) != SPEED and begin not in text and end not in text):
+        if (begin, end) != SPEED and begin not in text and end not in text:
             continue
         if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            raise UserError(
-                f"--readme {path} needs one line {begin} and, after it, one line {end}: the text goes between"
-            )
+            raise UserError(f"--readme {path} needs a line {begin} and, after it, a line {end}: the text goes between")
         head, rest = text.split(begin)
         text = f"{head}{begin}\n{said}\n{end}{rest.split(end)[1]}"
     write_atomically(path, text)

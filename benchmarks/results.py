@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ KEYS = {
     "rewards": ("reward", "dtype", "checkpoint", "batch"),
 }
 """What tells a row from the others, by the kind of results."""
-FIELDS = ("gpu", "driver", "torch", "cuda", "commit", "date", "rows")
+FIELDS = ("kind", "gpu", "driver", "torch", "cuda", "commit", "date", "rows")
 
 Row = dict[str, Any]
 
@@ -43,9 +42,6 @@ class Results:
         head: what the figures depend on (`describe_machine`, `bandwidths`).
         folder: gets `<gpu>/<file>`; None keeps the rows in memory.
         file: its name; rows that it already has are kept. None takes a new one, named by the head's date.
-
-    Raises:
-        UserError: the folder cannot be written to, or the file holds something else.
     """
 
     def __init__(self, kind: str, head: Row, folder: str | Path | None = None, file: str | None = None):
@@ -107,25 +103,16 @@ class Results:
 
 
 def load(path: str | Path, kind: str | None = None) -> Row:
-    """Read a results file, of one kind or of any.
-
-    Raises:
-        UserError: not there, or no such results.
-    """
+    """Read a results file, of one kind or of any."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); give a file that `bench --results` wrote"
-        ) from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); give a file of `bench --results`") from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); move it away") from error
-    if isinstance(found, dict) and "machine" in found:  # as whole updates were written at first
-        found = {"kind": "memory", "date": ""} | found.pop("machine") | found
     missing = [name for name in FIELDS if not isinstance(found, dict) or name not in found]
     if missing:
         raise UserError(f"{path} holds no benchmark results: without {', '.join(missing)}; move it away")
-    found = {"kind": "speed"} | found
     if kind not in (None, found["kind"]):
         raise UserError(f"{path} holds results of kind {found['kind']!r}, not {kind!r}; move it away")
     return found
@@ -136,26 +123,27 @@ def is_gpu(results: Row) -> bool:
     return results["cuda"] is not None and results["driver"] is not None
 
 
-def newest(folder: str | Path, kind: str, wanted: Callable[[Row], bool] = is_gpu) -> Row | None:
-    """The latest results of a kind under a folder, by the dates within them, of those wanted; None without any."""
+def newest(folder: str | Path, kind: str) -> Row | None:
+    """The latest GPU results of a kind under a folder, by the dates within them; None without any."""
     found = []
     for path in Path(folder).rglob("*.json"):
         try:
             results = load(path, kind)
         except UserError:  # other figures live in the same folder
             continue
-        if results["rows"] and not results.get("tiny") and wanted(results):
+        if results["rows"] and not results.get("tiny") and is_gpu(results):
             found.append((max(row.get("date", results["date"]) for row in results["rows"]), results))
     return max(found, key=lambda pair: pair[0], default=(None, None))[1]
 
 
 def describe_machine(device: torch.device) -> Row:
-    """What a figure depends on."""
+    """What a figure depends on. Makes no context on a GPU, which would take memory there."""
     on_gpu = device.type == "cuda"
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}"]
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", f"--id={device.index or 0}"]
+    name, _, driver = ((_output(query) or "") if on_gpu else "").partition(", ")
     found: Row = {
-        "gpu": torch.cuda.get_device_name(device) if on_gpu else _processor(),
-        "driver": (_output(query) or "unknown") if on_gpu else None,
+        "gpu": (name or torch.cuda.get_device_name(device)) if on_gpu else _processor(),
+        "driver": (driver or "unknown") if on_gpu else None,
         "torch": torch.__version__,
         "triton": version("triton"),
         "cuda": torch.version.cuda if on_gpu else None,

@@ -1,7 +1,4 @@
-"""Parameter lists of real models, from a file made of their architectures: no weights, no diffusers, no time.
-
-`python -m rsaft_fast.benchmarks.shapes` writes shapes.json anew (needs diffusers).
-"""
+"""Parameter lists of real models, from a file made of their architectures: no weights, no diffusers, no time."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from pathlib import Path
 
 from rsaft_fast.errors import UserError
 
-FILE = Path(__file__).with_name("shapes.json")
+FILE = Path(__file__).with_name("shapes.json")  # tests/benchmarks/test_shapes.py writes it anew
 RANK = 32
 NAMES = ("sd15", "sdxl", "sd35-medium", "flux1")
 TINY = "tiny"  # for machines without a GPU
@@ -26,11 +23,7 @@ Shape = tuple[int, ...]
 
 @cache
 def shapes_of(case: str) -> tuple[Shape, ...]:
-    """Shapes of what is trained: every weight of the denoiser ("sdxl-full"), or its LoRA of rank 32 ("sdxl-lora32").
-
-    Raises:
-        UserError: no such case.
-    """
+    """Shapes of what is trained: every weight of the denoiser ("sdxl-full"), or its LoRA of rank 32 ("sdxl-lora32")."""
     check_names([case], CASES, "case")
     if case == TINY:
         return tuple((64, 257 + i % 4) for i in range(20))
@@ -57,24 +50,3 @@ def check_names(asked: Sequence[str], known: Sequence[str], what: str) -> None:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
             hint = f"; did you mean {' or '.join(near)}?" if near else ";"
             raise UserError(f"no {what} {name!r}{hint} There are: {', '.join(known)}")
-
-
-def from_architectures() -> dict[str, str]:
-    """What shapes.json must hold: every case as the architecture configs give it."""
-    from rsaft_fast.backbones import FLUX, SD3, SD15, SDXL
-    from rsaft_fast.backbones.specs import build_denoiser
-
-    found = {}
-    for name, adapter in zip(NAMES, (SD15, SDXL, SD3, FLUX)):
-        network = build_denoiser(name)
-        targets = tuple(f".{target}" for target in adapter.family.lora_targets)
-        layers = [module for path, module in network.named_modules() if path.endswith(targets)]
-        lora = [shape for m in layers for shape in ((RANK, m.in_features), (m.out_features, RANK))]
-        for kind, shapes in ((f"lora{RANK}", lora), ("full", [p.shape for p in network.parameters()])):
-            found[f"{name}-{kind}"] = " ".join("x".join(map(str, shape)) for shape in shapes)
-    return found
-
-
-if __name__ == "__main__":
-    FILE.write_text(json.dumps(from_architectures(), indent=1) + "\n", encoding="utf-8")
-    print("\n".join(f"{case}: {len(shapes_of(case))} tensors, {parameters_of(case):,} parameters" for case in CASES))

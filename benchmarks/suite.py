@@ -3,64 +3,55 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from rsaft_fast.benchmarks import host, images
+from rsaft_fast.benchmarks import providers
 from rsaft_fast.benchmarks.floors import PASSES, floor, image_floor
 from rsaft_fast.benchmarks.jobs import HOST, IMAGES, Job
 from rsaft_fast.benchmarks.peers import DTYPES, Problem
-from rsaft_fast.benchmarks.providers import OURS, PROVIDERS, quiet, use_backend, why_missing
+from rsaft_fast.benchmarks.providers import EAGER, IMAGE_PASS, OURS, PROVIDERS, quiet, use_backend, why_missing
 from rsaft_fast.benchmarks.results import Results, Row, describe_machine
 from rsaft_fast.benchmarks.shapes import parameters_of, shapes_of
 from rsaft_fast.benchmarks.timing import Part, Timer, Times, extra_bytes, launches
+from rsaft_fast.errors import describe_error
 from rsaft_fast.ops import backends
 
 _MARGIN = 2 << 30  # bytes left free on the card: the flush buffer, workspaces, other processes
 _MOST_HOST_MS = 300.0  # a call that launches for longer is not profiled: its list of events takes longer still
-EMPTY = "ours-cuda"  # on the CPU its host time is measured with a library of empty functions
 
 
 class Suite:
-    """Measures jobs into results.
-
-    Args:
-        timer, results: of this run (`start`).
-        budget: seconds after which no new measurement begins; what is then left is written into the results.
-        repeats: calls of each part.
-        log: gets a line where something is noteworthy. tick: called after each measured part, with its name.
+    """Measures jobs into results, each part by so many calls. No new measurement begins after `budget` seconds.
 
     Attributes:
+        log: gets a line where something is noteworthy. tick: called after each measured part, with its name.
         left_out: what the budget did not allow. failed: what of ours should have run and did not.
     """
 
-    def __init__(
-        self,
-        timer: Timer,
-        results: Results,
-        budget: float | None = None,
-        repeats: int = 20,
-        log: Callable[[str], None] = lambda line: None,
-        tick: Callable[[str], None] = lambda what: None,
-    ):
-        self.timer, self.results, self.repeats, self.log, self.tick = timer, results, repeats, log, tick
-        self.device, self.on_gpu = timer.device, timer.device.type == "cuda"
-        self._end = None if budget is None else time.monotonic() + budget
+    def __init__(self, timer: Timer, results: Results, budget: float = math.inf, repeats: int = 20):
+        self.timer, self.results, self.repeats = timer, results, repeats
+        self.device, self.on_gpu = timer.device, timer.on_gpu
+        self.log: Callable[[str], None] = lambda line: None
+        self.tick: Callable[[str], None] = lambda what: None
+        self._end = time.monotonic() + budget
         self.left_out: list[str] = []
         self.failed: list[str] = []
         quiet()
 
     def run(self, job: Job) -> list[Row]:
         """Measure one job as far as the budget allows; its rows."""
-        if self._over(str(job) + (f": {', '.join(job.providers)}" if job.reference else "")):
+        if self._over(f"{job}: {job.providers[0]}" if len(job.providers) == 1 else str(job)):
             return []
-        known = len(self.results.rows)
-        with _backend_restored():
+        known, backend = len(self.results.rows), backends.forced()
+        try:
             {IMAGES: self._images, HOST: self._host}.get(job.case, self._lists)(job)
-        _free(self.device)
+        finally:
+            use_backend(backend)
+            _free(self.device)
         return self.results.rows[known:]
 
     # Parameter lists
@@ -69,9 +60,9 @@ class Suite:
         names = [name for name in job.providers if self._can_run(job, name)]
         if not names:
             return
-        cohorts = self._cohorts(job, [job.reference, *names] if job.reference else names)
         problem = Problem.build(shapes_of(job.case), job.layout, self.device)
         # Providers that do not fit together are built one after the other, twice: A, B, C, A, B, C in blocks of calls.
+        cohorts = [names] if self._too_large(job, names) is None else [[name] for name in names]
         rounds = 1 if len(cohorts) == 1 else 2
         known: dict[tuple[str, str], tuple[Times, Row]] = {}
         for cohort in cohorts * rounds:
@@ -79,15 +70,15 @@ class Suite:
             gc.collect()  # what is freed stays in torch's cache: the next provider asks for the same sizes
 
     def _measure(self, job: Job, problem: Problem, cohort: Sequence[str], rounds: int, known: dict) -> None:
-        """Measure a cohort once; times are pooled with those of the rounds before in `known`."""
+        """Measure providers once, side by side; times are pooled with those of the rounds before in `known`."""
         parts, held = {}, {}
         for name in cohort:
             before = self._allocated()
             if (running := self._build(job, name, problem)) is not None:
-                parts[name], after = running, self._allocated()
+                parts[name] = running
                 # Between calls, beside weights and gradients: moments, master, backup.
                 weights = sum(gradient.nbytes for gradient in problem.gradients)
-                held[name] = None if after is None else after - before - weights
+                held[name] = self._allocated() - before - weights if self.on_gpu else None
         for what in PASSES:
             here = {name: offered[what] for name, offered in parts.items() if what in offered}
             if not here or self._over(f"{job}: {what} of {', '.join(here)}"):
@@ -96,15 +87,13 @@ class Suite:
                 if (name, what) not in known:
                     known[name, what] = Times(), self._footprint(here[name], times) | {"held_bytes": held[name]}
                 pooled, footprint = known[name, what]
-                pooled.add(times.ms, times.host_ms)
+                pooled.ms.extend(times.ms)
+                pooled.host_ms.extend(times.host_ms)
                 row = self._row(job, name, what) | self._size_of(job) | pooled.row() | footprint
                 row["alternated"] = "call" if rounds == 1 else "block"
-                if (job.reference, what) in known:
-                    row["ours_ms_p50"] = known[job.reference, what][0].row()["ms_p50"]
                 if note := PROVIDERS[name].notes.get(job.layout):
                     row["note"] = note
-                if name != job.reference:
-                    self._put(job, row, floor(what, job.layout) * row["parameters"])
+                self._put(job, row, floor(what, job.layout) * row["parameters"])
 
     def _build(self, job: Job, name: str, problem: Problem) -> dict[str, Part] | None:
         if self._over(f"{job}: {name}"):
@@ -112,7 +101,7 @@ class Suite:
         try:
             return PROVIDERS[name].build(problem).parts()
         except Exception as error:  # whatever a provider's failure is, the others are measured
-            self._missing(job, name, f"failed: {_first_line(error)}", failed=True)
+            self._missing(job, name, f"failed: {describe_error(error)}", failed=True)
         _free(self.device)
         return None
 
@@ -122,7 +111,7 @@ class Suite:
             return self.timer.alternate(parts, repeats)
         except Exception as error:
             if len(parts) == 1:
-                self._missing(job, next(iter(parts)), f"failed: {_first_line(error)}", what, failed=True)
+                self._missing(job, next(iter(parts)), f"failed: {describe_error(error)}", what, failed=True)
                 return {}
         found: dict[str, Times] = {}
         for name, part in parts.items():
@@ -133,100 +122,69 @@ class Suite:
         counted = launches(part, self.device) if times.host_ms[0] < _MOST_HOST_MS else {"launches": None}
         return counted | {"extra_bytes": extra_bytes(part, self.device)}
 
-    # What fits, in memory and in time
-
     def _can_run(self, job: Job, name: str) -> bool:
         """Whether to measure a provider; a reason why not becomes a row. Layouts that it does not have are no row."""
         if job.layout not in PROVIDERS[name].held:
             return False
-        reason = why_missing(name, self.device, job.layout) or self._too_large(job, name) or self._too_slow(job, name)
+        reason = why_missing(name, self.device, job.layout) or self._too_large(job, [name])
         if reason:
             self._missing(job, name, reason)
         return reason is None
 
-    def _too_large(self, job: Job, name: str) -> str | None:
-        needed = self._needed(job, name) + self._gradient_bytes(job)
-        if not self.on_gpu or needed <= (free := self._free_bytes()):
-            return None
-        return f"does not fit: needs {needed / 2**30:.0f} GiB, {max(free, 0) / 2**30:.0f} GiB are free"
-
-    def _too_slow(self, job: Job, name: str) -> str | None:
-        needed = PROVIDERS[name].seconds_a_shape * len(set(shapes_of(job.case)))
-        if self._end is None or not self.on_gpu or needed <= (left := self._end - time.monotonic()):
-            return None
-        return f"needs about {needed:.0f} s to compile, {left:.0f} s are left of the budget"
-
-    def _cohorts(self, job: Job, names: Sequence[str]) -> list[list[str]]:
-        """Providers that fit on the card together, in order."""
+    def _too_large(self, job: Job, names: Sequence[str]) -> str | None:
+        """Why providers do not fit on the card together; None where they do."""
         if not self.on_gpu:
-            return [list(names)]
-        capacity = left = self._free_bytes() - self._gradient_bytes(job)
-        cohorts: list[list[str]] = [[]]
-        for name in names:
-            needed = self._needed(job, name)
-            if cohorts[-1] and needed > left:
-                cohorts.append([])
-                left = capacity
-            cohorts[-1].append(name)
-            left -= needed
-        return cohorts
-
-    def _needed(self, job: Job, name: str) -> float:
-        return PROVIDERS[name].held[job.layout] * parameters_of(job.case)
-
-    def _gradient_bytes(self, job: Job) -> int:
-        return DTYPES[job.layout].itemsize * parameters_of(job.case)
+            return None
+        each = DTYPES[job.layout].itemsize + sum(PROVIDERS[name].held[job.layout] for name in names)
+        needed, free = each * parameters_of(job.case), self._free_bytes()
+        said = f"does not fit: needs {needed / 2**30:.0f} GiB, {max(free, 0) / 2**30:.0f} GiB are free"
+        return said if needed > free else None
 
     def _free_bytes(self) -> int:
         _free(self.device)
         return torch.cuda.mem_get_info(self.device)[0] - _MARGIN
 
-    def _allocated(self) -> int | None:
-        if not self.on_gpu:
-            return None
-        torch.cuda.synchronize()
-        return torch.cuda.memory_allocated(self.device)
+    def _allocated(self) -> int:
+        self.timer.synchronize()
+        return torch.cuda.memory_allocated(self.device) if self.on_gpu else 0
 
     # Images, host
 
     def _images(self, job: Job) -> None:
-        for batch, side in images.SIZES[self.device.type]:
-            parts, missing = images.image_parts(batch, side, job.layout, self.device)
-            here = Job(images.case_name(batch, side), job.layout, (*job.providers, images.EAGER))
-            for name in here.providers:
-                if name in missing:
-                    self._missing(here, name, missing[name], images.WHAT)
+        for batch, side in providers.IMAGE_SIZES[self.device.type]:
+            here = Job(f"{batch}x3x{side}x{side}", job.layout, (*job.providers, EAGER))
+            for name in (name for name in OURS if name in job.providers):
+                if reason := why_missing(name, self.device, job.layout):
+                    self._missing(here, name, reason, IMAGE_PASS)
+            parts = providers.image_parts(batch, side, job.layout, self.device)
             parts = {name: parts[name] for name in here.providers if name in parts}
             elements = batch * 3 * side * side
-            for name, times in self._alternate(here, images.WHAT, parts, self.repeats).items():
-                row = self._row(here, name, images.WHAT) | {"parameters": elements} | times.row()
+            for name, times in self._alternate(here, IMAGE_PASS, parts, self.repeats).items():
+                row = self._row(here, name, IMAGE_PASS) | {"parameters": elements} | times.row()
                 row |= self._footprint(parts[name], times) | {"alternated": "call"}
                 self._put(here, row, image_floor(DTYPES[job.layout].itemsize) * elements)
 
     def _host(self, job: Job) -> None:
-        names = [name for name in OURS if name in job.providers and (self.on_gpu or name == EMPTY)]
-        for case in host.LISTS:
-            here, shapes, extra = Job(case, job.layout, tuple(names)), shapes_of(case), {}
+        """Without a GPU the tensors have one element, over which the library for the CPU takes next to no time."""
+        for case in providers.HOST_LISTS:
+            here, shapes, extra = Job(case, job.layout, job.providers), shapes_of(case), {}
             if not self.on_gpu:
                 shapes = [(1,)] * len(shapes)
-                extra = {"parameters": len(shapes), "note": host.EMPTY_NOTE}
+                extra = {"parameters": len(shapes), "note": providers.HOST_NOTE}
             problem = Problem.build(shapes, job.layout, self.device)
-            for name in names:
-                reason = why_missing(name, self.device, job.layout) if self.on_gpu else host.why_not_empty()
-                if reason:
-                    self._missing(here, name, reason, host.what_of("static"))
-                else:
-                    with nullcontext() if self.on_gpu else host.empty_library():
-                        self._host_rows(here, name, problem, extra)
-
-    def _host_rows(self, job: Job, name: str, problem: Problem, extra: Row) -> None:
-        try:
-            measured = self.timer.host_only(host.host_parts(problem, name.removeprefix("ours-")), 5 * self.repeats)
-        except Exception as error:
-            self._missing(job, name, f"failed: {_first_line(error)}", host.what_of("static"), failed=True)
-            return
-        for what, times in measured.items():
-            self._put(job, self._row(job, name, what) | self._size_of(job) | times.row() | extra)
+            for name in (name for name in (OURS if self.on_gpu else ("ours-cpu",)) if name in job.providers):
+                failure = why_missing(name, self.device, job.layout)
+                if failure is None:
+                    try:
+                        parts = providers.host_parts(problem, name.removeprefix("ours-"))
+                        measured = self.timer.alternate(parts, 5 * self.repeats, host_alone=True)
+                    except Exception as error:
+                        failure = f"failed: {describe_error(error)}"
+                if failure is not None:
+                    self._missing(here, name, failure, providers.HOST_PASSES[0], failed=failure.startswith("failed"))
+                    continue
+                for what, times in measured.items():
+                    self._put(here, self._row(here, name, what) | self._size_of(here) | times.row() | extra)
 
     # Rows
 
@@ -242,7 +200,7 @@ class Suite:
 
     def _missing(self, job: Job, name: str, reason: str, what: str = "update", failed: bool = False) -> None:
         row = self._row(job, name, what)
-        if name != job.reference and not self.results.measured(row):
+        if not self.results.measured(row):
             self.results.put(row | {"missing": reason})
         if failed:
             self.log(f"{job}: {name} {reason}")
@@ -251,7 +209,7 @@ class Suite:
 
     def _over(self, what: str) -> bool:
         """Whether the budget is spent; then `what` is noted as left out."""
-        over = self._end is not None and time.monotonic() > self._end
+        over = time.monotonic() > self._end
         if over:
             self.left_out.append(what)
             self.results.note(left_out=self.left_out)
@@ -259,11 +217,7 @@ class Suite:
 
 
 def start(device: torch.device, folder: str | None = None) -> tuple[Timer, Results]:
-    """The timer of a run, and its results with the card's own bandwidths in the head.
-
-    Raises:
-        UserError: the folder cannot be written to.
-    """
+    """The timer of a run, and its results with the card's own bandwidths in the head."""
     from rsaft_fast.benchmarks.bandwidth import bandwidths  # imports triton, which a list of cases need not wait for
 
     timer = Timer(device)
@@ -277,21 +231,7 @@ def device_here() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-@contextmanager
-def _backend_restored() -> Iterator[None]:
-    before = backends.forced()
-    try:
-        yield
-    finally:
-        use_backend(before)
-
-
 def _free(device: torch.device) -> None:
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def _first_line(error: Exception) -> str:
-    text = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {text}"[:200]

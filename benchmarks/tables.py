@@ -1,12 +1,11 @@
-"""A run's figures as text: for the terminal, and as Markdown."""
+"""The figures of a run of passes as text: for the terminal, and as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 from rsaft_fast.benchmarks.floors import LAYOUTS, PASSES, floor
-from rsaft_fast.benchmarks.images import EAGER, WHAT
-from rsaft_fast.benchmarks.providers import OURS, PROVIDERS
+from rsaft_fast.benchmarks.providers import EAGER, IMAGE_PASS, OURS, PROVIDERS
 from rsaft_fast.benchmarks.results import Row
 from rsaft_fast.figures.tables import aligned
 
@@ -17,7 +16,7 @@ LABELS = {
     "perturb": "perturb",
     "step": "restore + AdamW",
     "update": "whole update",
-    WHAT: "image perturbation",
+    IMAGE_PASS: "image perturbation",
     "host-static": "host time of an update, gradients stay (promised)",
     "host-checked": "host time of an update, gradients stay (checked)",
     "host-moved": "host time of an update, gradients move",
@@ -47,10 +46,9 @@ class View:
         return next((row for name in OURS if (row := self.get(what, case, dtype, name))), None)
 
     def times_ours(self, row: Row | None) -> float | None:
-        """Time over the time of ours, taken beside it where the row has that."""
+        """Time over the time of ours."""
         ours = row and self.ours(row["what"], row["case"], row["dtype"])
-        beside = row and (row.get("ours_ms_p50") or (ours and ours["ms_p50"]))
-        return row["ms_p50"] / beside if beside else None
+        return row["ms_p50"] / ours["ms_p50"] if ours else None
 
     def groups(self) -> Iterator[tuple[str, str, str, list[Row]]]:
         """(case, dtype, what) in the order of measuring, with its rows in the providers' order."""
@@ -73,18 +71,16 @@ class View:
 def terminal(results: Row) -> str:
     """All figures of a run, one block for each pass."""
     view, shown = View(results), None
-    ways = {kind: f" ({results[f'{kind}_way']})" if f"{kind}_way" in results else "" for kind in ("copy", "read")}
-    rates = ", ".join(f"{kind} {results[f'{kind}_gbps']:,.0f} GB/s{way}" for kind, way in ways.items())
-    lines = [machine_line(results), f"the card's own bandwidth in this run: {rates}"]
+    rates = (f"{kind} {results[f'{kind}_gbps']:,.0f} GB/s ({results[f'{kind}_way']})" for kind in ("copy", "read"))
+    lines = [machine_line(results), f"the card's own bandwidth in this run: {', '.join(rates)}"]
     for case, dtype, what, rows in view.groups():
         if (case, dtype) != shown:
             shown, first = (case, dtype), rows[0]
-            tensors = f" parameters in {first['tensors']:,} tensors" if "tensors" in first else " elements"
-            lines += ["", f"{case}, {dtype}" + (f": {first['parameters']:,}{tensors}" if "parameters" in first else "")]
+            kind = f"parameters in {first['tensors']:,} tensors" if "tensors" in first else "elements"
+            lines += ["", f"{case}, {dtype}: {first['parameters']:,} {kind}"]
         known = what in PASSES and dtype in LAYOUTS
         least = f", floor {floor(what, dtype):.4g} bytes a parameter" if known else ""
-        lines += [f"  {LABELS.get(what, what)}{least}"]
-        lines += ["    " + line for line in aligned(_columns(view, what, rows))]
+        lines += [f"  {LABELS[what]}{least}", *("    " + line for line in aligned(_columns(view, what, rows)))]
     notes = {(r["provider"], r["dtype"]): r["note"] for r in view.rows if r.get("note")}
     sections = {
         "notes": [f"{provider}, {dtype}: {note}" for (provider, dtype), note in notes.items()],
@@ -97,8 +93,9 @@ def terminal(results: Row) -> str:
 
 
 def machine_line(results: Row) -> str:
-    versions = [f"{name} {results[name]}" for name in ("driver", "torch", "triton") if results[name]]
+    versions = [f"{name} {results[name]}" for name in ("driver", "torch", "triton") if results.get(name)]
     versions += [f"CUDA {results['cuda']}"] if results["cuda"] else []
+    versions += [f"{name} {of}" for name, of in results.get("versions", {}).items() if of and name not in results]
     return f"{results['gpu']}: {', '.join(versions)}; commit {results['commit'] or 'unknown'}, {results['date']}"
 
 
@@ -138,7 +135,7 @@ def number(value: float | None, form: str = ".2f") -> str:
 
 
 def percent(fraction: float | None) -> str:
-    return NONE if fraction is None or fraction != fraction else f"{100 * fraction:.1f} %"
+    return NONE if fraction is None else number(100 * fraction, ".1f") + " %" * (fraction == fraction)
 
 
 def size(count: int | None) -> str:

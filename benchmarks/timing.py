@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
-QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
 FLUSH_BYTES = 256 << 20
 """Several times the largest L2 (H100: 50 MB, B200: 126 MB)."""
 
@@ -37,98 +36,78 @@ class Times:
     ms: list[float] = field(default_factory=list)
     host_ms: list[float] = field(default_factory=list)
 
-    def add(self, ms: list[float], host_ms: list[float]) -> None:
-        self.ms += ms
-        self.host_ms += host_ms
-
     def row(self) -> dict[str, float | int]:
         """The fields of a result row."""
-        ms, host_ms = (torch.tensor(values, dtype=torch.float64) for values in (self.ms, self.host_ms))
-        found = {f"ms_{name}": float(ms.quantile(q)) for name, q in QUANTILES.items()}
-        return found | {"host_ms": float(host_ms.median()), "calls": len(self.ms)}
+        low, median, high = map(float, np.quantile(self.ms, (0.2, 0.5, 0.8)))
+        times = {"ms_p20": low, "ms_p50": median, "ms_p80": high, "host_ms": float(np.median(self.host_ms))}
+        return times | {"calls": len(self.ms)}
 
 
 class Timer:
     """Times parts in turn: A, B, C, A, B, C, ... so that a card that warms up or throttles does so for all of them."""
 
     def __init__(self, device: torch.device):
-        self.device = device
-        self._flush = None
-        self._flush_ms = 0.0
-        if device.type == "cuda":
+        self.device, self.on_gpu = device, device.type == "cuda"
+        if self.on_gpu:
             self._flush = torch.zeros(FLUSH_BYTES // 4, device=device)
             self._cold(2)
-            self._flush_ms = min(self._events(lambda: self._cold(1))[0] for _ in range(3))
+            self._flush_ms = min(self._once(lambda: self._cold(1))[0] for _ in range(3))
 
-    def alternate(self, parts: Mapping[str, Part], repeats: int = 20, seconds: float = 1.0) -> dict[str, Times]:
+    def alternate(
+        self, parts: Mapping[str, Part], repeats: int = 20, seconds: float = 1.0, host_alone: bool = False
+    ) -> dict[str, Times]:
         """Times of every part over `repeats` rounds after two calls that are not counted.
 
         A part that would take longer than `seconds` in all is called less often, but at least three times.
+        `host_alone`: only until the call returns, the device idle before and never waited for within.
         """
         times = {name: Times() for name in parts}
-        starts, limits = {}, {}
-        for name, part in parts.items():
-            part()
-            self.synchronize()
-            part.prepare()
-            begun = time.perf_counter()
-            part.run()
-            host_ms = 1e3 * (time.perf_counter() - begun)
-            self.synchronize()
-            whole_ms = 1e3 * (time.perf_counter() - begun)
-            starts[name] = self._head_start(host_ms)
-            limits[name] = min(repeats, max(3, int(1e3 * seconds / max(whole_ms, 1e-3))))
-        with _no_collection():
+        plans = {name: self._plan(part, repeats, seconds) for name, part in parts.items()}
+        gc.disable()  # a garbage collection within a call of 50 us would be most of it
+        try:
             for round_ in range(repeats):
                 for name, part in parts.items():
-                    if round_ < limits[name]:
+                    flushes, calls = plans[name]
+                    if round_ < calls:
                         part.prepare()
-                        self._cold(starts[name])
-                        ms, host_ms = self._events(part.run)
-                        times[name].add([ms], [host_ms])
-        return times
-
-    def host_only(self, parts: Mapping[str, Part], repeats: int = 100, seconds: float = 3.0) -> dict[str, Times]:
-        """Host time until a call returns, the device idle before and never waited for within.
-
-        Rounds end after `seconds`, but not before the third.
-        """
-        times = {name: Times() for name in parts}
-        for part in parts.values():
-            for _ in range(3):
-                part()
-        end = time.monotonic() + seconds
-        with _no_collection():
-            for round_ in range(repeats):
-                if round_ >= 3 and time.monotonic() > end:
-                    break
-                for name, part in parts.items():
-                    part.prepare()
-                    self.synchronize()
-                    ms = _host_ms(part.run)
-                    times[name].add([ms], [ms])
+                        if host_alone:
+                            self.synchronize()
+                        else:
+                            self._cold(flushes)
+                        ms, host_ms = self._once(part.run, host_alone)
+                        times[name].ms.append(ms)
+                        times[name].host_ms.append(host_ms)
+        finally:
+            gc.enable()
         self.synchronize()
         return times
 
     def synchronize(self) -> None:
-        if self.device.type == "cuda":
+        if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
-    def _head_start(self, host_ms: float) -> int:
-        """Flushes that keep the device busy while the host launches: behind a backward pass it is ahead as well."""
-        if self._flush is None:
-            return 0
-        return min(_MOST_HEAD_START, 1 + math.ceil(1.5 * host_ms / self._flush_ms))
+    def _plan(self, part: Part, repeats: int, seconds: float) -> tuple[int, int]:
+        """Call a part twice: how many flushes keep the device busy while the host launches (behind a backward pass it
+        is ahead as well), and how many calls there is time for."""
+        part()
+        self.synchronize()
+        part.prepare()
+        begun = time.perf_counter()
+        host_ms = _host_ms(part.run)
+        self.synchronize()
+        whole_ms = 1e3 * (time.perf_counter() - begun)
+        flushes = min(_MOST_HEAD_START, 1 + math.ceil(1.5 * host_ms / self._flush_ms)) if self.on_gpu else 0
+        return flushes, min(repeats, max(3, int(1e3 * seconds / max(whole_ms, 1e-3))))
 
     def _cold(self, times: int) -> None:
         """Reads leave the L2 full of clean lines; written ones would be written back at the next kernel's cost."""
-        for _ in range(times if self._flush is not None else 0):
+        for _ in range(times):
             self._flush.sum()
 
-    def _events(self, run: Callable[[], object]) -> tuple[float, float]:
-        if self.device.type != "cuda":
-            ms = _host_ms(run)
-            return ms, ms
+    def _once(self, run: Callable[[], object], host_alone: bool = False) -> tuple[float, float]:
+        """Milliseconds of the device and of the host, which are the same without a device."""
+        if not self.on_gpu or host_alone:
+            return (_host_ms(run),) * 2
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         host_ms = _host_ms(run)
@@ -182,15 +161,3 @@ def _host_ms(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return 1e3 * (time.perf_counter() - start)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """A garbage collection within a call of 50 us would be most of it."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -46,13 +46,14 @@ def build_wheel(tmp_path: Path, **environment: str) -> Path:
     return next(tmp_path.glob("*.whl"))
 
 
+@pytest.mark.slow
 def test_wheel_without_a_compiler_is_pure_and_whole(tmp_path):
     wheel = build_wheel(tmp_path, RSAFT_CUDA="0", RSAFT_CPU="0")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"rsaft_fast/kernels.py", "rsaft_fast/kernels/global_norm.py"} <= set(names), "kernels/ is in the package"
     assert {"rsaft_fast/recipes/playground.yaml", "rsaft_fast/recipes/starter.txt"} <= set(names)
-    data = ("suite.py", "shapes.json", "tiny.json", "goals.txt")
+    data = ("suite.py", "shapes.json", "goals.txt")
     assert {f"rsaft_fast/benchmarks/{name}" for name in data} <= set(names)
     beside = [name for name in names if name.startswith("rsaft_fast/benchmarks/")]
     assert all(re.fullmatch(r"(?!test_|conftest)\w+\.(py|json|txt)", Path(name).name) for name in beside), beside
@@ -172,6 +173,7 @@ def test_an_old_setuptools_is_named_with_the_mend(tmp_path):
     assert "setuptools 77 or later" in run.stderr and "65.5.1" in run.stderr
 
 
+@pytest.mark.slow
 def test_an_sdist_holds_what_a_wheel_is_built_from(tmp_path):
     """MANIFEST.in's part: the compiler's sources, recipes and examples, and nothing of the tests."""
     source = copy_sources(tmp_path)
@@ -203,6 +205,7 @@ def test_an_installed_kernels_package_wins_over_our_folder(tmp_path):
         assert run.stdout.strip() == "theirs", run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     getattr(importlib.util.find_spec("kernels"), "origin", None) is not None, reason="kernels is installed"
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 import sys
 
@@ -11,9 +12,8 @@ from tqdm import tqdm
 
 from rsaft_fast.benchmarks import goals, tables
 from rsaft_fast.benchmarks.floors import LAYOUTS
-from rsaft_fast.benchmarks.images import EAGER
 from rsaft_fast.benchmarks.jobs import ALL_CASES, HOST, IMAGES, Job, plan
-from rsaft_fast.benchmarks.providers import PROVIDERS, why_missing
+from rsaft_fast.benchmarks.providers import EAGER, PROVIDERS, why_missing
 from rsaft_fast.benchmarks.results import CPU_NOTE
 from rsaft_fast.benchmarks.shapes import CASES, check_names, names_in, parameters_of, shapes_of
 from rsaft_fast.benchmarks.suite import Suite, device_here, start
@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run `rsaft-fast bench`."""
     device = device_here()
     if arguments.memory:
-        return _memory(arguments, device)
+        return _memory(arguments)
     if arguments.list:
         print("\n".join(_known(device)))
         return 0
@@ -35,14 +35,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"rsaft-fast: no GPU here. {CPU_NOTE}", file=sys.stderr)
     timer, results = start(device, arguments.results)
     with tqdm(total=len(jobs), unit="list", disable=None, leave=False, dynamic_ncols=True) as bar:
-        suite = Suite(
-            timer,
-            results,
-            arguments.budget,
-            QUICK_REPEATS if arguments.quick else REPEATS,
-            log=lambda line: tqdm.write(f"rsaft-fast: {line}", file=sys.stderr),
-            tick=bar.set_postfix_str,
-        )
+        budget = math.inf if arguments.budget is None else arguments.budget
+        suite = Suite(timer, results, budget, QUICK_REPEATS if arguments.quick else REPEATS)
+        suite.log = lambda line: tqdm.write(f"rsaft-fast: {line}", file=sys.stderr)
+        suite.tick = bar.set_postfix_str
         interrupted = _measure(suite, jobs, bar)
     print(tables.terminal(results.as_dict()))
     if arguments.goals:
@@ -57,11 +53,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if suite.failed else 0
 
 
-def _memory(arguments: argparse.Namespace, device: torch.device) -> int:
-    """Whole updates: at real size on a GPU, elsewhere tiny, to see that everything runs."""
-    options = ["--device", device.type, "--runs", arguments.cases or "", "--results", arguments.results or ""]
+def _memory(arguments: argparse.Namespace) -> int:
+    """Whole updates at real size, on a GPU."""
+    options = ["--runs", arguments.cases or "", "--results", arguments.results or ""]
     options += ["--budget", str(arguments.budget)] if arguments.budget is not None else []
-    given = {"--tiny": device.type != "cuda", "--goals": arguments.goals, "--list": arguments.list}
+    given = {"--goals": arguments.goals, "--list": arguments.list}
     options += [name for name, wanted in given.items() if wanted]
     process = subprocess.Popen([sys.executable, "-m", "rsaft_fast.benchmarks.gpu_memory", *options])
     while True:

@@ -42,7 +42,7 @@ def skeleton_backbone(
     how |= {"offload_blocks": offload_blocks, "quantize": quantize}
     if is_own(path):
         return make_own(path, **how), []
-    family, parts, notes = _pipeline_parts(path)
+    family, parts, notes = pipeline_parts(path)
     options = family.unused
     components = {**dict.fromkeys(required_components(family.pipeline_class)), **options}
     with quiet(), torch.device("meta"):
@@ -70,7 +70,12 @@ def _component(part: str, library: str, kind: str, config: Mapping[str, Any], dt
     return made(made.config_class.from_dict(dict(config))).to(dtype).eval()
 
 
-def _pipeline_parts(path: str) -> tuple[Family, Parts, list[str]]:
+def pipeline_parts(path: str) -> tuple[Family, Parts, list[str]]:
+    """Find the configs of the pipeline at a folder or hub id, and what there is to say about where they came from.
+
+    Raises:
+        UserError: no pipeline there, and none published of that name that is known here.
+    """
     if path == "playground":
         from rsaft_fast.playground import pipeline_path
 

@@ -1,11 +1,11 @@
-"""The floors are what an optimizer's own tensors come to; predictions are FLOPs over a rate."""
+"""The floors are what an optimizer's own tensors come to."""
 
 import math
 
 import pytest
 import torch
 
-from rsaft_fast.benchmarks.floors import LAYOUTS, PASSES, dense_bf16, floor, image_floor, predicted_ms
+from rsaft_fast.benchmarks.floors import LAYOUTS, PASSES, dense_bf16, floor, image_floor
 from rsaft_fast.benchmarks.peers import DTYPES
 from rsaft_fast.benchmarks.providers import optimizer_for
 
@@ -52,13 +52,3 @@ def test_the_step_floor_is_what_the_optimizer_holds(layout):
 def test_cards_by_their_names(gpu, rate):
     assert dense_bf16(gpu) == rate
     assert math.isnan(dense_bf16("cpu x86_64"))
-
-
-def test_a_prediction_by_hand():
-    counted = {"call": 10**12, "graded": 3 * 10**12, "decode": 10**12, "decode_graded": 10**12, "score_graded": 10**12}
-    found = predicted_ms(counted, branches=2, steps=10, tflops=100.0)
-    # At 100 TFLOP/s a TFLOP takes 10 ms: calls 20, gradient 60, decoding and scoring 30.
-    assert found["plain method"] == pytest.approx(10 * 20 + 90)
-    assert found["graded_only"] == pytest.approx(11 * 20 + 180)
-    assert found["exact"] == pytest.approx(2 * (10 * 20 + 90))
-    assert found["plain PyTorch"] == pytest.approx(2 * (9 * 20 + 80))

@@ -8,7 +8,7 @@ from builders.backbones import BUILDERS, cfg, make_backbone, noise_source, relat
 from builders.clip import write_clip
 
 from rsaft_fast.algorithms.reward_gradient import PlannedBatch, rsaft_step
-from rsaft_fast.benchmarks.plain_step import PlainSettings, PlainStep
+from rsaft_fast.benchmarks.plain_step import PlainStep
 from rsaft_fast.data.batches import MicroBatch
 from rsaft_fast.memory import saved_tensor_bytes
 from rsaft_fast.methods import DRaFT
@@ -37,7 +37,6 @@ class Both:
         self.batch = PlannedBatch(MicroBatch(PROMPTS, conditioning, start, self.noise), plan)
         self.reward, self.weights = reward, self.backbone.trainable_parameters
         self.before = self.copy()
-        settings = PlainSettings(STEPS, k, checkpointing, image_rho=0.5, weight_rho=0.05, lr=1e-2, max_grad_norm=1e-3)
         self.plain = PlainStep(
             self.backbone.pipeline,
             lambda images: reward.score(images, PROMPTS),
@@ -47,7 +46,13 @@ class Both:
             start,
             self.backbone.height,
             self.backbone.width,
-            settings,
+            STEPS,
+            k,
+            checkpointing,
+            image_rho=0.5,
+            weight_rho=0.05,
+            lr=1e-2,
+            max_grad_norm=1e-3,
         )
 
     def copy(self):
@@ -55,7 +60,7 @@ class Both:
 
     def run_ours(self):
         """The gradients at the perturbed weights, the update, and the reward."""
-        s = self.plain.settings
+        s = self.plain
         optimizer = SAMAdamW(
             self.weights.values(), lr=s.lr, weight_decay=s.weight_decay, rho=s.weight_rho, max_grad_norm=s.max_grad_norm
         )
@@ -88,7 +93,7 @@ def test_gradients_and_update_equal_ours(tmp_path, family, w, k, checkpointing):
     (plain_gradients, plain_update), plain_reward = both.run_plain()
     # torch clips the stored gradient itself; ours clips within the update.
     norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
-    limit = both.plain.settings.max_grad_norm
+    limit = both.plain.max_grad_norm
     assert norm > limit, "clipping is part of what is compared"
     clipped = {name: g * (limit / (norm + 1e-6)) for name, g in gradients.items()}
     assert plain_reward == pytest.approx(reward, rel=1e-6)

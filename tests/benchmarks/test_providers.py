@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from rsaft_fast import ops
-from rsaft_fast.benchmarks.host import VARIANTS, host_parts, what_of
 from rsaft_fast.benchmarks.peers import LR, RHO, Problem
-from rsaft_fast.benchmarks.providers import PROVIDERS, Ours, passes_of, use_backend, why_missing
+from rsaft_fast.benchmarks.providers import (
+    HOST_PASSES,
+    PROVIDERS,
+    Ours,
+    host_parts,
+    passes_of,
+    use_backend,
+    why_missing,
+)
 from rsaft_fast.ops import backends
 
 CPU = torch.device("cpu")
@@ -119,19 +126,19 @@ def test_nothing_stays_wrapped_when_an_update_fails():
     assert ops.global_norm is before
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_host_variants_move_gradients_or_do_not(variant):
+@pytest.mark.parametrize("what", HOST_PASSES)
+def test_host_variants_move_gradients_or_do_not(what):
     problem = Problem.build(SHAPES, "fp32", CPU)
     use_backend("torch")
-    part = host_parts(problem, "torch")[what_of(variant)]
-    held = [c.cell_contents for c in part.prepare.__closure__] if variant == "moved" else [part.run.__self__]
+    part = host_parts(problem, "torch")[what]
+    held = [c.cell_contents for c in part.prepare.__closure__] if what == "host-moved" else [part.run.__self__]
     ours = next(one for one in held if isinstance(one, Ours))
-    assert ours.optimizer.static_gradients is (variant == "static")
+    assert ours.optimizer.static_gradients is (what == "host-static")
     seen = []
     for _ in range(3):
         part()
         seen.append([p.grad.data_ptr() for p in ours.parameters])
-    assert (seen[0] != seen[1]) is (variant == "moved") and seen[0] == seen[2]
+    assert (seen[0] != seen[1]) is (what == "host-moved") and seen[0] == seen[2]
 
 
 def test_eight_bit_is_eight_bit():

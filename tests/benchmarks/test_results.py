@@ -85,16 +85,6 @@ def test_a_later_run_goes_on_with_the_rows_of_a_card(tmp_path):
     assert len(again.rows) == len(found.rows) and not again.measured(again.rows[1])
 
 
-def test_files_of_whole_updates_as_they_were_first_written_are_read(tmp_path):
-    found = memory_results(names=("sdxl-lora",)).as_dict()
-    head = {name: found[name] for name in MACHINE}
-    rows = [row | {"date": "2026-01-02T03:04:05Z"} for row in found["rows"]]
-    old = {"format": "rsaft_fast memory 1", "machine": head, "left_out": [], "rows": rows}
-    (tmp_path / "memory.json").write_text(json.dumps(old))
-    read = results.newest(tmp_path, "memory")
-    assert read["gpu"] == head["gpu"] and read["rows"] == rows
-
-
 def test_newest_looks_at_dates_and_at_gpus(tmp_path):
     assert results.newest(tmp_path, "speed") is None
     (tmp_path / "other.json").write_text("[]")

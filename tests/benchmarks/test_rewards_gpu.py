@@ -1,4 +1,4 @@
-"""`rewards_gpu.py` at tiny size on the CPU: every row, and that its models have the published size."""
+"""`rewards_gpu.py` on the CPU: every row of tiny models, and that its own have the published size."""
 
 from __future__ import annotations
 
@@ -8,11 +8,27 @@ import pytest
 import torch
 
 from rsaft_fast.benchmarks import results, rewards_gpu
+from rsaft_fast.benchmarks.random_models import random_reward
+from rsaft_fast.rewards import RewardSettings, clip, image_reward
+
+TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def test_every_row_is_measured_and_written(tmp_path, capsys):
-    arguments = ["--results", str(tmp_path), "--device", "cpu", "--tiny", "--repeats", "3"]
-    assert rewards_gpu.main(arguments) == 0
+@pytest.fixture
+def tiny(monkeypatch):
+    """Published models, but small, and small pictures."""
+    config = dict(clip.published_clip("hpsv2.1"))
+    config["text_config"] = config["text_config"] | TINY
+    config["vision_config"] = config["vision_config"] | TINY | {"image_size": 28}
+    monkeypatch.setattr(clip, "published_clip", lambda hub_id: config)
+    vision, text = image_reward.PUBLISHED_VISION | TINY | {"image_size": 32}, image_reward.PUBLISHED_TEXT | TINY
+    monkeypatch.setattr(image_reward, "PUBLISHED_VISION", vision)
+    monkeypatch.setattr(image_reward, "PUBLISHED_TEXT", text)
+    monkeypatch.setattr(rewards_gpu, "SIDE", 40)
+
+
+def test_every_row_is_measured_and_written(tmp_path, capsys, tiny):
+    assert rewards_gpu.main(["--results", str(tmp_path), "--device", "cpu", "--repeats", "3"]) == 0
     found = results.load(next(tmp_path.glob(f"*/{rewards_gpu.NAME}")), "rewards")
     rows = {(r["reward"], r["dtype"], r["checkpoint"], r["batch"]): r for r in found["rows"]}
     assert len(rows) == len(found["rows"]) == 2 * 3 * 3 and found["gpu"].startswith("cpu") and "note" in found
@@ -27,7 +43,7 @@ def test_every_row_is_measured_and_written(tmp_path, capsys):
 
 @pytest.mark.parametrize("name, parameters", [("clip-h", 986.1e6), ("blip-l", 446.67e6)])
 def test_models_have_the_published_size(name, parameters):
-    built = rewards_gpu.BUILDERS[name]({}, torch.device("meta"), "bf16", True)
+    built = random_reward(RewardSettings(name=rewards_gpu.REWARDS[name]), torch.device("meta"))
     assert sum(p.numel() for p in built.parameters()) == pytest.approx(parameters, rel=0.003)
 
 
@@ -35,17 +51,15 @@ def test_a_row_that_does_not_fit_says_so():
     def full(*_):
         raise torch.OutOfMemoryError("out of memory\nand more")
 
-    row = rewards_gpu.measured(SimpleNamespace(score=full), 1, 8, torch.device("cpu"), 3)
+    row = rewards_gpu.measured(SimpleNamespace(score=full), 1, torch.device("cpu"), 3)
     assert row == {"missing": "out of memory"}
-    what = {"reward": "clip-h", "dtype": "bf16", "checkpoint": True, "batch": 1}
-    assert rewards_gpu.describe(what | row) == "clip-h x1 bf16 checkpointed: out of memory"
 
 
 def test_wrong_input_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for arguments, words in [
         (["--device", "nonsense"], "nonsense"),
-        (["--device", "cpu", "--tiny", "--results", str(tmp_path / "file")], str(tmp_path / "file")),
+        (["--device", "cpu", "--results", str(tmp_path / "file")], str(tmp_path / "file")),
     ]:
         assert rewards_gpu.main(arguments) == 2
         line = capsys.readouterr().err.strip()
@@ -55,8 +69,9 @@ def test_wrong_input_is_one_line(tmp_path, capsys):
 @pytest.mark.gpu
 def test_one_row_on_the_gpu():
     device = torch.device("cuda")
-    reward = rewards_gpu.BUILDERS["clip-h"]({}, device, "bf16", True)
+    settings = RewardSettings(name="hpsv2.1", dtype="bf16", checkpoint=True)
+    reward = random_reward(settings, device)
     reward.keep_prompts([rewards_gpu.PROMPT])
-    row = rewards_gpu.measured(reward, 1, 1024, device, 3)
+    row = rewards_gpu.measured(reward, 1, device, 3)
     # 1.26 GB of bf16 weights, and 0.7 GiB a batch of 32 at most beside the pictures.
     assert row["peak"] - row["standing"] < 2**30 < row["standing"]

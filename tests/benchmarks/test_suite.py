@@ -2,14 +2,12 @@
 
 import dataclasses
 import math
-import shutil
 
 import pytest
 import torch
 from builders.benchmark_results import HEAD
 
 from rsaft_fast.benchmarks import providers, suite
-from rsaft_fast.benchmarks.host import LISTS
 from rsaft_fast.benchmarks.jobs import CPU_LISTS, HEADLINE, HOST, IMAGES, Job, plan
 from rsaft_fast.benchmarks.results import Results
 from rsaft_fast.benchmarks.shapes import parameters_of
@@ -29,7 +27,7 @@ def run():
 class OnCuda:
     """Stands where a Timer of a GPU would: the planning of memory and time asks it for the device alone."""
 
-    device = CUDA
+    device, on_gpu = CUDA, True
 
 
 def test_a_budget_meets_the_headline_first():
@@ -80,7 +78,7 @@ def test_host_time_leaves_the_preparation_out():
     import time
 
     part = Part(lambda: None, lambda: time.sleep(0.01))
-    assert Timer(CPU).host_only({"x": part}, repeats=5)["x"].row()["ms_p50"] < 5
+    assert Timer(CPU).alternate({"x": part}, repeats=5, host_alone=True)["x"].row()["ms_p50"] < 5
 
 
 def test_a_job_measures_side_by_side(run):
@@ -138,27 +136,15 @@ def test_a_spent_budget_begins_nothing_and_says_what_is_left(tmp_path):
     assert results.head["left_out"] == run.left_out and '"left_out"' in results.path.read_text()
 
 
-def test_a_late_provider_brings_ours_along(run):
-    rows = run.run(Job("tiny", "fp32", ("usual-fused",), reference="ours-torch"))
-    assert {row["provider"] for row in rows} == {"usual-fused"}
-    assert all(row["ours_ms_p50"] > 0 for row in rows)
-
-
 def test_what_does_not_fit_together_is_measured_in_blocks(monkeypatch):
     run = Suite(OnCuda(), Results("speed", HEAD))
     job = Job("sdxl-full", "fp32", ("ours-cuda", "usual-fused", "adamw-alone", "foreach"))
     n = parameters_of("sdxl-full")
-    for free, expected in (
-        (80e9, [["ours-cuda"], ["usual-fused"], ["adamw-alone"], ["foreach"]]),
-        (139e9, [["ours-cuda", "usual-fused", "adamw-alone"], ["foreach"]]),
-        (1e12, [list(job.providers)]),
-    ):
+    together = (4 + sum(providers.PROVIDERS[name].held["fp32"] for name in job.providers)) * n
+    for free, fits in ((80e9, False), (together - 1, False), (together, True)):
         monkeypatch.setattr(run, "_free_bytes", lambda free=free: free)
-        cohorts = run._cohorts(job, job.providers)
-        assert cohorts == expected
-        for cohort in cohorts:
-            held = sum(providers.PROVIDERS[name].held["fp32"] for name in cohort) * n + 4 * n
-            assert held <= free or len(cohort) == 1
+        assert (run._too_large(job, job.providers) is None) is fits
+        assert all(run._too_large(job, [name]) is None for name in job.providers)
 
 
 def test_what_does_not_fit_at_all_says_how_much_it_needs(monkeypatch):
@@ -166,23 +152,17 @@ def test_what_does_not_fit_at_all_says_how_much_it_needs(monkeypatch):
     job = Job("flux1-full", "8bit", ("bitsandbytes",))
     monkeypatch.setattr(run, "_free_bytes", lambda: 78 * 2**30)
     needed = (6.6 + 2) * parameters_of("flux1-full") / 2**30
-    said = run._too_large(job, "bitsandbytes")
+    said = run._too_large(job, ["bitsandbytes"])
     assert f"{needed:.0f} GiB" in said and "78 GiB" in said
     monkeypatch.setattr(run, "_free_bytes", lambda: 137 * 2**30)
-    assert run._too_large(job, "bitsandbytes") is None
+    assert run._too_large(job, ["bitsandbytes"]) is None
 
 
 def test_blocks_pool_their_calls(run, monkeypatch):
-    monkeypatch.setattr(run, "_cohorts", lambda job, names: [[name] for name in names])
+    monkeypatch.setattr(run, "_too_large", lambda job, names: "too large" if len(names) > 1 else None)
     rows = run.run(Job("tiny", "fp32", ("usual-fused", "adamw-alone")))
     assert all(row["calls"] == 4 and row["alternated"] == "block" for row in rows), "two blocks of two"
     assert len({(row["what"], row["provider"]) for row in rows}) == len(rows) == 5
-
-
-def test_compiling_for_every_shape_is_not_begun_without_the_time(monkeypatch):
-    run = Suite(OnCuda(), Results("speed", HEAD), budget=60.0)
-    assert "176 s" in run._too_slow(Job("sdxl-full", "8bit", ("torchao",)), "torchao")
-    assert run._too_slow(Job("sdxl-full", "8bit", ("bitsandbytes",)), "bitsandbytes") is None
 
 
 def test_images_rows(run):
@@ -192,24 +172,16 @@ def test_images_rows(run):
     assert measured["gbps"] == pytest.approx(8 * 2 * 3 * 128 * 128 / measured["ms_p50"] / 1e6)
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.skipif(library.why_not("cpu") is not None, reason="no library for the CPU")
 def test_host_time_without_a_gpu_is_python_alone(run):
-    library.forget()
-    before = library.why_not("cpu")
-    rows = run.run(Job(HOST, "fp32", ("ours-cuda", "ours-torch")))
-    assert run.failed == [] and library.why_not("cpu") == before, "the empty library is gone"
+    rows = run.run(Job(HOST, "fp32", ("ours-cuda", "ours-cpu", "ours-torch")))
+    assert run.failed == [] and {row["provider"] for row in rows} == {"ours-cpu"}
     assert [row["what"] for row in rows][:3] == ["host-static", "host-checked", "host-moved"]
-    assert {row["case"] for row in rows} == set(LISTS)
+    assert {row["case"] for row in rows} == set(providers.HOST_LISTS)
     assert all("gbps" not in row and "no launches" in row["note"] for row in rows)
     ms = {(row["what"], row["case"]): row["ms_p50"] for row in rows}
-    for case in LISTS:
+    for case in providers.HOST_LISTS:
         assert ms["host-static", case] < ms["host-moved", case], "addresses of every tensor are read and uploaded"
-
-
-def test_without_a_compiler_host_time_is_missing(run, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    rows = run.run(Job(HOST, "fp32", ("ours-cuda",)))
-    assert rows and all("cc" in row["missing"] for row in rows)
 
 
 def test_bandwidths_name_their_way():

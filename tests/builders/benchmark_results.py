@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rsaft_fast.benchmarks.floors import PASSES, floor
-from rsaft_fast.benchmarks.images import EAGER, WHAT
+from rsaft_fast.benchmarks.providers import EAGER, IMAGE_PASS
 from rsaft_fast.benchmarks.results import Results
 from rsaft_fast.benchmarks.shapes import parameters_of, shapes_of
 
@@ -41,7 +41,7 @@ def results(
         elements = batch * 3 * side * side
         for provider, slowness in (("ours-cuda", 1.1), (EAGER, 2.2)):
             ms = 16 * elements * slowness / COPY / 1e6
-            row = {"what": WHAT, "case": f"{batch}x3x{side}x{side}", "dtype": "fp32", "provider": provider}
+            row = {"what": IMAGE_PASS, "case": f"{batch}x3x{side}x{side}", "dtype": "fp32", "provider": provider}
             found.put(row | times(ms) | {"parameters": elements}, 16 * elements)
     for what, us in (("host-static", 50.0), ("host-checked", 900.0)):
         row = {"what": what, "case": "sdxl-lora32", "dtype": "fp32", "provider": "ours-cuda"}

@@ -49,18 +49,17 @@ def compared(found: Results, run, peak: int) -> None:
     once = (STEPS + 1) * CALL + 2 * REST
     kinds = {"exact": exact, "graded_only": kind(once, 1), "plain method": kind(STEPS * CALL + REST, 1)}
     found.put(row(run, runs.TIME, kinds=kinds))
-    found.put(row(run, runs.KERNELS, branches=2, shares={"call": SHARES, "graded": None}))
+    call, graded = {"flops": 40 * 10**12, "shares": SHARES}, {"flops": 90 * 10**12, "shares": None}
+    found.put(row(run, runs.KERNELS, call=call, graded=graded))
     found.put(row(run, runs.WHOLE, steps=50, ms=1.1 * 2 * (50 * CALL + REST), peak=peak, reserved=peak, peaks={}))
     # Twice the memory; calls of 150 ms.
     plain = {"steps": STEPS, "rollouts": 2, "ms": 2 * (STEPS * 150 + REST), "call_ms": 150.0}
     found.put(row(run, runs.PLAIN, peak=2 * peak, reserved=2 * peak, peaks={}, **plain))
     found.put(row(run, runs.PLAIN_UNCHECKED, out_of_memory=True, card_bytes=80 * GIB))
-    counted = {"call": 20, "graded": 45, "decode": 10, "decode_graded": 20, "score_graded": 1}
-    found.put(row(run, runs.FLOPS, **{name: tera * 10**12 for name, tera in counted.items()}))
 
 
 def kind(ms: float, rollouts: int) -> dict[str, Any]:
-    times = {"call_ms": CALL, "denoiser_ms": 150.0, "decoder_ms": 50.0, "sam_ms": 60.0}
+    times = {"call_ms": CALL, "denoiser_ms": 150.0, "sam_ms": 60.0}
     return {"steps": STEPS, "rollouts": rollouts, "ms": ms, "phase_ms": {}} | times
 
 

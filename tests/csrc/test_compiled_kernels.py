@@ -9,10 +9,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from builders.instructions import disassembler, main_loop
+from builders.instructions import functions as disassembled
 from csrc.test_arithmetic import hooks  # noqa: F401
-
-from rsaft_fast.benchmarks.instructions import disassembler, main_loop
-from rsaft_fast.benchmarks.instructions import functions as disassembled
 
 CSRC = Path(__file__).parents[2] / "csrc"
 functions = cache(disassembled)

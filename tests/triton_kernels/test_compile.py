@@ -12,10 +12,10 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter has nothing to compile", allow_module_level=True)
 
+from builders.instructions import functions, main_loop  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from rsaft_fast.benchmarks.instructions import functions, main_loop  # noqa: E402
 from rsaft_fast.kernels import (  # noqa: E402
     coefficients,
     global_norm,
@@ -25,6 +25,8 @@ from rsaft_fast.kernels import (  # noqa: E402
     sam_restore,
     split_bf16,
 )
+
+pytestmark = pytest.mark.slow  # 75 compilations of half a second and more
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 

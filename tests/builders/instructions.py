@@ -1,6 +1,6 @@
 """Counts the machine instructions that a warp executes for 256 elements, from the disassembly: no GPU is needed.
 
-``python -m rsaft_fast.benchmarks.instructions [--architecture 90] [--csrc FOLDER]`` compiles csrc/ (a checkout's) with
+`python tests/builders/instructions.py [--architecture 90] [--csrc FOLDER]` compiles csrc/ (a checkout's) with
 nvcc and prints a row a kernel: the count, and the share of what a multiprocessor can issue while memory moves the same
 elements at a copy's speed. Triton's kernels are counted the same way in tests/triton_kernels/test_compile.py.
 
@@ -227,7 +227,7 @@ def table(csrc: Path, architecture: int) -> list[tuple[str, ...]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m rsaft_fast.benchmarks.instructions", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--architecture", type=int, default=90)
     parser.add_argument("--csrc", type=Path, default=Path("csrc"))
     chosen = parser.parse_args(arguments)
