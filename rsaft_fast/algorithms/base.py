@@ -7,13 +7,14 @@ updates made from it. Checkpoints fall between iterations, so that what was coll
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
-from rsaft_fast.data.batches import MicroBatch
+from rsaft_fast.algorithms.copies import Copies
+from rsaft_fast.data.batches import Batches
 from rsaft_fast.distributed import World
 
 Part = TypeVar("Part")
@@ -39,14 +40,20 @@ class Algorithm(ABC, Generic[Part]):
     Attributes:
         updates: optimizer updates made from one iteration.
         shown: figures that the progress bar shows, name to label, the most important first.
+        copies: of the trained weights; checkpoints hold them.
     """
 
     updates: int = 1
     shown: ClassVar[Mapping[str, str]] = {"reward": "reward"}
+    copies: Copies = Copies()
 
     @abstractmethod
-    def collect(self, batches: Sequence[MicroBatch]) -> Any:
-        """Collect the experience of one iteration; what it samples and scores has no graph."""
+    def collect(self, batches: Batches) -> Any:
+        """Collect the experience of one iteration; what it samples and scores has no graph.
+
+        Args:
+            batches: the iteration's micro-batches, each made anew whenever it is asked for.
+        """
 
     def judge(self, experience: Any, world: World) -> None:
         """Work out what needs the whole group, or all ranks: advantages, gates."""
@@ -74,16 +81,16 @@ class Algorithm(ABC, Generic[Part]):
         """Return how often one pass over the part calls backward through the trained network."""
         return 1
 
-    def shortened(self, experience: Any) -> tuple[Algorithm[Part], Any, int]:
-        """Return an algorithm and an experience of fewer network calls that need as much memory.
+    def shortened(self, batches: Batches) -> tuple[Algorithm[Part], Any, int]:
+        """Return an algorithm and the experience of one micro-batch, of fewer calls that need as much memory.
 
         And how many latents of a micro-batch the calls left out would keep. The memory estimate walks these; this one
-        leaves out nothing.
+        leaves out no call.
 
         Args:
-            experience: of one micro-batch.
+            batches: of one iteration.
         """
-        return self, experience, 0
+        return self, self.collect(batches.of(batches.batch_size, batches.batch_size)), 0
 
     def figures(self, sums: Mapping[str, float], stats: Mapping[str, float]) -> dict[str, float | None]:
         """Name what the log and the progress bar show.
@@ -95,7 +102,7 @@ class Algorithm(ABC, Generic[Part]):
         return dict(sums)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return what a checkpoint keeps beside weights, optimizer and copies."""
+        """Return what a checkpoint keeps beside weights, optimizer and `copies`."""
         return {}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:

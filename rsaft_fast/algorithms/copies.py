@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,73 @@ from rsaft_fast.phases import AVERAGING, phase
 
 MEAN = "mean"
 """Name of the running mean among a checkpoint's copies."""
+REFERENCE = "reference"
+"""Name of the copy that a penalty holds the weights to."""
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Copies:
+    """Copies of the trained weights under names, put in the weights' place by value.
+
+    Storage is never rebound, and no adapter is switched: a captured CUDA graph replays addresses.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, torch.nn.Parameter] | None = None, names: Sequence[str] = (), host: bool = False
+    ):
+        """
+        Args:
+            parameters: what is trained, by name; each copy begins as their value now.
+            host: copies lie on the host, and so do the weights while a copy is in their place. They keep the weights'
+                dtype.
+        """
+        self.parameters = dict(parameters or {})
+        self.host = host
+        self.tensors: dict[str, Tensors] = {}
+        for name in names:
+            self.tensors[name] = {key: self._aside(p) for key, p in self.parameters.items()}
+
+    def _aside(self, parameter: torch.Tensor) -> torch.Tensor:
+        away = self.host and not parameter.is_meta  # of shapes there is nothing to move
+        return parameter.detach().to(device="cpu" if away else parameter.device, copy=True)
+
+    @contextmanager
+    @torch.no_grad()
+    def applied(self, name: str) -> Iterator[None]:
+        """The model has that copy as its weights inside the block, and its own, bit for bit, after it."""
+        own = {key: self._aside(p) for key, p in self.parameters.items()}
+        with swapped(self.parameters, self.tensors[name], own):
+            yield
+
+    @torch.no_grad()
+    def take(self, name: str) -> None:
+        """Set a copy to the weights as they are now."""
+        for key, tensor in self.tensors[name].items():
+            tensor.copy_(self.parameters[key])
+
+    @torch.no_grad()
+    def load(self, saved: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Take over saved copies, of the same names."""
+        for name, tensors in self.tensors.items():
+            for key, tensor in tensors.items():
+                tensor.copy_(saved[name][key])
+
+
+@contextmanager
+def swapped(
+    parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]
+) -> Iterator[None]:
+    """Give parameters other values inside the block; `own`, a copy of theirs, after it."""
+    try:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(values[name])
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(own[name])
 
 
 class EMA:
@@ -42,14 +109,8 @@ class EMA:
     def applied(self) -> Iterator[None]:
         """The model has the means as its weights inside the block, and its own, bit for bit, after it."""
         own = {name: p.detach().clone() for name, p in self.parameters.items()}
-        try:
-            for name, parameter in self.parameters.items():
-                parameter.copy_(self.means[name])
+        with swapped(self.parameters, self.means, own):
             yield
-        finally:
-            with torch.no_grad():
-                for name, parameter in self.parameters.items():
-                    parameter.copy_(own[name])
 
     @torch.no_grad()
     def load(self, means: Mapping[str, torch.Tensor]) -> None:

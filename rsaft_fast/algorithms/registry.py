@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rsaft_fast.algorithms.base import Algorithm
+from rsaft_fast.algorithms.flow_grpo import FlowGRPO
 from rsaft_fast.algorithms.reward_gradient import RewardGradient
 from rsaft_fast.distributed import World
 from rsaft_fast.errors import UserError
 from rsaft_fast.importing import load_callable, make, makes
+from rsaft_fast.methods import FlowGRPO as FlowGRPOSettings
 from rsaft_fast.methods import GradientMethod, Method, PythonMethod
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards.base import Reward
@@ -50,6 +52,12 @@ def _reward_gradient(
     )
 
 
+def _flow_grpo(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule, world: World) -> FlowGRPO:
+    method = config.method
+    assert isinstance(method, FlowGRPOSettings)
+    return FlowGRPO(backbone, reward, method, len(schedule), probe=config.sharpness)
+
+
 def _own(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule, world: World) -> Algorithm:
     method = config.method
     assert isinstance(method, PythonMethod)
@@ -65,6 +73,7 @@ def _own(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule,
 
 BUILDERS: dict[type[Method], Callable[[Config, Backbone, Reward, Schedule, World], Algorithm]] = {
     GradientMethod: _reward_gradient,
+    FlowGRPOSettings: _flow_grpo,
     PythonMethod: _own,
 }
 """A line an algorithm: its settings, and what makes it of them."""

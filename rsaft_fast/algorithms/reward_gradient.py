@@ -6,7 +6,7 @@ smoothing is `update`'s, for this algorithm as for any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -15,7 +15,7 @@ import torch
 
 from rsaft_fast.algorithms.base import Algorithm, At, Figures, no_check
 from rsaft_fast.algorithms.update import update
-from rsaft_fast.data.batches import MicroBatch
+from rsaft_fast.data.batches import Batches, MicroBatch
 from rsaft_fast.distributed import World
 from rsaft_fast.methods import GradientMethod
 from rsaft_fast.methods.losses import Loss
@@ -89,10 +89,11 @@ class RewardGradient(Algorithm[PlannedBatch]):
         self.smoothing, self.loss, self.probe = smoothing, loss, probe
         self.method, self.plan_scope, self.world = method, plan_scope, world or World()
 
-    def collect(self, batches: Sequence[MicroBatch]) -> list[PlannedBatch]:
+    def collect(self, batches: Iterable[MicroBatch]) -> list[PlannedBatch]:
         """Draw the plans; sampling belongs to the passes, which see different weights."""
         if self.method is None:
             raise ValueError("RewardGradient was made without a method, which draws the plans")
+        batches = list(batches)  # made once: the passes go through them again
         total = sum(len(batch.prompts) for batch in batches) * self.world.size
         return [PlannedBatch(batch, self._draw(self.method, batch), total) for batch in batches]
 
@@ -104,13 +105,13 @@ class RewardGradient(Algorithm[PlannedBatch]):
     def parts(self, experience: list[PlannedBatch], index: int) -> list[PlannedBatch]:
         return experience
 
-    def shortened(self, experience: list[PlannedBatch]) -> tuple[RewardGradient, list[PlannedBatch], int]:
+    def shortened(self, batches: Batches) -> tuple[RewardGradient, list[PlannedBatch], int]:
         """Return what `Algorithm.shortened` does: at most two graded calls.
 
         One call's graph is alive at a time, so two graded calls show all that many do, but for the latents that they
         start from.
         """
-        (part,) = experience
+        (part,) = self.collect(batches.of(batches.batch_size, batches.batch_size))
         plan, calls = _shortened(part.plan)
         brief = copy(self)
         brief.schedule = tuple(self.schedule[i] for i in calls)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -212,6 +213,8 @@ class _Walk:
         self._keep("VAE", [] if run.backbone.vae is None else _tensors(run.backbone.vae))
         if run.ema is not None:
             self._keep("running mean (fp32)", run.ema.means.values())
+        for name, tensors in run.algorithm.copies.tensors.items():
+            self._keep(f"copy of the weights ({name})", tensors.values())
         self._score_once()
         self.log("the models stand, as shapes; walking one update")
         with shapes_alone(self.cuda), self.live:
@@ -258,16 +261,16 @@ class _Walk:
 
     def _update(self) -> None:
         config, live, run = self.config, self.live, self.run
-        others = config.data.accumulate - 1
+        batches = run.batches(run.backbone, run.encoded, 0)
+        others = len(batches) // config.method.updates_per_iteration - 1
         accounted = AccountedOptimizer(run.optimizer, earlier=others > 0, between=self._first_pass_done)
         for name, tensors in accounted.held.items():
             if tensors:
                 self.standing[name] = sum(live.size(t) for t in tensors)
         self.accounted = accounted
         before = live.alive
-        batch = run.batches(run.backbone, run.encoded, 0)[0]
+        algorithm, experience, dropped = run.algorithm.shortened(batches)
         batch_bytes = live.alive - before
-        algorithm, experience, dropped = run.algorithm.shortened(run.algorithm.collect([batch]))
         algorithm.judge(experience, run.world)
         self.begun_at = live.alive
         seen_before = {name: replace(peak) for name, peak in live.peaks.items()}
@@ -275,14 +278,14 @@ class _Walk:
             update(
                 algorithm,
                 accounted,
-                list(algorithm.parts(experience, index)),
+                list(algorithm.parts(experience, index))[:1],
                 perturbs=config.smoothing.parameters is not None,
                 compare_gradients=config.logging.diagnostics and not config.optimizer.release_gradients,
             )
         # The other micro-batches' inputs and what their first pass left; the latents of the calls that were not run.
         kept = others * (self.retained + batch_bytes)
-        latents = batch.latents.numel() * batch.latents.element_size()
-        kept += dropped * latents * (config.data.accumulate if config.smoothing.resample == "graded_only" else 1)
+        latents = config.data.batch_size * prod(run.backbone.latent_shape) * run.backbone.latent_dtype.itemsize
+        kept += dropped * latents * (len(batches) if config.smoothing.resample == "graded_only" else 1)
         for name, peak in live.peaks.items():
             if name not in seen_before or seen_before[name].total != peak.total:
                 peak.total += kept

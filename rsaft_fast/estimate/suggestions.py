@@ -103,7 +103,13 @@ def candidates(config: Config) -> Iterator[dict[str, Any]]:
         yield {"reward.checkpoint": True}
     if data.batch_size > 1:
         smaller = data.batch_size // 2 if data.batch_size % 2 == 0 else 1
-        yield {"data.batch_size": smaller, "data.accumulate": data.accumulate * data.batch_size // smaller}
+        if data.prompts_per_iteration is not None:  # accumulation follows
+            yield {"data.batch_size": smaller}
+        else:
+            yield {"data.batch_size": smaller, "data.accumulate": data.accumulate * data.batch_size // smaller}
+    collected = getattr(config.method, "collect_batch", None) or 1
+    if collected > 1:
+        yield {"method.collect_batch": collected // 2}
     if backbone.dtype == "fp32":
         yield {"backbone.dtype": "bf16"}
     if config.parameters.train == "full":

@@ -18,10 +18,16 @@ class Method(Settings):
     Attributes:
         default_loss: the loss map its authors train with; a recipe's `loss` replaces it.
         needs_gradient: whether it follows the reward's gradient, which the reward then must have.
+        updates: optimizer updates of one iteration, as far as the settings know.
     """
 
     default_loss: ClassVar[Loss] = Loss()
     needs_gradient: ClassVar[bool] = True
+
+    @property
+    def updates_per_iteration(self) -> int:
+        """Optimizer updates made from one iteration, as far as the settings know."""
+        return 1
 
 
 class GradientMethod(Method):

@@ -13,7 +13,7 @@ from rsaft_fast.backbones.quantized import why_not
 from rsaft_fast.dtypes import DTYPES
 from rsaft_fast.errors import UserError
 from rsaft_fast.hub import is_hub_id
-from rsaft_fast.methods import GradientMethod
+from rsaft_fast.methods import FlowGRPO, GradientMethod
 from rsaft_fast.ops import backends
 from rsaft_fast.recipe.config import MOST_PICTURES, PLAYGROUND, Config
 from rsaft_fast.sampling import GradientPlan, derive_rng
@@ -97,6 +97,7 @@ def first_plan(config: Config) -> GradientPlan | None:
 def _check_agreement(config: Config) -> None:
     """Keys that contradict each other."""
     _check_reward(config)
+    _check_groups(config)
     _check_quantize(config)
     backbone = config.backbone
     if {"decoder", "decoder-strips"} <= set(backbone.checkpoint):
@@ -109,11 +110,13 @@ def _check_agreement(config: Config) -> None:
             f"backbone.keep_blocks is {backbone.keep_blocks}, but backbone.checkpoint has no denoiser, so that all of "
             "its blocks keep their activations; add denoiser to checkpoint, or leave keep_blocks out"
         )
-    if config.pictures_per_update > MOST_PICTURES:
-        raise UserError(
-            f"data.batch_size {config.data.batch_size} times data.accumulate {config.data.accumulate} is "
-            f"{config.pictures_per_update} pictures an update; at most {MOST_PICTURES}"
-        )
+    if config.pictures_per_iteration > MOST_PICTURES:
+        data = config.data
+        keys = {"data.batch_size": data.batch_size, "data.accumulate": data.accumulate}
+        if data.prompts_per_iteration is not None:
+            keys = {"data.prompts_per_iteration": data.prompts_per_iteration, "data.group_size": data.group_size}
+        factors = " times ".join(f"{key} {value}" for key, value in keys.items())
+        raise UserError(f"{factors} is {config.pictures_per_iteration} pictures an iteration; at most {MOST_PICTURES}")
     if config.sharpness is not None and config.sharpness.space not in ("pixel01", "pixel11"):
         raise UserError(f"sharpness.space is {config.sharpness.space!r}; S1 is measured in pixel01 or pixel11")
     sampler = config.sampler
@@ -185,6 +188,51 @@ def _check_reward(config: Config) -> None:
         raise UserError(
             "smoothing.image.space is reward_input; the parts of reward.name combination have an input of their own "
             "each: take pixel01, pixel11 or latent"
+        )
+
+
+def _check_groups(config: Config) -> None:
+    """Groups that stay whole, in micro-batches that are full."""
+    data, method = config.data, config.method
+    per_group, updates = data.group_size, method.updates_per_iteration
+    if isinstance(method, FlowGRPO):
+        if per_group == 1:
+            raise UserError(
+                f"data.group_size is 1, and method.name {method.name} compares the pictures of a prompt: take 12 to "
+                "24, or at least 2"
+            )
+        if config.smoothing.image is not None:
+            raise UserError(
+                f"smoothing.image with method.name {method.name}: it perturbs pictures along the reward's gradient, "
+                "which this method does not follow; set smoothing.image null (or smoothing null for none at all)"
+            )
+        method.trained_calls(config.sampler.steps, config.sampler.steps, derive_rng(config.seed, 0, "plan"))
+    if data.prompts_per_iteration is None:
+        pictures = data.batch_size * data.accumulate
+        made = f"data.batch_size {data.batch_size} times data.accumulate {data.accumulate}"
+        if pictures % per_group:
+            raise UserError(
+                f"{made} is {pictures} pictures, no multiple of data.group_size {per_group}; change one of them, or "
+                "set data.prompts_per_iteration"
+            )
+    else:
+        pictures = data.prompts_per_iteration * per_group
+        made = f"data.prompts_per_iteration {data.prompts_per_iteration} times data.group_size {per_group}"
+        if data.accumulate != 1:
+            raise UserError(
+                f"data.accumulate is {data.accumulate}, and data.prompts_per_iteration says how many pictures there "
+                "are: leave one of them out"
+            )
+    if pictures % (data.batch_size * updates):
+        among = "" if updates == 1 else f" times method.updates {updates}"
+        raise UserError(
+            f"{made} is {pictures} pictures, no multiple of data.batch_size {data.batch_size}{among}: micro-batches "
+            "are full; change one of them"
+        )
+    if config.max_steps % updates:
+        raise UserError(
+            f"max_steps is {config.max_steps}, and an iteration of method {method.name} makes {updates} updates; give "
+            "a multiple of that"
         )
 
 

@@ -112,6 +112,13 @@ class DataSettings(Settings):
         batch_size: pictures that go through the network together.
         accumulate: micro-batches of one update; their gradients add up to that of the whole batch. The paper's batch
             is 32 pictures.
+        group_size: pictures of each prompt, which stay together: what a policy gradient compares. Flow-GRPO and GARDO
+            take 24; with 12 or 6 Flow-GRPO's authors saw it collapse.
+        prompts_per_iteration: prompts of one iteration, through all GPUs (48 in the papers); how many micro-batches
+            that makes follows from group_size and batch_size, and accumulate stays 1. null: batch_size * accumulate
+            pictures an iteration.
+        group_noise: whether the pictures of a group start from different noise, or from the same one and differ by
+            what the sampler draws on the way.
         plan_scope: batch draws the gradient plan (which calls carry gradient) once an update, as AlignProp does;
             micro-batch draws one for each, which averages over draws.
         encoding_cache: folder in which encodings of prompts are kept, for later runs too: when all are there, the text
@@ -124,8 +131,17 @@ class DataSettings(Settings):
     column: str | None = Field(default=None, min_length=1)
     batch_size: int = Field(default=4, ge=1, le=MOST_PICTURES)
     accumulate: int = Field(default=1, ge=1, le=MOST_PICTURES)
+    group_size: int = Field(default=1, ge=1, le=MOST_PICTURES)
+    prompts_per_iteration: int | None = Field(default=None, ge=1, le=MOST_PICTURES)
+    group_noise: Literal["different", "same"] = "different"
     plan_scope: Literal["batch", "micro-batch"] = "batch"
     encoding_cache: UserPath | None = AUTO
+
+    def groups(self, ranks: int = 1) -> int:
+        """Prompts of one iteration, of all ranks together."""
+        if self.prompts_per_iteration is not None:
+            return self.prompts_per_iteration
+        return self.batch_size * self.accumulate * ranks // self.group_size
 
 
 class OptimizerSettings(Settings):
@@ -293,7 +309,11 @@ class Config(Settings):
 
     @property
     def pictures_per_update(self) -> int:
-        return self.data.batch_size * self.data.accumulate
+        return self.pictures_per_iteration // self.method.updates_per_iteration
+
+    @property
+    def pictures_per_iteration(self) -> int:
+        return self.data.groups() * self.data.group_size
 
     @property
     def run_folder(self) -> Path:

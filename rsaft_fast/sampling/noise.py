@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-Purpose = Literal["initial", "ancestral", "renoise", "denoising", "plan", "prompts"]
-_PURPOSE_ID = {"initial": 0, "ancestral": 1, "renoise": 2, "denoising": 3, "plan": 4, "prompts": 5}
+Purpose = Literal["initial", "ancestral", "renoise", "denoising", "plan", "prompts", "shuffle"]
+_PURPOSE_ID = {"initial": 0, "ancestral": 1, "renoise": 2, "denoising": 3, "plan": 4, "prompts": 5, "shuffle": 6}
 
 
 def derive_rng(seed: int, step: int, purpose: Purpose, index: int = 0) -> np.random.Generator:

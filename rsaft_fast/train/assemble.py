@@ -260,7 +260,8 @@ def assemble(
 
 
 def _scored_prompts(config: Config, batches: PromptBatches, sample_prompts: list[str]) -> list[str]:
-    return list(dict.fromkeys(batches.visited(range(config.max_steps)) + sample_prompts))
+    iterations = range(-(-config.max_steps // config.method.updates_per_iteration))
+    return list(dict.fromkeys(batches.visited(iterations) + sample_prompts))
 
 
 def training_schedule(config: Config, shapes: Backbone) -> Schedule:

@@ -184,7 +184,7 @@ class Trainer(Assembly):
             step=self.step,
             weights={name: p.detach() for name, p in self.parameters.items()},
             optimizer=self.optimizer.state_dict(),
-            copies={MEAN: self.ema.means} if self.ema is not None else {},
+            copies=({MEAN: self.ema.means} if self.ema is not None else {}) | self.algorithm.copies.tensors,
             algorithm=self.algorithm.state(),
             info=describe_software()
             | {"seed": self.config.seed, "reward": self.reward.spec.sha256, "optimizer": self._ordered_names()},
@@ -200,6 +200,11 @@ class Trainer(Assembly):
         self._check_tensors("weights", saved.weights)
         if (MEAN in saved.copies) != (self.ema is not None):
             raise UserError("resume: the checkpoint and the recipe disagree on ema; set it as the run had it")
+        if odd := (saved.copies.keys() ^ self.algorithm.copies.tensors.keys()) - {MEAN}:
+            raise UserError(
+                f"resume: the checkpoint and the algorithm of method {self.config.method.name} disagree on the copy "
+                f"{min(odd)!r} of the weights; resume with the run's own method and its keys"
+            )
         for name, tensors in saved.copies.items():
             self._check_tensors(f"copy {name!r}", tensors)
         if odd := saved.algorithm.keys() ^ self.algorithm.state().keys():
@@ -233,6 +238,7 @@ class Trainer(Assembly):
         load_state(self.optimizer, saved.optimizer)
         if self.ema is not None:
             self.ema.load(saved.copies[MEAN])
+        self.algorithm.copies.load(saved.copies)
         self.algorithm.load(saved.algorithm)
         self.step = saved.step
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from builders.messages import says
 from builders.recipes import PROMPTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from rsaft_fast.data.batches import PromptBatches, epoch_order
 from rsaft_fast.data.encoded import EncodedPrompts
 from rsaft_fast.data.prompts import load_prompts
 from rsaft_fast.distributed import World
+from rsaft_fast.errors import UserError
 from rsaft_fast.recipe.config import DataSettings, SamplerSettings
 
 
@@ -115,3 +117,39 @@ def test_the_playgrounds_held_out_prompts_are_not_its_training_prompts():
     train, held_out = load_prompts("playground"), load_prompts("playground", held_out=True)
     assert train == playground.train_prompts() and held_out == playground.eval_prompts()
     assert not set(train) & set(held_out)
+
+
+def grouped(**overrides) -> PromptBatches:
+    return batches(**{"batch_size": 3, "group_size": 4, "prompts_per_iteration": 3} | overrides)
+
+
+def test_a_group_stays_together(backbone):
+    source = grouped()
+    texts = source.texts(1)
+    order = [PROMPTS[i] for i in epoch_order(5, len(PROMPTS), 3, 3)]
+    assert texts == [prompt for prompt in order for _ in range(4)]
+    encoded = EncodedPrompts.encode(backbone, PROMPTS, SamplerSettings())
+    made = source(backbone, encoded, 1)
+    assert [prompt for batch in made for prompt in batch.prompts] == texts == made.prompts
+    assert len(made) == 4 and [batch.index for batch in made] == [0, 1, 2, 3]
+    assert sorted(source.visited(range(2))) == sorted({*source.texts(0), *source.texts(1)})
+    # As many at a time as somebody likes: the same samples.
+    (whole,) = made.of(12)
+    assert torch.equal(whole.latents, torch.cat([batch.latents for batch in made]))
+    assert [len(batch.prompts) for batch in made.of(5, 8)] == [5, 3]
+
+
+def test_a_group_may_share_its_initial_noise(backbone):
+    encoded = EncodedPrompts.encode(backbone, PROMPTS, SamplerSettings())
+    (different,), (same,) = (grouped(group_noise=kind)(backbone, encoded, 1).of(12) for kind in ("different", "same"))
+    assert len({tuple(row.flatten().tolist()) for row in different.latents}) == 12
+    for first in (0, 4, 8):
+        assert all(torch.equal(same.latents[first], row) for row in same.latents[first : first + 4])
+    assert not torch.equal(same.latents[0], same.latents[4])
+    assert same.noise == different.noise  # what the sampler draws on the way is each sample's own
+
+
+def test_groups_go_whole_to_the_ranks():
+    data = DataSettings(prompts="x", batch_size=4, group_size=4, prompts_per_iteration=3)
+    with pytest.raises(UserError, match=says("data.prompts_per_iteration", 3, 2)):
+        PromptBatches(data, PROMPTS, seed=5, world=World(0, 2))

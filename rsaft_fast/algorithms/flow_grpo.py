@@ -1,0 +1,412 @@
+"""Flow-GRPO: the clipped policy gradient of a sampler's stochastic steps, on flows and on DDIM models alike.
+
+An iteration samples a group of pictures for each prompt, without a graph, and keeps the latents of the calls that are
+trained. Those are re-run one at a time: the gradient of a step's log-probability by the network's prediction follows
+from the prediction, so that one call's graph is alive at a time whatever the number of calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rsaft_fast.algorithms.base import Algorithm, At, Figures, no_check
+from rsaft_fast.algorithms.copies import REFERENCE, Copies
+from rsaft_fast.algorithms.groups import full_batches, group_advantages, spread, zero_spread
+from rsaft_fast.algorithms.policy_objective import kl_scale, surrogate
+from rsaft_fast.algorithms.scoring import Scores, on_host, score
+from rsaft_fast.data.batches import Batches, MicroBatch
+from rsaft_fast.distributed import World
+from rsaft_fast.errors import UserError
+from rsaft_fast.methods import FlowGRPO as FlowGRPOSettings
+from rsaft_fast.methods.flow_grpo import NOISE_LEVELS, StepKind
+from rsaft_fast.phases import SAMPLING, phase
+from rsaft_fast.progress import watched
+from rsaft_fast.rewards.base import Reward
+from rsaft_fast.sampling import LinearStep, Schedule, call_backward, derive_rng, sample_chain
+from rsaft_fast.sampling.policy import cps_schedule, is_flow, log_prob, log_prob_slope, residual, sde_schedule
+from rsaft_fast.sampling.protocol import Backbone, Conditioning
+from rsaft_fast.sampling.rollout import guided_prediction
+from rsaft_fast.smoothing.objective import ImageSmoothing
+
+
+@dataclass
+class Part:
+    """A micro-batch of an update.
+
+    Attributes:
+        places: its samples, counted from 0 on this rank.
+        total: samples of the whole update, of all ranks.
+        old: by call, what the collecting weights say at this very batch: log-probabilities (B,), or predictions where
+            the method needs them. Filled before the weights have moved.
+    """
+
+    experience: Experience
+    places: tuple[int, ...]
+    total: int
+    old: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+
+
+@dataclass
+class Experience:
+    """What an iteration has sampled; N samples of this rank.
+
+    Attributes:
+        schedule: the steps of the rollouts.
+        calls: those that are trained.
+        latents: by call, the latents before it, (N, *latent_shape) on the host: of each trained call and the one after.
+        scores: rewards and their like, (N,) each.
+        advantages: (N,) float64.
+        gate: (N,) float64, weight of each sample's penalty.
+        updates: the micro-batches of each update.
+    """
+
+    batches: Batches
+    schedule: Schedule
+    calls: tuple[int, ...]
+    latents: dict[int, torch.Tensor]
+    scores: Scores
+    advantages: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    gate: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    updates: list[list[Part]] = field(default_factory=list)
+
+    def latent(self, call: int, part: Part) -> torch.Tensor:
+        """Return the latents before a call of a micro-batch, on the device."""
+        return self.latents[call][list(part.places)].to(self.batches.backbone.device)
+
+
+class FlowGRPO(Algorithm[Part]):
+    """Compare the pictures of each prompt, and make the better ones' steps more likely."""
+
+    shown = {"reward": "reward", "ratio_std": "ratio std", "clipped": "clipped", "kl": "KL", "s1": "S1"}
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        reward: Reward,
+        settings: FlowGRPOSettings,
+        num_steps: int,
+        *,
+        probe: ImageSmoothing | None = None,
+    ):
+        """
+        Args:
+            num_steps: network calls of a rollout.
+            probe: the ball at which the sharpness S1 is logged, of a reward that has a gradient.
+
+        Raises:
+            UserError: steps that the model does not have, or settings that do not go together.
+        """
+        self.backbone, self.reward, self.settings = backbone, reward, settings
+        self.probe = probe if reward.differentiable else None
+        self.updates = settings.updates
+        self.plain = backbone.schedule(num_steps)
+        flow = is_flow(self.plain)
+        self.kind = settings.step or ("sde" if flow else "ddim")
+        self.drawing = _drawing_schedule(backbone, self.plain, settings, self.kind)
+        # c^2 = s^2 duration of a flow's step; DDIM's variance has no other factor.
+        self.durations = tuple(-step.b if flow else 1.0 for step in self.plain)
+        self.form, self.clip = settings.form(self.kind), settings.clip_range(self.kind)
+        self.needs_old_prediction = settings.ratio_norm or settings.most_divergence is not None
+        names = (REFERENCE,) if settings.kl_weight else ()
+        self.copies = Copies(backbone.trainable_parameters, names, host=settings.offload_copies)
+        self.judged: dict[str, float] = {}
+        self._calls(0, 0)  # refused before anything is sampled
+
+    def _calls(self, seed: int, iteration: int) -> tuple[int, ...]:
+        """The calls that an iteration trains on."""
+        drawing = sum(step.c > 0 for step in self.drawing)
+        return self.settings.trained_calls(len(self.plain), drawing, derive_rng(seed, iteration, "plan"))
+
+    def collect(self, batches: Batches) -> Experience:
+        """Sample the iteration's pictures at the weights as they are, and score them."""
+        settings = self.settings
+        calls = self._calls(batches.source.seed, batches.step)
+        draws = range(len(self.plain)) if settings.draws == "all" and settings.window is None else calls
+        schedule = tuple(self.drawing[i] if i in draws else step for i, step in enumerate(self.plain))
+        kept: dict[int, list[torch.Tensor]] = {i: [] for call in calls for i in (call, call + 1)}
+        scores: list[Scores] = []
+        chunks = batches.of(settings.collect_batch or batches.batch_size)
+        for chunk in watched(chunks, "batches of the iteration's pictures", len(chunks), "batch"):
+            end, latents = self._sample(batches, chunk, schedule, kept)
+            latents[len(schedule)] = end
+            for call, found in kept.items():
+                found.append(on_host(latents[call]))
+            # Decoded as many at a time as the update takes: sampling needs less a picture than the decoder.
+            for rows in range(0, len(end), batches.batch_size):
+                part = slice(rows, rows + batches.batch_size)
+                scores.append(score(self.backbone, self.reward, end[part], chunk.prompts[part], self.probe))
+        joined = {call: torch.cat(found) for call, found in kept.items()}
+        return Experience(batches, schedule, calls, joined, Scores.cat(scores))
+
+    def _sample(
+        self, batches: Batches, chunk: MicroBatch, schedule: Schedule, keep: Mapping[int, Any]
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """x_T to x_0; the latents before the calls of `keep`."""
+        uncond = self.settings.uncond
+        first, x = next(i for i, step in enumerate(schedule) if step.c), chunk.latents
+        if batches.same_noise and first > 0:
+            # Nothing tells a group's pictures apart before the first call that draws: sample them once.
+            groups = [i // batches.group_size for i in chunk.noise.samples]
+            heads = [groups.index(group) for group in dict.fromkeys(groups)]
+            place = {groups[head]: row for row, head in enumerate(heads)}
+            x, _ = sample_chain(
+                self.backbone,
+                schedule,
+                x[heads],
+                chunk.conditioning.select(heads),
+                chunk.noise,
+                last=first - 1,
+                uncond=uncond,
+            )
+            x = x[[place[group] for group in groups]]
+        else:
+            first = 0
+        return sample_chain(
+            self.backbone, schedule, x, chunk.conditioning, chunk.noise, first=first, uncond=uncond, keep=set(keep)
+        )
+
+    @phase(SAMPLING)
+    def judge(self, experience: Experience, world: World) -> None:
+        """Compute advantages, deal the samples into updates, and note what later updates' ratios compare with."""
+        settings, batches = self.settings, experience.batches
+        shared = self.backbone.device if world.size > 1 else torch.device("cpu")
+        rewards = experience.scores.rewards.to(shared).view(-1, batches.group_size)
+        equal = zero_spread(rewards)
+        advantages = group_advantages(rewards, settings.advantage_std, settings.advantage_clip, world)
+        experience.advantages = advantages.flatten().cpu()
+        experience.gate = torch.ones_like(experience.advantages)
+        dropped = equal.repeat_interleave(batches.group_size).tolist()
+        if not settings.drop_equal_groups:
+            dropped = [False] * len(dropped)
+        kept = [place for place, drop in enumerate(dropped) if not drop]
+        left_out = [place for place, drop in enumerate(dropped) if drop]
+        rng = derive_rng(batches.source.seed, batches.step, "shuffle")
+        dealt = full_batches(kept, left_out, batches.batch_size, self.updates, rng)
+        counts = torch.tensor([float(sum(map(len, update))) for update in dealt], device=shared)
+        totals = [int(total) for total in world.sum(counts).tolist()]
+        experience.updates = [
+            [Part(experience, places, total) for places in update] for update, total in zip(dealt, totals)
+        ]
+        for part in (part for update in experience.updates[1:] for part in update):
+            self._remember(part)
+        self._note(experience, advantages, equal, world)
+
+    def _note(self, experience: Experience, advantages: torch.Tensor, equal: torch.Tensor, world: World) -> None:
+        """The iteration's figures, over all ranks."""
+        means = {"reward": experience.scores.rewards} | experience.scores.others
+        rows = [
+            torch.stack([values.sum(dtype=torch.float64), values.new_tensor(len(values)).double()])
+            for values in means.values()
+        ]
+        rows.append(torch.stack([equal.double().sum(), equal.new_tensor(len(equal), dtype=torch.float64)]).cpu())
+        sums = world.sum(torch.stack(rows).to(advantages.device)).cpu()
+        self.judged = {name: float(total / count) for name, (total, count) in zip(means, sums)}
+        self.judged |= {
+            "equal_groups": float(sums[-1, 0]),
+            "advantage_std": float(spread(advantages, world)),
+        }
+
+    def _remember(self, part: Part) -> None:
+        """What the weights say now, at the shape of the update's batch: outputs change with it, by more than clips."""
+        experience = part.experience
+        conditioning = experience.batches.conditioning(part.places)
+        for call in experience.calls:
+            f = self._predict(part, call, conditioning)
+            part.old[call] = self._old(experience.schedule[call], experience.latent(call, part), f, part, call)
+
+    def _old(self, step: LinearStep, x: torch.Tensor, f: torch.Tensor, part: Part, call: int) -> torch.Tensor:
+        if self.needs_old_prediction:
+            return f
+        drawn = residual(step, x, f, part.experience.latent(call + 1, part))
+        return log_prob(step, drawn, self.settings.log_prob, self.form)
+
+    @torch.no_grad()
+    def _predict(self, part: Part, call: int, conditioning: Conditioning) -> torch.Tensor:
+        experience = part.experience
+        x = experience.latent(call, part)
+        return guided_prediction(self.backbone, x, experience.schedule[call], conditioning, self.settings.uncond)
+
+    def parts(self, experience: Experience, index: int) -> list[Part]:
+        return experience.updates[index]
+
+    def backward_calls(self, part: Part) -> int:
+        guided = part.experience.batches.encoded.guidance_scale != 1 and self.settings.uncond == "graded"
+        branches = 2 if guided and self.backbone.cfg_batching != "batched" else 1
+        return branches * len(part.experience.calls)
+
+    def backward(self, part: Part, at: At, check: Callable[..., None] = no_check) -> Figures:
+        """Accumulate the gradient of the part's share of the loss, all its trained calls one after the other.
+
+        Where nothing was remembered of the old policy, the weights are the collecting ones: the ratio is exactly 1.
+        """
+        experience, device = part.experience, self.backbone.device
+        conditioning = experience.batches.conditioning(part.places)
+        reference = self._reference(part, conditioning)
+        places = list(part.places)
+        advantages, gate = experience.advantages[places].to(device), experience.gate[places].to(device)
+        shares: list[Figures] = []
+        for call in experience.calls:
+            objective = _CallObjective(self, part, call, advantages, gate, reference.get(call), at, check)
+            call_backward(
+                self.backbone,
+                objective.x,
+                objective.step,
+                conditioning,
+                objective.cotangent,
+                uncond=self.settings.uncond,
+            )
+            shares.append(objective.figures)
+        return {name: torch.stack([share[name] for share in shares]).sum() for name in shares[0]}
+
+    @phase(SAMPLING)
+    def _reference(self, part: Part, conditioning: Conditioning) -> dict[int, torch.Tensor]:
+        """The reference's predictions at the trained calls; empty without a penalty."""
+        if not self.settings.kl_weight:
+            return {}
+        with self.copies.applied(REFERENCE):
+            return {call: self._predict(part, call, conditioning) for call in part.experience.calls}
+
+    def shortened(self, batches: Batches) -> tuple[FlowGRPO, Experience, int]:
+        """Return what `Algorithm.shortened` does: one update of two calls.
+
+        One call's graph is alive at a time, and what is kept is kept on the host.
+        """
+        brief = copy(self)
+        brief.plain, brief.drawing, brief.durations = self.plain[:2], self.drawing[:2], self.durations[:2]
+        brief.settings = self.settings.model_copy(update={"window": None, "timestep_fraction": 1.0})
+        brief.updates = 1
+        most = max(self.settings.collect_batch or 0, batches.batch_size)
+        groups = -(-most // batches.group_size)
+        return brief, brief.collect(batches.of(batches.batch_size, groups * batches.group_size)), 0
+
+    def figures(self, sums: Mapping[str, float], stats: Mapping[str, float]) -> dict[str, float | None]:
+        """Name an update's figures.
+
+        Returns:
+            reward: mean over the iteration's samples; reward/NAME of each part of a combination; s1: see
+                `RewardGradient.figures`, None where the reward has no gradient.
+            equal_groups: groups of the iteration whose rewards are all equal.
+            advantage_std: of all advantages of the iteration.
+            loss: policy loss and penalty; kl: the penalty without its weight, before any gate.
+            ratio, ratio_std: of the update's samples and calls. clipped_above, clipped_below: share beyond the clip
+                range; clipped: share whose gradient is cut off.
+            old_gap: mean |difference| of the log-probability from that of collection, which other batch shapes and
+                precisions make; None in an iteration's later updates.
+        """
+        found: dict[str, float | None] = {"s1": None} | dict(self.judged)
+        found["loss"] = sums.get("loss")
+        found["kl"] = sums.get("kl")
+        off, squares = sums.get("ratio_off"), sums.get("ratio_off_squared")
+        found["ratio"] = None if off is None else 1 + off
+        found["ratio_std"] = None if off is None or squares is None else max(squares - off**2, 0.0) ** 0.5
+        return found | {name: sums.get(name) for name in ("clipped", "clipped_above", "clipped_below", "old_gap")}
+
+
+class _CallObjective:
+    """The loss of one call of a micro-batch, and its gradient by the prediction."""
+
+    def __init__(
+        self,
+        algorithm: FlowGRPO,
+        part: Part,
+        call: int,
+        advantages: torch.Tensor,
+        gate: torch.Tensor,
+        reference: torch.Tensor | None,
+        at: At,
+        check: Callable[..., None],
+    ):
+        self.algorithm, self.part, self.call = algorithm, part, call
+        self.advantages, self.gate, self.reference = advantages, gate, reference
+        self.at, self.check = at, check
+        experience = part.experience
+        self.step = experience.schedule[call]
+        self.x, self.after = experience.latent(call, part), experience.latent(call + 1, part)
+        self.figures: Figures = {}
+
+    def cotangent(self, f: torch.Tensor) -> torch.Tensor:
+        """Compute d loss / d f at the guided prediction f, (B, *latent_shape)."""
+        algorithm, settings, step = self.algorithm, self.algorithm.settings, self.step
+        share = 1.0 / (self.part.total * len(self.part.experience.calls))
+        drawn = residual(step, self.x, f, self.after)
+        fresh = self.call not in self.part.old
+        if fresh and self.at is At.SECOND:
+            raise ValueError("a part's SECOND pass comes after its FIRST")
+        old = algorithm._old(step, self.x, f, self.part, self.call) if fresh else self.part.old[self.call]
+        if self.at is At.FIRST:
+            self.part.old[self.call] = old
+        log_ratio, slope, divergence = self._ratio(f, drawn, old)
+        duration = algorithm.durations[self.call]
+        weight = share / duration if settings.ratio_norm else share
+        policy = surrogate(log_ratio, self.advantages, algorithm.clip, divergence, settings.most_divergence)
+        cotangent = _rows(weight * policy.slope, slope) * slope
+        penalty = torch.zeros_like(policy.loss)
+        if self.reference is not None:
+            off = f - self.reference
+            scale = kl_scale(step, settings.kl_space, None if settings.kl_dt else duration)
+            penalty = scale * off.square().flatten(1).mean(1, dtype=torch.float64)
+            pull = (2 * scale * settings.kl_weight * share / off[0].numel()) * self.gate
+            cotangent = cotangent + _rows(pull, off) * off
+        self.check(cotangent)
+        if fresh and self.at is not At.SECOND:
+            self.figures["old_gap"] = (
+                share * (log_prob(step, drawn, settings.log_prob, algorithm.form) - self._collected(f)).abs().sum()
+            )
+        if self.at is not At.FIRST:
+            off_one = torch.expm1(log_ratio)
+            self.figures |= {
+                "loss": (weight * policy.loss + share * settings.kl_weight * self.gate * penalty).sum(),
+                "kl": share * penalty.sum(),
+                "ratio_off": share * off_one.sum(),
+                "ratio_off_squared": share * off_one.square().sum(),
+                "clipped": share * policy.stopped.double().sum(),
+                "clipped_above": share * policy.above.double().sum(),
+                "clipped_below": share * policy.below.double().sum(),
+            }
+        return cotangent
+
+    def _ratio(
+        self, f: torch.Tensor, drawn: torch.Tensor, old: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """log of the ratio (B,), its derivative by f, and the divergence of the two steps (B,)."""
+        settings, step, form = self.algorithm.settings, self.step, self.algorithm.form
+        slope = log_prob_slope(step, drawn, settings.log_prob, form)
+        if not self.algorithm.needs_old_prediction:
+            return log_prob(step, drawn, settings.log_prob, form) - old, slope, None
+        was = residual(step, self.x, old, self.after)
+        moved = step.b * (f - old)
+        divergence = moved.square().flatten(1).mean(1, dtype=torch.float64) / (2 * step.c**2)
+        if settings.ratio_norm:
+            # log p - log p_old + divergence, scaled by c: what is left of the ratio without its drift below 1.
+            log_ratio = (was * moved).flatten(1).mean(1, dtype=torch.float64) / step.c
+            return log_ratio, was * (step.b / (step.c * was[0].numel())), divergence
+        before = log_prob(step, was, settings.log_prob, form)
+        return log_prob(step, drawn, settings.log_prob, form) - before, slope, divergence
+
+    def _collected(self, f: torch.Tensor) -> torch.Tensor:
+        """The log-probability as it was when the step was drawn, of the noise drawn again."""
+        noise = self.part.experience.batches.noise(self.part.places)
+        drawn = self.step.c * noise.draw("ancestral", f.shape[1:], self.call, f.dtype, f.device)
+        return log_prob(self.step, drawn, self.algorithm.settings.log_prob, self.algorithm.form)
+
+
+def _rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Values (B,) to multiply the rows of a tensor by."""
+    return values.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+def _drawing_schedule(backbone: Backbone, plain: Schedule, settings: FlowGRPOSettings, kind: StepKind) -> Schedule:
+    """The sampler's steps, each of which draws."""
+    level = NOISE_LEVELS[kind] if settings.noise_level is None else settings.noise_level
+    if kind == "sde":
+        return sde_schedule(plain, level)
+    if kind == "cps":
+        return cps_schedule(plain, level)
+    if is_flow(plain):
+        raise UserError("method.step is ddim, and the model is a flow; take sde or cps")
+    return backbone.schedule(len(plain), level)
