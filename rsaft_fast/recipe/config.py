@@ -268,7 +268,7 @@ class Config(Settings):
         speed: what makes an update faster.
         parameters: what is trained.
         sampler: how pictures are sampled.
-        method: which calls of the sampler carry the reward's gradient, or an algorithm of your own.
+        method: which calls of the sampler carry the reward's gradient, a policy gradient, or an algorithm of your own.
         loss: from reward to loss; null takes what the method's authors train with.
         smoothing: RSA-FT's two balls; null is the plain method.
         sharpness: the ball at which the sharpness S1 is logged, in a pixel space; null does not log it.

@@ -110,7 +110,8 @@ class PythonSettings(RewardSettings):
             Reward. The module is imported, so its code runs: from the current folder, PYTHONPATH and what is installed.
             Nothing is downloaded, and nothing but such functions and classes is called.
         arguments: keyword arguments of it.
-        differentiable: whether its scores carry a gradient to the images; false can be scored with, not trained by.
+        differentiable: whether its scores carry a gradient to the images; false can be scored with, and
+            trained by only where the method needs no gradient (flow_grpo).
     """
 
     name: Literal["python"] = "python"

@@ -96,7 +96,7 @@ def test_doctor_has_advice_where_torch_has_no_cuda(monkeypatch):
 def test_help_names_every_method_before_its_keys_and_no_symbol_that_it_does_not_explain(capsys):
     assert main(["train", "--help-config", "method"]) == 0
     text = capsys.readouterr().out
-    for name in ("refl", "draft", "draft_lv", "alignprop", "drtune"):
+    for name in ("refl", "draft", "draft_lv", "alignprop", "drtune", "flow_grpo"):
         assert re.search(rf"# .+\n  name: {name}\n", text)
     assert not re.search(r"# .*\bNone\b|# (M|of b)\b|window of m\b", text)
 
