@@ -7,7 +7,7 @@ updates made from it. Checkpoints fall between iterations, so that what was coll
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -41,11 +41,13 @@ class Algorithm(ABC, Generic[Part]):
         updates: optimizer updates made from one iteration.
         shown: figures that the progress bar shows, name to label, the most important first.
         copies: of the trained weights; checkpoints hold them.
+        notes: lines that the user should see before the first update.
     """
 
     updates: int = 1
     shown: ClassVar[Mapping[str, str]] = {"reward": "reward"}
     copies: Copies = Copies()
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def collect(self, batches: Batches) -> Any:
@@ -75,6 +77,13 @@ class Algorithm(ABC, Generic[Part]):
 
         Raises:
             NonFiniteRewardError: a reward is not finite.
+        """
+
+    def after_update(self, figures: Mapping[str, float | None]) -> None:
+        """Follow an update that was made, before the next one: a rule for copies of the weights.
+
+        Args:
+            figures: as `figures` named them.
         """
 
     def backward_calls(self, part: Part) -> int:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from rsaft_fast.algorithms.base import Algorithm, At, Figures, no_check
 from rsaft_fast.algorithms.copies import REFERENCE, Copies
+from rsaft_fast.algorithms.experience import Experience, Part
 from rsaft_fast.algorithms.groups import full_batches, group_advantages, spread, zero_spread
 from rsaft_fast.algorithms.policy_objective import kl_scale, surrogate
 from rsaft_fast.algorithms.scoring import Scores, on_host, score
@@ -33,50 +33,8 @@ from rsaft_fast.sampling.protocol import Backbone, Conditioning
 from rsaft_fast.sampling.rollout import guided_prediction
 from rsaft_fast.smoothing.objective import ImageSmoothing
 
-
-@dataclass
-class Part:
-    """A micro-batch of an update.
-
-    Attributes:
-        places: its samples, counted from 0 on this rank.
-        total: samples of the whole update, of all ranks.
-        old: by call, what the collecting weights say at this very batch: log-probabilities (B,), or predictions where
-            the method needs them. Filled before the weights have moved.
-    """
-
-    experience: Experience
-    places: tuple[int, ...]
-    total: int
-    old: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
-
-
-@dataclass
-class Experience:
-    """What an iteration has sampled; N samples of this rank.
-
-    Attributes:
-        schedule: the steps of the rollouts.
-        calls: those that are trained.
-        latents: by call, the latents before it, (N, *latent_shape) on the host: of each trained call and the one after.
-        scores: rewards and their like, (N,) each.
-        advantages: (N,) float64.
-        gate: (N,) float64, weight of each sample's penalty.
-        updates: the micro-batches of each update.
-    """
-
-    batches: Batches
-    schedule: Schedule
-    calls: tuple[int, ...]
-    latents: dict[int, torch.Tensor]
-    scores: Scores
-    advantages: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    gate: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    updates: list[list[Part]] = field(default_factory=list)
-
-    def latent(self, call: int, part: Part) -> torch.Tensor:
-        """Return the latents before a call of a micro-batch, on the device."""
-        return self.latents[call][list(part.places)].to(self.batches.backbone.device)
+FEW_STEPS = 8
+"""A model whose usual pictures take no more is distilled."""
 
 
 class FlowGRPO(Algorithm[Part]):
@@ -115,6 +73,12 @@ class FlowGRPO(Algorithm[Part]):
         names = (REFERENCE,) if settings.kl_weight else ()
         self.copies = Copies(backbone.trainable_parameters, names, host=settings.offload_copies)
         self.judged: dict[str, float] = {}
+        usual, _ = backbone.usual_sampling
+        if usual <= FEW_STEPS:
+            self.notes = (
+                f"warning: {backbone.name} is made for {usual} steps: distilled models have few steps to draw in, and "
+                "lose their sharpness under a policy gradient; train the model that it was distilled from",
+            )
         self._calls(0, 0)  # refused before anything is sampled
 
     def _calls(self, seed: int, iteration: int) -> tuple[int, ...]:
@@ -180,6 +144,7 @@ class FlowGRPO(Algorithm[Part]):
         advantages = group_advantages(rewards, settings.advantage_std, settings.advantage_clip, world)
         experience.advantages = advantages.flatten().cpu()
         experience.gate = torch.ones_like(experience.advantages)
+        self.shape(experience, world)
         dropped = equal.repeat_interleave(batches.group_size).tolist()
         if not settings.drop_equal_groups:
             dropped = [False] * len(dropped)
@@ -195,6 +160,9 @@ class FlowGRPO(Algorithm[Part]):
         for part in (part for update in experience.updates[1:] for part in update):
             self._remember(part)
         self._note(experience, advantages, equal, world)
+
+    def shape(self, experience: Experience, world: World) -> None:
+        """Change `advantages` and `gate`, before samples are dealt into updates; here they stay. GARDO's place."""
 
     def _note(self, experience: Experience, advantages: torch.Tensor, equal: torch.Tensor, world: World) -> None:
         """The iteration's figures, over all ranks."""
@@ -233,11 +201,6 @@ class FlowGRPO(Algorithm[Part]):
 
     def parts(self, experience: Experience, index: int) -> list[Part]:
         return experience.updates[index]
-
-    def backward_calls(self, part: Part) -> int:
-        guided = part.experience.batches.encoded.guidance_scale != 1 and self.settings.uncond == "graded"
-        branches = 2 if guided and self.backbone.cfg_batching != "batched" else 1
-        return branches * len(part.experience.calls)
 
     def backward(self, part: Part, at: At, check: Callable[..., None] = no_check) -> Figures:
         """Accumulate the gradient of the part's share of the loss, all its trained calls one after the other.

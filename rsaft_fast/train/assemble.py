@@ -234,6 +234,8 @@ def assemble(
         apply_speed(backbone, config.speed)
         parameters = backbone.trainable_parameters
         algorithm = build_algorithm(config, backbone, reward, schedule, world)
+        for note in algorithm.notes:
+            log(note)
         if config.max_steps % algorithm.updates:
             raise UserError(
                 f"max_steps is {config.max_steps}, and an iteration of method {config.method.name} makes "

@@ -117,6 +117,7 @@ class Trainer(Assembly):
                 world=self.world,
                 compare_gradients=config.logging.diagnostics and not config.optimizer.release_gradients,
             )
+        self.algorithm.after_update(figures)
         denoising_loss = None
         with self._naming_oom("the optimizer's step is made; go on from the last checkpoint"):
             if self.denoising is not None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from builders.backbones import PROMPTS, cfg, clear_gradients, gradients, make_backbone, relative_error
+from builders.messages import says
 from builders.toy_flow import ToyFlow
 
 from rsaft_fast.algorithms.base import At
@@ -169,7 +170,10 @@ def test_both_updates_gradients_are_the_equations(any_backbone, guidance):
     assert sums["ratio_off"] == sums["clipped"] == 0 and sums["loss"] == pytest.approx(float(loss.detach()), rel=1e-9)
     _, old = truth(algorithm, experience, second, level, 1e-3, 0.0)
     moved(backbone, 0.03, 2)
-    loss, _ = truth(algorithm, experience, second, level, 1e-3, 0.3, old)
+    _, now = truth(algorithm, experience, second, level, 1e-3, 0.0)
+    ratios = torch.cat([(now[key] - old[key]).exp() for key in old])
+    algorithm.clip = clip = float((ratios - 1).abs().quantile(0.25))
+    loss, _ = truth(algorithm, experience, second, level, clip, 0.3, old)
     wanted = autograd_of(backbone, loss)
     ours, sums = gradient_of(algorithm, second)
     assert 0 < sums["clipped"] < 1 and sums["ratio_off_squared"] > 0
@@ -252,6 +256,30 @@ def test_other_ratios_and_penalties(sd3, space):
     assert relative_error(ours, wanted) < 1e-9 and sums["ratio_off_squared"] > 0
 
 
+def test_a_divergence_mask_takes_the_clip_ranges_place(sd3):
+    found = {}
+    for name, settings in {
+        "open": {"clip": 0.99},
+        "never": {"most_divergence": 1e9},
+        "always": {"most_divergence": 1e-30},
+    }.items():
+        algorithm, experience = prepared(sd3, updates=2, kl_weight=0.0, **settings)
+        moved(sd3, 0.05, 2)
+        found[name] = gradient_of(algorithm, algorithm.parts(experience, 1))
+    assert relative_error(found["never"][0], found["open"][0]) < 1e-9
+    assert found["never"][1]["clipped"] == 0 < found["always"][1]["clipped"] < 1
+    assert relative_error(found["always"][0], found["open"][0]) > 0.01
+
+
+def test_without_guidance_in_training_the_rollout_has_none_either(sd3):
+    (_, none), (_, plain) = (prepared(sd3, w, uncond=uncond) for w, uncond in ((2.5, "none"), (1.0, "graded")))
+    assert torch.equal(none.latents[1], plain.latents[1])
+    ours, wanted = (
+        gradient_of(made, found.updates[0])[0] for made, found in (prepared(sd3, 2.5, uncond="none"), prepared(sd3))
+    )
+    assert relative_error(ours, wanted) < 1e-9
+
+
 @torch.no_grad()
 def guided_at(backbone, experience, part, call):
     conditioning = experience.batches.conditioning(part.places)
@@ -317,6 +345,27 @@ def test_an_iteration_that_says_nothing_changes_nothing(sd3):
     assert all(torch.equal(before[n], p) for n, p in sd3.trainable_parameters.items())
 
 
+class Gated(FlowGRPO):
+    """No advantages, and a penalty on some samples alone."""
+
+    def shape(self, experience, world):
+        experience.advantages = torch.zeros_like(experience.advantages)
+        experience.gate = torch.tensor(self.weights, dtype=torch.float64)
+
+
+def test_a_gate_weighs_each_samples_penalty(sd3):
+    algorithm, experience = prepared(sd3, kl_weight=0.3)
+    algorithm.__class__ = Gated
+    found = []
+    for weights in ([1, 0, 0, 0], [0, 1, 1, 1], [1, 1, 1, 1]):
+        algorithm.weights = weights
+        algorithm.judge(experience, World())
+        found.append(gradient_of(algorithm, algorithm.parts(experience, 0))[0])
+    both = {name: found[0][name] + found[1][name] for name in found[0]}
+    assert relative_error(both, found[2]) < 1e-9
+    assert 0.01 < relative_error(found[0], found[2]) < 2
+
+
 @pytest.mark.parametrize("host", [False, True])
 def test_copies_come_and_go_by_value(host):
     weights = {"w": torch.nn.Parameter(torch.tensor([1.0, 2.0])), "v": torch.nn.Parameter(torch.tensor([0.1]))}
@@ -334,6 +383,14 @@ def test_copies_come_and_go_by_value(host):
     other = Copies(weights, ("reference", "old"), host)
     other.load(copies.tensors)
     assert other.tensors["reference"]["w"].tolist() == [1.0, 2.0]
+
+
+def test_a_distilled_model_is_warned_about():
+    backbone = ToyFlow(Shift(), -0.4, 4)
+    make = lambda: FlowGRPO(backbone, Brightness(), Settings(), 4)  # noqa: E731
+    assert not make().notes
+    backbone.usual_sampling = (4, 1.0)
+    assert says("ToyFlow", 4, "distilled").search(make().notes[0])
 
 
 class Shift(torch.nn.Module):

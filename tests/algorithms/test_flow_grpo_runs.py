@@ -55,6 +55,13 @@ def test_it_trains_without_a_gradient_of_the_reward_and_resumes_to_the_same_bits
         train(grpo(tiny, halves, resume="auto", max_steps=6, method=method | {"kl_weight": 0.0}))
 
 
+def test_the_sharpness_of_a_reward_with_a_gradient_is_logged(tiny, tmp_path):
+    keys = {"reward": {"path": str(tiny.clip)}, "smoothing": {"image": None, "parameters": None}}
+    train(grpo(tiny, tmp_path / "run", "sd15", max_steps=1, method=GRPO, sharpness={"radius": 0.5}, **keys))
+    (record,) = records(tmp_path / "run")
+    assert record["s1"] > 0 and record["ratio"] == 1 and record["ratio_std"] == record["clipped"] == 0
+
+
 def test_its_memory_is_that_of_collection_and_of_one_trained_call(tiny, tmp_path):
     small = estimate(grpo(tiny, tmp_path / "run"))
     assert {SAMPLING, SCORING, DENOISER} <= {phase.name for phase in small.phases}
@@ -121,5 +128,8 @@ def test_weights_that_are_no_number_skip_the_update_and_are_counted(tiny, tmp_pa
 
     monkeypatch.setattr(flow_grpo, "log_prob", broken)
     keys = {"smoothing": {"image": None, "parameters": None}, "method": GRPO | {"kl_weight": 0.0}}
+    followed = []
+    monkeypatch.setattr(flow_grpo.FlowGRPO, "after_update", lambda algorithm, figures: followed.append(figures))
     train(grpo(tiny, tmp_path / "run", max_steps=2, **keys))
     assert [line["skipped"] for line in records(tmp_path / "run")] == [1, 1]
+    assert [figures["ratio"] for figures in followed] == [pytest.approx(float("nan"), nan_ok=True), pytest.approx(1)]
