@@ -32,3 +32,8 @@ Dtype = Annotated[Literal["fp32", "bf16", "fp16"], _short_name_of("fp32", "bf16"
 
 WideDtype = Annotated[Literal["fp32", "bf16", "fp16", "fp64"], _short_name_of(*DTYPES)]
 """`Dtype`, and the one with which results are checked."""
+
+
+def wide(values: torch.Tensor) -> torch.Tensor:
+    """Return values in float32 at least: as they are, or widened."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,6 +1,7 @@
 """How different pictures are: DINOv2 (arXiv 2304.07193) and DINOv3 (arXiv 2508.10104) features, and distances in them.
 
-GARDO (arXiv 2512.24138) scales the advantages of pictures that lie far from their prompt's others.
+GARDO (arXiv 2512.24138) scales the advantages of pictures that lie far from their prompt's others. On the playground,
+whose pictures are too small for DINO, the image encoder of a reward that ships with the package stands in.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Dinov2Model, DINOv3ViTModel
+from transformers import CLIPConfig, CLIPModel, Dinov2Model, DINOv3ViTModel
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.files import sha256_of
-from rsaft_fast.memory.checkpointing import checkpoint_calls
+from rsaft_fast.memory.checkpointing import checkpoint_calls, checkpoint_clip_vision
 from rsaft_fast.rewards.base import RewardSpec, unit
-from rsaft_fast.rewards.clip import image_processor_config, preprocess_from_config
-from rsaft_fast.rewards.files import checkpoint_folder, read_json, weight_files
+from rsaft_fast.rewards.clip import image_processor_config, load_clip_model, preprocess_from_config
+from rsaft_fast.rewards.files import checkpoint_folder, local_folder, read_json, weight_files
 from rsaft_fast.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, Clamp, Preprocess, without_autocast
+from rsaft_fast.rewards.settings import shipped
 from rsaft_fast.rewards.weights import load_pretrained
 
 # Model class, its published preprocessing, and the licence of the weights.
@@ -38,7 +40,15 @@ _MODELS: dict[str, tuple[type, dict[str, Any], str]] = {
 }
 
 
-class DinoFeatures(nn.Module):
+_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+# Words of a hub id, and the shapes that are published under it.
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "dinov2-large": {"model_type": "dinov2", "image_size": 518, "patch_size": 14} | _LARGE,
+    "dinov3-vitl16": {"model_type": "dinov3_vit", "intermediate_size": 4096, "num_register_tokens": 4} | _LARGE,
+}
+
+
+class Features(nn.Module):
     """Unit features of pictures, differentiable in them.
 
     Attributes:
@@ -49,7 +59,7 @@ class DinoFeatures(nn.Module):
 
     def __init__(
         self,
-        model: Dinov2Model | DINOv3ViTModel,
+        model: nn.Module,
         prepare: Preprocess,
         spec: RewardSpec,
         *,
@@ -60,19 +70,64 @@ class DinoFeatures(nn.Module):
         self.model = model.to(dtype).requires_grad_(False).eval()
         self.prepare, self.spec = prepare, spec
         if checkpoint:
-            checkpoint_calls(_layers(model))
+            self.checkpoint_layers()
 
-    def train(self, mode: bool = True) -> DinoFeatures:
+    def checkpoint_layers(self) -> None:
+        """Recompute the model's layers in the backward pass."""
+        raise NotImplementedError
+
+    def embed(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Features (B, D) of preprocessed pictures, of any length."""
+        raise NotImplementedError
+
+    @property
+    def width(self) -> int:
+        """Numbers of a feature."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Features:
         """Stays in `eval()`: stochastic depth would make features noise."""
         return super().train(False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W), nominally 0 to 1, to the class token's features (B, D), rows of length 1."""
+        """Images (B, 3, H, W), nominally 0 to 1, to features (B, D), rows of length 1."""
         inputs = self.prepare(images.double() if self.model.dtype == torch.float64 else images)
         if len(inputs) == 0:
-            return inputs.new_zeros(0, self.model.config.hidden_size)
+            return inputs.new_zeros(0, self.width)
         with without_autocast(images.device):
-            return unit(self.model(pixel_values=inputs.to(self.model.dtype)).pooler_output)
+            return unit(self.embed(inputs.to(self.model.dtype)))
+
+
+class DinoFeatures(Features):
+    """The class token's features of DINOv2 or DINOv3."""
+
+    def checkpoint_layers(self) -> None:
+        checkpoint_calls(_layers(self.model))
+
+    def embed(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values=inputs).pooler_output
+
+    @property
+    def width(self) -> int:
+        return self.model.config.hidden_size
+
+
+class ClipFeatures(Features):
+    """The image embedding of a CLIPModel, without its text tower."""
+
+    def __init__(self, model: CLIPModel, *arguments: Any, **options: Any):
+        del model.text_model, model.text_projection
+        super().__init__(model, *arguments, **options)
+
+    def checkpoint_layers(self) -> None:
+        checkpoint_clip_vision(self.model)
+
+    def embed(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.model.get_image_features(pixel_values=inputs).pooler_output
+
+    @property
+    def width(self) -> int:
+        return self.model.config.projection_dim
 
 
 def cosine_distances(features: torch.Tensor) -> torch.Tensor:
@@ -115,11 +170,11 @@ def load_features(
     dtype: torch.dtype = torch.float32,
     checkpoint: bool = True,
     device: torch.device | str = "cpu",
-) -> DinoFeatures:
+) -> Features:
     """DINOv2 or DINOv3 (ViT) in transformers' format: folder or hub id (facebook/dinov2-large; dinov3's are gated).
 
     Args:
-        path: folder or hub id.
+        path: folder or hub id; playground/fair and playground/brittle are the image encoders of those rewards.
         clamp: see `Preprocess`.
         dtype: of the model; features are in fp32 at least.
         checkpoint: recompute the layers in the backward pass instead of keeping their activations.
@@ -128,6 +183,8 @@ def load_features(
     Raises:
         UserError: a missing file or weight, another model's checkpoint, or preprocessing that is not done here.
     """
+    if (place := shipped(str(path))) != str(path):
+        return _of_shipped_reward(Path(place), str(path), clamp, dtype, checkpoint).to(device)
     folder = checkpoint_folder(path)
     kind = read_json(folder / "config.json").get("model_type")
     if kind not in _MODELS:
@@ -145,6 +202,44 @@ def load_features(
         )
     spec = RewardSpec(kind, str(path), sha256_of(files), prepare.describe(), licence)
     return DinoFeatures(model, prepare, spec, dtype=dtype, checkpoint=checkpoint).to(device)
+
+
+def feature_shapes(path: str | Path) -> Features:
+    """Build the same features on the meta device: every shape, no weight.
+
+    Raises:
+        UserError: there is no config there, in the hub's cache, or published under that name.
+    """
+    if (place := shipped(str(path))) != str(path):
+        with torch.device("meta"):
+            model = CLIPModel(CLIPConfig.from_dict(read_json(Path(place) / "config.json")))
+        size = model.config.vision_config.image_size
+        prepare = preprocess_from_config(image_processor_config(Path(place)), size)
+        return ClipFeatures(model, prepare, RewardSpec("clip", str(path)))
+    folder = local_folder(str(path), "config.json")
+    if folder is not None:
+        config = read_json(folder / "config.json")
+    else:
+        config = next((known for name, known in _PUBLISHED.items() if name in str(path).lower()), {})
+    kind = config.get("model_type")
+    if kind not in _MODELS:
+        raise UserError(
+            f"{str(path)!r} is neither on this machine nor a published {' or '.join(_PUBLISHED)} by name, so that its "
+            "memory cannot be estimated; download it first"
+        )
+    model_class, preparation, licence = _MODELS[kind]
+    with torch.device("meta"):
+        model = model_class(model_class.config_class.from_dict(config))
+    given = {} if folder is None else {k: v for k, v in image_processor_config(folder).items() if v is not None}
+    prepare = _preprocess(preparation | given, "hard")
+    return DinoFeatures(model, prepare, RewardSpec(kind, str(path), licence=licence))
+
+
+def _of_shipped_reward(folder: Path, name: str, clamp: Clamp, dtype: torch.dtype, checkpoint: bool) -> ClipFeatures:
+    model = load_clip_model(folder, name)
+    prepare = preprocess_from_config(image_processor_config(folder), model.config.vision_config.image_size, clamp)
+    spec = RewardSpec("clip", name, sha256_of(weight_files(folder)), prepare.describe())
+    return ClipFeatures(model, prepare, spec, dtype=dtype, checkpoint=checkpoint)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

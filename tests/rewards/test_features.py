@@ -16,7 +16,8 @@ from transformers import AutoModel, Dinov2Config, Dinov2Model, DINOv3ViTConfig, 
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory import saved_tensor_bytes
-from rsaft_fast.rewards.features import cosine_distances, diversity, load_features, nearest_distances
+from rsaft_fast.rewards import RewardSettings
+from rsaft_fast.rewards.features import cosine_distances, diversity, feature_shapes, load_features, nearest_distances
 
 KINDS = ("dinov2", "dinov3_vit")
 
@@ -119,6 +120,22 @@ def test_distances_against_numpy():
             nearest_distances(few)
 
 
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_a_shipped_rewards_encoder_stands_in_for_dino(checkpoint):
+    reward = RewardSettings(path="playground/fair").load()
+    features = load_features("playground/fair", checkpoint=checkpoint)
+    images = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        own = reward.model.get_image_features(pixel_values=reward.preprocess(images)).pooler_output
+    own = own / own.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(features(images), own)
+    assert nearest_distances(features(images)).min() > 0 and features(images[:0]).shape == (0, own.shape[1])
+    assert (features.spec.source, features.spec.sha256) == ("playground/fair", reward.spec.sha256)
+    assert not hasattr(features.model, "text_model")
+    with pytest.raises(UserError, match=says("playground/none")):
+        load_features("playground/none")
+
+
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 
 
@@ -128,6 +145,23 @@ def test_full_size_has_the_published_number_of_parameters():
         two = Dinov2Model(Dinov2Config(image_size=518, patch_size=14, **LARGE))
         three = DINOv3ViTModel(DINOv3ViTConfig(intermediate_size=4096, num_register_tokens=4, **LARGE))
     assert [sum(p.numel() for p in model.parameters()) for model in (two, three)] == [304_368_640, 303_129_600]
+
+
+@pytest.mark.parametrize("path", ["playground/fair", None])
+def test_shapes_alone_are_those_of_the_weights(path, folder):
+    shapes, real = feature_shapes(path or folder), load_features(path or folder)
+    assert {n: p.shape for n, p in shapes.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
+    assert all(p.is_meta for p in shapes.parameters())
+    images = torch.rand(2, 3, 36, 36)
+    assert shapes(images.to("meta")).shape == real(images).shape
+
+
+def test_shapes_of_what_is_published_are_known_without_it():
+    names = ("facebook/dinov2-large", "facebook/dinov3-vitl16-pretrain-lvd1689m")
+    counts = [sum(p.numel() for p in feature_shapes(name).parameters()) for name in names]
+    assert counts == [304_368_640, 303_129_600]
+    with pytest.raises(UserError, match=says("nobody/nothing", "dinov2-large", "download")):
+        feature_shapes("nobody/nothing")
 
 
 def test_what_is_wrong_is_one_clear_line(folder, tmp_path):
