@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from rsaft_fast.dtypes import wide
 from rsaft_fast.phases import AVERAGING, phase
 
 MEAN = "mean"
@@ -55,6 +56,16 @@ class Copies:
         """Set a copy to the weights as they are now."""
         for key, tensor in self.tensors[name].items():
             tensor.copy_(self.parameters[key])
+
+    @torch.no_grad()
+    def follow(self, name: str, decay: float) -> None:
+        """Move a copy towards the weights as they are now: copy <- decay copy + (1 - decay) weights.
+
+        In fp32 at least, rounded to the weights' dtype.
+        """
+        for key, tensor in self.tensors[name].items():
+            weights = wide(self.parameters[key].to(tensor.device))
+            tensor.copy_(wide(tensor).lerp(weights, 1 - decay))
 
     @torch.no_grad()
     def load(self, saved: Mapping[str, Mapping[str, torch.Tensor]]) -> None:

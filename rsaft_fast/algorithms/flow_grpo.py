@@ -13,31 +13,27 @@ from typing import Any
 
 import torch
 
-from rsaft_fast.algorithms.base import Algorithm, At, Figures, no_check
-from rsaft_fast.algorithms.copies import REFERENCE, Copies
+from rsaft_fast.algorithms.base import At, Figures, no_check
+from rsaft_fast.algorithms.copies import REFERENCE
 from rsaft_fast.algorithms.experience import Experience, Part
-from rsaft_fast.algorithms.groups import full_batches, group_advantages, spread, zero_spread
+from rsaft_fast.algorithms.group_policy import GroupPolicy
+from rsaft_fast.algorithms.nft_objective import reference_cotangent, reference_distance
 from rsaft_fast.algorithms.policy_objective import kl_scale, surrogate
-from rsaft_fast.algorithms.scoring import Scores, on_host, score
 from rsaft_fast.data.batches import Batches, MicroBatch
-from rsaft_fast.distributed import World
 from rsaft_fast.errors import UserError
 from rsaft_fast.methods import FlowGRPO as FlowGRPOSettings
 from rsaft_fast.methods.flow_grpo import NOISE_LEVELS, StepKind
 from rsaft_fast.phases import SAMPLING, phase
-from rsaft_fast.progress import watched
 from rsaft_fast.rewards.base import Reward
+from rsaft_fast.rewards.features import Features
 from rsaft_fast.sampling import LinearStep, Schedule, call_backward, derive_rng, sample_chain
 from rsaft_fast.sampling.policy import cps_schedule, is_flow, log_prob, log_prob_slope, residual, sde_schedule
 from rsaft_fast.sampling.protocol import Backbone, Conditioning
 from rsaft_fast.sampling.rollout import guided_prediction
 from rsaft_fast.smoothing.objective import ImageSmoothing
 
-FEW_STEPS = 8
-"""A model whose usual pictures take no more is distilled."""
 
-
-class FlowGRPO(Algorithm[Part]):
+class FlowGRPO(GroupPolicy):
     """Compare the pictures of each prompt, and make the better ones' steps more likely."""
 
     shown = {"reward": "reward", "ratio_std": "ratio std", "clipped": "clipped", "kl": "KL", "s1": "S1"}
@@ -50,19 +46,15 @@ class FlowGRPO(Algorithm[Part]):
         num_steps: int,
         *,
         probe: ImageSmoothing | None = None,
+        features: Features | None = None,
     ):
-        """
-        Args:
-            num_steps: network calls of a rollout.
-            probe: the ball at which the sharpness S1 is logged, of a reward that has a gradient.
+        """Arguments as of `GroupPolicy`.
 
         Raises:
             UserError: steps that the model does not have, or settings that do not go together.
         """
-        self.backbone, self.reward, self.settings = backbone, reward, settings
-        self.probe = probe if reward.differentiable else None
-        self.updates = settings.updates
-        self.plain = backbone.schedule(num_steps)
+        super().__init__(backbone, reward, settings, num_steps, probe=probe, features=features)
+        self.settings = settings
         flow = is_flow(self.plain)
         self.kind = settings.step or ("sde" if flow else "ddim")
         self.drawing = _drawing_schedule(backbone, self.plain, settings, self.kind)
@@ -70,15 +62,6 @@ class FlowGRPO(Algorithm[Part]):
         self.durations = tuple(-step.b if flow else 1.0 for step in self.plain)
         self.form, self.clip = settings.form(self.kind), settings.clip_range(self.kind)
         self.needs_old_prediction = settings.ratio_norm or settings.most_divergence is not None
-        names = (REFERENCE,) if settings.kl_weight else ()
-        self.copies = Copies(backbone.trainable_parameters, names, host=settings.offload_copies)
-        self.judged: dict[str, float] = {}
-        usual, _ = backbone.usual_sampling
-        if usual <= FEW_STEPS:
-            self.notes = (
-                f"warning: {backbone.name} is made for {usual} steps: distilled models have few steps to draw in, and "
-                "lose their sharpness under a policy gradient; train the model that it was distilled from",
-            )
         self._calls(0, 0)  # refused before anything is sampled
 
     def _calls(self, seed: int, iteration: int) -> tuple[int, ...]:
@@ -86,31 +69,16 @@ class FlowGRPO(Algorithm[Part]):
         drawing = sum(step.c > 0 for step in self.drawing)
         return self.settings.trained_calls(len(self.plain), drawing, derive_rng(seed, iteration, "plan"))
 
-    def collect(self, batches: Batches) -> Experience:
-        """Sample the iteration's pictures at the weights as they are, and score them."""
+    def plan(self, batches: Batches) -> tuple[Schedule, tuple[int, ...], tuple[int, ...]]:
         settings = self.settings
         calls = self._calls(batches.source.seed, batches.step)
         draws = range(len(self.plain)) if settings.draws == "all" and settings.window is None else calls
         schedule = tuple(self.drawing[i] if i in draws else step for i, step in enumerate(self.plain))
-        kept: dict[int, list[torch.Tensor]] = {i: [] for call in calls for i in (call, call + 1)}
-        scores: list[Scores] = []
-        chunks = batches.of(settings.collect_batch or batches.batch_size)
-        for chunk in watched(chunks, "batches of the iteration's pictures", len(chunks), "batch"):
-            end, latents = self._sample(batches, chunk, schedule, kept)
-            latents[len(schedule)] = end
-            for call, found in kept.items():
-                found.append(on_host(latents[call]))
-            # Decoded as many at a time as the update takes: sampling needs less a picture than the decoder.
-            for rows in range(0, len(end), batches.batch_size):
-                part = slice(rows, rows + batches.batch_size)
-                scores.append(score(self.backbone, self.reward, end[part], chunk.prompts[part], self.probe))
-        joined = {call: torch.cat(found) for call, found in kept.items()}
-        return Experience(batches, schedule, calls, joined, Scores.cat(scores))
+        return schedule, calls, tuple(dict.fromkeys(i for call in calls for i in (call, call + 1)))
 
-    def _sample(
+    def sample(
         self, batches: Batches, chunk: MicroBatch, schedule: Schedule, keep: Mapping[int, Any]
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """x_T to x_0; the latents before the calls of `keep`."""
         uncond = self.settings.uncond
         first, x = next(i for i, step in enumerate(schedule) if step.c), chunk.latents
         if batches.same_noise and first > 0:
@@ -134,50 +102,14 @@ class FlowGRPO(Algorithm[Part]):
             self.backbone, schedule, x, chunk.conditioning, chunk.noise, first=first, uncond=uncond, keep=set(keep)
         )
 
-    @phase(SAMPLING)
-    def judge(self, experience: Experience, world: World) -> None:
-        """Compute advantages, deal the samples into updates, and note what later updates' ratios compare with."""
-        settings, batches = self.settings, experience.batches
-        shared = self.backbone.device if world.size > 1 else torch.device("cpu")
-        rewards = experience.scores.rewards.to(shared).view(-1, batches.group_size)
-        equal = zero_spread(rewards)
-        advantages = group_advantages(rewards, settings.advantage_std, settings.advantage_clip, world)
-        experience.advantages = advantages.flatten().cpu()
-        experience.gate = torch.ones_like(experience.advantages)
-        self.shape(experience, world)
-        dropped = equal.repeat_interleave(batches.group_size).tolist()
-        if not settings.drop_equal_groups:
-            dropped = [False] * len(dropped)
-        kept = [place for place, drop in enumerate(dropped) if not drop]
-        left_out = [place for place, drop in enumerate(dropped) if drop]
-        rng = derive_rng(batches.source.seed, batches.step, "shuffle")
-        dealt = full_batches(kept, left_out, batches.batch_size, self.updates, rng)
-        counts = torch.tensor([float(sum(map(len, update))) for update in dealt], device=shared)
-        totals = [int(total) for total in world.sum(counts).tolist()]
-        experience.updates = [
-            [Part(experience, places, total) for places in update] for update, total in zip(dealt, totals)
-        ]
+    def clipped(self, advantages: torch.Tensor) -> torch.Tensor:
+        clip = self.settings.advantage_clip
+        return advantages if clip is None else advantages.clamp(-clip, clip)
+
+    def prepare(self, experience: Experience) -> None:
+        """Note what later updates' ratios compare with."""
         for part in (part for update in experience.updates[1:] for part in update):
             self._remember(part)
-        self._note(experience, advantages, equal, world)
-
-    def shape(self, experience: Experience, world: World) -> None:
-        """Change `advantages` and `gate`, before samples are dealt into updates; here they stay. GARDO's place."""
-
-    def _note(self, experience: Experience, advantages: torch.Tensor, equal: torch.Tensor, world: World) -> None:
-        """The iteration's figures, over all ranks."""
-        means = {"reward": experience.scores.rewards} | experience.scores.others
-        rows = [
-            torch.stack([values.sum(dtype=torch.float64), values.new_tensor(len(values)).double()])
-            for values in means.values()
-        ]
-        rows.append(torch.stack([equal.double().sum(), equal.new_tensor(len(equal), dtype=torch.float64)]).cpu())
-        sums = world.sum(torch.stack(rows).to(advantages.device)).cpu()
-        self.judged = {name: float(total / count) for name, (total, count) in zip(means, sums)}
-        self.judged |= {
-            "equal_groups": float(sums[-1, 0]),
-            "advantage_std": float(spread(advantages, world)),
-        }
 
     def _remember(self, part: Part) -> None:
         """What the weights say now, at the shape of the update's batch: outputs change with it, by more than clips."""
@@ -198,9 +130,6 @@ class FlowGRPO(Algorithm[Part]):
         experience = part.experience
         x = experience.latent(call, part)
         return guided_prediction(self.backbone, x, experience.schedule[call], conditioning, self.settings.uncond)
-
-    def parts(self, experience: Experience, index: int) -> list[Part]:
-        return experience.updates[index]
 
     def backward(self, part: Part, at: At, check: Callable[..., None] = no_check) -> Figures:
         """Accumulate the gradient of the part's share of the loss, all its trained calls one after the other.
@@ -229,7 +158,7 @@ class FlowGRPO(Algorithm[Part]):
     @phase(SAMPLING)
     def _reference(self, part: Part, conditioning: Conditioning) -> dict[int, torch.Tensor]:
         """The reference's predictions at the trained calls; empty without a penalty."""
-        if not self.settings.kl_weight:
+        if not (self.kl_weight or self.norm_weight):
             return {}
         with self.copies.applied(REFERENCE):
             return {call: self._predict(part, call, conditioning) for call in part.experience.calls}
@@ -241,7 +170,7 @@ class FlowGRPO(Algorithm[Part]):
         """
         brief = copy(self)
         brief.plain, brief.drawing, brief.durations = self.plain[:2], self.drawing[:2], self.durations[:2]
-        brief.settings = self.settings.model_copy(update={"window": None, "timestep_fraction": 1.0})
+        brief.settings = brief._common = self.settings.model_copy(update={"window": None, "timestep_fraction": 1.0})
         brief.updates = 1
         most = max(self.settings.collect_batch or 0, batches.batch_size)
         groups = -(-most // batches.group_size)
@@ -255,7 +184,8 @@ class FlowGRPO(Algorithm[Part]):
                 `RewardGradient.figures`, None where the reward has no gradient.
             equal_groups: groups of the iteration whose rewards are all equal.
             advantage_std: of all advantages of the iteration.
-            loss: policy loss and penalty; kl: the penalty without its weight, before any gate.
+            loss: policy loss and penalty; kl: the penalty without its weight, before any gate; gated_kl: with the
+                gate; longer: share by which predictions are longer than the reference's.
             ratio, ratio_std: of the update's samples and calls. clipped_above, clipped_below: share beyond the clip
                 range; clipped: share whose gradient is cut off.
             old_gap: mean |difference| of the log-probability from that of collection, which other batch shapes and
@@ -263,7 +193,7 @@ class FlowGRPO(Algorithm[Part]):
         """
         found: dict[str, float | None] = {"s1": None} | dict(self.judged)
         found["loss"] = sums.get("loss")
-        found["kl"] = sums.get("kl")
+        found |= {name: sums.get(name) for name in ("kl", "gated_kl", "longer")}
         off, squares = sums.get("ratio_off"), sums.get("ratio_off_squared")
         found["ratio"] = None if off is None else 1 + off
         found["ratio_std"] = None if off is None or squares is None else max(squares - off**2, 0.0) ** 0.5
@@ -308,13 +238,20 @@ class _CallObjective:
         weight = share / duration if settings.ratio_norm else share
         policy = surrogate(log_ratio, self.advantages, algorithm.clip, divergence, settings.most_divergence)
         cotangent = _rows(weight * policy.slope, slope) * slope
-        penalty = torch.zeros_like(policy.loss)
-        if self.reference is not None:
-            off = f - self.reference
-            scale = kl_scale(step, settings.kl_space, None if settings.kl_dt else duration)
-            penalty = scale * off.square().flatten(1).mean(1, dtype=torch.float64)
-            pull = (2 * scale * settings.kl_weight * share / off[0].numel()) * self.gate
-            cotangent = cotangent + _rows(pull, off) * off
+        scale = (
+            kl_scale(step, settings.kl_space, None if settings.kl_dt else duration) if self.reference is not None else 0
+        )
+        penalty = algorithm.penalty(
+            f,
+            self.reference,
+            self.gate,
+            lambda f, reference: scale * reference_distance(f, reference),
+            lambda f, reference: scale * reference_cotangent(f, reference),
+        )
+        held: Figures = {}
+        if penalty is not None:
+            cotangent = cotangent + share * penalty[1]
+            held = penalty[2] | {"loss": penalty[0]}
         self.check(cotangent)
         if fresh and self.at is not At.SECOND:
             self.figures["old_gap"] = (
@@ -323,14 +260,14 @@ class _CallObjective:
         if self.at is not At.FIRST:
             off_one = torch.expm1(log_ratio)
             self.figures |= {
-                "loss": (weight * policy.loss + share * settings.kl_weight * self.gate * penalty).sum(),
-                "kl": share * penalty.sum(),
+                "loss": (weight * policy.loss + share * held.pop("loss", torch.zeros_like(policy.loss))).sum(),
                 "ratio_off": share * off_one.sum(),
                 "ratio_off_squared": share * off_one.square().sum(),
                 "clipped": share * policy.stopped.double().sum(),
                 "clipped_above": share * policy.above.double().sum(),
                 "clipped_below": share * policy.below.double().sum(),
             }
+            self.figures |= {name: share * values.sum() for name, values in held.items()}
         return cotangent
 
     def _ratio(

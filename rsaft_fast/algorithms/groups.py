@@ -48,6 +48,16 @@ def spread(values: torch.Tensor, world: World | None = None) -> torch.Tensor:
     return (world.sum((values - total / count).square().sum()) / count).sqrt()
 
 
+def gather(values: torch.Tensor, world: World) -> torch.Tensor:
+    """Return the values (N, ...) of all ranks, one after the other; the same on each."""
+    if world.size == 1:
+        return values
+    everyones = values.new_zeros(world.size * len(values), *values.shape[1:])
+    mine = world.share(len(values))
+    everyones[mine.start : mine.stop] = values
+    return world.sum(everyones)
+
+
 def full_batches(
     kept: list[int], left_out: list[int], size: int, updates: int, rng: np.random.Generator
 ) -> list[list[tuple[int, ...]]]:

@@ -6,14 +6,18 @@ from collections.abc import Callable
 
 from rsaft_fast.algorithms.base import Algorithm
 from rsaft_fast.algorithms.flow_grpo import FlowGRPO
+from rsaft_fast.algorithms.nft import NFT
 from rsaft_fast.algorithms.reward_gradient import RewardGradient
 from rsaft_fast.distributed import World
 from rsaft_fast.errors import UserError
 from rsaft_fast.importing import load_callable, make, makes
+from rsaft_fast.methods import NFT as NFTSettings
 from rsaft_fast.methods import FlowGRPO as FlowGRPOSettings
 from rsaft_fast.methods import GradientMethod, Method, PythonMethod
+from rsaft_fast.methods.gardo import Gardo
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards.base import Reward
+from rsaft_fast.rewards.features import Features, feature_shapes, load_features
 from rsaft_fast.sampling import Schedule
 from rsaft_fast.sampling.protocol import Backbone
 
@@ -55,7 +59,35 @@ def _reward_gradient(
 def _flow_grpo(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule, world: World) -> FlowGRPO:
     method = config.method
     assert isinstance(method, FlowGRPOSettings)
-    return FlowGRPO(backbone, reward, method, len(schedule), probe=config.sharpness)
+    return FlowGRPO(
+        backbone,
+        reward,
+        method,
+        len(schedule),
+        probe=config.sharpness,
+        features=_features(method.gardo, backbone),
+    )
+
+
+def _nft(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule, world: World) -> NFT:
+    method = config.method
+    assert isinstance(method, NFTSettings)
+    return NFT(
+        backbone,
+        reward,
+        method,
+        len(schedule),
+        probe=config.sharpness,
+        features=_features(method.gardo, backbone),
+    )
+
+
+def _features(gardo: Gardo | None, backbone: Backbone) -> Features | None:
+    if gardo is None or gardo.diversity is None:
+        return None
+    if backbone.device.type == "meta":
+        return feature_shapes(gardo.diversity.features)
+    return load_features(gardo.diversity.features, device=backbone.device)
 
 
 def _own(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule, world: World) -> Algorithm:
@@ -74,6 +106,7 @@ def _own(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule,
 BUILDERS: dict[type[Method], Callable[[Config, Backbone, Reward, Schedule, World], Algorithm]] = {
     GradientMethod: _reward_gradient,
     FlowGRPOSettings: _flow_grpo,
+    NFTSettings: _nft,
     PythonMethod: _own,
 }
 """A line an algorithm: its settings, and what makes it of them."""

@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rsaft_fast.algorithms.gate_signals import gradient_disagreement
 from rsaft_fast.algorithms.reward_gradient import PART
 from rsaft_fast.phases import SCORING, phase
 from rsaft_fast.rewards.base import Reward
+from rsaft_fast.rewards.combine import Combination
+from rsaft_fast.rewards.features import Features
 from rsaft_fast.sampling.protocol import Backbone
 from rsaft_fast.smoothing.objective import (
     ImageSmoothing,
@@ -26,18 +29,21 @@ class Scores:
 
     Attributes:
         rewards: (N,).
-        others: (N,) each, by the names of the log: the parts of a combination, and s1.
+        others: (N,) each, by the names of the log: the parts of a combination, s1, and the disagreement of gradients.
+        features: (N, D) of the pictures, where they were asked for.
     """
 
     rewards: torch.Tensor
     others: dict[str, torch.Tensor] = field(default_factory=dict)
+    features: torch.Tensor | None = None
 
     @staticmethod
     def cat(scores: Sequence[Scores]) -> Scores:
         """Join the scores of several batches."""
         names = scores[0].others
         others = {name: torch.cat([s.others[name] for s in scores]) for name in names}
-        return Scores(torch.cat([s.rewards for s in scores]), others)
+        features = [s.features for s in scores if s.features is not None]
+        return Scores(torch.cat([s.rewards for s in scores]), others, torch.cat(features) if features else None)
 
 
 @phase(SCORING)
@@ -48,18 +54,23 @@ def score(
     latents: torch.Tensor,
     prompts: Sequence[str],
     probe: ImageSmoothing | None = None,
+    features: Features | None = None,
+    compared: Sequence[str] = (),
 ) -> Scores:
     """Decode and score clean latents.
 
     Args:
         latents: (B, *latent_shape).
         probe: the ball at which the sharpness S1 is measured, in a pixel space, of a reward that has a gradient.
+        features: of the pictures, where they are wanted.
+        compared: parts of a combination whose gradients are compared with the whole's, in "disagreement".
 
     Raises:
         NonFiniteRewardError: a score is NaN or infinite.
     """
     if probe is None:
-        rewards, parts = reward.score_parts(backbone.decode(latents), prompts)
+        images = backbone.decode(latents)
+        rewards, parts = reward.score_parts(images, prompts)
         rewards = on_host(rewards.detach()).double()
         require_finite(rewards, prompts)
         others = {}
@@ -67,9 +78,29 @@ def score(
         seen = observe(backbone, reward, latents, prompts, space=probe.space)
         delta = image_perturbation(backbone, seen, probe)
         lowest = perturbed_rewards(backbone, reward, seen, prompts, delta, probe.space)
-        rewards, parts = on_host(seen.rewards).double(), seen.parts
+        rewards, parts, images = on_host(seen.rewards).double(), seen.parts, seen.images
         others = {"s1": rewards - on_host(lowest).double()}
-    return Scores(rewards, others | {PART + name: on_host(values.detach()).double() for name, values in parts.items()})
+    others |= {PART + name: on_host(values.detach()).double() for name, values in parts.items()}
+    if compared:
+        others["disagreement"] = on_host(_disagreement(reward, images, prompts, compared))
+    return Scores(rewards, others, None if features is None else on_host(features(images)))
+
+
+def _disagreement(
+    reward: Reward, images: torch.Tensor, prompts: Sequence[str], compared: Sequence[str]
+) -> torch.Tensor:
+    """Of the combined score's gradient and those of the named parts, (B,)."""
+    assert isinstance(reward, Combination)
+
+    def gradient(of: Reward) -> torch.Tensor:
+        leaf = images.detach().requires_grad_(True)
+        with torch.enable_grad():
+            (found,) = torch.autograd.grad(of.score(leaf, prompts).sum(), leaf)
+        return found
+
+    return gradient_disagreement(
+        gradient(reward), (gradient(part.reward) for part in reward.parts if part.name in compared)
+    )
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:

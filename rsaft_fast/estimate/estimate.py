@@ -215,6 +215,8 @@ class _Walk:
             self._keep("running mean (fp32)", run.ema.means.values())
         for name, tensors in run.algorithm.copies.tensors.items():
             self._keep(f"copy of the weights ({name})", tensors.values())
+        if (features := getattr(run.algorithm, "features", None)) is not None:
+            self._keep("features of pictures", _tensors(features))
         self._score_once()
         self.log("the models stand, as shapes; walking one update")
         with shapes_alone(self.cuda), self.live:

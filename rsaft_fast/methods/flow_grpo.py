@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.methods.base import Method
+from rsaft_fast.methods.gardo import Gardo
 from rsaft_fast.sampling.plan import Uncond
 from rsaft_fast.settings import Settings
 
@@ -71,6 +72,8 @@ class FlowGRPO(Method):
             has moved further than this from the old one and goes on moving away (1e-5); null clips.
         collect_batch: pictures that are sampled together; null takes data.batch_size. Sampling keeps no activations,
             so that many times more fit.
+        gardo: gate, adaptive reference and diversity on top (GARDO), with a kl_weight and advantage_std of their own;
+            null has none.
         offload_copies: keeps the copy of the first weights on the host; for full fine-tuning.
     """
 
@@ -96,6 +99,7 @@ class FlowGRPO(Method):
     ratio_norm: bool = False
     most_divergence: float | None = Field(default=None, gt=0)
     collect_batch: int | None = Field(default=None, ge=1)
+    gardo: Gardo | None = None
     offload_copies: bool = False
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from rsaft_fast.backbones.quantized import why_not
 from rsaft_fast.dtypes import DTYPES
 from rsaft_fast.errors import UserError
 from rsaft_fast.hub import is_hub_id
-from rsaft_fast.methods import FlowGRPO, GradientMethod
+from rsaft_fast.methods import NFT, FlowGRPO, GradientMethod
 from rsaft_fast.ops import backends
 from rsaft_fast.recipe.config import MOST_PICTURES, PLAYGROUND, Config
 from rsaft_fast.sampling import GradientPlan, derive_rng
@@ -195,7 +195,7 @@ def _check_groups(config: Config) -> None:
     """Groups that stay whole, in micro-batches that are full."""
     data, method = config.data, config.method
     per_group, updates = data.group_size, method.updates_per_iteration
-    if isinstance(method, FlowGRPO):
+    if isinstance(method, FlowGRPO | NFT):
         if per_group == 1:
             raise UserError(
                 f"data.group_size is 1, and method.name {method.name} compares the pictures of a prompt: take 12 to "
@@ -206,6 +206,7 @@ def _check_groups(config: Config) -> None:
                 f"smoothing.image with method.name {method.name}: it perturbs pictures along the reward's gradient, "
                 "which this method does not follow; set smoothing.image null (or smoothing null for none at all)"
             )
+    if isinstance(method, FlowGRPO):
         method.trained_calls(config.sampler.steps, config.sampler.steps, derive_rng(config.seed, 0, "plan"))
     if data.prompts_per_iteration is None:
         pictures = data.batch_size * data.accumulate
