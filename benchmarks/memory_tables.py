@@ -11,8 +11,8 @@ from rsaft_fast.benchmarks import memory_runs as runs
 from rsaft_fast.benchmarks.floors import dense_bf16
 from rsaft_fast.benchmarks.memory_runs import RUNS, Run
 from rsaft_fast.benchmarks.results import Row
-from rsaft_fast.benchmarks.tables import NONE, machine_line, markdown, number, percent
-from rsaft_fast.figures.tables import aligned
+from rsaft_fast.benchmarks.tables import NONE, machine_line, number, percent
+from rsaft_fast.figures.tables import aligned, markdown
 
 GIB = 2**30
 Columns = dict[str, Callable[[Run], str]]

@@ -17,9 +17,10 @@ from rsaft_fast.benchmarks import goals, memory_tables, plots, tables
 from rsaft_fast.benchmarks.floors import PASSES, floor
 from rsaft_fast.benchmarks.providers import EAGER, IMAGE_PASS
 from rsaft_fast.benchmarks.results import Row, load, newest
-from rsaft_fast.benchmarks.tables import NONE, View, markdown, milliseconds, number, percent
+from rsaft_fast.benchmarks.tables import NONE, View, milliseconds, number, percent
 from rsaft_fast.errors import UserError
-from rsaft_fast.files import write_atomically
+from rsaft_fast.figures.tables import markdown
+from rsaft_fast.files import replace_between, write_atomically
 
 SPEED, MEMORY = ((f"<!-- {name}: begin -->", f"<!-- {name}: end -->") for name in ("speed", "memory"))
 NOTHING = (
@@ -152,10 +153,7 @@ def _write_readme(path: Path, sections: dict[tuple[str, str], str]) -> None:
     for (begin, end), said in sections.items():
         if (begin, end) != SPEED and begin not in text and end not in text:
             continue
-        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            raise UserError(f"--readme {path} needs a line {begin} and, after it, a line {end}: the text goes between")
-        head, rest = text.split(begin)
-        text = f"{head}{begin}\n{said}\n{end}{rest.split(end)[1]}"
+        text = replace_between(text, begin, end, said, f"--readme {path}")
     write_atomically(path, text)
 
 

@@ -99,12 +99,6 @@ def machine_line(results: Row) -> str:
     return f"{results['gpu']}: {', '.join(versions)}; commit {results['commit'] or 'unknown'}, {results['date']}"
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; the first column to the left, the others to the right."""
-    lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
 def _columns(view: View, what: str, rows: Sequence[Row]) -> list[list[str]]:
     """Header and cells, without the columns that nobody has (launches and memory, on the CPU)."""
     of = "read" if what == "norm" else "copy"

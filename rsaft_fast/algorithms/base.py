@@ -94,6 +94,10 @@ class Algorithm(ABC, Generic[Part]):
         """
         return dict(sums)
 
+    def held(self) -> dict[str, Iterable[torch.Tensor]]:
+        """Return tensors on the device that stay beside the trained weights, by a name for the memory estimate."""
+        return {}
+
     def state(self) -> dict[str, torch.Tensor]:
         """Return what a checkpoint keeps beside weights, optimizer and copies."""
         return {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -11,6 +11,25 @@ from rsaft_fast.phases import AVERAGING, phase
 
 MEAN = "mean"
 """Name of the running mean among a checkpoint's copies."""
+
+
+@contextmanager
+@torch.no_grad()
+def replaced(parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Have the parameters of these names at other values inside the block, and at their own, bit for bit, after it.
+
+    By value: addresses stay, which a captured graph replays.
+    """
+    changed = {name: parameters[name] for name in values}
+    own = {name: p.detach().clone() for name, p in changed.items()}
+    try:
+        for name, parameter in changed.items():
+            parameter.copy_(values[name])
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in changed.items():
+                parameter.copy_(own[name])
 
 
 class EMA:
@@ -37,19 +56,9 @@ class EMA:
         weights = [p.to(mean.dtype) for p, mean in zip(self.parameters.values(), means)]
         torch._foreach_lerp_(means, weights, 1 - decay)
 
-    @contextmanager
-    @torch.no_grad()
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> AbstractContextManager[None]:
         """The model has the means as its weights inside the block, and its own, bit for bit, after it."""
-        own = {name: p.detach().clone() for name, p in self.parameters.items()}
-        try:
-            for name, parameter in self.parameters.items():
-                parameter.copy_(self.means[name])
-            yield
-        finally:
-            with torch.no_grad():
-                for name, parameter in self.parameters.items():
-                    parameter.copy_(own[name])
+        return replaced(self.parameters, self.means)
 
     @torch.no_grad()
     def load(self, means: Mapping[str, torch.Tensor]) -> None:

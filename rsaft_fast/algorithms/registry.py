@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from rsaft_fast.algorithms.anchor import DistanceToBase
 from rsaft_fast.algorithms.base import Algorithm
 from rsaft_fast.algorithms.reward_gradient import RewardGradient
 from rsaft_fast.distributed import World
@@ -47,6 +48,7 @@ def _reward_gradient(
         plan_scope=config.data.plan_scope,
         probe=config.sharpness,
         world=world,
+        anchor=DistanceToBase(backbone, config.regularize.kl_to_base) if config.regularize else None,
     )
 
 

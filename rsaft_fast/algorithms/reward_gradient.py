@@ -6,13 +6,14 @@ smoothing is `update`'s, for this algorithm as for any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
+from rsaft_fast.algorithms.anchor import DistanceToBase
 from rsaft_fast.algorithms.base import Algorithm, At, Figures, no_check
 from rsaft_fast.algorithms.update import update
 from rsaft_fast.data.batches import MicroBatch
@@ -78,13 +79,17 @@ class RewardGradient(Algorithm[PlannedBatch]):
         plan_scope: Literal["batch", "micro-batch"] = "batch",
         probe: ImageSmoothing | None = None,
         world: World | None = None,
+        anchor: DistanceToBase | None = None,
     ):
         """
         Args:
             method: draws the plans of `collect`.
             plan_scope: whether the micro-batches of an update share a plan.
             probe: the ball at which the sharpness S1 is logged.
+            anchor: a penalty on the graded calls' distance from the untrained model's. The weight perturbation does
+                not follow it: its direction is to be the reward's alone.
         """
+        self.anchor = anchor
         self.backbone, self.reward, self.schedule = backbone, reward, schedule
         self.smoothing, self.loss, self.probe = smoothing, loss, probe
         self.method, self.plan_scope, self.world = method, plan_scope, world or World()
@@ -190,10 +195,16 @@ class RewardGradient(Algorithm[PlannedBatch]):
         slopes = [self.loss.derivative(seen.rewards) for seen in observations]
         self._backpropagate(part, trajectory, observations, slopes, check)
         rewards = [seen.rewards for seen in observations]
-        return {
+        figures = {
             "smoothed_reward": self._mean(part, rewards),
             "loss": self._mean(part, [self.loss(r) for r in rewards]),
         }
+        if self.anchor is not None:
+            figures["kl_to_base"] = self.anchor.backward(trajectory, self._total(part))
+        return figures
+
+    def held(self) -> dict[str, Iterable[torch.Tensor]]:
+        return {} if self.anchor is None else {"copy of the untrained weights": self.anchor.base.values()}
 
     def _observe_perturbed(self, part: PlannedBatch, x: torch.Tensor, delta: torch.Tensor | None) -> Observation:
         image, prompts = self.smoothing.image, part.batch.prompts
@@ -233,6 +244,8 @@ class RewardGradient(Algorithm[PlannedBatch]):
         Returns:
             reward: mean r(x_0) at theta, unperturbed; reward/NAME of each part of a combination, on its own scale.
             smoothed_reward, loss: means where the update's gradient was taken.
+            kl_to_base: mean squared difference of the graded calls' predictions from the untrained model's, where the
+                update's gradient was taken; not there without an anchor.
             s1: mean r(x) - r(x - rho g/||g||) at theta (eq. 10), at the probe's radius; None without a probe.
             realised_drop: (r_1 - r_2) / (rho ||grad_theta r||), the same delta in both. Near 1 when the weight
                 perturbation acts as its linearisation says and the gradient sees every call that eps moves: with

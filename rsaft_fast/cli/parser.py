@@ -44,6 +44,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--output", type=_path, metavar="FOLDER", help="where it writes (default: runs/demo, or the next free one)"
     )
 
+    experiment = add("experiment", "find out on the playground what smoothing does, over seeds", texts.EXPERIMENT)
+    what = experiment.add_mutually_exclusive_group()
+    what.add_argument("--quick", action="store_true", help="one small table, within ten minutes (default)")
+    what.add_argument("--full", action="store_true", help="every set, over hours; goes on where it was stopped")
+    what.add_argument("--set", action="append", metavar="NAME", help="this set alone; may be given again")
+    experiment.add_argument("--list", action="store_true", help="show the sets and their runs, done or not, and end")
+    experiment.add_argument("--report", action="store_true", help="run nothing: tables and pictures of what is there")
+    experiment.add_argument("--seeds", nargs="+", type=_natural, metavar="N", help="in place of the sets' own")
+    experiment.add_argument("--jobs", type=_positive, metavar="N", help="runs at a time (default: GPUs, or cores)")
+    experiment.add_argument("--budget", type=_positive, metavar="MINUTES", help="begin no new run after this long")
+    experiment.add_argument("--output", type=_path, metavar="FOLDER", help="of the results (default: as above)")
+    experiment.add_argument("--page", type=_path, metavar="FILE", help="also write all tables between FILE's markers")
+    experiment.add_argument("--readme", type=_path, metavar="FILE", help="also write the main one between FILE's")
+
     sample = add("sample", "draw pictures with a pipeline or a run", texts.SAMPLE)
     sample.add_argument(
         "pipeline",

@@ -6,6 +6,7 @@ DESCRIPTION = """\
 Fine-tunes diffusion models by reward gradient, smoothed against reward hacking (RSA-FT, arXiv 2603.21175).
 
   rsaft-fast demo                          watch it work in three minutes, on any machine
+  rsaft-fast experiment                    does it work? over seeds, with intervals
   rsaft-fast train recipe.yaml             fine-tune your own model
   rsaft-fast sample --run RUN              look at what came out
   rsaft-fast score PICTURES --reward R=P   what reward models say of pictures
@@ -125,6 +126,27 @@ Two CPU cores are enough: under three minutes.
 examples:
   rsaft-fast demo
   rsaft-fast demo --proxy brittle --steps 60 --seed 1 --output runs/hacked
+"""
+
+EXPERIMENT = """\
+Fine-tune the playground's pipeline many times, plain and smoothed and by what else one would try, and compare what
+came out with the true preference r*, over seeds: best r*, r* at the end, r* at equal proxy reward, each as a paired
+difference to plain with its 95 % interval; and what the sharpness S1 says of r*.
+
+Each run is a process of its own on one core, or on a GPU. A finished run is one JSON file with every picture's values,
+and is not run again; killed and started again, the command goes on.
+
+examples:
+  rsaft-fast experiment                                   a small table, within ten minutes on two cores
+  rsaft-fast experiment --list                            every set and run, done or not
+  rsaft-fast experiment --full --budget 120               all sets, for two hours; then the same again
+  rsaft-fast experiment --set select --set core           radii chosen on some seeds, reported on others
+  rsaft-fast experiment --set core --seeds 20 21 22       other seeds
+  rsaft-fast experiment --report --page docs/does-it-work.md
+
+Results lie in benchmarks/results/playground/experiment of a checkout, else in runs/experiment; those of --quick in
+runs/quick-experiment. What was made is written between <!-- experiment:begin --> and <!-- experiment:end --> of a page.
+What it is, and what it cannot show: docs/does-it-work.md.
 """
 
 BENCH = """\

@@ -212,6 +212,8 @@ class _Walk:
         self._keep("VAE", [] if run.backbone.vae is None else _tensors(run.backbone.vae))
         if run.ema is not None:
             self._keep("running mean (fp32)", run.ema.means.values())
+        for name, tensors in run.algorithm.held().items():
+            self._keep(name, tensors)
         self._score_once()
         self.log("the models stand, as shapes; walking one update")
         with shapes_alone(self.cuda), self.live:

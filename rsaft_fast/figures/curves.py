@@ -100,7 +100,7 @@ def _draw_heading(title: str, subtitle: str, width: int) -> Image.Image:
 def _draw_curves(panels: Sequence[Panel], columns: Sequence[str], height: int) -> Image.Image:
     """Draw all panels as a picture `_CURVES_WIDTH` wide."""
     runs = list(dict.fromkeys([*columns, *(label for panel in panels for label in panel.curves)]))
-    styles = {label: _style(index) for index, label in enumerate(runs)}
+    styles = {label: run_style(index) for index, label in enumerate(runs)}
     figure = Figure(figsize=(_CURVES_WIDTH / _DPI, height / _DPI), dpi=_DPI, layout="constrained", facecolor=PAPER)
     canvas = FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)
@@ -138,7 +138,8 @@ def _step_range(panels: Sequence[Panel]) -> tuple[float, float]:
     return min(steps) - margin, max(steps) + margin
 
 
-def _style(index: int) -> dict[str, object]:
+def run_style(index: int) -> dict[str, object]:
+    """Give how matplotlib draws a run's line, the same in every figure."""
     return {"color": run_colour(index), "marker": "osD^vPX*"[index % 8], "markersize": 5, "linewidth": 2}
 
 

@@ -97,6 +97,7 @@ def first_plan(config: Config) -> GradientPlan | None:
 def _check_agreement(config: Config) -> None:
     """Keys that contradict each other."""
     _check_reward(config)
+    _check_regularize(config)
     _check_quantize(config)
     backbone = config.backbone
     if {"decoder", "decoder-strips"} <= set(backbone.checkpoint):
@@ -134,6 +135,22 @@ def _check_agreement(config: Config) -> None:
             raise UserError(
                 f"smoothing.parameters.groups: {group.match!r} is not a regular expression ({error})"
             ) from error
+
+
+def _check_regularize(config: Config) -> None:
+    """A distance to the base needs graded calls, and a backward pass of its own."""
+    if config.regularize is None:
+        return
+    if not isinstance(config.method, GradientMethod):
+        raise UserError(
+            f"regularize.kl_to_base with method.name {config.method.name}: it is for the calls that carry the reward's "
+            "gradient, which an algorithm of your own does not name; leave regularize out"
+        )
+    if config.optimizer.release_gradients:
+        raise UserError(
+            "regularize.kl_to_base with optimizer.release_gradients: its gradient is a backward pass more, and "
+            "released gradients are applied in the first; leave one of the two out"
+        )
 
 
 def _check_quantize(config: Config) -> None:

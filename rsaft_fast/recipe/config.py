@@ -219,6 +219,19 @@ class DenoisingSettings(Settings):
     levels: int = Field(default=250, ge=1, le=1000)
 
 
+class RegularizeSettings(Settings):
+    """What holds the trained model near the one that it began as, beside the reward.
+
+    Attributes:
+        kl_to_base: weight of the mean squared difference between the graded calls' predictions and those that the
+            model made before any training, at the same latents: up to a factor of each step, the Kullback-Leibler
+            divergence of the sampler's steps. Costs, for each graded call, one more forward and backward pass and a
+            forward pass of the base, and a copy of what is trained.
+    """
+
+    kl_to_base: float = Field(gt=0, le=1e6)
+
+
 class LogSettings(Settings):
     """metrics.jsonl is always written.
 
@@ -262,6 +275,7 @@ class Config(Settings):
         ema: running mean of the weights; null keeps none.
         samples: grids of fixed prompts.
         denoising: the pre-training loss on pictures of your own; null trains by reward alone.
+        regularize: what holds the model near the one that it began as; null leaves it free.
         logging: what is logged beside metrics.jsonl.
     """
 
@@ -285,6 +299,7 @@ class Config(Settings):
     ema: EMASettings | None = None
     samples: SampleSettings = SampleSettings()
     denoising: DenoisingSettings | None = None
+    regularize: RegularizeSettings | None = None
     logging: LogSettings = LogSettings()
 
     @property

@@ -1,0 +1,65 @@
+"""What pictures of the playground are worth: true preference and its terms, rewards, sharpness, by picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+
+from rsaft_fast import playground
+from rsaft_fast.playground.preference import true_terms
+from rsaft_fast.rewards.base import Reward
+from rsaft_fast.smoothing.objective import ImageSmoothing
+from rsaft_fast.smoothing.sharpness import sharpness
+
+TRUTH = "r*"
+TERMS = ("colour", "shape", "relation", "count", "fidelity")
+_TOGETHER = 64  # pictures whose renderer is fitted together: beyond that memory grows and time does not shrink
+
+
+def held_out_prompts(count: int) -> list[str]:
+    """Give `count` prompts that nothing of the playground trains on, all different; `eval_prompts` come first.
+
+    Raises:
+        ValueError: more than the grammar gives.
+    """
+    trained = set(playground.train_prompts())
+    found = [prompt for prompt in playground.prompts(min(1000, 2 * count + 100), seed=1) if prompt not in trained]
+    if len(found) < count:
+        raise ValueError(f"{count} held-out prompts; the playground has at most {len(found)}")
+    return found[:count]
+
+
+@torch.no_grad()
+def truth_of(images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Compute r* and its terms of pictures (N, 3, 32, 32), (N,) each in float64; NaN for a term that does not apply."""
+    parts = []
+    for first in range(0, len(images), _TOGETHER):
+        terms = true_terms(images[first : first + _TOGETHER], prompts[first : first + _TOGETHER])
+        own = {name: getattr(terms, name) for name in TERMS} | {TRUTH: terms.mean()}
+        own["relation"] = torch.where(terms.related > 0, own["relation"], float("nan"))
+        parts.append(own)
+    return {name: torch.cat([part[name] for part in parts]).double() for name in (TRUTH, *TERMS)}
+
+
+def score_of(reward: Reward, images: torch.Tensor, prompts: Sequence[str], batch_size: int = 64) -> torch.Tensor:
+    """Score pictures (N, 3, H, W) without gradient, on the reward's device: (N,) in float64 on the host."""
+    with torch.no_grad():
+        parts = [
+            reward.score(images[first : first + batch_size].to(reward.device), prompts[first : first + batch_size])
+            for first in range(0, len(images), batch_size)
+        ]
+    return torch.cat(parts).double().cpu()
+
+
+def sharpness_of(reward: Reward, images: torch.Tensor, prompts: Sequence[str], ball: ImageSmoothing) -> torch.Tensor:
+    """Compute the sharpness S1 of pictures (N, 3, H, W) at a ball in a pixel space: (N,) in float64 on the host."""
+    measure = partial(sharpness, batch_size=32)
+    values = measure(reward, images.to(reward.device), prompts, ball.radius, ball.norm, ball.space)
+    return values.detach().double().cpu()
+
+
+def means(values: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Average each quantity over the pictures to which it applies; NaN where it applies to none."""
+    return {name: float(own.nanmean()) for name, own in values.items()}
