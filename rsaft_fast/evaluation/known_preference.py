@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 
-from rsaft_fast import playground
 from rsaft_fast.playground.preference import true_terms
 from rsaft_fast.rewards.base import Reward
 from rsaft_fast.smoothing.objective import ImageSmoothing
@@ -16,19 +15,6 @@ from rsaft_fast.smoothing.sharpness import sharpness
 TRUTH = "r*"
 TERMS = ("colour", "shape", "relation", "count", "fidelity")
 _TOGETHER = 64  # pictures whose renderer is fitted together: beyond that memory grows and time does not shrink
-
-
-def held_out_prompts(count: int) -> list[str]:
-    """Give `count` prompts that nothing of the playground trains on, all different; `eval_prompts` come first.
-
-    Raises:
-        ValueError: more than the grammar gives.
-    """
-    trained = set(playground.train_prompts())
-    found = [prompt for prompt in playground.prompts(min(1000, 2 * count + 100), seed=1) if prompt not in trained]
-    if len(found) < count:
-        raise ValueError(f"{count} held-out prompts; the playground has at most {len(found)}")
-    return found[:count]
 
 
 @torch.no_grad()

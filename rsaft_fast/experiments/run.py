@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from rsaft_fast import playground
 from rsaft_fast.algorithms.copies import replaced
 from rsaft_fast.errors import UserError
-from rsaft_fast.evaluation.known_preference import held_out_prompts, score_of, sharpness_of, truth_of
+from rsaft_fast.evaluation.known_preference import score_of, sharpness_of, truth_of
 from rsaft_fast.experiments.records import JUDGE, PROXY, S1, Evaluation, pipeline_hash, write_record
 from rsaft_fast.experiments.table import Row, config_of
 from rsaft_fast.files import replace_file
@@ -92,7 +92,7 @@ class Observer:
 
     def __init__(self, row: Row, starts: Path):
         self.row, self.starts = row, starts
-        self.prompts = held_out_prompts(row.pictures)
+        self.prompts = playground.eval_prompts(row.pictures)
         self.evaluations: list[Evaluation] = []
         self.seconds = 0.0
         self._weights: dict[str, torch.Tensor] = {}

@@ -8,11 +8,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rsaft_fast import playground
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.known_preference import TRUTH
 from rsaft_fast.experiments.records import Run, is_done, read_record
-from rsaft_fast.experiments.table import SELECTION_SEEDS, Choices, Row, grids_of, rows_of
+from rsaft_fast.experiments.table import SELECTION_SEEDS, Choices, Row, grids_of, proxies, rows_of
 from rsaft_fast.files import write_atomically
 
 FILE = "choices.json"
@@ -57,7 +56,7 @@ def update_choices(folder: Path) -> Choices:
     rows, _ = rows_of("select", {})
     chosen: dict[str, dict[str, float]] = {}
     rests_on: dict[str, Any] = {}
-    for proxy in playground.REWARDS:
+    for proxy in proxies():
         for grid in grids_of(proxy):
             own = {value: _rows_of(rows, proxy, grid.variant(value)) for value in grid.values}
             if not all(is_done(row, folder) for group in own.values() for row in group):

@@ -16,6 +16,8 @@ from rsaft_fast.recipe.load import find_recipe, load_config
 RECIPE = "playground.yaml"
 DRAFT, PLAIN, BOTH = "draft", "plain", "both"
 BRITTLE = "brittle"
+MEMBER = "ensemble-"
+"""How the names begin of rewards that are made to be one ensemble."""
 
 SELECTION_SEEDS = (100, 101)
 SEEDS = (10, 11, 12, 13, 14)
@@ -105,6 +107,7 @@ METHODS = {
 }
 
 _BOTH_REWARDS = "parts: [{name: clip, path: playground/$proxy}, {name: clip, path: playground/$judge, label: judge}]"
+_ENSEMBLE = "parts: [$ensemble]"
 _SUM = f"reward={{name: combination, how: weighted, unit_gradients: true, {_BOTH_REWARDS}}}"
 _PATH = (0.25, 0.5, 0.75)
 BASELINES = {
@@ -120,8 +123,8 @@ BASELINES = {
             "arguments: {path: playground/$proxy, length: 0.3}}",
         )
     ),
-    "worst": Variant((OFF, f"reward={{name: combination, how: worst, {_BOTH_REWARDS}}}")),
-    "mean-std": Variant((OFF, f"reward={{name: combination, how: mean-std, {_BOTH_REWARDS}}}")),
+    "worst": Variant((OFF, f"reward={{name: combination, how: worst, {_ENSEMBLE}}}")),
+    "mean-std": Variant((OFF, f"reward={{name: combination, how: mean-std, {_ENSEMBLE}}}")),
     "judge": Variant((OFF, "reward.path=playground/$judge")),
     "sum": Variant((OFF, _SUM)),
     "sum-image": Variant(("smoothing.image.radius=$image", "smoothing.parameters=null", _SUM)),
@@ -170,6 +173,17 @@ def judge_of(proxy: str) -> str:
     return next((name for name in others if name.startswith("mixed")), others[0])
 
 
+def proxies() -> list[str]:
+    """List the proxies that are trained on: the members of an ensemble stand for one only together, in baselines."""
+    return [name for name in playground.REWARDS if not name.startswith(MEMBER)]
+
+
+def ensemble_of(proxy: str) -> list[str]:
+    """List the rewards that are an ensemble; of a playground that has none, the proxy and its judge."""
+    members = [name for name in playground.REWARDS if name.startswith(MEMBER)]
+    return members if len(members) > 1 else [proxy, judge_of(proxy)]
+
+
 def grids_of(proxy: str) -> Iterator[Grid]:
     """Yield what is chosen for a proxy."""
     for grid in GRIDS:
@@ -202,6 +216,9 @@ def _row(
     known = {key: f"{value:g}" for key, value in numbers.items()} | {"proxy": proxy}
     if any("$judge" in text for text in variant.overrides):
         known["judge"] = judge_of(proxy)
+    if any("$ensemble" in text for text in variant.overrides):
+        parts = (f"{{name: clip, path: playground/{name}, label: {name}}}" for name in ensemble_of(proxy))
+        known["ensemble"] = ", ".join(parts)
     try:
         filled = tuple(Template(text).substitute(known) for text in (*METHODS[method], *variant.overrides))
     except KeyError as missing:
@@ -226,7 +243,7 @@ def _product(
 
 
 def _select(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
-    for proxy, seed in itertools.product(playground.REWARDS, seeds or SELECTION_SEEDS):
+    for proxy, seed in itertools.product(proxies(), seeds or SELECTION_SEEDS):
         for grid in grids_of(proxy):
             for value in grid.values:
                 place = ("select", proxy, DRAFT, grid.variant(value), seed)
@@ -234,7 +251,7 @@ def _select(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Wai
 
 
 def _core(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
-    yield from _product("core", (DRAFT,), playground.REWARDS, SMOOTHINGS, seeds or SEEDS, choices)
+    yield from _product("core", (DRAFT,), proxies(), SMOOTHINGS, seeds or SEEDS, choices)
 
 
 def _methods(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
@@ -248,11 +265,9 @@ def _baselines(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | 
 
 
 def _quick(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
-    proxies = (BRITTLE, judge_of(BRITTLE))
-    usual = dict.fromkeys(proxies, recipe_numbers())
-    yield from _product(
-        "quick", (DRAFT,), proxies, SMOOTHINGS, seeds or QUICK_SEEDS, usual, Size(updates=20, pictures=64)
-    )
+    two = (BRITTLE, judge_of(BRITTLE))
+    usual = dict.fromkeys(two, recipe_numbers())
+    yield from _product("quick", (DRAFT,), two, SMOOTHINGS, seeds or QUICK_SEEDS, usual, Size(updates=20, pictures=64))
 
 
 @dataclass(frozen=True)
