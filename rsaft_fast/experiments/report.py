@@ -69,8 +69,9 @@ def sections(sets: Sets) -> list[tuple[str, Table]]:
             made.append((f"{name}: the {proxy} proxy, DRaFT-1", _kinds(_of_proxy(sets[name], proxy))))
     for proxy in _proxies(sets.get("methods", {})):
         made.append((f"methods: the {proxy} proxy", _kinds(_of_proxy(sets["methods"], proxy), methods=True)))
-    if "baselines" in sets:
-        made.append((f"baselines: the {BRITTLE} proxy, DRaFT-1", _baselines(sets)))
+    for name in ("baselines", "variants"):
+        if name in sets:
+            made.append((f"{name}: the {BRITTLE} proxy, DRaFT-1", _beside_core(sets, name)))
     for name in ("quick", "core"):
         for proxy in _proxies(sets.get(name, {})):
             own = _of_proxy(sets[name], proxy)
@@ -103,14 +104,15 @@ def _kinds(found: Mapping[Key, Seeds], methods: bool = False) -> Table:
     return head, [[*row, shown(common.get(key[2]))] for row, key in zip(rows, found)]
 
 
-def _baselines(sets: Sets) -> Table:
+def _beside_core(sets: Sets, name: str) -> Table:
+    """A set's kinds under those of the core, with what is read off runs without training more."""
     core = _of_proxy(sets.get("core", {}), BRITTLE)
     plain = measure.plain_of(core, BRITTLE, DRAFT)
     kinds: dict[str, Seeds] = {variant: seeds for (_, _, variant), seeds in core.items()}
     for judge in measure.judges_of({key: core[key] for key in core if key[2] == PLAIN}):
         stopped = {seed: measure.stopped_by(run, judge) for seed, run in (plain or {}).items()}
         kinds[f"{PLAIN}, stopped by {judge}"] = stopped
-    for (_, _, variant), seeds in sets["baselines"].items():
+    for (_, _, variant), seeds in sets[name].items():
         kinds[variant] = seeds
         scaled = {seed: measure.path_back(run) for seed, run in seeds.items() if run.scaled}
         if scaled:

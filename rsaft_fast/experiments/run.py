@@ -64,6 +64,7 @@ def run_row(row: Row, folder: Path, work: Path) -> Path:
     )
     if outcome.stopped_by is not None:
         raise StoppedError(outcome.message)
+    observer.finish(outcome.step)
     seconds = {"whole": time.perf_counter() - started, "evaluating": observer.seconds}
     path = row.path(folder)
     write_record(path, row, observer.evaluations, seconds)
@@ -95,12 +96,17 @@ class Observer:
         self.prompts = playground.eval_prompts(row.pictures)
         self.evaluations: list[Evaluation] = []
         self.seconds = 0.0
+        self._trainer: Trainer | None = None
         self._weights: dict[str, torch.Tensor] = {}
         self._pictures = torch.empty(0)
         self._rewards: dict[str, Reward] = {}
 
     def __call__(self, trainer: Trainer, images: torch.Tensor, step: int) -> None:
-        """Evaluate the present weights; after the last update also those on the way back to the start's."""
+        """Evaluate the present weights.
+
+        Raises:
+            StoppedError: whoever wanted the run has gone.
+        """
         parent = multiprocessing.parent_process()
         if parent is not None and not parent.is_alive():  # nobody waits for the run
             raise StoppedError("the experiment that started this run has ended")
@@ -110,13 +116,26 @@ class Observer:
             self._evaluate(self._pictures, step, 1.0, 0.0)
         else:
             self._evaluate(self._draw(trainer), step, 1.0, self._distance(trainer))
-        if step == self.row.updates:
-            for scale in self.row.scales:
-                with replaced(trainer.parameters, _scaled(trainer.parameters, self._weights, scale)):
-                    self._evaluate(self._draw(trainer), step, scale, self._distance(trainer))
+        self.seconds += time.perf_counter() - started
+
+    def finish(self, step: int) -> None:
+        """Evaluate the last weights, of a run that ended between two evaluations, and those on the way back.
+
+        Args:
+            step: updates done.
+        """
+        if (trainer := self._trainer) is None:
+            raise ValueError("a run that was never evaluated cannot be finished")
+        started = time.perf_counter()
+        if self.evaluations[-1].step != step:
+            self._evaluate(self._draw(trainer), step, 1.0, self._distance(trainer))
+        for scale in self.row.scales:
+            with replaced(trainer.parameters, _scaled(trainer.parameters, self._weights, scale)):
+                self._evaluate(self._draw(trainer), step, scale, self._distance(trainer))
         self.seconds += time.perf_counter() - started
 
     def _begin(self, trainer: Trainer) -> None:
+        self._trainer = trainer
         self._weights = {name: p.detach().clone() for name, p in trainer.parameters.items()}
         for name in playground.REWARDS:
             self._rewards[name] = load_reward("clip", f"playground/{name}", device=trainer.device)

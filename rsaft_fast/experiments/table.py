@@ -133,6 +133,12 @@ BASELINES = {
 """What a practitioner would try instead, of the proxy that is hacked most easily. Early stopping needs no runs of its
 own: it is read off the plain ones."""
 
+VARIANTS = {
+    "graded-only": Variant((*SMOOTHINGS[BOTH].overrides, "smoothing.resample=graded_only")),
+    "delta-perturbed": Variant((*SMOOTHINGS[BOTH].overrides, "smoothing.delta_from=perturbed")),
+}
+"""Other ways to smooth, at the radii that were chosen for the usual one; of the proxy that is hacked most easily."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -264,6 +270,10 @@ def _baselines(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | 
     yield from _product("baselines", (DRAFT,), (BRITTLE,), BASELINES, seeds or SEEDS, choices)
 
 
+def _variants(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
+    yield from _product("variants", (DRAFT,), (BRITTLE,), VARIANTS, seeds or SEEDS, choices)
+
+
 def _quick(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
     two = (BRITTLE, judge_of(BRITTLE))
     usual = dict.fromkeys(two, recipe_numbers())
@@ -290,6 +300,7 @@ SETS: dict[str, Question] = {
     "select": Question("which radii and weights, on seeds that nothing is reported on", _select),
     "core": Question("DRaFT-1, plain and smoothed, on every proxy", _core),
     "baselines": Question("what else a practitioner would try, on the brittle proxy", _baselines),
+    "variants": Question("other ways to smooth, on the brittle proxy", _variants),
     "methods": Question("the other four methods, plain and smoothed, on two proxies", _methods),
 }
 

@@ -87,11 +87,11 @@ def test_an_interval_of_one_seed_is_not_shown_and_a_star_is_a_sign():
 
 def test_a_page_keeps_what_stands_around_the_markers(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    page.write_text(f"before\n{BEGIN}\nearlier\n{END}\nafter\n")
     for _ in range(2):
         write_page(page, as_readme(SETS))
     text = page.read_text()
-    assert text.startswith(f"before\n{BEGIN}\n| proxy") and text.endswith(f"\n{END}\nafter\n") and "old" not in text
+    assert text.startswith(f"before\n{BEGIN}\n| proxy") and text.endswith(f"\n{END}\nafter\n") and "earlier" not in text
     assert "| brittle, both | 3 | 0.601 ±0.002 |" in text
     page.write_text(f"{END}\n{BEGIN}\n")
     with pytest.raises(UserError, match=says(str(page), BEGIN, END)):
