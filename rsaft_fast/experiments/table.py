@@ -116,13 +116,6 @@ BASELINES = {
     "twice": Variant((OFF,), longer=2),
     "lora": Variant((OFF, "parameters.train=lora", "parameters.lora.rank=8", "optimizer.lr=$lora_lr"), scales=_PATH),
     "interpolated": Variant((OFF,), scales=_PATH),
-    "gaussian-0.3": Variant(
-        (
-            OFF,
-            "reward={name: python, path: 'rsaft_fast.experiments.rewards:gaussian_mean', "
-            "arguments: {path: playground/$proxy, length: 0.3}}",
-        )
-    ),
     "worst": Variant((OFF, f"reward={{name: combination, how: worst, {_ENSEMBLE}}}")),
     "mean-std": Variant((OFF, f"reward={{name: combination, how: mean-std, {_ENSEMBLE}}}")),
     "judge": Variant((OFF, "reward.path=playground/$judge")),
