@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.files import write_atomically
+from rsaft_fast.process import checkout_commit, output_of
 
 CPU_NOTE = "CPU figures: ratios hold on such a processor; they are not to be quoted of a GPU"
 KEYS = {
@@ -140,14 +140,14 @@ def describe_machine(device: torch.device) -> Row:
     """What a figure depends on. Makes no context on a GPU, which would take memory there."""
     on_gpu = device.type == "cuda"
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", f"--id={device.index or 0}"]
-    name, _, driver = ((_output(query) or "") if on_gpu else "").partition(", ")
+    name, _, driver = ((output_of(query) or "") if on_gpu else "").partition(", ")
     found: Row = {
         "gpu": (name or torch.cuda.get_device_name(device)) if on_gpu else _processor(),
         "driver": (driver or "unknown") if on_gpu else None,
         "torch": torch.__version__,
         "triton": version("triton"),
         "cuda": torch.version.cuda if on_gpu else None,
-        "commit": os.environ.get("RSAFT_COMMIT") or _commit(),
+        "commit": os.environ.get("RSAFT_COMMIT") or checkout_commit(),
         "date": now(),
         "rsaft_fast": version("rsaft_fast"),
     }
@@ -178,16 +178,3 @@ def _processor() -> str:
     except OSError:
         told = None
     return f"cpu {told.group(1).strip() if told else platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _output(command: list[str]) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _commit() -> str | None:
-    """The checkout's, where this runs in one: an installed package may lie within somebody else's."""
-    top = Path(__file__).parents[1]
-    return _output(["git", "-C", str(top), "rev-parse", "--short", "HEAD"]) if (top / ".git").exists() else None

@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -22,6 +21,7 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.known_preference import TERMS, TRUTH, means
 from rsaft_fast.experiments.table import RECIPE, Row
 from rsaft_fast.files import sha256_of, write_atomically
+from rsaft_fast.process import checkout_commit
 from rsaft_fast.recipe.load import find_recipe, read_yaml
 from rsaft_fast.train.trainer import describe_software
 
@@ -135,7 +135,7 @@ def write_record(path: Path, row: Row, evaluations: Sequence[Evaluation], second
         "identity": identity_of(row),
         "pipeline": pipeline_hash(),
         "row": asdict(row),
-        "made_with": describe_software() | {"commit": commit(), "machine": machine()},
+        "made_with": describe_software() | {"commit": checkout_commit(), "machine": machine()},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "units": {name: unit_of(name) for name in names},
     }
@@ -219,19 +219,6 @@ def pipeline_hash() -> str:
 def _assets_hash(folder: str) -> str:
     files = [path for path in Path(folder).rglob("*") if path.is_file()]
     return sha256_of(sorted(files, key=lambda path: path.relative_to(folder).as_posix()))
-
-
-@lru_cache
-def commit() -> str | None:
-    """Return the checkout's commit, where this runs in one."""
-    top = Path(__file__).parents[2]
-    if not (top / ".git").exists():
-        return None
-    try:
-        found = subprocess.run(["git", "-C", str(top), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()[:12] or None
 
 
 def machine() -> str:

@@ -173,8 +173,9 @@ def judge_of(proxy: str) -> str:
 
 
 def proxies() -> list[str]:
-    """List the proxies that are trained on: the members of an ensemble stand for one only together, in baselines."""
-    return [name for name in playground.REWARDS if not name.startswith(MEMBER)]
+    """List the proxies that are trained on, the brittle one first; members of an ensemble only count together."""
+    found = [name for name in playground.REWARDS if not name.startswith(MEMBER)]
+    return sorted(found, key=lambda name: name != BRITTLE)
 
 
 def ensemble_of(proxy: str) -> list[str]:

@@ -30,7 +30,7 @@ def test_a_choice_is_made_when_every_run_of_its_grid_is_there(tmp_path, monkeypa
         finish(row, tmp_path, [0.4, 0.5, end], [0, 1, 2])
     assert choices_in(tmp_path) == {}
     chosen = update_choices(tmp_path)
-    assert last.proxy == "fair" and last.variant == "rho-1"
+    assert last.proxy == "fair" and last.variant == "rho-1"  # brittle comes first
     assert chosen == choices_in(tmp_path)
     assert chosen == {"brittle": {"image": 0.1, "rho": 1.0, "kl": 10.0, "lora_lr": 1e-3}, "fair": {"image": 0.1}}
     finish(last, tmp_path, [0.4, 0.5, 0.7], [0, 1, 2])
