@@ -19,7 +19,7 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.known_preference import score_of, sharpness_of, truth_of
 from rsaft_fast.experiments.records import JUDGE, PROXY, S1, Evaluation, pipeline_hash, write_record
 from rsaft_fast.experiments.table import Row, config_of
-from rsaft_fast.files import replace_file
+from rsaft_fast.files import remove_tree, replace_file
 from rsaft_fast.rewards import Reward, load_reward
 from rsaft_fast.sampling.pictures import sample_images
 from rsaft_fast.smoothing.objective import ImageSmoothing
@@ -44,7 +44,8 @@ def run_row(row: Row, folder: Path, work: Path) -> Path:
     """Train and evaluate a row, and write its JSON file under `folder`; nothing of an unfinished run is kept.
 
     Args:
-        work: an empty place for the run, and for the start's pictures, which runs of one start share.
+        work: a place for the run, which is deleted in the end, and for the start's pictures, which runs of one start
+            share.
 
     Returns:
         the file.
@@ -55,16 +56,19 @@ def run_row(row: Row, folder: Path, work: Path) -> Path:
     """
     started = time.perf_counter()
     observer = Observer(row, work / "starts")
-    config = config_of(row, work / row.name)
-    outcome = train(
-        config,
-        log=lambda line: None,
-        on_samples=observer,
-        loaders=lambda *given: _Loaders(*given, prompts=observer.prompts),
-    )
-    if outcome.stopped_by is not None:
-        raise StoppedError(outcome.message)
-    observer.finish(outcome.step)
+    config = config_of(row, work / f"{row.set}-{row.name}")
+    try:
+        outcome = train(
+            config,
+            log=lambda line: None,
+            on_samples=observer,
+            loaders=lambda *given: _Loaders(*given, prompts=observer.prompts),
+        )
+        if outcome.stopped_by is not None:
+            raise StoppedError(outcome.message)
+        observer.finish(outcome.step)
+    finally:
+        remove_tree(config.run_folder)  # weights and state: a hundred runs would fill a disk
     seconds = {"whole": time.perf_counter() - started, "evaluating": observer.seconds}
     path = row.path(folder)
     write_record(path, row, observer.evaluations, seconds)
