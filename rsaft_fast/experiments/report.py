@@ -92,6 +92,31 @@ def _of_proxy(found: Mapping[Key, Seeds], proxy: str) -> dict[Key, Seeds]:
     return {key: own[key] for key in sorted(own, key=place)}
 
 
+def verdicts(sets: Sets) -> list[str]:
+    """Put into words what the intervals say of each proxy, whichever way it came out."""
+    lines = []
+    for name in ("quick", "core"):
+        for proxy in _proxies(sets.get(name, {})):
+            own = _of_proxy(sets[name], proxy)
+            plain = measure.plain_of(own, proxy, DRAFT)
+            found = {key[2]: measure.summary(key[2], seeds, plain) for key, seeds in own.items() if key[2] != PLAIN}
+            start = next(iter(next(iter(own.values())).values())).points[0].truth
+            said = [f"{name}, {proxy}: r* is {start:.3f} before any update"]
+            for what, gain in (
+                ("at equal proxy", lambda one: one.level_gain),
+                ("at the end", lambda one: one.end_gain),
+            ):
+                said += [f"{what} {_in_words({label: gain(one) for label, one in found.items()})}"] if found else []
+            lines.append("; ".join(said) + ".")
+    return lines
+
+
+def _in_words(gains: Mapping[str, Interval | None]) -> str:
+    words = {1: "higher than plain", -1: "lower than plain", 0: "not told apart from plain"}
+    named = {sign: [label for label, gain in gains.items() if gain and gain.sign == sign] for sign in words}
+    return ", ".join(f"{' and '.join(named[sign])} {text}" for sign, text in words.items() if named[sign]) or NONE
+
+
 def _kinds(found: Mapping[Key, Seeds], methods: bool = False) -> Table:
     rows = []
     for (proxy, method, variant), seeds in found.items():
@@ -160,7 +185,7 @@ def as_text(sets: Sets) -> str:
     if not sets:
         return NOTHING
     blocks = [f"{title}\n" + "\n".join(aligned([head, *rows])) for title, (head, rows) in sections(sets)]
-    return "\n\n".join([*blocks, LEGEND])
+    return "\n\n".join([*blocks, "\n".join(verdicts(sets)), LEGEND])
 
 
 def as_page(sets: Sets, folder: Path, pictures: Mapping[str, str]) -> str:
@@ -172,7 +197,7 @@ def as_page(sets: Sets, folder: Path, pictures: Mapping[str, str]) -> str:
     """
     if not sets:
         return NOTHING
-    blocks = [LEGEND, *_chosen(folder)]
+    blocks = ["\n".join(f"- {line}" for line in verdicts(sets)), LEGEND, *_chosen(folder)]
     blocks += [f"![{name}: r* against proxy, distance and updates]({place})" for name, place in pictures.items()]
     blocks += [f"### {_capital(title)}\n\n{markdown(head, rows)}" for title, (head, rows) in sections(sets)]
     return "\n\n".join(blocks)
@@ -188,7 +213,8 @@ def as_readme(sets: Sets) -> str:
     for proxy in _proxies(sets[name]):
         _, lines = _kinds(_of_proxy(sets[name], proxy))
         rows += [[f"{proxy}, {line[0]}", *line[1 : len(HEAD)]] for line in lines]
-    return f"{markdown(head, rows)}\n\n{LEGEND}"
+    said = [line for line in verdicts(sets) if line.startswith(name)]
+    return "\n\n".join([markdown(head, rows), LEGEND, "\n".join(f"- {line}" for line in said)])
 
 
 def _chosen(folder: Path) -> list[str]:

@@ -17,6 +17,7 @@ from rsaft_fast.experiments.report import (
     as_text,
     draw,
     shown,
+    verdicts,
     write_page,
 )
 from rsaft_fast.experiments.statistics import Interval
@@ -63,6 +64,19 @@ def test_a_table_has_means_intervals_and_paired_differences():
     # Plain comes first, whatever the order of the files.
     assert text.index("\nplain ") < text.index("\nboth ")
     assert text == as_text(SETS)
+
+
+def test_words_say_what_intervals_say():
+    (line,) = verdicts(SETS)
+    assert line == (
+        "core, brittle: r* is 0.400 before any update; at equal proxy both higher than plain; "
+        "at the end both higher than plain."
+    )
+    worse = {"quick": kind("plain", [0.4, 0.45, 0.5]) | kind("image", [0.4, 0.4, 0.4]) | kind("both", [0.4, 0.4, 0.6])}
+    alone = {seed: one for seed, one in worse["quick"]["brittle", "draft", "both"].items() if seed == 1}
+    worse["quick"]["brittle", "draft", "both"] = alone  # one seed tells nothing
+    (line,) = verdicts(worse)
+    assert "at the end image lower than plain, both not told apart from plain." in line
 
 
 def test_baselines_stand_beside_the_core_with_early_stops_and_ways_back():
