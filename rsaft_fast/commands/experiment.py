@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 from rsaft_fast.experiments.campaign import Ended, run_all
 from rsaft_fast.experiments.groups import load_sets
 from rsaft_fast.experiments.records import is_done
-from rsaft_fast.experiments.report import as_page, as_readme, as_text, draw, write_page
+from rsaft_fast.experiments.report import as_page, as_readme, as_text, draw, read_page, write_page
 from rsaft_fast.experiments.run import require_rows
 from rsaft_fast.experiments.selection import choices_in, update_choices
 from rsaft_fast.experiments.table import SETS, rows_of
@@ -23,21 +24,27 @@ IN_CHECKOUT, ELSEWHERE, QUICK = (
     Path("runs", "experiment"),
     Path("runs", "quick-experiment"),
 )
-_SELECT = "select"
+_SELECT, _QUICK = "select", "quick"
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `rsaft-fast experiment`."""
     names = _sets(arguments)
-    folder = _folder(arguments, names)
+    folder = _folder(arguments)
+    for page in filter(None, (arguments.page, arguments.readme)):
+        read_page(Path(page))  # before hours of training, not after them
     if arguments.list:
         print("\n".join(_listed(folder, arguments.seeds)))
         return 0
     if arguments.report:
         _report(arguments, folder)
         return 0
+    for name in names:
+        require_rows(rows_of(name, choices_in(folder), arguments.seeds)[0])
     check_writable(folder, "--output")
-    with refuse_io_errors(f"--output {folder}", "made", "give another folder"), sole_writer(folder, "--output", tell):
+    with ExitStack() as held:
+        with refuse_io_errors(f"--output {folder}", "made", "give another folder"):
+            held.enter_context(sole_writer(folder, "--output", tell))
         endings = _run_sets(arguments, names, folder)
         _report(arguments, folder)
     for ended in endings:
@@ -53,13 +60,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _sets(arguments: argparse.Namespace) -> list[str]:
     if arguments.full:
         return [name for name, question in SETS.items() if question.full]
-    return list(dict.fromkeys(arguments.set or ["quick"]))
+    return list(dict.fromkeys(arguments.set or [_QUICK]))
 
 
-def _folder(arguments: argparse.Namespace, names: list[str]) -> Path:
+def _folder(arguments: argparse.Namespace) -> Path:
     if arguments.output is not None:
         return Path(arguments.output)
-    if names == ["quick"] and not (arguments.report or arguments.list):
+    others = (arguments.full, arguments.set, arguments.report, arguments.list)
+    if arguments.quick or not any(others):
         return QUICK
     return IN_CHECKOUT if os.path.isdir(RESULTS) else ELSEWHERE
 

@@ -263,8 +263,8 @@ def _band(runs: Sequence[Run], x: Callable[[measure.Point], float]) -> Band:
     )
 
 
-def write_page(path: Path, said: str) -> None:
-    """Put what was made between the marker lines of a page.
+def read_page(path: Path) -> str:
+    """Read a page that has a place between its marker lines.
 
     Raises:
         UserError: the page cannot be read, or its markers are not there.
@@ -272,4 +272,14 @@ def write_page(path: Path, said: str) -> None:
     if not path.is_file():
         raise UserError(f"there is no page {str(path)!r} to write between {BEGIN} and {END}")
     text = read_text(path, "page", _LONGEST_PAGE)
-    write_atomically(path, replace_between(text, BEGIN, END, said, str(path)))
+    replace_between(text, BEGIN, END, "", str(path))
+    return text
+
+
+def write_page(path: Path, said: str) -> None:
+    """Put what was made between the marker lines of a page.
+
+    Raises:
+        UserError: see `read_page`.
+    """
+    write_atomically(path, replace_between(read_page(path), BEGIN, END, said, str(path)))

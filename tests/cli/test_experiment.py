@@ -39,7 +39,14 @@ def test_a_report_trains_nothing_and_fills_pages(tmp_path, capsys):
     assert capsys.readouterr().out == first
 
 
-def test_what_is_no_set_is_refused_before_anything_is_made(tmp_path, capsys):
-    assert main(["experiment", "--set", "cores", "--output", str(tmp_path / "new")]) == 2
+def test_what_cannot_end_well_is_refused_before_anything_is_trained(tmp_path, capsys):
+    new = ["--output", str(tmp_path / "new")]
+    assert main(["experiment", "--set", "core", "--set", "cores", *new]) == 2
     assert says("--set", "cores", "baselines").search(capsys.readouterr().err)
+    page = tmp_path / "page.md"
+    page.write_text(BEGIN)
+    assert main(["experiment", "--quick", "--page", str(page), *new]) == 2
+    assert says(str(page), END).search(capsys.readouterr().err)
+    assert main(["experiment", "--quick", "--readme", str(tmp_path / "none"), *new]) == 2
+    assert says("none", BEGIN).search(capsys.readouterr().err)
     assert not (tmp_path / "new").exists()
