@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from typing import Any
 
 import torch
 
@@ -41,8 +41,9 @@ def score_of(reward: Reward, images: torch.Tensor, prompts: Sequence[str], batch
 
 def sharpness_of(reward: Reward, images: torch.Tensor, prompts: Sequence[str], ball: ImageSmoothing) -> torch.Tensor:
     """Compute the sharpness S1 of pictures (N, 3, H, W) at a ball in a pixel space: (N,) in float64 on the host."""
-    measure = partial(sharpness, batch_size=32)
-    values = measure(reward, images.to(reward.device), prompts, ball.radius, ball.norm, ball.space)
+    space: Any = ball.space
+    images = images.to(reward.device)
+    values = sharpness(reward, images, prompts, ball.radius, ball.norm, space, batch_size=32)
     return values.detach().double().cpu()
 
 

@@ -110,7 +110,8 @@ class _Campaign:
             while self.running or (self.ended.left and not self._late()):
                 while self.free and self.ended.left and not self._late():
                     self._start(self.ended.left.pop(0), self.free.pop(0))
-                for sentinel in wait(list(self.running)):
+                ready = wait(list(self.running))
+                for sentinel in [one for one in self.running if one in ready]:
                     self._end(*self.running.pop(sentinel))
         except KeyboardInterrupt:
             self.ended.interrupted = True

@@ -171,8 +171,8 @@ def read_record(path: Path) -> Run:
         ]
         along = tuple(point for point in points if point.scale == 1)
         scaled = tuple(sorted((point for point in points if point.scale != 1), key=lambda point: point.scale))
-        names = [row[name] for name in ("set", "proxy", "method", "variant", "seed")]
-        return Run(*names, content["pipeline"], along, scaled)
+        kind = {name: row[name] for name in ("set", "proxy", "method", "variant", "seed")}
+        return Run(**kind, pipeline=content["pipeline"], points=along, scaled=scaled)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no result of an experiment ({error!r} in it); move it away") from error
 
