@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -39,6 +39,19 @@ PART = "reward/"
 _AT_THETA = "reward at theta under the second pass's delta"
 
 
+class Witness(Protocol):
+    """Looks at the samples of an update, and says how much each counts."""
+
+    def weigh(
+        self,
+        part: PlannedBatch,
+        trajectory: Trajectory,
+        observations: Sequence[Observation],
+        slopes: Sequence[torch.Tensor],
+    ) -> tuple[list[torch.Tensor], Figures]:
+        """Return the slopes to follow, (B,) an endpoint, and the part's share of figures; `.grad` is left as it is."""
+
+
 @dataclass
 class FirstPass:
     """What the first pass over a micro-batch leaves for the second."""
@@ -66,6 +79,8 @@ class RewardGradient(Algorithm[PlannedBatch]):
     """Sample, perturb the pictures, and send the reward's gradient back through the calls that a plan names."""
 
     shown = {"reward": "reward", "s1": "S1"}
+    witness: Witness | None = None
+    """Sees every part just before the update's gradient is taken."""
 
     def __init__(
         self,
@@ -193,11 +208,15 @@ class RewardGradient(Algorithm[PlannedBatch]):
                 self._observe_perturbed(part, x, delta) for x, delta in zip(trajectory.endpoints, first.deltas)
             ]
         slopes = [self.loss.derivative(seen.rewards) for seen in observations]
+        witnessed: Figures = {}
+        if self.witness is not None:
+            slopes, witnessed = self.witness.weigh(part, trajectory, observations, slopes)
         self._backpropagate(part, trajectory, observations, slopes, check)
         rewards = [seen.rewards for seen in observations]
         figures = {
             "smoothed_reward": self._mean(part, rewards),
             "loss": self._mean(part, [self.loss(r) for r in rewards]),
+            **witnessed,
         }
         if self.anchor is not None:
             figures["kl_to_base"] = self.anchor.backward(trajectory, self._total(part))
@@ -222,10 +241,7 @@ class RewardGradient(Algorithm[PlannedBatch]):
         slopes: list[torch.Tensor],
         check: Callable[..., None] = no_check,
     ) -> None:
-        adjoints = []
-        for seen, slope, weight in zip(observations, slopes, part.plan.weights):
-            per_sample = (slope * (weight / self._total(part))).to(seen.image_gradient.dtype)
-            adjoints.append(latent_gradient(self.backbone, seen, per_sample[:, None, None, None] * seen.image_gradient))
+        adjoints = latent_adjoints(self.backbone, part.plan, observations, slopes, self._total(part))
         check(*adjoints)
         backpropagate(self.backbone, trajectory, adjoints)
 
@@ -259,6 +275,26 @@ class RewardGradient(Algorithm[PlannedBatch]):
             realised = (sums[_AT_THETA] - sums["smoothed_reward"]) / (ball.rho * stats["grad_norm"])
         named = {name: value for name, value in sums.items() if name != _AT_THETA}
         return {"s1": None} | named | {"realised_drop": realised}
+
+
+def latent_adjoints(
+    backbone: Backbone,
+    plan: GradientPlan,
+    observations: Sequence[Observation],
+    slopes: Sequence[torch.Tensor],
+    total: int,
+) -> list[torch.Tensor]:
+    """Compute what `backpropagate` starts from at each endpoint: the gradient of the mean over `total` samples.
+
+    Args:
+        observations: of a reward, at the plan's endpoints.
+        slopes: (B,) at each endpoint: the derivative of the objective by that reward.
+    """
+    adjoints = []
+    for seen, slope, weight in zip(observations, slopes, plan.weights):
+        per_sample = (slope * (weight / total)).to(seen.image_gradient.dtype)
+        adjoints.append(latent_gradient(backbone, seen, per_sample[:, None, None, None] * seen.image_gradient))
+    return adjoints
 
 
 def _shortened(plan: GradientPlan) -> tuple[GradientPlan, tuple[int, ...]]:

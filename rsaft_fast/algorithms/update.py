@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,6 +23,7 @@ def update(
     perturbs: bool,
     world: World | None = None,
     compare_gradients: bool = False,
+    adjust: Callable[[], None] | None = None,
 ) -> tuple[dict[str, float | None], dict[str, float]]:
     """Follow the gradient of the parts, at theta + eps where the weights are perturbed.
 
@@ -33,6 +34,7 @@ def update(
         world: whose gradients are summed; None is this process alone.
         compare_gradients: report how far the second pass's gradient turned from the first's, at the price of keeping
             the first's.
+        adjust: may change the update's gradient, in `.grad`, between its last backward pass and the optimizer's step.
 
     Returns:
         the algorithm's figures and the optimizer's.
@@ -50,6 +52,8 @@ def update(
     if not perturbs:
         figures += [algorithm.backward(part, At.PLAIN) for part in parts]
         world.sum_gradients(parameters_of(optimizer))
+        if adjust is not None:
+            adjust()
         with phase(UPDATING):
             optimizer.step(plain=True)
         return _report(algorithm, optimizer, figures, world, turned)
@@ -63,6 +67,8 @@ def update(
         world.sum_gradients(parameters_of(optimizer))
         if ascent is not None:
             turned = gradient_change(ascent, gradients_of(optimizer))
+        if adjust is not None:
+            adjust()
         with phase(UPDATING):
             optimizer.step()  # back to theta and update, fused
     return _report(algorithm, optimizer, figures, world, turned)

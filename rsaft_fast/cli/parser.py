@@ -153,6 +153,35 @@ def build_parser() -> argparse.ArgumentParser:
     )
     estimate.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
 
+    radius = add("radius", "find the image radius to smooth with, from rewards that are not trained on", texts.RADIUS)
+    radius.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of a shipped recipe")
+    radius.add_argument("overrides", nargs="*", metavar="key=value", help="keys that replace the recipe's")
+    radius.add_argument(
+        "--judges",
+        nargs="+",
+        action="extend",
+        metavar="NAME=PATH",
+        help="rewards with a gradient, as score's --reward; playground/NAME, python:module:name, or LABEL: before any "
+        "of these (default: the recipe's judges)",
+    )
+    radius.add_argument(
+        "--radii", type=_radii, metavar="A,B", help="to try, beside 0 (default: the recipe's search, else 0.03 to 2)"
+    )
+    radius.add_argument("--norm", choices=("l2", "rms"), help="of the ball (default: the recipe's)")
+    radius.add_argument(
+        "--space", choices=("pixel01", "pixel11", "latent", "reward_input"), help="of the ball (default: the recipe's)"
+    )
+    compared = radius.add_mutually_exclusive_group()
+    for name, text in (
+        ("parameter", "compare gradients of the trained weights (default)"),
+        ("latent", "compare gradients at the decoder's latent"),
+        ("image", "compare gradients at the pixels, the cheapest"),
+    ):
+        compared.add_argument(f"--{name}", dest="gradients", action="store_const", const=name, help=text)
+    radius.add_argument("--pictures", type=_positive, metavar="N", help="to compare on (default: 64)")
+    radius.add_argument("--checkpoint", type=_path, metavar="RUN", help="a run folder: its newest weights")
+    radius.add_argument("--output", type=_path, metavar="FOLDER", help="default: radius, or the next free one")
+
     add("doctor", "say what runs on this machine, and why", texts.DOCTOR)
     helper = add("help", "say what a command takes", "The same as COMMAND --help.\n")
     helper.add_argument("topic", nargs="?", metavar="COMMAND", help="default: the whole")
@@ -230,7 +259,7 @@ def _unknown(unknown: list[str], command: str, parser: argparse.ArgumentParser) 
     options = [text for action in parser._actions for text in action.option_strings if text.startswith("--")]
     if near := difflib.get_close_matches(option, options, 1, cutoff=0.7):
         hint = f"; did you mean {near[0]}?"
-    elif command in ("train", "estimate") and option.startswith("--"):
+    elif command in ("train", "estimate", "radius") and option.startswith("--"):
         value = value or next((word for word in unknown[1:] if not word.startswith("-")), "VALUE")
         hint = f"; a key of the recipe is written without dashes: did you mean {option[2:].replace('-', '_')}={value}?"
     else:
@@ -295,6 +324,22 @@ def _gigabytes(text: str) -> float:
     if not 1 <= value <= 10_000:
         raise argparse.ArgumentTypeError(f"{text[:60]} GB; it must be from 1 to 10000")
     return value
+
+
+def _radii(text: str) -> tuple[float, ...]:
+    """Numbers between commas, 0 or larger, in ascending order; 0, the plain gradient, is compared anyway."""
+    radii = set()
+    for part in text.split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{part[:60]!r} is not a number; write 0.1,0.3,1") from None
+        if not 0 <= value <= 1e6:
+            raise argparse.ArgumentTypeError(f"the radius {part[:60]} must be from 0 to 1e6")
+        radii.add(value)
+    if not radii - {0.0}:
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} has no radius above 0; write 0.1,0.3,1")
+    return tuple(sorted(radii - {0.0}))
 
 
 def _natural(text: str) -> int:

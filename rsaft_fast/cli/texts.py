@@ -13,6 +13,7 @@ Fine-tunes diffusion models by reward gradient, smoothed against reward hacking 
   rsaft-fast serve --reward R=P            reward models for other processes, over HTTP
   rsaft-fast convert FILE FOLDER           a reward's published pickle as safetensors, once
   rsaft-fast estimate recipe.yaml          will it fit, and what would make it fit
+  rsaft-fast radius RECIPE --judges R=P    which image radius to smooth with, or none
   rsaft-fast bench                         how fast the SAM step is here, beside what others use
   rsaft-fast doctor                        what runs on this machine, and why
   rsaft-fast help COMMAND                  what a command takes, with examples
@@ -184,6 +185,26 @@ peak: what the phase itself brings, what stands beside it at that moment, and th
 peak, which torch.cuda.max_memory_allocated() will show. Then it says which keys lower that phase, each tried by
 estimating again. Shapes come from the config files of the pipeline and of the reward; where a hub id is not on this
 machine, from the published architecture of that name, and it says so.
+"""
+
+RADIUS = """\
+Find the image radius to smooth with, and whether smoothing helps this reward at all, before any training: the gradient
+of the recipe's reward, at the picture and smoothed with each radius, is compared with the gradients of other rewards,
+the judges, on the same pictures. Where the smoothed gradient agrees better with theirs than the plain one does,
+smoothing helps. A minute on a small model; in general as long as (radii + judges) updates of --pictures pictures.
+
+examples:
+  rsaft-fast radius playground.yaml reward.path=playground/brittle --judges playground/fair
+  rsaft-fast radius my.yaml --judges imagereward=THUDM/ImageReward clipscore=openai/clip-vit-large-patch14
+  rsaft-fast radius my.yaml --judges a:clip=judge_a b:clip=judge_b mine:python:rewards:colour --radii 0.1,0.3,1,3
+  rsaft-fast radius my.yaml --judges imagereward=PATH --image --pictures 256      the pixels' gradients, cheaper
+  rsaft-fast radius my.yaml --judges imagereward=PATH --space latent --radii 0.3,1,3   another ball; compare heights
+  rsaft-fast radius runs/a/config.yaml --checkpoint runs/a --judges imagereward=PATH   does it still help there?
+
+The table has each judge's cosine with its standard error (a jackknife over groups of pictures). A radius is taken where
+the mean over the judges gains over the plain gradient by more than the 95 % interval, and no judge clearly loses. The
+trained reward itself, and two judges with nearly one gradient, are warned of. Writes radius.json and radius.png into
+--output. In a recipe, smoothing.image.radius=auto does the same before the first update.
 """
 
 DOCTOR = """\

@@ -99,7 +99,7 @@ def _compare(arguments: argparse.Namespace, output: Path) -> int:
         for label, measured in runs.items()
     }
     ball = config.sharpness
-    print("\n" + LEGEND.format(radius=ball.radius, norm=ball.norm.upper()) + "\n")
+    print("\n" + LEGEND.format(radius=ball.number, norm=ball.norm.upper()) + "\n")
     print(summary_table(changes) + "\n")
     for line in _verdict(runs):
         print(line)

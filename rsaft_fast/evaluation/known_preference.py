@@ -43,7 +43,7 @@ def sharpness_of(reward: Reward, images: torch.Tensor, prompts: Sequence[str], b
     """Compute the sharpness S1 of pictures (N, 3, H, W) at a ball in a pixel space: (N,) in float64 on the host."""
     space: Any = ball.space
     images = images.to(reward.device)
-    values = sharpness(reward, images, prompts, ball.radius, ball.norm, space, batch_size=32)
+    values = sharpness(reward, images, prompts, ball.number, ball.norm, space, batch_size=32)
     return values.detach().double().cpu()
 
 

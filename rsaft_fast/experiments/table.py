@@ -320,7 +320,7 @@ def recipe_numbers() -> dict[str, float]:
     """Return the radii of the playground's recipe, by the grids' keys."""
     smoothing = load_config(find_recipe(RECIPE)).smoothing
     assert smoothing.image is not None and smoothing.parameters is not None
-    return {"image": smoothing.image.radius, "rho": smoothing.parameters.rho}
+    return {"image": smoothing.image.number, "rho": smoothing.parameters.rho}
 
 
 def config_of(row: Row, folder: Path) -> Config:

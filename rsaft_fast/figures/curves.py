@@ -1,7 +1,8 @@
-"""Comparison figure: a sample grid beside the runs' curves."""
+"""Curves: a comparison of runs beside a sample grid, and agreement over the radius."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,3 +174,59 @@ def _draw_panel(axis: Axes, panel: Panel, styles: Mapping[str, Mapping[str, obje
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     axis.margins(y=0.12)
+
+
+def radius_figure(
+    path: str | Path,
+    curves: Mapping[str, Curve],
+    errors: Mapping[str, Sequence[float]],
+    title: str,
+    axis_label: str,
+    verdict: str,
+    chosen: float,
+) -> Path:
+    """Write a PNG of agreement over the radius, whole or not at all.
+
+    Args:
+        curves: a judge's name to its cosine at each radius; 0 is the plain gradient.
+        errors: standard errors of the same.
+        axis_label: of the radius.
+        verdict: a sentence under the title.
+        chosen: the radius that is marked; 0 marks the plain gradient.
+
+    Raises:
+        UserError: no curve; the picture cannot be written.
+    """
+    if not curves:
+        raise UserError("a radius figure without curves; give at least one judge's")
+    figure = Figure(figsize=(9, 5.5), dpi=_DPI, layout="constrained", facecolor=PAPER)
+    canvas, axis = FigureCanvasAgg(figure), figure.subplots()
+    least = min((r for curve in curves.values() for r in curve.steps if r > 0), default=1.0)
+    # Linear as far as the smallest radius, so that 0 has a place on a logarithmic axis.
+    axis.set_xscale("symlog", linthresh=least, linscale=0.5)
+    for index, (label, curve) in enumerate(curves.items()):
+        colour = run_colour(index + 1)  # 0 is the grey of what comes before
+        text = one_line(label).replace("$", r"\$")
+        axis.errorbar(
+            curve.steps,
+            curve.values,
+            yerr=errors[label],
+            label=text,
+            color=colour,
+            marker="osD^vPX*"[index % 8],
+            capsize=3,
+        )
+    axis.axhline(0, color=FAINT, linewidth=0.8)
+    axis.axvline(chosen, color=FAINT, linewidth=1.2, linestyle="--")
+    ticks = sorted({r for curve in curves.values() for r in curve.steps})
+    axis.set_xticks(ticks, [f"{r:g}" for r in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel(axis_label, fontsize=11, color=INK)
+    axis.set_ylabel("cosine with the judge's gradient", fontsize=11, color=INK)
+    axis.grid(True, color="#E3E3E3", linewidth=0.8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=11)
+    figure.suptitle(one_line(title).replace("$", r"\$"), fontsize=13, fontweight="bold", color=INK)
+    axis.set_title("\n".join(textwrap.wrap(verdict, 90)), loc="left", fontsize=10, color=FAINT, parse_math=False)
+    canvas.draw()
+    return save_png(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)

@@ -15,6 +15,7 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.hub import is_hub_id
 from rsaft_fast.methods import GradientMethod
 from rsaft_fast.ops import backends
+from rsaft_fast.recipe.check_agreement import check_judges
 from rsaft_fast.recipe.config import MOST_PICTURES, PLAYGROUND, Config
 from rsaft_fast.sampling import GradientPlan, derive_rng
 from rsaft_fast.sampling.protocol import Traits
@@ -97,6 +98,7 @@ def first_plan(config: Config) -> GradientPlan | None:
 def _check_agreement(config: Config) -> None:
     """Keys that contradict each other."""
     _check_reward(config)
+    check_judges(config)
     _check_regularize(config)
     _check_quantize(config)
     backbone = config.backbone

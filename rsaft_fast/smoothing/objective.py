@@ -20,6 +20,7 @@ from rsaft_fast.phases import DECODER, SCORING, phase
 from rsaft_fast.rewards.base import Reward
 from rsaft_fast.sampling.protocol import Backbone
 from rsaft_fast.settings import Settings
+from rsaft_fast.smoothing.search import Radius, RadiusSearch
 
 Space = Literal["pixel01", "pixel11", "latent", "reward_input"]
 
@@ -28,7 +29,9 @@ class ImageSmoothing(Settings):
     """Ball around the picture.
 
     Attributes:
-        radius: rho of eq. 15, per sample. The paper uses 1e-2.
+        radius: rho of eq. 15, per sample. The paper uses 1e-2. auto finds the one at which the smoothed gradient agrees
+            best with the gradients of rewards that are not trained on, before the first update (and again, as
+            smoothing.radius_search says); none agrees better than the plain gradient: then pictures are not smoothed.
         norm: "l2" is the ball's radius over the whole sample; "rms" is per element (an L2 of 0.01 on a 3x512x512
             picture is an RMS of 1.1e-5: almost nothing).
         space: where the ball lives: decoded pixels in [0, 1] or [-1, 1], the latent, or the reward network's input
@@ -36,9 +39,24 @@ class ImageSmoothing(Settings):
             the reading that makes the sharpness S1 of eq. 10 a property of the picture.
     """
 
-    radius: float = Field(default=1e-2, gt=0, le=1e6)
+    radius: Radius = 1e-2
     norm: Literal["l2", "rms"] = "l2"
     space: Space = "pixel01"
+
+    @property
+    def number(self) -> float:
+        """The radius, once it is one.
+
+        Raises:
+            UserError: it is still to be found.
+        """
+        if isinstance(self.radius, str):
+            raise UserError(f"the radius is {self.radius!r} here, where nothing looks for one; give a number")
+        return self.radius
+
+    def of_radius(self, radius: float) -> ImageSmoothing:
+        """Return the same ball with that radius."""
+        return ImageSmoothing(radius=radius, norm=self.norm, space=self.space)
 
 
 class ParameterGroup(Settings):
@@ -73,6 +91,7 @@ class Smoothing(Settings):
         delta_from: "first" perturbs the second pass's picture by the delta of the first (the order of Algorithm 1;
             one forward and backward gives both delta and eps); "perturbed" computes delta at the second picture, for
             one reward forward and backward more.
+        radius_search: how image.radius auto is found; null takes what its keys say by themselves.
         ascend: eps follows the gradient of the mean "reward", or of the "loss". They differ where a hinge is
             saturated: there the loss has no gradient and the reward still has.
     """
@@ -82,6 +101,14 @@ class Smoothing(Settings):
     resample: Literal["full", "graded_only"] = "full"
     delta_from: Literal["first", "perturbed"] = "first"
     ascend: Literal["reward", "loss"] = "reward"
+    radius_search: RadiusSearch | None = None
+
+    @property
+    def smallest_ball(self) -> ImageSmoothing | None:
+        """The ball around the picture, with the smallest radius that may be found: rounding drowns that one first."""
+        if self.image is None or not isinstance(self.image.radius, str):
+            return self.image
+        return self.image.of_radius((self.radius_search or RadiusSearch()).radii[0])
 
 
 @dataclass(frozen=True)
@@ -201,5 +228,5 @@ def image_perturbation(backbone: Backbone, observation: Observation, smoothing: 
         gradient: Any = observation.input_gradient  # asked for, in this space
     else:
         gradient = observation.image_gradient
-    radius = smoothing.radius / 2 if smoothing.space == "pixel11" else smoothing.radius
+    radius = smoothing.number / 2 if smoothing.space == "pixel11" else smoothing.number
     return ops.image_delta(gradient, radius, smoothing.norm)

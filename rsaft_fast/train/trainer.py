@@ -32,6 +32,7 @@ from rsaft_fast.train.checkpoint import Checkpoint
 from rsaft_fast.train.inputs import Inputs
 from rsaft_fast.train.model_card import describe_export
 from rsaft_fast.train.optimizer import check_state, learning_rate, load_state
+from rsaft_fast.train.steering import split_state
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 
@@ -75,15 +76,22 @@ class Trainer(Assembly):
         Raises:
             UserError: its S1 differs from that in float32 by more than a tenth.
         """
-        balls = [ball for ball in (self.config.sharpness, self.config.smoothing.image) if ball is not None]
+        balls = [ball for ball in (self.config.sharpness, self.config.smoothing.smallest_ball) if ball is not None]
         prompts = self.sample_prompts if images is not None else self.scored_prompts
         with oom_as_user_error("checking the reward"):
             draw: Any = lambda some: self._draw(some) if images is None else images[: len(some)]  # noqa: E731
             check_precision(self.reward, balls, prompts, draw)
         free_memory(self.device)  # the float32 copy refers to itself
 
+    @property
+    def halted(self) -> str | None:
+        """Why the judges end the run here, in words; None where they do not."""
+        return self.steering.halted if self.steering is not None else None
+
     def iterate(self) -> Iterator[dict[str, Any]]:
         """Make the updates of the next iteration; yield a record for metrics.jsonl after each.
+
+        None is made where the judges, asked first, halt the run.
 
         Raises:
             NonFiniteRewardError, UserError: a NaN reward, no memory left; weights are those before the update, or the
@@ -91,11 +99,16 @@ class Trainer(Assembly):
         """
         started = time.perf_counter()
         algorithm, iteration = self.algorithm, self.step // self.algorithm.updates
+        asked: dict[str, float] = {}
         with self._naming_oom():
+            if self.steering is not None:
+                asked = self.steering.look(self.step)
+                if self.halted is not None:
+                    return
             experience = algorithm.collect(self.batches(self.backbone, self.encoded, iteration))
             algorithm.judge(experience, self.world)
         for index in range(algorithm.updates):
-            yield self._update(experience, index, started)
+            yield self._update(experience, index, started, asked)
             started = time.perf_counter()
 
     def update(self) -> dict[str, Any]:
@@ -103,7 +116,7 @@ class Trainer(Assembly):
         (record,) = self.iterate()
         return record
 
-    def _update(self, experience: Any, index: int, started: float) -> dict[str, Any]:
+    def _update(self, experience: Any, index: int, started: float, asked: Mapping[str, float]) -> dict[str, Any]:
         config, step = self.config, self.step
         lr = learning_rate(config.optimizer, step, config.max_steps)
         for group in self.optimizer.param_groups:
@@ -116,7 +129,10 @@ class Trainer(Assembly):
                 perturbs=config.smoothing.parameters is not None,
                 world=self.world,
                 compare_gradients=config.logging.diagnostics and not config.optimizer.release_gradients,
+                adjust=self.steering.adjust if self.steering is not None else None,
             )
+        if self.steering is not None:
+            figures = {**self.steering.note(figures), **asked}
         denoising_loss = None
         with self._naming_oom("the optimizer's step is made; go on from the last checkpoint"):
             if self.denoising is not None:
@@ -185,7 +201,7 @@ class Trainer(Assembly):
             weights={name: p.detach() for name, p in self.parameters.items()},
             optimizer=self.optimizer.state_dict(),
             copies={MEAN: self.ema.means} if self.ema is not None else {},
-            algorithm=self.algorithm.state(),
+            algorithm=self.algorithm.state() | (self.steering.state() if self.steering is not None else {}),
             info=describe_software()
             | {"seed": self.config.seed, "reward": self.reward.spec.sha256, "optimizer": self._ordered_names()},
         )
@@ -202,7 +218,8 @@ class Trainer(Assembly):
             raise UserError("resume: the checkpoint and the recipe disagree on ema; set it as the run had it")
         for name, tensors in saved.copies.items():
             self._check_tensors(f"copy {name!r}", tensors)
-        if odd := saved.algorithm.keys() ^ self.algorithm.state().keys():
+        own, _ = split_state(saved.algorithm)
+        if odd := own.keys() ^ self.algorithm.state().keys():
             raise UserError(
                 f"resume: the checkpoint's algorithm and that of method {self.config.method.name} disagree on "
                 f"{min(odd)!r}; resume with the run's own method"
@@ -233,7 +250,10 @@ class Trainer(Assembly):
         load_state(self.optimizer, saved.optimizer)
         if self.ema is not None:
             self.ema.load(saved.copies[MEAN])
-        self.algorithm.load(saved.algorithm)
+        own, steered = split_state(saved.algorithm)
+        self.algorithm.load(own)
+        if self.steering is not None:
+            self.steering.load(steered)
         self.step = saved.step
 
     def export(self, folder: Path) -> Path:
