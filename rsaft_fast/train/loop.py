@@ -364,9 +364,8 @@ class _Run:
 
     def result(self, export: Path) -> str:
         if self.trainer.halted is not None:
-            return f"ended after update {self.trainer.step} of {self.config.max_steps}: {self.trainer.halted}; the " + (
-                f"model is in {export}"
-            )
+            ended = f"ended after update {self.trainer.step} of {self.config.max_steps}"
+            return f"{ended}: {self.trainer.halted}; the model is in {export}"
         if self.start == self.trainer.step:
             return (
                 f"the run has {self.trainer.step} updates already, and max_steps is {self.config.max_steps}: raise it "
