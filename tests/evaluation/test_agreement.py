@@ -15,7 +15,7 @@ from rsaft_fast.recipe.config import SamplerSettings
 from rsaft_fast.rewards import RewardSettings, load_reward
 from rsaft_fast.smoothing.objective import ImageSmoothing, Smoothing
 
-STEPS, GUIDANCE, PICTURES = 3, 2.0, 8
+STEPS, GUIDANCE, PICTURES = 3, 2.0, 6
 BALL = ImageSmoothing(radius=0.7)
 
 
@@ -83,7 +83,7 @@ def test_parameter_cosines_are_those_of_autograd_through_the_whole_chain(made, r
     # Without the third group of pictures.
     rest = [total - g for total, g in zip(totals, parts[2])]
     torch.testing.assert_close(found.replicates()[2], cosines(rest), rtol=1e-8, atol=1e-8)
-    assert found.pictures == PICTURES and len(found.replicates()) == 8
+    assert found.pictures == PICTURES and len(found.replicates()) == PICTURES
     assert all(p.grad is None for p in parameters)
 
 
@@ -116,7 +116,7 @@ def test_cosines_of_samples_are_means_of_each_ones_own(made, rewards, space):
 def test_the_fixed_set_is_another_than_the_updates(made):
     algorithm, samples = made
     first = next(iter(samples)).batch
-    assert samples.size == 1 and len(samples) == 8
+    assert samples.size == 1 and len(samples) == PICTURES
     assert torch.equal(first.latents, next(iter(samples)).batch.latents)
     own = first.noise.__class__(5, 0, (0,))
     assert not torch.equal(first.latents, algorithm.backbone.initial_latents(own))

@@ -77,7 +77,14 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("overrides", RESUMED.values(), ids=RESUMED)
+LONG = ("radius", "project-fixed", "weight")
+"""Those whose parts the others have, too."""
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [pytest.param(keys, id=name, marks=[pytest.mark.slow] * (name in LONG)) for name, keys in RESUMED.items()],
+)
 def test_resuming_repeats_the_unbroken_run_bit_for_bit(tiny, tmp_path, other, overrides):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     common = {"agreement": judged({"other": other}, every=4)} | overrides
@@ -224,6 +231,7 @@ def test_a_name_stands_for_one_reward(tiny, out, other):
         check_keys(config(tiny, out, agreement=judged({"a": other}), smoothing=smoothing))
 
 
+@pytest.mark.slow
 def test_a_run_without_judges_may_go_on_with_them_and_back(tiny, out, other):
     train(config(tiny, out, max_steps=2))
     train(config(tiny, out, max_steps=4, resume="auto", agreement=judged({"other": other}, every=2)))
