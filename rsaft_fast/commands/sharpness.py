@@ -36,7 +36,7 @@ from rsaft_fast.smoothing.sharpness import searched_sharpness
 from rsaft_fast.train.assemble import prepare_backbone
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-ONE_STEP, SEARCH, SPREAD = "one step", "search", "standard deviation of the reward"
+ONE_STEP, SEARCH, SPREAD = "one step", "search", "spread of the reward"
 
 
 @dataclass(frozen=True)
@@ -337,7 +337,8 @@ def _draw(path: Path, measured: Mapping[str, Measured], arguments: argparse.Name
         }
         if spread > 0:
             curves[SPREAD] = Curve(radii, [spread] * len(radii))
-        panels.append(Panel(label, f"mean S1 over {len(own.scores)} pictures", curves))
+        unit = f"mean S1 over {len(own.scores)} pictures; spread: the reward's standard deviation between them"
+        panels.append(Panel(label, unit, curves))
     curves_figure(
         path,
         panels,
