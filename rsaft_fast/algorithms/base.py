@@ -24,7 +24,7 @@ Figures = dict[str, torch.Tensor]
 class At(Enum):
     """The weights that a backward pass is taken at."""
 
-    PLAIN = "theta, in an update without a weight perturbation"
+    PLAIN = "the weights as they are, in an update of one pass: theta, or theta + eps where eps was known before"
     FIRST = "theta, for the direction of the perturbation"
     SECOND = "theta + eps, for the update's gradient"
 

@@ -49,6 +49,7 @@ def _reward_gradient(
         probe=config.sharpness,
         world=world,
         anchor=DistanceToBase(backbone, config.regularize.kl_to_base) if config.regularize else None,
+        max_steps=config.max_steps,
     )
 
 

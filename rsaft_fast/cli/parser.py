@@ -97,11 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--output", type=_path, metavar="FOLDER", help="default: samples, or the next free one")
 
     score = add("score", "score pictures with reward models", texts.SCORE)
-    score.add_argument(
-        "pictures", nargs="+", type=_path, metavar="PICTURES", help="folders of pictures, or single files"
-    )
-    score.add_argument("--prompts", type=_place, metavar="FILE", help="a file or set, as sample's --prompts-file")
-    _add_reward(score)
+    _add_pictures(score)
     score.add_argument(
         "--calibration", type=_path, metavar="FILE", help="also write each reward's centre and width to this file"
     )
@@ -110,6 +106,37 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_device(score)
     _add_batch_size(score)
+
+    sharpness = add("sharpness", "say how sharp reward models are at pictures", texts.SHARPNESS)
+    _add_pictures(sharpness)
+    sharpness.add_argument(
+        "--radius", nargs="+", type=float, default=[0.1, 0.3, 1.0], metavar="R", help="of the ball (default: 0.1 0.3 1)"
+    )
+    sharpness.add_argument("--norm", choices=("l2", "rms"), default="l2", help="of the whole picture, or per element")
+    sharpness.add_argument(
+        "--space",
+        choices=("pixel01", "pixel11", "reward_input", "latent"),
+        default="pixel01",
+        help="where the ball lies (default: pixel01)",
+    )
+    sharpness.add_argument("--pipeline", type=_place, metavar="PATH", help="with --space latent: whose latents")
+    sharpness.add_argument("--steps", type=_positive, default=20, metavar="N", help="of the search (default: 20)")
+    sharpness.add_argument(
+        "--restarts", type=_natural, default=0, metavar="N", help="further searches from random points (default: 0)"
+    )
+    sharpness.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the random points (default: 0)")
+    sharpness.add_argument(
+        "--with-reward",
+        action="append",
+        default=[],
+        metavar="NAME=PATH[,key=value]",
+        help="a reward whose scores S1 is correlated with",
+    )
+    sharpness.add_argument(
+        "--output", default="sharpness.csv", type=_path, metavar="FILE", help="new CSV (default: sharpness.csv)"
+    )
+    _add_device(sharpness)
+    _add_batch_size(sharpness)
 
     serve = add("serve", "serve reward models to other processes, over HTTP", texts.SERVE)
     _add_reward(serve)
@@ -186,6 +213,15 @@ def build_parser() -> argparse.ArgumentParser:
     helper = add("help", "say what a command takes", "The same as COMMAND --help.\n")
     helper.add_argument("topic", nargs="?", metavar="COMMAND", help="default: the whole")
     return parser
+
+
+def _add_pictures(command: argparse.ArgumentParser) -> None:
+    """Pictures, their prompts, and what looks at them."""
+    command.add_argument(
+        "pictures", nargs="+", type=_path, metavar="PICTURES", help="folders of pictures, or single files"
+    )
+    command.add_argument("--prompts", type=_place, metavar="FILE", help="a file or set, as sample's --prompts-file")
+    _add_reward(command)
 
 
 def _add_reward(command: argparse.ArgumentParser) -> None:

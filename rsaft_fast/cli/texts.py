@@ -10,6 +10,7 @@ Fine-tunes diffusion models by reward gradient, smoothed against reward hacking 
   rsaft-fast train recipe.yaml             fine-tune your own model
   rsaft-fast sample --run RUN              look at what came out
   rsaft-fast score PICTURES --reward R=P   what reward models say of pictures
+  rsaft-fast sharpness PICTURES ...        how much a reward falls right beside a picture
   rsaft-fast serve --reward R=P            reward models for other processes, over HTTP
   rsaft-fast convert FILE FOLDER           a reward's published pickle as safetensors, once
   rsaft-fast estimate recipe.yaml          will it fit, and what would make it fit
@@ -80,6 +81,25 @@ Scores wait in OUTPUT.partial until the table is written: after a failure, a ful
 on from there. Keys behind a reward's path are those of a recipe's reward section. --calibration writes where each
 reward lies on these pictures and how wide: a recipe's reward.calibration, by which a combination adds up rewards of
 different scales.
+"""
+
+SHARPNESS = """\
+Say how sharp reward models are at pictures: S1, how much a reward falls at the worst picture within a ball around each
+one. High S1 at a radius that nobody sees means that the reward can be climbed there without a better picture. It is
+measured by one step against the gradient (eq. 10 of RSA-FT, arXiv 2603.21175) and by a search within the ball
+(projected gradient descent), which is never lower: the gap says how far one step can be trusted.
+
+examples:
+  rsaft-fast sharpness samples --reward hpsv2.1=xswu/HPSv2 --radius 0.3 1 3
+  rsaft-fast sharpness samples --reward pickscore=PATH --norm rms --radius 0.001 0.004     radii that hold for any size
+  rsaft-fast sharpness samples --reward pickscore=PATH --steps 100 --restarts 4             a longer search
+  rsaft-fast sharpness samples --reward pickscore=PATH --space latent --pipeline path/to/sd3
+  rsaft-fast sharpness samples --reward pickscore=PATH --with-reward imagereward=PATH       does S1 tell that one?
+
+Pictures and prompts are read as score reads them. Writes a CSV with a row a picture, a JSON file with means, quantiles,
+the gap and S1 over the reward's own spread between pictures, and a PNG of S1 against the radius. Figures wait in
+OUTPUT.partial until then: after a failure or Ctrl-C, the same command goes on from there. A radius, picture and step of
+the search costs a forward and backward pass of the reward.
 """
 
 SERVE = """\

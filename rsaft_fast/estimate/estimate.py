@@ -222,6 +222,8 @@ class _Walk:
             self._keep("running mean (fp32)", run.ema.means.values())
         for name, tensors in run.algorithm.held().items():
             self._keep(name, tensors)
+        if run.ascent is not None:
+            self._keep("direction of the perturbation", [t for own in run.ascent.kept.values() for t in own.values()])
         self._score_once()
         self.log("the models stand, as shapes; walking one update")
         with shapes_alone(self.cuda), self.live:
@@ -290,6 +292,7 @@ class _Walk:
                 list(algorithm.parts(experience, index)),
                 perturbs=config.smoothing.parameters is not None,
                 compare_gradients=config.logging.diagnostics and not config.optimizer.release_gradients,
+                ascent=run.ascent,
                 adjust=run.steering.adjust if run.steering is not None else None,
             )
         # The other micro-batches' inputs and what their first pass left; the latents of the calls that were not run.

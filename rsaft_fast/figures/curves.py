@@ -1,4 +1,4 @@
-"""Curves: a comparison of runs beside a sample grid, and agreement over the radius."""
+"""Curves: of runs beside a sample grid, or by themselves."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from rsaft_fast.figures.grids import FAINT, INK, PAPER, compose_grid, font, one_
 
 _DPI = 100
 _CURVES_WIDTH, _PANEL_HEIGHT = 640, 250
+_STEPS = "fine-tuning step"
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,42 @@ def comparison_figure(
         raise UserError("a comparison figure without panels; give at least one, or save a grid instead")
     grid = compose_grid(prompts, columns, captions)
     height = max(grid.height, _PANEL_HEIGHT * len(panels) + 60)
-    curves = _draw_curves(panels, list(columns), height)
+    curves = _draw_curves(panels, list(columns), height, _STEPS)
     heading = _draw_heading(title, subtitle, grid.width + curves.width)
     canvas = Image.new("RGB", (grid.width + curves.width, heading.height + height), PAPER)
     canvas.paste(heading, (0, 0))
     canvas.paste(grid, (0, heading.height))
     canvas.paste(curves, (grid.width, heading.height))
+    return save_png(canvas, path)
+
+
+def curves_figure(
+    path: str | Path,
+    panels: Sequence[Panel],
+    axis: str,
+    title: str = "",
+    subtitle: str = "",
+    logarithmic: bool = False,
+) -> Path:
+    """Write a PNG of curves alone, whole or not at all.
+
+    Args:
+        path: of the PNG.
+        panels: stacked from top to bottom over one axis.
+        axis: what the curves' steps are.
+        title, subtitle: one line each.
+        logarithmic: the axis, for steps above 0.
+
+    Raises:
+        UserError: no panel.
+    """
+    if not panels:
+        raise UserError("a figure without curves; give at least one panel")
+    curves = _draw_curves(panels, [], _PANEL_HEIGHT * len(panels) + 90, axis, logarithmic)
+    heading = _draw_heading(title, subtitle, curves.width)
+    canvas = Image.new("RGB", (curves.width, heading.height + curves.height), PAPER)
+    canvas.paste(heading, (0, 0))
+    canvas.paste(curves, (0, heading.height))
     return save_png(canvas, path)
 
 
@@ -98,7 +129,9 @@ def _draw_heading(title: str, subtitle: str, width: int) -> Image.Image:
     return heading
 
 
-def _draw_curves(panels: Sequence[Panel], columns: Sequence[str], height: int) -> Image.Image:
+def _draw_curves(
+    panels: Sequence[Panel], columns: Sequence[str], height: int, label: str, logarithmic: bool = False
+) -> Image.Image:
     """Draw all panels as a picture `_CURVES_WIDTH` wide."""
     runs = list(dict.fromkeys([*columns, *(label for panel in panels for label in panel.curves)]))
     styles = {label: run_style(index) for index, label in enumerate(runs)}
@@ -108,9 +141,15 @@ def _draw_curves(panels: Sequence[Panel], columns: Sequence[str], height: int) -
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axis, panel in zip(axes, panels):
         _draw_panel(axis, panel, styles)
-    axes[-1].set_xlim(*_step_range(panels))
-    axes[-1].set_xlabel("fine-tuning step", fontsize=11, color=INK)
-    axes[-1].xaxis.set_major_locator(_step_ticks(panels))
+    axes[-1].set_xlabel(one_line(label), fontsize=11, color=INK, parse_math=False)
+    if logarithmic:
+        steps = sorted({step for panel in panels for curve in panel.curves.values() for step in curve.steps})
+        axes[-1].set_xscale("log")
+        axes[-1].set_xticks(steps, [f"{step:g}" for step in steps])
+        axes[-1].minorticks_off()
+    else:
+        axes[-1].set_xlim(*_step_range(panels))
+        axes[-1].xaxis.set_major_locator(_step_ticks(panels))
     drawn = [label for label in runs if any(label in panel.curves for panel in panels)]
     if drawn:
         # Literal text: a run's name may hold a dollar sign, which matplotlib would read as mathematics.

@@ -16,6 +16,7 @@ from rsaft_fast.hub import is_hub_id
 from rsaft_fast.methods import GradientMethod
 from rsaft_fast.ops import backends
 from rsaft_fast.recipe.check_agreement import check_judges
+from rsaft_fast.recipe.check_smoothing import check_smoothing
 from rsaft_fast.recipe.config import MOST_PICTURES, PLAYGROUND, Config
 from rsaft_fast.sampling import GradientPlan, derive_rng
 from rsaft_fast.sampling.protocol import Traits
@@ -119,6 +120,7 @@ def _check_agreement(config: Config) -> None:
         )
     if config.sharpness is not None and config.sharpness.space not in ("pixel01", "pixel11"):
         raise UserError(f"sharpness.space is {config.sharpness.space!r}; S1 is measured in pixel01 or pixel11")
+    check_smoothing(config)
     sampler = config.sampler
     if sampler.negative_prompt and sampler.guidance_scale == sampler.true_cfg_scale == 1:
         raise UserError("sampler.negative_prompt does nothing at sampler.guidance_scale 1; raise it, or leave it out")

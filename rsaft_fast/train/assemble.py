@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from rsaft_fast.algorithms.ascent import Ascent, needs_ascent
 from rsaft_fast.algorithms.base import Algorithm
 from rsaft_fast.algorithms.copies import EMA
 from rsaft_fast.algorithms.denoising import DenoisingLoss, captions
@@ -159,6 +160,7 @@ class Assembly:
         fixed: prompts of the pictures on which gradients are compared.
         batches: the micro-batches of every iteration.
         parameters: what is trained, by name.
+        ascent: the direction of the weight perturbation; None is SAM's.
         ema: the running mean of the weights; None without one.
         denoising: the pre-training loss on pictures; None without one.
         steering: what the judges say of an update, and what is done about it; None without judges.
@@ -177,6 +179,7 @@ class Assembly:
     parameters: Mapping[str, torch.nn.Parameter]
     optimizer: SAMAdamW
     algorithm: Algorithm
+    ascent: Ascent | None
     ema: EMA | None
     denoising: DenoisingLoss | None
     sample_prompts: list[str]
@@ -200,6 +203,7 @@ class Assembly:
         self.schedule = self.backbone.schedule(config.sampler.steps, config.sampler.eta)
         self.batches = PromptBatches(config.data, self.batches.prompts, config.seed, self.world)
         self.algorithm = build_algorithm(config, self.backbone, self.reward, self.schedule, self.world)
+        self.ascent = build_ascent(config, self.parameters)
         self.steering = steer(config, self.algorithm, self.judges, self.encoded, self.fixed, self.optimizer, self.world)
 
 
@@ -276,6 +280,7 @@ def assemble(
             parameters=parameters,
             optimizer=optimizer,
             algorithm=algorithm,
+            ascent=build_ascent(config, parameters),
             ema=EMA(parameters, config.ema.decay) if config.ema else None,
             denoising=DenoisingLoss(backbone, config.denoising, inputs.images, config.seed)
             if config.denoising
@@ -283,6 +288,14 @@ def assemble(
             sample_prompts=inputs.sample_prompts,
             steering=steer(config, algorithm, judges, encoded, fixed, optimizer, world, log),
         )
+
+
+def build_ascent(config: Config, parameters: Mapping[str, torch.nn.Parameter]) -> Ascent | None:
+    """Build what holds the direction of the weight perturbation; None where it is SAM's, which has no state."""
+    settings = config.smoothing.parameters
+    if settings is None or not needs_ascent(settings):
+        return None
+    return Ascent(settings, parameters, config.parameters.lora.scale)
 
 
 def _scored_prompts(config: Config, batches: PromptBatches, sample_prompts: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rsaft_fast import __version__
+from rsaft_fast.algorithms.ascent import KEPT
 from rsaft_fast.algorithms.copies import MEAN
 from rsaft_fast.algorithms.update import update
 from rsaft_fast.backbones import save_lora
@@ -129,6 +130,8 @@ class Trainer(Assembly):
                 perturbs=config.smoothing.parameters is not None,
                 world=self.world,
                 compare_gradients=config.logging.diagnostics and not config.optimizer.release_gradients,
+                ascent=self.ascent,
+                number=step,
                 adjust=self.steering.adjust if self.steering is not None else None,
             )
         if self.steering is not None:
@@ -157,14 +160,15 @@ class Trainer(Assembly):
         perturbs = self.config.smoothing.parameters is not None
         figures = {
             "eps_norm": stats.pop("eps_norm") if perturbs else 0.0,
-            "projection": stats.pop("projection") if perturbs else None,
+            # Of a direction that is zero (momentum's before the first update) nothing can survive.
+            "projection": stats["projection"] if perturbs and stats["grad_norm"] > 0 else None,
             # Released gradients are gone before anybody could take their norm.
             "grad_norm": None if math.isnan(stats["second_grad_norm"]) else stats["second_grad_norm"],
             "skipped": stats.pop("skipped"),
         }
         if not (perturbs and self.config.logging.diagnostics):
             return figures
-        del stats["second_grad_norm"]
+        del stats["second_grad_norm"], stats["projection"]
         return figures | {"first_grad_norm": stats.pop("grad_norm"), **stats}
 
     def sample(self, stop: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
@@ -200,7 +204,8 @@ class Trainer(Assembly):
             step=self.step,
             weights={name: p.detach() for name, p in self.parameters.items()},
             optimizer=self.optimizer.state_dict(),
-            copies={MEAN: self.ema.means} if self.ema is not None else {},
+            copies=({MEAN: self.ema.means} if self.ema is not None else {})
+            | (self.ascent.kept if self.ascent is not None else {}),
             algorithm=self.algorithm.state() | (self.steering.state() if self.steering is not None else {}),
             info=describe_software()
             | {"seed": self.config.seed, "reward": self.reward.spec.sha256, "optimizer": self._ordered_names()},
@@ -216,6 +221,12 @@ class Trainer(Assembly):
         self._check_tensors("weights", saved.weights)
         if (MEAN in saved.copies) != (self.ema is not None):
             raise UserError("resume: the checkpoint and the recipe disagree on ema; set it as the run had it")
+        kept = set(self.ascent.kept) if self.ascent is not None else set()
+        if odd := {name for name in saved.copies if name in KEPT} ^ kept:
+            raise UserError(
+                f"resume: the checkpoint and the recipe disagree on {min(odd)!r}, which smoothing.parameters.direction "
+                "and reuse keep; set them as the run had them"
+            )
         for name, tensors in saved.copies.items():
             self._check_tensors(f"copy {name!r}", tensors)
         own, _ = split_state(saved.algorithm)
@@ -250,6 +261,9 @@ class Trainer(Assembly):
         load_state(self.optimizer, saved.optimizer)
         if self.ema is not None:
             self.ema.load(saved.copies[MEAN])
+        for name, tensors in self.ascent.kept.items() if self.ascent is not None else ():
+            for key, tensor in tensors.items():
+                tensor.copy_(saved.copies[name][key])
         own, steered = split_state(saved.algorithm)
         self.algorithm.load(own)
         if self.steering is not None:

@@ -57,6 +57,8 @@ def really_alive(config: Config) -> LiveBytes:
         live.see(trainer.ema.means.values())
     for tensors in trainer.algorithm.held().values():
         live.see(tensors)
+    if trainer.ascent:
+        live.see(t for kept in trainer.ascent.kept.values() for t in kept.values())
     with live:
         trainer.update()
     return live
@@ -95,6 +97,8 @@ CASES = {
     ("sd3", "a block kept"): CHECKPOINTED | {"backbone__keep_blocks": 1},
     ("sd3", "two calls, checkpointed"): CHECKPOINTED | {"method": {"name": "draft", "k": 2}},
     ("sd3", "no smoothing"): {"smoothing": {"image": None, "parameters": None}},
+    ("sd3", "full, momentum"): FULL | {"smoothing": {"parameters": {"direction": "momentum"}}},
+    ("sd3", "full, friendly"): FULL | {"smoothing": {"parameters": {"direction": "friendly"}}},
     ("sd3", "full, checkpointed"): FULL | CHECKPOINTED,
     ("sd3", "full, 8 bits, released"): FULL_8BIT | {"optimizer__release_gradients": True},
     ("sd3", "full, 8 bits, released, on the host"): FULL_8BIT
