@@ -101,10 +101,10 @@ class _Session:
             print("gpu_memory: interrupted; what was measured until then is kept", file=sys.stderr)
             code = 130
         self.results.read()
-        rows = {(run, part): self._row(run, part) for run, *parts in stages for part in (*parts[0], *parts[1])}
-        self.results.note(left_out=[f"{run.name}: {part}" for (run, part), row in rows.items() if row is None])
-        broken = {place: row for place, row in rows.items() if row is not None and row.get("failed")}
-        self.failed += [f"{run.name}: {part}: {row['missing']}" for (run, part), row in broken.items()]
+        places = [(run, part) for run, parts, estimates in stages for part in (*parts, *estimates)]
+        rows = {f"{run.name}: {part}": self._row(run, part) for run, part in places}
+        self.results.note(left_out=[place for place, row in rows.items() if row is None])
+        self.failed += [f"{place}: {row['missing']}" for place, row in rows.items() if row and row.get("failed")]
         for line in self.failed:
             print(f"gpu_memory: error: {line}", file=sys.stderr)
         found = self.results.as_dict()

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -44,11 +45,14 @@ KINDS = {
 """Kernels by their names; the first kind that matches."""
 
 
-def measure(device: torch.device, update: Callable[[], object], live: LiveBytes | None = None) -> Row:
+def measure(
+    device: torch.device, update: Callable[[], object], standing: Callable[[], Iterable[torch.Tensor]] | None = None
+) -> Row:
     """Run an update once: milliseconds until the device had done it (`ms`) and of the device by phase, bytes `standing`
-    before, at the `peak` and by phase, and `reserved`; on the CPU those that `live` counts, which has seen all."""
+    before, at the `peak` and by phase, and `reserved`. The CPU's counter must be shown what is `standing`."""
     on_gpu, marks = device.type == "cuda", []
-    found: Row = {"standing": live.alive if live else None, "reserved": None, "peaks": {}, "phase_ms": {}}
+    live = LiveBytes("cpu") if standing is not None and not on_gpu else None
+    found: Row = {"standing": None, "reserved": None, "peaks": {}, "phase_ms": {}}
 
     def begin(phase: str) -> None:
         """End a phase and begin another. Counters speak of the host's order of allocations: this waits for nothing."""
@@ -67,10 +71,10 @@ def measure(device: torch.device, update: Callable[[], object], live: LiveBytes 
         torch.cuda.synchronize(device)
         found["standing"] = torch.cuda.memory_allocated(device)
     elif live:
-        live.peaks.clear()
+        found["standing"] = live.see(standing())
     start = time.perf_counter()
     begin(phases.REST)
-    with phases.listening(begin):
+    with phases.listening(begin), live or nullcontext():
         update()
     begin(phases.REST)
     if on_gpu:
@@ -82,11 +86,6 @@ def measure(device: torch.device, update: Callable[[], object], live: LiveBytes 
     if live:
         found["peaks"] = {name: peak.total for name, peak in live.peaks.items()}
     return found | {"peak": max(found["peaks"].values(), default=None)}
-
-
-def counter(device: torch.device) -> LiveBytes | None:
-    """What counts bytes where torch does not; to be entered before anything is made."""
-    return None if device.type == "cuda" else LiveBytes("cpu")
 
 
 def kernel_shares(run: Callable[[], object], device: torch.device) -> dict[str, float] | None:
@@ -109,12 +108,12 @@ class Measurements:
 
     def __init__(self, run: Run, keys: Mapping[str, Any], device: torch.device):
         """`keys`: of a recipe, over the run's own."""
-        self.run, self.keys, self.device, self.live = run, keys, device, counter(device)
+        self.run, self.keys, self.device = run, keys, device
         self.trainer: Trainer | None = None
         self.parts: dict[str, Callable[[], Row]] = {
             runs.CARD: self.card,
             runs.PEAK: self.peak,
-            runs.PEAK_K: lambda: self.updates(self.config(runs.PEAK_K), 1)[0],
+            runs.PEAK_K: lambda: self.updates(self.config(runs.PEAK_K), 1, memory=True)[0],
             runs.TIME: lambda: self.times(runs.TIME, MODES),
             runs.GRAPHS: lambda: self.times(runs.GRAPHS, ["exact"]),
             runs.COMPILED: lambda: self.times(runs.COMPILED, ["exact"]),
@@ -129,8 +128,7 @@ class Measurements:
         for part in (runs.CARD, *parts):
             start = time.perf_counter()
             try:
-                with self.live or nullcontext():
-                    row = self.parts[part]()
+                row = self.parts[part]()
             except Exception as error:
                 row, self.trainer = self._failed(error, part), None
             free_memory(self.device)  # here, the error no longer holds what it could not finish
@@ -167,17 +165,17 @@ class Measurements:
         self.trainer.follow(config)
         return self.trainer
 
-    def updates(self, config: Config, count: int, warm: int = 0) -> list[Row]:
-        """Updates measured after `warm` others."""
+    def updates(self, config: Config, count: int, warm: int = 0, memory: bool = False) -> list[Row]:
+        """Updates measured after `warm` others; `memory`: also their bytes on the CPU, which it slows down."""
         trainer, found = self.trained_by(config), []
         for _ in range(warm + count):
-            found.append(measure(self.device, trainer.update, self.live))
+            found.append(measure(self.device, trainer.update, partial(standing, trainer) if memory else None))
             trainer.optimizer.zero_grad()
         return found[warm:]
 
     def peak(self) -> Row:
         """The first two updates: the first makes the optimizer's state, the second finds it."""
-        return _highest(self.updates(self.config(), 2))
+        return _highest(self.updates(self.config(), 2, memory=True))
 
     def times(self, part: str, modes: Iterable[str]) -> Row:
         """A step of every kind at few sampler steps, and what each network call more adds to it."""
@@ -225,14 +223,15 @@ class Measurements:
         """Peak and time of the plain step, and what each network call more adds to it."""
         self.trainer = None
         free_memory(self.device)
-        step = self._plain_step(checkpointing)
-        measured = [measure(self.device, step, self.live) for _ in range(1 + UPDATES)]
+        step, there = self._plain_step(checkpointing)
+        found = [measure(self.device, step, lambda: there), *(measure(self.device, step) for _ in range(UPDATES))]
         t, x = next(iter(step._timesteps())), step.noise.to(step.denoiser.dtype)
         call_ms = Timer(self.device).median(torch.no_grad()(lambda: step.predict(x, t)), repeats=5)
-        times = {"ms": median(row["ms"] for row in measured[1:]), "call_ms": call_ms}
-        return _highest(measured) | {"steps": STEPS, "rollouts": 2} | times
+        times = {"ms": median(row["ms"] for row in found[1:]), "call_ms": call_ms}
+        return _highest(found) | {"steps": STEPS, "rollouts": 2} | times
 
-    def _plain_step(self, checkpointing: bool) -> PlainStep:
+    def _plain_step(self, checkpointing: bool) -> tuple[PlainStep, list[torch.Tensor]]:
+        """The step, and the tensors that it finds in memory."""
         config, prompt = self.config(), PROMPTS[0]
         lora, sampler = config.parameters.lora, config.sampler
         backbone = random_pipeline(config, self.device)
@@ -245,7 +244,9 @@ class Measurements:
         about |= {"height": backbone.height, "width": backbone.width, "steps": STEPS, "checkpointing": checkpointing}
         about |= {"lr": config.optimizer.lr, "weight_decay": config.optimizer.weight_decay}
         noise = backbone.initial_latents(NoiseSource(0, 0, (0,)))
-        return PlainStep(backbone.pipeline, lambda images: reward.score(images, [prompt]), noise=noise, **about)
+        step = PlainStep(backbone.pipeline, lambda images: reward.score(images, [prompt]), noise=noise, **about)
+        tensors = [t for m in (*backbone.modules(), reward) for t in (*m.parameters(), *m.buffers())]
+        return step, tensors + [*conditioning.positive.values(), *(conditioning.negative or {}).values()]
 
 
 def rollout_calls(config: Config) -> tuple[int, ...]:
@@ -254,6 +255,18 @@ def rollout_calls(config: Config) -> tuple[int, ...]:
     if config.smoothing.parameters is None:
         return (steps,)
     return steps, steps if config.smoothing.resample == "full" else graded
+
+
+def standing(trainer: Trainer) -> list[torch.Tensor]:
+    """What an update finds in memory."""
+    modules, state = (*trainer.backbone.modules(), trainer.reward), trainer.optimizer.state.values()
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    tensors += [t for held in state for t in held.values() if torch.is_tensor(t) and t.ndim]
+    for bucket in trainer.optimizer._buckets:
+        tensors += [t for t in vars(bucket.table).values() if torch.is_tensor(t)]
+        # Compiled kernels write it unseen: plain torch's operations alone would show it to the counter.
+        tensors += [t for t in (bucket.table["backup"] if "backup" in bucket.table else ()) if t is not None]
+    return tensors
 
 
 def estimated(run: Run, part: str, device: str, keys: Mapping[str, Any]) -> Row:

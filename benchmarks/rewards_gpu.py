@@ -71,7 +71,8 @@ def measured(reward: Reward, batch: int, device: torch.device, repeats: int) -> 
             return torch.autograd.grad(reward.score(images, [PROMPT] * batch).sum(), images)[0]
 
         run()
-        found, times = measure(device, run), Timer(device).times(Part(run), repeats, seconds=30.0)
+        found = measure(device, run, lambda: [*reward.parameters(), images])
+        times = Timer(device).times(Part(run), repeats, seconds=30.0)
         return {name: found[name] for name in ("standing", "peak")} | times.row()
     except torch.OutOfMemoryError as error:
         return {"missing": first_line(error)}

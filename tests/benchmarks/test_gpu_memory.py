@@ -84,7 +84,7 @@ def test_what_fails_is_a_row_and_the_next_part_is_measured(tmp_path, monkeypatch
 
 
 def test_a_key_that_this_version_lacks_is_missing_not_failed(tmp_path):
-    run = runs.Run("odd", "sd15", 5, 10, {"backbone.quantize_harder": "yes"})
+    run = runs.Run("odd", "sd15", 5, {"backbone.quantize_harder": "yes"})
     row = measure(run, [runs.PEAK], tmp_path)[runs.PEAK]
     assert row["failed"] is False and "backbone.quantize_harder" in row["missing"]
 

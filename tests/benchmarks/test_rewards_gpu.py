@@ -34,7 +34,10 @@ def test_every_row_is_measured_and_written(tmp_path, capsys, tiny):
     assert len(rows) == len(found["rows"]) == 2 * 3 * 3 and found["gpu"].startswith("cpu") and "note" in found
     assert found["copy_gbps"] > 0
     for row in rows.values():
-        assert row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"] and row["calls"] == 3, row
+        assert row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"] and row["standing"] < row["peak"], row
+    own = {place: row["peak"] - row["standing"] for place, row in rows.items()}
+    for name in ("clip-h", "blip-l"):
+        assert own[name, "bf16", True, 32] > 8 * own[name, "bf16", True, 1]
     assert len(capsys.readouterr().out.splitlines()) == len(rows) + 1
 
 
