@@ -43,9 +43,14 @@ def train_prompts() -> list[str]:
     return [prompt for prompt in prompts(288, seed=0) if prompt not in set(eval_prompts())][:256]
 
 
-def eval_prompts() -> list[str]:
-    """Give the 32 prompts that the demo is judged on, none of them among `train_prompts`."""
-    return prompts(32, seed=1)
+def eval_prompts(n: int = 32) -> list[str]:
+    """Give the first `n` of the prompts that results are judged on, at most 512, none of them among `train_prompts`."""
+    if not 0 <= n <= 512:
+        raise ValueError(f"n is {n}: the playground is judged on 0 to 512 prompts")
+    if n <= 32:
+        return prompts(n, seed=1)
+    trained = set(train_prompts())
+    return [prompt for prompt in prompts(600, seed=1) if prompt not in trained][:n]
 
 
 def true_preference(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -54,6 +59,16 @@ def true_preference(images: Tensor, prompts: Sequence[str]) -> Tensor:
     See `rsaft_fast.playground.preference`.
     """
     from rsaft_fast.playground.preference import true_preference as compute
+
+    return compute(images, prompts)
+
+
+def evaluate_preference(images: Tensor, prompts: Sequence[str]) -> tuple[float, float]:
+    """Compute the mean of the true preference over images and its standard error; arguments as for `true_preference`.
+
+    See `rsaft_fast.playground.preference`.
+    """
+    from rsaft_fast.playground.preference import evaluate_preference as compute
 
     return compute(images, prompts)
 
