@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 ASSETS = Path(__file__).parent / "assets"
-REWARDS = ("fair", "brittle")
+REWARDS = ("fair", "brittle", "mixed", "mixed-long", "adversarial", "ensemble-0", "ensemble-1", "ensemble-2")
+"""Proxy rewards that ship, none of which has learned from another's pictures."""
 
 
 def pipeline_path() -> Path:
@@ -16,7 +17,7 @@ def pipeline_path() -> Path:
 
 
 def reward_path(name: str) -> Path:
-    """Give a shipped proxy reward's folder, in `transformers.CLIPModel` format; `name` is "fair" or "brittle".
+    """Give a shipped proxy reward's folder, in `transformers.CLIPModel` format; `name` is one of `REWARDS`.
 
     The reward is `exp(logit_scale)` times the cosine of image and text embedding.
     """
@@ -59,6 +60,16 @@ def true_preference(images: Tensor, prompts: Sequence[str]) -> Tensor:
     See `rsaft_fast.playground.preference`.
     """
     from rsaft_fast.playground.preference import true_preference as compute
+
+    return compute(images, prompts)
+
+
+def evaluate_preference(images: Tensor, prompts: Sequence[str]) -> tuple[float, float]:
+    """Compute the mean of the true preference over images and its standard error; arguments as for `true_preference`.
+
+    See `rsaft_fast.playground.preference`.
+    """
+    from rsaft_fast.playground.preference import evaluate_preference as compute
 
     return compute(images, prompts)
 
