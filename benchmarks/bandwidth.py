@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from rsaft_fast.benchmarks.timing import Part, Timer
+from rsaft_fast.benchmarks.timing import Timer
 
 try:
     import triton
@@ -40,8 +40,7 @@ def bandwidths(timer: Timer) -> dict[str, object]:
         reads["a Triton kernel"] = _reader(source)
     found: dict[str, object] = {}
     for kind, moved, ways in (("copy", 2 * n, copies), ("read", n, reads)):
-        times = timer.alternate({way: Part(run) for way, run in ways.items()}, repeats=10)
-        rates = {way: moved / t.row()["ms_p50"] / 1e6 for way, t in times.items()}
+        rates = {way: moved / timer.median(run) / 1e6 for way, run in ways.items()}
         best = max(rates, key=rates.__getitem__)
         found |= {f"{kind}_gbps": rates[best], f"{kind}_way": best, f"{kind}_ways": rates}
     return found

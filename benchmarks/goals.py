@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from rsaft_fast.benchmarks.floors import floor, image_floor
-from rsaft_fast.benchmarks.memory_runs import PLAIN, RUNS
-from rsaft_fast.benchmarks.memory_tables import GIB, MemoryView
-from rsaft_fast.benchmarks.peers import DTYPES
+from rsaft_fast.benchmarks.memory_runs import RUNS
+from rsaft_fast.benchmarks.memory_tables import MemoryView
+from rsaft_fast.benchmarks.providers import DTYPES
 from rsaft_fast.benchmarks.results import Row, is_gpu
-from rsaft_fast.benchmarks.shapes import shapes_of
-from rsaft_fast.benchmarks.tables import View
+from rsaft_fast.benchmarks.shapes import floor, image_floor, shapes_of
+from rsaft_fast.benchmarks.speed_tables import View
 from rsaft_fast.figures.tables import aligned
 
 FILE = Path(__file__).with_name("goals.txt")
@@ -47,15 +45,15 @@ class SpeedGoals(View):
 
     def field(self, case: str, layout: str, what: str, *names: str) -> tuple[float, ...]:
         """Fields of our row."""
-        found = [(self.ours(what, case, layout) or {}).get(name) for name in names]
-        return tuple(math.nan if value is None else value for value in found)
+        found = self.ours(what, case, layout) or {}
+        return tuple(math.nan if found.get(name) is None else found[name] for name in names)
 
     def over(self, case: str, layout: str, what: str, peer: str) -> float:
         """Our time over a peer's."""
-        return 1 / (self.times_ours(self.get(what, case, layout, peer)) or math.nan)
+        return 1 / self.faster(case, layout, what, peer)
 
     def faster(self, case: str, layout: str, what: str, peer: str) -> float:
-        return 1 / self.over(case, layout, what, peer)
+        return self.times_ours(self.get(what, case, layout, peer)) or math.nan
 
     def over_floor(self, case: str, layout: str, what: str, of: str, least_ms: str = "0") -> float:
         """Our time over that of the floor's bytes at copy bandwidth; below `least_ms` a few launches and their tails
@@ -72,24 +70,11 @@ class SpeedGoals(View):
         return 1e3 * self.field(case, layout, what, "ms_p50")[0]
 
 
-MEMORY_VALUES = {
-    "peak_gib": lambda view, run, _: view.peak(run) / GIB,
-    "growth": lambda view, run, _: view.peak_growth(run),
-    "estimate_error": lambda view, run, _, k="": view.estimate_ratio(run, bool(k)) - 1,
-    "over_method": lambda view, run, steps, mode: view.over_plain_method(
-        run, mode, run.steps if steps == "own" else int(steps)
-    ),
-    "sam": lambda view, run, _: view.sam_share(run),
-    "plain_peak": lambda view, run, _: view.peak_over_plain(run),
-    "plain_time": lambda view, run, _: view.time_over_plain(run),
-}
-"""The values of goals.txt for whole updates, of a view, a run and sampler steps; NaN where they were not measured."""
-
-
 def goals(results: Row) -> list[Goal]:
     """Every goal for results of this kind, measured or not."""
     view = MemoryView(results) if results["kind"] == "memory" else SpeedGoals(results)
-    return [goal for columns in _table()[results["kind"]] for goal in _judged(view, *columns)]
+    lines = FILE.read_text(encoding="utf-8").split(f"# {results['kind']}\n")[1].partition("#")[0].splitlines()
+    return [goal for line in lines for goal in _judged(view, *(column.strip() for column in line.split(" | ")))]
 
 
 def text(results: Row) -> str:
@@ -103,18 +88,6 @@ def text(results: Row) -> str:
     return "\n".join([*aligned(rows, left=4), "", summary])
 
 
-@cache
-def _table() -> dict[str, list[list[str]]]:
-    """Lines of goals.txt, each as its columns, by the kind of results."""
-    table: dict[str, list[list[str]]] = {"speed": [], "memory": []}
-    for line in FILE.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#"):
-            kind = line.removeprefix("# ")
-        else:
-            table[kind].append([column.strip() for column in line.split(" | ")])
-    return table
-
-
 def _judged(
     view: SpeedGoals | MemoryView, what: str, wanted: str, bound: str, shown: str, value: str, cases: str, kinds: str
 ) -> Iterator[Goal]:
@@ -126,8 +99,7 @@ def _judged(
             names = {"case": getattr(case, "name", case), "kind": kind, "bound": bounds[0]}
             names |= {name: of(kind) for name, of in FLOORS.items() if kind in DTYPES}
             line = what.format(**names), wanted.format(**names)
-            value_of = MEMORY_VALUES.get(method) or getattr(SpeedGoals, method)
-            found = value_of(view, case, kind, *arguments)
+            found = getattr(view, method)(case, *([] if kind == "-" else [kind]), *arguments)
             values = found if isinstance(found, tuple) else (found,)
             if any(map(math.isnan, values)):
                 if not named.endswith("?"):
@@ -136,7 +108,7 @@ def _judged(
             sides = [(abs(a) if wanted.startswith("within") else a, b) for a, b in zip(values, bounds)]
             met = all(a >= b if wanted.startswith(">=") else a <= b for a, b in sides)
             measured = shown.format(*values)
-            if method == "plain_peak" and view.out_of_memory(case, PLAIN):
+            if method == "peak_over_plain" and view.out_of_memory(case):
                 measured = f"< {measured}, which ran out of memory"
             unjudged = bound == "limit" and view.results.get("tiny")  # models of no size meet every limit
             yield Goal(*line, measured, None if unjudged else met)

@@ -8,7 +8,7 @@
 #
 # OUT gets summary.txt (how each step ended) and suite.log (what each said), both written on by later calls;
 # <gpu>/<date>.json or <gpu>/memory.json and <gpu>/rewards.json (the figures, written row by row), goals.txt, and from
-# the benchmarks bars.png and roofline.png. A second memory call goes on from the memory.json that it finds in OUT, else
+# the benchmarks bars.png. A second memory call goes on from the memory.json that it finds in OUT, else
 # in benchmarks/results. Nothing is downloaded; what is missing is said and gone around. The exit code is 1 when a step
 # failed. PYTHON names the interpreter (default: python3).
 #
@@ -164,7 +164,7 @@ case $part in
     step benchmarks 360 "its budget of 330 s, after which nothing new begins, and the end of what has begun" \
       "$python" -m rsaft_fast bench --results "$out" --budget 330 --goals \
       --providers ours-cuda,ours-triton,usual-fused,adamw-alone,foreach,bitsandbytes,pytorch_optimizer,eager
-    step plots 30 "matplotlib's import and two figures" "${report[@]}" --plots "$out"
+    step plots 30 "matplotlib's import and a figure" "${report[@]}" --plots "$out"
     [ -n "$dry" ] || "${report[@]}" > "$out/goals.txt" 2>&1
     ;;
 esac

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,8 +15,7 @@ STEPS = 4  # peaks do not depend on the number of sampler steps; times are extra
 
 
 class Model(NamedTuple):
-    """A published pipeline's hub id, and how recipes sample it: pixels a side, steps of a whole picture, and
-    `sampler.guidance_scale`."""
+    """A published pipeline's hub id, and how recipes sample it: pixels a side, steps, guidance."""
 
     path: str
     size: int
@@ -30,7 +29,6 @@ MODELS = {
     "sd35m": Model("stabilityai/stable-diffusion-3.5-medium", 1024, 28, 4.5),
     "flux": Model("black-forest-labs/FLUX.1-dev", 1024, 28, 3.5),
 }
-REWARD = "yuvalkirstain/PickScore_v1"  # CLIP-H
 
 BASE: Mapping[str, Any] = {
     "output_dir": "unused",
@@ -41,7 +39,7 @@ BASE: Mapping[str, Any] = {
     "sampler.steps": STEPS,
     "method.name": "draft",
     "reward.name": "pickscore",
-    "reward.path": REWARD,
+    "reward.path": "yuvalkirstain/PickScore_v1",  # CLIP-H
     "data.prompts": "unused",
     "data.batch_size": 1,
     "data.accumulate": 1,
@@ -68,21 +66,24 @@ GRAPHS, COMPILED = "times, CUDA graphs", "times, compiled"
 PLAIN, PLAIN_UNCHECKED = "plain, checkpointed", "plain, without checkpointing"
 ESTIMATE, ESTIMATE_K = "estimate", f"estimate, K = {GRADED_STEPS}"
 
-SPEEDS = {TIME: {}, GRAPHS: {"speed.cuda_graph": True}, COMPILED: {"speed.compile": "rollout"}}
-"""Recipe keys under which a step is timed; the first are the defaults, which every other figure is of."""
-
-_START_SECONDS = 15.0  # a process, its imports, a model on the device
-_LATE_SECONDS = {GRAPHS: 15.0, COMPILED: 75.0}
+SPEEDS = (TIME, GRAPHS, COMPILED)
+_MANY = {"method.k": GRADED_STEPS, "sampler.steps": GRADED_STEPS}
+PART_KEYS: Mapping[str, Mapping[str, Any]] = {
+    PEAK_K: _MANY,
+    ESTIMATE_K: _MANY,
+    GRAPHS: {"speed.cuda_graph": True},
+    COMPILED: {"speed.compile": "rollout"},
+}
+"""Recipe keys of a part; the others have the run's own, under the defaults of `speed`."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One model in one process."""
+    """One model under one recipe."""
 
     name: str
     model: str
     limit: float  # GiB that the peak must not exceed
-    seconds: float  # a guess on an H100, `late_parts` aside; what takes three times as long is given up
     keys: Mapping[str, Any] = field(default_factory=dict)  # over `BASE` and the model's
     compare: bool = False  # whether its times are measured too, beside the step in plain PyTorch
 
@@ -108,35 +109,26 @@ class Run:
         """What is worked out of it without a device."""
         return (ESTIMATE, ESTIMATE_K) if self.lora else (ESTIMATE,)
 
-    def speed(self, part: str) -> Mapping[str, Any]:
-        """Recipe keys of one of `SPEEDS`; all but the first come with channels-last for UNets."""
-        layout = {"speed.channels_last": True} if self.model in ("sd15", "sdxl") and part != TIME else {}
-        return {**SPEEDS[part], **layout}
-
-    def guess(self, parts: Sequence[str]) -> float:
-        """Seconds for some of its parts."""
-        late = [_LATE_SECONDS[part] for part in parts if part in _LATE_SECONDS]
-        share = (len(parts) - len(late)) / len(self.parts())
-        return _START_SECONDS + sum(late) + share * (self.seconds - _START_SECONDS)
-
     def recipe(self, device: str, overrides: Mapping[str, Any], part: str = PEAK) -> dict[str, Any]:
-        """The recipe as dotted keys, at few sampler steps; `overrides` are other keys of its model."""
+        """The recipe of a part as dotted keys; `overrides` are other keys of its model."""
         model = MODELS[self.model]
         place = {"backbone.path": model.path, "backbone.height": model.size, "backbone.width": model.size}
         keys = {**BASE, **place, "backbone.device": device, "sampler.guidance_scale": model.guidance}
-        many = {"method.k": GRADED_STEPS, "sampler.steps": GRADED_STEPS} if part in (PEAK_K, ESTIMATE_K) else {}
-        return {**keys, **self.keys, **overrides, **many}
+        of_part = {"sampler.steps": self.steps} if part == WHOLE else dict(PART_KEYS.get(part, {}))
+        if part in (GRAPHS, COMPILED) and self.model in ("sd15", "sdxl"):
+            of_part["speed.channels_last"] = True  # what UNets gain by
+        return {**keys, **self.keys, **overrides, **of_part}
 
 
 RUNS = (
-    Run("sdxl-lora", "sdxl", 10, 55, compare=True),
-    Run("flux-lora", "flux", 28, 95, compare=True),
-    Run("flux-full", "flux", 74, 40, FULL),
-    Run("sdxl-full", "sdxl", 20, 30, FULL),
-    Run("sd35m-lora", "sd35m", 9.5, 55, compare=True),
-    Run("flux-lora-nf4", "flux", 12, 45, NF4),
-    Run("sdxl-lora-nf4", "sdxl", 7, 30, NF4),
-    Run("sd15-lora", "sd15", 5, 45, compare=True),
+    Run("sdxl-lora", "sdxl", 10, compare=True),
+    Run("flux-lora", "flux", 28, compare=True),
+    Run("flux-full", "flux", 74, FULL),
+    Run("sdxl-full", "sdxl", 20, FULL),
+    Run("sd35m-lora", "sd35m", 9.5, compare=True),
+    Run("flux-lora-nf4", "flux", 12, NF4),
+    Run("sdxl-lora-nf4", "sdxl", 7, NF4),
+    Run("sd15-lora", "sd15", 5, compare=True),
 )
 
 

@@ -25,16 +25,11 @@ Embeddings = Mapping[str, torch.Tensor]
 
 @dataclass
 class PlainStep:
-    """Sample, score, climb, sample again, descend; defaults are those of the recipes.
+    """Samples, scores, climbs, samples again, descends; defaults are those of the recipes.
 
-    Attributes:
-        pipeline: a diffusers pipeline without text encoders; its denoiser's trainable parameters are what is trained.
-        score: images (B, 3, H, W), nominally 0 to 1, to rewards (B,).
-        positive, negative: embeddings of the prompts; without a negative there is no guidance.
-        noise: x_T, as the sampler takes it (FLUX: packed tokens).
-        steps: sampler steps. k: the last k of them are in the graph (DRaFT-K).
-        checkpointing: diffusers' own, on denoiser and VAE.
-        image_rho: L2 radius of the picture's perturbation, a sample. weight_rho: of the weights'.
+    The denoiser's trainable parameters are what is trained. `score` takes images (B, 3, H, W), nominally 0 to 1, to
+    rewards (B,); without `negative` embeddings there is no guidance; `noise` is x_T as the sampler takes it (of FLUX
+    packed); the last `k` of the sampler's steps are in the graph (DRaFT-K); both radii are L2, the picture's a sample.
     """
 
     pipeline: DiffusionPipeline
@@ -80,7 +75,7 @@ class PlainStep:
         images.retain_grad()
         reward = self.score(images).mean()
         (-reward).backward()
-        slope = images.grad.float() if images.dtype != torch.float64 else images.grad
+        slope = images.grad.to(torch.promote_types(images.dtype, torch.float32))
         norm = torch.linalg.vector_norm(slope, dim=(1, 2, 3), keepdim=True)
         return reward.detach(), self.image_rho * slope / (norm + 1e-12)
 
@@ -131,19 +126,14 @@ class PlainStep:
         timestep = t.expand(len(x))
         if self.is_flux:
             timestep = timestep / 1000
-            inputs |= self._positions(embeddings)
+            scale = self.pipeline.vae_scale_factor * 2
+            size = self.height // scale, self.width // scale
+            image = FluxPipeline._prepare_latent_image_ids(1, *size, x.device, torch.float32)
+            inputs |= {"img_ids": image, "txt_ids": image.new_zeros(inputs["encoder_hidden_states"].shape[1], 3)}
         elif "time_ids" in inputs:
             inputs["added_cond_kwargs"] = {name: inputs.pop(name) for name in ("text_embeds", "time_ids")}
-        if hasattr(self.pipeline, "transformer"):
-            return self.denoiser(hidden_states=x, timestep=timestep, **inputs, return_dict=False)[0]
-        return self.denoiser(x, timestep, **inputs, return_dict=False)[0]
-
-    def _positions(self, embeddings: Embeddings) -> Embeddings:
-        scale = self.pipeline.vae_scale_factor * 2
-        rows, columns = self.height // scale, self.width // scale
-        device, dtype = self.noise.device, torch.float32
-        image = FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, dtype)
-        return {"img_ids": image, "txt_ids": image.new_zeros(embeddings["encoder_hidden_states"].shape[1], 3)}
+        first = "hidden_states" if hasattr(self.pipeline, "transformer") else "sample"
+        return self.denoiser(**{first: x}, timestep=timestep, **inputs, return_dict=False)[0]
 
     def _timesteps(self) -> Iterator[torch.Tensor]:
         """Set anew for every picture: the flow's scheduler counts the steps it has taken."""
@@ -161,9 +151,8 @@ class PlainStep:
 def add_plain_lora(denoiser: torch.nn.Module, rank: int, targets: Sequence[str], dtype: torch.dtype) -> None:
     """peft's adapters as diffusers' training scripts attach them: the base frozen, the adapters in fp32."""
     denoiser.requires_grad_(False)
-    denoiser.add_adapter(
-        LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets))
-    )
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets))
+    denoiser.add_adapter(config)
     for parameter in denoiser.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)

@@ -42,6 +42,9 @@ class RandomLoaders(FileLoaders):
     def reward(self) -> Reward:
         return random_reward(self.config.reward, self.device)
 
+    def judges(self) -> dict[str, Reward]:
+        return {name: random_reward(judge, self.device) for name, judge in self.config.judges.items()}
+
     def encode(self, encodings: Mapping[str, Branch]) -> None:
         """Do nothing: they are drawn."""
 

@@ -13,150 +13,111 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rsaft_fast.benchmarks import goals, memory_tables, plots, tables
-from rsaft_fast.benchmarks.floors import PASSES, floor
-from rsaft_fast.benchmarks.providers import EAGER, IMAGE_PASS
-from rsaft_fast.benchmarks.results import Row, load, newest
-from rsaft_fast.benchmarks.tables import NONE, View, markdown, milliseconds, number, percent
-from rsaft_fast.errors import UserError
-from rsaft_fast.files import write_atomically
+from matplotlib.figure import Figure
 
-SPEED, MEMORY = ((f"<!-- {name}: begin -->", f"<!-- {name}: end -->") for name in ("speed", "memory"))
-NOTHING = (
-    "No GPU figures have been recorded yet. `rsaft-fast bench --results benchmarks/results` measures this machine;\n"
-    "`benchmarks/gpu_suite.sh OUT` builds and tests it within 9 minutes, and `benchmarks/gpu_suite.sh OUT benchmarks`\n"
-    "measures within another 9."
-)
-NO_MEMORY = (
-    "No GPU figures have been recorded yet. `rsaft-fast bench --memory --results benchmarks/results` measures whole\n"
-    "updates on this machine; `benchmarks/gpu_suite.sh OUT memory` does it within 9 minutes."
-)
-README_CASES = ("sdxl-full", "sdxl-lora32", "flux1-full", "flux1-lora32")
-README_PEERS = ("usual-fused", "foreach", "bitsandbytes", "pytorch_optimizer", "torchao", "optimi")
+from rsaft_fast.benchmarks import goals, memory_tables, speed_tables
+from rsaft_fast.benchmarks.providers import IMAGE_PASS, OURS
+from rsaft_fast.benchmarks.results import Row, is_gpu, load, newest
+from rsaft_fast.benchmarks.shapes import PASSES
+from rsaft_fast.benchmarks.speed_tables import LABELS, View
+from rsaft_fast.benchmarks.suite import HEADLINE
+from rsaft_fast.benchmarks.tables import machine_line, milliseconds
+from rsaft_fast.errors import UserError
+from rsaft_fast.figures.grids import FAINT, INK, RUN_COLOURS
+from rsaft_fast.files import replace_between, write_atomically
+
+TABLES = {"speed": speed_tables, "memory": memory_tables}
+"""By the kind of results; each has a `section` for the README and all figures for the `terminal`."""
+COLOURS = dict(zip(OURS, RUN_COLOURS[1:]))  # saturated; peers are grey
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line above; 2 when the input is wrong."""
     parser = argparse.ArgumentParser(description="Tables and plots of a benchmark run.")
     parser.add_argument("results", type=Path, help="a results file, or a folder: the newest GPU results under it")
-    between = ", and where they are between ".join(" and ".join(markers) for markers in (SPEED, MEMORY))
+    between = " and between ".join(" and ".join(markers(kind)) for kind in TABLES)
     parser.add_argument("--readme", type=Path, metavar="FILE", help=f"rewrite what lies between {between}")
     parser.add_argument("--goals", action="store_true", help="show the goals and which are met, not all figures")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write bars.png and roofline.png")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write bars.png")
     arguments = parser.parse_args(argv)
     try:
         found = _find(arguments.results)
         if arguments.readme is not None:
-            sections = {SPEED: section(found.get("speed")), MEMORY: memory_section(found.get("memory"))}
-            _write_readme(arguments.readme, sections)
+            _write_readme(arguments.readme, found)
         if not found:
             print(f"no GPU results under {arguments.results}")
         if arguments.plots is not None and "speed" in found:
-            print("\n".join(map(str, plots.draw(found["speed"], arguments.plots))))
+            print(draw(found["speed"], arguments.plots))
         for kind, results in found.items():
-            shown = tables.terminal if kind == "speed" else memory_tables.terminal
-            print(goals.text(results) if arguments.goals else shown(results))
+            print(goals.text(results) if arguments.goals else TABLES[kind].terminal(results))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def memory_section(found: Row | None) -> str:
-    """The README's section on whole updates: peaks beside estimates, times, the plain step, utilisation."""
-    said = memory_tables.section(found) + "\n\nHow it is measured: `benchmarks/README.md`." if found else NO_MEMORY
-    return f"## Memory and speed of whole updates\n\n{said}"
-
-
-def section(found: Row | None) -> str:
-    """The README's section in Markdown: how the card was, our passes beside the usual loop, the update beside peers."""
-    if found is None:
-        return f"## Speed\n\n{NOTHING}"
-    view = View(found)
-    head = (
-        f"{tables.machine_line(found)}.\n"
-        f"In the same run the card copies {found['copy_gbps']:,.0f} GB/s and reads {found['read_gbps']:,.0f} GB/s.\n"
-        "*Of copy* is what a pass reaches of it with the bytes that it must move; peers are shown as time over ours.\n"
-        "How it is measured: `benchmarks/README.md`."
-    )
-    note = f"**{found['note']}.**" if found.get("note") else ""
-    blocks = ["## Speed", head, note, _passes(view), _updates(view), _images(view)]
-    return "\n\n".join(block for block in blocks if block)
-
-
-def _passes(view: View) -> str:
-    header = (
-        "list, layout: pass",
-        "bytes a parameter",
-        "ours, ms",
-        "of copy",
-        "launches",
-        "usual loop, ms",
-        "launches",
-    )
-    rows = []
-    for case, dtype, what, _ in view.groups():
-        ours = view.ours(what, case, dtype)
-        if what in PASSES and case in README_CASES and ours is not None:
-            usual = view.get(what, case, dtype, "usual-fused") or view.get(what, case, dtype, "bitsandbytes")
-            of_read = what == "norm"
-            reached = percent(ours["fraction_of_read" if of_read else "fraction_of_copy"]) + " (of read)" * of_read
-            cells = (f"{floor(what, dtype):.4g}", milliseconds(ours["ms_p50"]), reached, _launched(ours))
-            peer = milliseconds(usual["ms_p50"]) if usual else NONE
-            rows.append((f"{case}, {dtype}: {tables.LABELS[what]}", *cells, peer, _launched(usual)))
-    return markdown(header, rows) if rows else ""
-
-
-def _updates(view: View) -> str:
-    pairs = [(case, dtype) for case, dtype, what, _ in view.groups() if what == "update" and case in README_CASES]
-    rows = [(name, *(_times(view, "update", *pair, name) for pair in pairs)) for name in README_PEERS]
-    rows = [row for row in rows if set(row[1:]) - {NONE}]
-    return markdown(("whole update, time over ours", *map(", ".join, pairs)), rows) if rows else ""
-
-
-def _images(view: View) -> str:
-    rows = []
-    for case, dtype, what, _ in view.groups():
-        ours = view.ours(what, case, dtype)
-        if what == IMAGE_PASS and ours is not None:
-            cells = (milliseconds(ours["ms_p50"]), percent(ours["fraction_of_copy"]))
-            rows.append((f"{case}, {dtype}", *cells, _times(view, IMAGE_PASS, case, dtype, EAGER)))
-    return markdown(("image perturbation", "ours, ms", "of copy", "eager torch, time over ours"), rows) if rows else ""
-
-
-def _times(view: View, *place: str) -> str:
-    return number(view.times_ours(view.get(*place)))
-
-
-def _launched(row: Row | None) -> str:
-    counted = row is not None and row.get("launches") is not None
-    return f"{row['launches'] + row['copies']:,}" if counted else NONE
+def markers(kind: str) -> tuple[str, str]:
+    """The lines of a README between which a kind of results is shown."""
+    return f"<!-- {kind}: begin -->", f"<!-- {kind}: end -->"
 
 
 def _find(path: Path) -> dict[str, Row]:
     """Results by their kind."""
     if path.is_dir():
-        return {kind: found for kind in ("speed", "memory") if (found := newest(path, kind)) is not None}
+        return {kind: found for kind in TABLES if (found := newest(path, kind)) is not None}
     found = load(path)
-    if found["kind"] not in ("speed", "memory"):
+    if found["kind"] not in TABLES:
         raise UserError(f"{path} holds results of kind {found['kind']!r}, of which there is no table; read it as JSON")
     return {found["kind"]: found}
 
 
-def _write_readme(path: Path, sections: dict[tuple[str, str], str]) -> None:
-    """Replace what lies between each pair of markers; the first must be there."""
+def _write_readme(path: Path, found: dict[str, Row]) -> None:
+    """Replace what lies between each pair of markers."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--readme {path} cannot be read ({error.strerror})") from error
-    for (begin, end), said in sections.items():
-        if (begin, end) != SPEED and begin not in text and end not in text:
-            continue
-        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            raise UserError(f"--readme {path} needs a line {begin} and, after it, a line {end}: the text goes between")
-        head, rest = text.split(begin)
-        text = f"{head}{begin}\n{said}\n{end}{rest.split(end)[1]}"
+    for kind, module in TABLES.items():
+        text = replace_between(text, *markers(kind), module.section(found.get(kind)), f"--readme {path}")
     write_atomically(path, text)
+
+
+def draw(results: Row, folder: str | Path) -> Path:
+    """Write `bars.png` into the folder; its path."""
+    if not any("gbps" in row for row in results["rows"]):
+        raise UserError("nothing to draw: no row of these results was measured")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    figure, path = bars(results), Path(folder) / "bars.png"
+    warning = "" if is_gpu(results) else " (CPU figures, not to be quoted)"
+    figure.suptitle(machine_line(results) + warning, x=0.01, ha="left", fontsize=9, color=FAINT)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def bars(results: Row) -> Figure:
+    """A panel for each list and layout (of everything: the headline's), a bar for each pass and provider."""
+    view = View(results)
+    panels: dict[tuple[str, str], list[Row]] = {}
+    for case, dtype, what, rows in view.groups():
+        if what in (*PASSES, IMAGE_PASS):
+            panels.setdefault((case, dtype), []).extend(rows)
+    panels = {at: rows for at, rows in panels.items() if [*at] in HEADLINE or rows[0]["what"] == IMAGE_PASS} or panels
+    heights = [len(rows) + 1 for rows in panels.values()]
+    figure = Figure((9, 0.21 * sum(heights) + 0.75 * len(panels) + 0.7), layout="constrained")
+    axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (place, rows) in zip(axes, panels.items()):
+        axis.set_title(", ".join(place), loc="left", fontsize=11, fontweight="bold", color=INK)
+        for y, row in enumerate(rows):
+            low, ms, high = (row[f"ms_{quantile}"] for quantile in ("p20", "p50", "p80"))
+            axis.barh(y, ms, color=COLOURS.get(row["provider"], "#B4B4B4"), xerr=[[ms - low], [high - ms]])
+            said = f"  {milliseconds(ms)} ms, {view.times_ours(row) or float('nan'):.2f} x ours"
+            axis.text(high, y, said, fontsize=8, color=INK, va="center")
+        names = [f"{LABELS[row['what']]}: {row['provider']}" for row in rows]
+        axis.set_yticks(range(len(rows)), names, fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.3)
+        axis.set_xlabel("ms, median (whiskers: 20 to 80 %)", fontsize=9)
+    return figure
 
 
 if __name__ == "__main__":

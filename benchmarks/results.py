@@ -7,20 +7,19 @@ Three kinds are written: "speed" (passes of an update; a file a run, named by it
 from __future__ import annotations
 
 import datetime
-import itertools
 import json
 import os
 import platform
 import re
-import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.files import write_atomically
+from rsaft_fast.files import refuse_io_errors, write_atomically
+from rsaft_fast.importing import version_of
+from rsaft_fast.process import checkout_commit, output_of
 
 CPU_NOTE = "CPU figures: ratios hold on such a processor; they are not to be quoted of a GPU"
 KEYS = {
@@ -35,48 +34,36 @@ Row = dict[str, Any]
 
 
 class Results:
-    """Rows of one kind. With a folder they are written as they are measured, so a run cut short keeps what it has.
-
-    Args:
-        kind: one of `KEYS`.
-        head: what the figures depend on (`describe_machine`, `bandwidths`).
-        folder: gets `<gpu>/<file>`; None keeps the rows in memory.
-        file: its name; rows that it already has are kept. None takes a new one, named by the head's date.
-    """
+    """Rows of a kind beside what they depend on (`head`). With a folder they are written as they are measured, so a run
+    cut short keeps what it has: into `<gpu>/<file>`, by default named by the date, which keeps the rows that it has."""
 
     def __init__(self, kind: str, head: Row, folder: str | Path | None = None, file: str | None = None):
         self.head: Row = {"kind": kind} | head
         self.rows: list[Row] = []
         self.path: Path | None = None
         if folder is not None:
-            place, date = Path(folder) / file_name(head["gpu"]), file_name(head["date"])
-            # Two runs may begin in the same second.
-            names = (f"{date}.json" if n == 1 else f"{date}-{n}.json" for n in itertools.count(1))
-            self.path = place / (file or next(name for name in names if not os.path.lexists(place / name)))
+            self.path = Path(folder) / file_name(head["gpu"]) / (file or f"{file_name(head['date'])}.json")
             if self.path.exists():
-                self.rows = load(self.path, kind)["rows"]
-            try:
+                self.read()
+            with refuse_io_errors(f"--results {folder}", or_else="give another"):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._write()
-            except OSError as error:
-                raise UserError(f"--results {folder} cannot be written to ({error.strerror}); give another") from error
+
+    def read(self) -> None:
+        """Take up what another process has written into the file."""
+        self.rows = load(self.path, self.head["kind"])["rows"]
 
     def put(self, row: Row, bytes_moved: float | None = None) -> Row:
-        """Add a row, in place of an earlier one of the same `KEYS`.
-
-        `bytes_moved` (the floor of the pass) over the median time gives its bandwidth, and the fractions of what the
-        card reaches: of its copy, and for the norm, which only reads, of its read bandwidth.
-        """
+        """Add a row, in place of an earlier one of the same `KEYS`; `bytes_moved` (the pass's floor) over the median
+        gives its bandwidth, and the fractions of what the card reaches: of its copy, for the norm of its reading."""
         if bytes_moved is not None:
             row["gbps"] = bytes_moved / row["ms_p50"] / 1e6
             row["fraction_of_copy"] = row["gbps"] / self.head["copy_gbps"]
             if row["what"] == "norm":
                 row["fraction_of_read"] = row["gbps"] / self.head["read_gbps"]
         earlier = self.find(row)
-        if earlier is None:
-            self.rows.append(row)
-        else:
-            self.rows[self.rows.index(earlier)] = row
+        place = len(self.rows) if earlier is None else self.rows.index(earlier)
+        self.rows[place : place + 1] = [row]
         self._write()
         return row
 
@@ -106,11 +93,9 @@ def load(path: str | Path, kind: str | None = None) -> Row:
     """Read a results file, of one kind or of any."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give a file of `bench --results`") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); move it away") from error
-    missing = [name for name in FIELDS if not isinstance(found, dict) or name not in found]
+        missing = [name for name in FIELDS if name not in found]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); give a file of `bench --results`") from error
     if missing:
         raise UserError(f"{path} holds no benchmark results: without {', '.join(missing)}; move it away")
     if kind not in (None, found["kind"]):
@@ -140,16 +125,16 @@ def describe_machine(device: torch.device) -> Row:
     """What a figure depends on. Makes no context on a GPU, which would take memory there."""
     on_gpu = device.type == "cuda"
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", f"--id={device.index or 0}"]
-    name, _, driver = ((_output(query) or "") if on_gpu else "").partition(", ")
+    name, _, driver = ((output_of(query) or "") if on_gpu else "").partition(", ")
     found: Row = {
-        "gpu": (name or torch.cuda.get_device_name(device)) if on_gpu else _processor(),
+        "gpu": (name or torch.cuda.get_device_name(device)) if on_gpu else f"cpu {platform.machine()}",
         "driver": (driver or "unknown") if on_gpu else None,
         "torch": torch.__version__,
-        "triton": version("triton"),
+        "triton": version_of("triton"),
         "cuda": torch.version.cuda if on_gpu else None,
-        "commit": os.environ.get("RSAFT_COMMIT") or _commit(),
+        "commit": os.environ.get("RSAFT_COMMIT") or checkout_commit(),
         "date": now(),
-        "rsaft_fast": version("rsaft_fast"),
+        "rsaft_fast": version_of("rsaft_fast"),
     }
     return found if on_gpu else found | {"note": CPU_NOTE}
 
@@ -158,36 +143,6 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def version(package: str) -> str | None:
-    """Of an installed package."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def file_name(text: object) -> str:
     """Letters, digits, '.', '_' and '-' alone: a name that every machine and every copying tool takes."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", str(text)).strip("-")
-
-
-def _processor() -> str:
-    """Its model where the system tells, and how many threads torch uses of it."""
-    try:
-        told = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        told = None
-    return f"cpu {told.group(1).strip() if told else platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _output(command: list[str]) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _commit() -> str | None:
-    """The checkout's, where this runs in one: an installed package may lie within somebody else's."""
-    top = Path(__file__).parents[1]
-    return _output(["git", "-C", str(top), "rev-parse", "--short", "HEAD"]) if (top / ".git").exists() else None

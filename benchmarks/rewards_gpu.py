@@ -19,9 +19,10 @@ from rsaft_fast.benchmarks.bandwidth import bandwidths
 from rsaft_fast.benchmarks.memory_measure import measure
 from rsaft_fast.benchmarks.random_models import random_reward
 from rsaft_fast.benchmarks.results import Results, Row, describe_machine
+from rsaft_fast.benchmarks.tables import gib
 from rsaft_fast.benchmarks.timing import Part, Timer
 from rsaft_fast.data.encodings import free_memory
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UserError, first_line
 from rsaft_fast.recipe.check import check_device
 from rsaft_fast.rewards import Reward, RewardSettings
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for batch in BATCHES:
             what = {"reward": name, "dtype": dtype, "checkpoint": checkpoint, "batch": batch}
             row = results.put(what | measured(reward, batch, device, arguments.repeats))
-            said = row.get("missing") or f"{row['ms_p50']:.1f} ms, {row['peak'] / 2**30:.2f} GiB at the peak"
+            said = row.get("missing") or f"{row['ms_p50']:.1f} ms, {gib(row['peak'])} GiB at the peak"
             print(f"{name} x{batch} {dtype}{' checkpointed' if checkpoint else ''}: {said}", flush=True)
         del reward
         free_memory(device)
@@ -71,10 +72,10 @@ def measured(reward: Reward, batch: int, device: torch.device, repeats: int) -> 
 
         run()
         found = measure(device, run, lambda: [*reward.parameters(), images])
-        times = Timer(device).alternate({"gradient": Part(run)}, repeats, seconds=30.0)
+        times = Timer(device).times(Part(run), repeats, seconds=30.0)
+        return {name: found[name] for name in ("standing", "peak")} | times.row()
     except torch.OutOfMemoryError as error:
-        return {"missing": str(error).split("\n", 1)[0]}
-    return {"standing": found.standing, "peak": found.peak} | times["gradient"].row()
+        return {"missing": first_line(error)}
 
 
 if __name__ == "__main__":

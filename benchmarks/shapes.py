@@ -1,8 +1,7 @@
-"""Parameter lists of real models, from a file made of their architectures: no weights, no diffusers, no time."""
+"""Parameter lists of real models, the bytes that passes over them must move, and a card's own arithmetic."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Sequence
@@ -44,9 +43,47 @@ def names_in(text: str | None) -> list[str]:
 
 
 def check_names(asked: Sequence[str], known: Sequence[str], what: str) -> None:
-    """Raise UserError for a name that is not known, with the nearest that are."""
+    """Raise UserError for a name that is not known, with those that are."""
     for name in asked:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ";"
-            raise UserError(f"no {what} {name!r}{hint} There are: {', '.join(known)}")
+            raise UserError(f"no {what} {name!r}; there are {', '.join(known)}")
+
+
+LAYOUTS = {
+    "fp32": "fp32 weights, gradients and moments; a backup to restore from",
+    "bf16": "bf16 weights and gradients, fp32 master and moments; restored from the master, no backup",
+    "8bit": "bf16 weights, gradients and backup; 8-bit moments in blocks of 256; stochastic rounding, no master",
+}
+PASSES = ("norm", "perturb", "step", "update")
+"""The second norm is part of an update: clipping needs it, and so does skipping a non-finite step as a whole."""
+
+_ABSMAX = 2 * 2 * 4 / 256  # a float32 absmax for each block of 256 codes, of two moments, read and written
+# norm: the gradient. perturb: weight or master, gradient, weight written, and the backup where there is one. step:
+# backup or master (restoring costs nothing of its own), gradient, weight and master written, moments both ways.
+_BYTES = {
+    "fp32": {"norm": 4, "perturb": 4 + 4 + 4 + 4, "step": 4 + 4 + 4 + 2 * 8},
+    "bf16": {"norm": 2, "perturb": 4 + 2 + 2, "step": 4 + 2 + 2 + 4 + 2 * 8},
+    "8bit": {"norm": 2, "perturb": 2 + 2 + 2 + 2, "step": 2 + 2 + 2 + 2 * 2 + _ABSMAX},
+}
+
+DENSE_BF16 = {"H100 NVL": 835.5, "H100 PCIe": 756.5, "H100": 989.5, "H200": 989.5, "B200": 2250.0, "A100": 312.0}
+DENSE_BF16 |= {"L40S": 362.0, "RTX 4090": 165.2, "RTX 3090": 71.0}
+"""TFLOP/s, bf16 without sparsity, fp32 accumulation: NVIDIA's data sheets of the cards (halved where they count sparse
+operations) and its Ada and GA102 whitepapers. The first name that the device's contains counts."""
+
+
+def floor(what: str, layout: str) -> float:
+    """Bytes a parameter that a pass must move, each tensor read once and written once; no cache holds such a list."""
+    passes = _BYTES[layout]
+    return sum(passes[part] for part in ("norm", "perturb", "norm", "step")) if what == "update" else passes[what]
+
+
+def image_floor(bytes_an_element: int, gradient_reads: int = 2) -> int:
+    """Bytes an element of the image perturbation: image read, result written, and the gradient read for its norm and
+    again for the sum (`gradient_reads=1` where the second read comes from L2)."""
+    return (2 + gradient_reads) * bytes_an_element
+
+
+def dense_bf16(gpu: str) -> float:
+    """TFLOP/s of a device by its name; NaN for one that is not in the table."""
+    return next((rate for name, rate in DENSE_BF16.items() if name in gpu), math.nan)

@@ -3,8 +3,7 @@ keeps the rows with the device times of each provider (`extra_info`)."""
 
 import pytest
 
-from rsaft_fast.benchmarks.jobs import plan
-from rsaft_fast.benchmarks.suite import Suite, device_here, start
+from rsaft_fast.benchmarks.suite import Suite, device_here, plan, start
 
 
 @pytest.fixture(scope="module")

@@ -1,19 +1,17 @@
-"""Times that can be compared: device events, a cold L2, providers in turn, and what one call puts on the device."""
+"""Times that can be compared: device events, a cold L2, and what one call puts on the device."""
 
 from __future__ import annotations
 
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-FLUSH_BYTES = 256 << 20
-"""Several times the largest L2 (H100: 50 MB, B200: 126 MB)."""
-
+FLUSH_BYTES = 256 << 20  # several times the largest L2 (H100: 50 MB, B200: 126 MB)
 _MOST_HEAD_START = 64  # flushes, about 6 ms on an H100
 
 
@@ -36,15 +34,18 @@ class Times:
     ms: list[float] = field(default_factory=list)
     host_ms: list[float] = field(default_factory=list)
 
+    def extend(self, other: Times) -> None:
+        self.ms += other.ms
+        self.host_ms += other.host_ms
+
     def row(self) -> dict[str, float | int]:
         """The fields of a result row."""
-        low, median, high = map(float, np.quantile(self.ms, (0.2, 0.5, 0.8)))
-        times = {"ms_p20": low, "ms_p50": median, "ms_p80": high, "host_ms": float(np.median(self.host_ms))}
-        return times | {"calls": len(self.ms)}
+        times = {f"ms_p{p}": float(np.percentile(self.ms, p)) for p in (20, 50, 80)}
+        return times | {"host_ms": float(np.median(self.host_ms)), "calls": len(self.ms)}
 
 
 class Timer:
-    """Times parts in turn: A, B, C, A, B, C, ... so that a card that warms up or throttles does so for all of them."""
+    """Times calls with a cold L2, behind enough other work that launching them is not what is timed."""
 
     def __init__(self, device: torch.device):
         self.device, self.on_gpu = device, device.type == "cuda"
@@ -53,42 +54,35 @@ class Timer:
             self._cold(2)
             self._flush_ms = min(self._once(lambda: self._cold(1))[0] for _ in range(3))
 
-    def alternate(
-        self, parts: Mapping[str, Part], repeats: int = 20, seconds: float = 1.0, host_alone: bool = False
-    ) -> dict[str, Times]:
-        """Times of every part over `repeats` rounds after two calls that are not counted.
-
-        A part that would take longer than `seconds` in all is called less often, but at least three times.
-        `host_alone`: only until the call returns, the device idle before and never waited for within.
-        """
-        times = {name: Times() for name in parts}
-        plans = {name: self._plan(part, repeats, seconds) for name, part in parts.items()}
+    def times(self, part: Part, repeats: int = 20, seconds: float = 1.0, host_alone: bool = False) -> Times:
+        """Times of so many calls, of fewer but at least three where they would take more than `seconds`; `host_alone`:
+        until the call returns, the device idle before and never waited for within."""
+        flushes, calls = self._plan(part, repeats, seconds)
+        found = Times()
         gc.disable()  # a garbage collection within a call of 50 us would be most of it
         try:
-            for round_ in range(repeats):
-                for name, part in parts.items():
-                    flushes, calls = plans[name]
-                    if round_ < calls:
-                        part.prepare()
-                        if host_alone:
-                            self.synchronize()
-                        else:
-                            self._cold(flushes)
-                        ms, host_ms = self._once(part.run, host_alone)
-                        times[name].ms.append(ms)
-                        times[name].host_ms.append(host_ms)
+            for _ in range(calls):
+                part.prepare()
+                self.synchronize() if host_alone else self._cold(flushes)
+                ms, host_ms = self._once(part.run, host_alone)
+                found.ms.append(ms)
+                found.host_ms.append(host_ms)
         finally:
             gc.enable()
         self.synchronize()
-        return times
+        return found
+
+    def median(self, run: Callable[[], object], repeats: int = 10) -> float:
+        """Milliseconds of the device for one call."""
+        return self.times(Part(run), repeats).row()["ms_p50"]
 
     def synchronize(self) -> None:
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
     def _plan(self, part: Part, repeats: int, seconds: float) -> tuple[int, int]:
-        """Call a part twice: how many flushes keep the device busy while the host launches (behind a backward pass it
-        is ahead as well), and how many calls there is time for."""
+        """Call a part twice: flushes that keep the device busy while the host launches, as a backward pass does, and
+        how many calls there is time for."""
         part()
         self.synchronize()
         part.prepare()

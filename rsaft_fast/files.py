@@ -143,6 +143,22 @@ def write_atomically(path: Path, text: str) -> None:
     fsync_folder(path.parent)
 
 
+def replace_between(text: str, begin: str, end: str, said: str, where: str) -> str:
+    """Replace what lies between two marker lines of a text.
+
+    Args:
+        said: put between them, on lines of its own.
+        where: what the text is called, for the message.
+
+    Raises:
+        UserError: the markers are not there once each, the first before the second.
+    """
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise UserError(f"{where} needs one line {begin} and, after it, one line {end}: the text goes between")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{said}\n{end}{rest.split(end)[1]}"
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Replace a file's content as a whole; several processes may do so at once, and the last one wins."""
     with replacing(path) as temporary:

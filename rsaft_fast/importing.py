@@ -1,4 +1,4 @@
-"""Code of the user's own, named in a recipe as `module:callable`."""
+"""What is installed, and code of the user's own, named in a recipe as `module:callable`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 import typing
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,14 @@ import torch
 from rsaft_fast.errors import UserError, describe_error
 
 Made = TypeVar("Made")
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def load_callable(named: str, key: str) -> Callable[..., Any]:

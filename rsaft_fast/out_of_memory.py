@@ -22,6 +22,7 @@ _MENDS = {
     phases.PERTURBING: "train LoRA (parameters.train=lora)",
     phases.UPDATING: "train LoRA (parameters.train=lora)",
     phases.AVERAGING: "leave the running mean out (ema=null)",
+    phases.ANCHORING: "set backbone.checkpoint=[denoiser,decoder], or leave regularize out",
     phases.DENOISING: "set backbone.checkpoint=[denoiser,decoder]",
 }
 _ELSE = "lower data.batch_size and raise data.accumulate"

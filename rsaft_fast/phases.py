@@ -23,6 +23,7 @@ COMPARING = "comparing gradients"
 UPDATING = "the optimizer's update"
 AVERAGING = "the running mean of the weights"
 DENOISING = "the denoising loss"
+ANCHORING = "the distance to the base"
 REST = "working"
 """Whatever no phase claims."""
 

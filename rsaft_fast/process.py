@@ -7,9 +7,11 @@ import importlib.util
 import logging
 import os
 import stat
+import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -62,3 +64,17 @@ def _place_caches() -> None:
     os.environ.setdefault("XDG_CACHE_HOME", str(folder))
     for variable in ("TRITON_HOME", "MPLCONFIGDIR"):
         os.environ.setdefault(variable, str(folder))
+
+
+def output_of(command: Sequence[str]) -> str | None:
+    """Run a command and return what it printed, stripped; None where it fails or prints nothing."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def checkout_commit() -> str | None:
+    """Return the checkout's commit, where this runs in one: an installed package may lie within somebody else's."""
+    top = Path(__file__).parents[1]
+    return output_of(["git", "-C", str(top), "rev-parse", "--short", "HEAD"]) if (top / ".git").exists() else None

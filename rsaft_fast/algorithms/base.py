@@ -25,7 +25,7 @@ Figures = dict[str, torch.Tensor]
 class At(Enum):
     """The weights that a backward pass is taken at."""
 
-    PLAIN = "theta, in an update without a weight perturbation"
+    PLAIN = "the weights as they are, in an update of one pass: theta, or theta + eps where eps was known before"
     FIRST = "theta, for the direction of the perturbation"
     SECOND = "theta + eps, for the update's gradient"
 
@@ -109,6 +109,10 @@ class Algorithm(ABC, Generic[Part]):
             stats: the optimizer's own figures.
         """
         return dict(sums)
+
+    def held(self) -> dict[str, Iterable[torch.Tensor]]:
+        """Return tensors on the device that stay beside the trained weights, by a name for the memory estimate."""
+        return {}
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return what a checkpoint keeps beside weights, optimizer and `copies`."""

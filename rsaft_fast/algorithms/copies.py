@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -43,13 +43,9 @@ class Copies:
         away = self.host and not parameter.is_meta  # of shapes there is nothing to move
         return parameter.detach().to(device="cpu" if away else parameter.device, copy=True)
 
-    @contextmanager
-    @torch.no_grad()
-    def applied(self, name: str) -> Iterator[None]:
+    def applied(self, name: str) -> AbstractContextManager[None]:
         """The model has that copy as its weights inside the block, and its own, bit for bit, after it."""
-        own = {key: self._aside(p) for key, p in self.parameters.items()}
-        with swapped(self.parameters, self.tensors[name], own):
-            yield
+        return replaced(self.parameters, self.tensors[name], self._aside)
 
     @torch.no_grad()
     def take(self, name: str) -> None:
@@ -76,18 +72,28 @@ class Copies:
 
 
 @contextmanager
-def swapped(
-    parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]
+@torch.no_grad()
+def replaced(
+    parameters: Mapping[str, torch.nn.Parameter],
+    values: Mapping[str, torch.Tensor],
+    aside: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
 ) -> Iterator[None]:
-    """Give parameters other values inside the block; `own`, a copy of theirs, after it."""
+    """Have the parameters of these names at other values inside the block, and at their own, bit for bit, after it.
+
+    By value: addresses stay, which a captured graph replays.
+
+    Args:
+        aside: makes the copy of a parameter that waits for the end of the block.
+    """
+    changed = {name: parameters[name] for name in values}
+    own = {name: aside(p.detach()) for name, p in changed.items()}
     try:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(values[name])
+        for name, parameter in changed.items():
+            parameter.copy_(values[name])
         yield
     finally:
         with torch.no_grad():
-            for name, parameter in parameters.items():
+            for name, parameter in changed.items():
                 parameter.copy_(own[name])
 
 
@@ -115,13 +121,9 @@ class EMA:
         weights = [p.to(mean.dtype) for p, mean in zip(self.parameters.values(), means)]
         torch._foreach_lerp_(means, weights, 1 - decay)
 
-    @contextmanager
-    @torch.no_grad()
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> AbstractContextManager[None]:
         """The model has the means as its weights inside the block, and its own, bit for bit, after it."""
-        own = {name: p.detach().clone() for name, p in self.parameters.items()}
-        with swapped(self.parameters, self.means, own):
-            yield
+        return replaced(self.parameters, self.means)
 
     @torch.no_grad()
     def load(self, means: Mapping[str, torch.Tensor]) -> None:

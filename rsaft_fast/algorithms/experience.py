@@ -19,7 +19,7 @@ class Part:
         places: its samples, counted from 0 on this rank.
         total: samples of the whole update, of all ranks.
         old: by call, what the collecting weights say at this very batch: log-probabilities (B,), or predictions where
-            the method needs them. Filled before the weights have moved.
+            the method needs them, on the host. Filled before the weights have moved.
     """
 
     experience: Experience

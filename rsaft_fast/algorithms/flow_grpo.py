@@ -19,6 +19,7 @@ from rsaft_fast.algorithms.experience import Experience, Part
 from rsaft_fast.algorithms.group_policy import GroupPolicy
 from rsaft_fast.algorithms.nft_objective import reference_cotangent, reference_distance
 from rsaft_fast.algorithms.policy_objective import kl_scale, surrogate
+from rsaft_fast.algorithms.scoring import on_host
 from rsaft_fast.data.batches import Batches, MicroBatch
 from rsaft_fast.errors import UserError
 from rsaft_fast.methods import FlowGRPO as FlowGRPOSettings
@@ -117,7 +118,8 @@ class FlowGRPO(GroupPolicy):
         conditioning = experience.batches.conditioning(part.places)
         for call in experience.calls:
             f = self._predict(part, call, conditioning)
-            part.old[call] = self._old(experience.schedule[call], experience.latent(call, part), f, part, call)
+            x = experience.latent(call, part)
+            part.old[call] = on_host(self._old(experience.schedule[call], x, f, part, call))
 
     def _old(self, step: LinearStep, x: torch.Tensor, f: torch.Tensor, part: Part, call: int) -> torch.Tensor:
         if self.needs_old_prediction:
@@ -166,7 +168,7 @@ class FlowGRPO(GroupPolicy):
     def shortened(self, batches: Batches) -> tuple[FlowGRPO, Experience, int]:
         """Return what `Algorithm.shortened` does: one update of two calls.
 
-        One call's graph is alive at a time, and what is kept is kept on the host.
+        One call's graph is alive at a time, and what is kept is kept on the host, but for the reference's predictions.
         """
         brief = copy(self)
         brief.plain, brief.drawing, brief.durations = self.plain[:2], self.drawing[:2], self.durations[:2]
@@ -174,7 +176,9 @@ class FlowGRPO(GroupPolicy):
         brief.updates = 1
         most = max(self.settings.collect_batch or 0, batches.batch_size)
         groups = -(-most // batches.group_size)
-        return brief, brief.collect(batches.of(batches.batch_size, groups * batches.group_size)), 0
+        experience = brief.collect(batches.of(batches.batch_size, groups * batches.group_size))
+        left_out = len(self._calls(batches.source.seed, batches.step)) - len(experience.calls)
+        return brief, experience, left_out if self.kl_weight or self.norm_weight else 0
 
     def figures(self, sums: Mapping[str, float], stats: Mapping[str, float]) -> dict[str, float | None]:
         """Name an update's figures.
@@ -230,9 +234,9 @@ class _CallObjective:
         fresh = self.call not in self.part.old
         if fresh and self.at is At.SECOND:
             raise ValueError("a part's SECOND pass comes after its FIRST")
-        old = algorithm._old(step, self.x, f, self.part, self.call) if fresh else self.part.old[self.call]
-        if self.at is At.FIRST:
-            self.part.old[self.call] = old
+        old = algorithm._old(step, self.x, f, self.part, self.call) if fresh else self.part.old[self.call].to(f.device)
+        if fresh and self.at is At.FIRST:
+            self.part.old[self.call] = on_host(old)
         log_ratio, slope, divergence = self._ratio(f, drawn, old)
         duration = algorithm.durations[self.call]
         weight = share / duration if settings.ratio_norm else share

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from rsaft_fast.algorithms.anchor import DistanceToBase
 from rsaft_fast.algorithms.base import Algorithm
 from rsaft_fast.algorithms.flow_grpo import FlowGRPO
 from rsaft_fast.algorithms.nft import NFT
@@ -53,6 +54,8 @@ def _reward_gradient(
         plan_scope=config.data.plan_scope,
         probe=config.sharpness,
         world=world,
+        anchor=DistanceToBase(backbone, config.regularize.kl_to_base) if config.regularize else None,
+        max_steps=config.max_steps,
     )
 
 

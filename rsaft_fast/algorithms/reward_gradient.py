@@ -6,23 +6,28 @@ smoothing is `update`'s, for this algorithm as for any other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
+from rsaft_fast.algorithms.anchor import DistanceToBase
+from rsaft_fast.algorithms.ascent import Ascent, needs_ascent
 from rsaft_fast.algorithms.base import Algorithm, At, Figures, no_check
 from rsaft_fast.algorithms.update import update
 from rsaft_fast.data.batches import Batches, MicroBatch
 from rsaft_fast.distributed import World
+from rsaft_fast.errors import UserError
 from rsaft_fast.methods import GradientMethod
 from rsaft_fast.methods.losses import Loss
 from rsaft_fast.optim import SAM, SAMAdamW
 from rsaft_fast.rewards.base import Reward
 from rsaft_fast.sampling import GradientPlan, Schedule, Trajectory, backpropagate, derive_rng, rollout
 from rsaft_fast.sampling.protocol import Backbone
+from rsaft_fast.smoothing.image import Around, observe_around, perturb_around, rewards_around
 from rsaft_fast.smoothing.objective import (
     ImageSmoothing,
     Observation,
@@ -30,12 +35,28 @@ from rsaft_fast.smoothing.objective import (
     image_perturbation,
     latent_gradient,
     observe,
-    perturbed_rewards,
 )
 
 PART = "reward/"
 """Before the name of each reward that a combination is made of, in the figures."""
 _AT_THETA = "reward at theta under the second pass's delta"
+_NOMINAL_S1 = "s1 at the radius that all pictures have in common"
+_USUAL_S1 = "usual_s1"
+_DECAY = 0.9
+"""Of the running mean of S1 over updates, which a picture's own radius is measured by."""
+
+
+class Witness(Protocol):
+    """Looks at the samples of an update, and says how much each counts."""
+
+    def weigh(
+        self,
+        part: PlannedBatch,
+        trajectory: Trajectory,
+        observations: Sequence[Observation],
+        slopes: Sequence[torch.Tensor],
+    ) -> tuple[list[torch.Tensor], Figures]:
+        """Return the slopes to follow, (B,) an endpoint, and the part's share of figures; `.grad` is left as it is."""
 
 
 @dataclass
@@ -44,7 +65,7 @@ class FirstPass:
 
     trajectory: Trajectory | None
     observations: list[Observation]
-    deltas: list[torch.Tensor | None]
+    deltas: list[Around | None]
 
 
 @dataclass
@@ -65,6 +86,8 @@ class RewardGradient(Algorithm[PlannedBatch]):
     """Sample, perturb the pictures, and send the reward's gradient back through the calls that a plan names."""
 
     shown = {"reward": "reward", "s1": "S1"}
+    witness: Witness | None = None
+    """Sees every part just before the update's gradient is taken."""
 
     def __init__(
         self,
@@ -78,13 +101,26 @@ class RewardGradient(Algorithm[PlannedBatch]):
         plan_scope: Literal["batch", "micro-batch"] = "batch",
         probe: ImageSmoothing | None = None,
         world: World | None = None,
+        anchor: DistanceToBase | None = None,
+        max_steps: int | None = None,
     ):
         """
         Args:
             method: draws the plans of `collect`.
             plan_scope: whether the micro-batches of an update share a plan.
             probe: the ball at which the sharpness S1 is logged.
+            anchor: a penalty on the graded calls' distance from the untrained model's. The weight perturbation does
+                not follow it: its direction is to be the reward's alone.
+            max_steps: updates in all, which a schedule of the image radius needs.
         """
+        self.anchor = anchor
+        if smoothing.image is not None and smoothing.image.schedule != "constant" and max_steps is None:
+            raise UserError(
+                f"smoothing.image.schedule is {smoothing.image.schedule}, and nothing says when the training ends; "
+                "give max_steps, or take schedule constant"
+            )
+        self.max_steps = max_steps
+        self.usual_s1: float | None = None
         self.backbone, self.reward, self.schedule = backbone, reward, schedule
         self.smoothing, self.loss, self.probe = smoothing, loss, probe
         self.method, self.plan_scope, self.world = method, plan_scope, world or World()
@@ -129,6 +165,7 @@ class RewardGradient(Algorithm[PlannedBatch]):
             return self._follow(part, self._sample(part, prefix=part.first.trajectory), part.first, check)
         figures, trajectory, first = self._observe_first(part)
         if at is At.PLAIN:
+            del figures[_AT_THETA]  # there is nothing to compare it with
             return figures | self._follow(part, trajectory, first, check)
         self._ascend(part, trajectory, first)
         keep = self.smoothing.resample == "graded_only"
@@ -147,26 +184,48 @@ class RewardGradient(Algorithm[PlannedBatch]):
         image = self.smoothing.image
         space = image.space if image else "pixel01"
         observations = [observe(self.backbone, self.reward, x, prompts, space=space) for x in trajectory.endpoints]
-        deltas = [None if image is None else image_perturbation(self.backbone, seen, image) for seen in observations]
+        perturbed = [self._perturb(part, seen, endpoint) for endpoint, seen in enumerate(observations)]
+        deltas = [around for around, _ in perturbed]
         reward = self._mean(part, [seen.rewards for seen in observations])
         figures = {"reward": reward, _AT_THETA: reward}
         if image:
             figures[_AT_THETA] = self._mean_perturbed(part, observations, deltas, image)
+            if image.per_sample:
+                figures[_NOMINAL_S1] = self._mean(part, [s1 for _, s1 in perturbed if s1 is not None])
         if self.probe is not None:
             lowest = figures[_AT_THETA]
             if self.probe != image:
-                around = (image_perturbation(self.backbone, seen, self.probe) for seen in observations)
+                around = ((image_perturbation(self.backbone, seen, self.probe),) for seen in observations)
                 lowest = self._mean_perturbed(part, observations, around, self.probe)
             figures["s1"] = reward - lowest
         for name in observations[0].parts:
             figures[PART + name] = self._mean(part, [seen.parts[name] for seen in observations])
         return figures, trajectory, FirstPass(trajectory, observations, deltas)
 
-    def _mean_perturbed(self, part: PlannedBatch, observations, deltas, ball: ImageSmoothing) -> torch.Tensor:
+    def _perturb(
+        self, part: PlannedBatch, seen: Observation, endpoint: int
+    ) -> tuple[Around | None, torch.Tensor | None]:
+        """Perturb the pictures of an endpoint; and what their own radii follow from, see `perturb_around`."""
+        image, batch = self.smoothing.image, part.batch
+        if image is None:
+            return None, None
+        progress = batch.noise.step / self.max_steps if self.max_steps else 0.0
+        return perturb_around(
+            *(self.backbone, self.reward, seen, batch.prompts, image, batch.noise, endpoint, progress, self.usual_s1)
+        )
+
+    def _mean_perturbed(
+        self,
+        part: PlannedBatch,
+        observations: Sequence[Observation],
+        deltas: Iterable[Around | None],
+        ball: ImageSmoothing,
+    ) -> torch.Tensor:
         prompts = part.batch.prompts
         scores = [
-            perturbed_rewards(self.backbone, self.reward, seen, prompts, delta, ball.space)
-            for seen, delta in zip(observations, deltas)
+            rewards_around(self.backbone, self.reward, seen, prompts, around, ball.space)
+            for seen, around in zip(observations, deltas)
+            if around is not None
         ]
         return self._mean(part, scores)
 
@@ -186,23 +245,36 @@ class RewardGradient(Algorithm[PlannedBatch]):
             observations = first.observations  # the same weights and pictures
         else:
             observations = [
-                self._observe_perturbed(part, x, delta) for x, delta in zip(trajectory.endpoints, first.deltas)
+                self._observe_perturbed(part, x, around, endpoint)
+                for endpoint, (x, around) in enumerate(zip(trajectory.endpoints, first.deltas))
             ]
         slopes = [self.loss.derivative(seen.rewards) for seen in observations]
+        witnessed: Figures = {}
+        if self.witness is not None:
+            slopes, witnessed = self.witness.weigh(part, trajectory, observations, slopes)
         self._backpropagate(part, trajectory, observations, slopes, check)
         rewards = [seen.rewards for seen in observations]
-        return {
+        figures = {
             "smoothed_reward": self._mean(part, rewards),
             "loss": self._mean(part, [self.loss(r) for r in rewards]),
+            **witnessed,
         }
+        if self.anchor is not None:
+            figures["kl_to_base"] = self.anchor.backward(trajectory, self._total(part))
+        return figures
 
-    def _observe_perturbed(self, part: PlannedBatch, x: torch.Tensor, delta: torch.Tensor | None) -> Observation:
+    def held(self) -> dict[str, Iterable[torch.Tensor]]:
+        return {} if self.anchor is None else {"copy of the untrained weights": self.anchor.base.values()}
+
+    def _observe_perturbed(
+        self, part: PlannedBatch, x: torch.Tensor, around: Around | None, endpoint: int
+    ) -> Observation:
         image, prompts = self.smoothing.image, part.batch.prompts
         space = image.space if image else "pixel01"
-        if image and self.smoothing.delta_from == "perturbed" and self.smoothing.parameters:
+        if image and self.smoothing.delta_from == "perturbed" and part.first is not None:
             here = observe(self.backbone, self.reward, x, prompts, space=space)
-            delta = image_perturbation(self.backbone, here, image)
-        return observe(self.backbone, self.reward, x, prompts, delta, space)
+            around, _ = self._perturb(part, here, endpoint)
+        return observe_around(self.backbone, self.reward, x, prompts, around, space)
 
     def _backpropagate(
         self,
@@ -212,10 +284,7 @@ class RewardGradient(Algorithm[PlannedBatch]):
         slopes: list[torch.Tensor],
         check: Callable[..., None] = no_check,
     ) -> None:
-        adjoints = []
-        for seen, slope, weight in zip(observations, slopes, part.plan.weights):
-            per_sample = (slope * (weight / self._total(part))).to(seen.image_gradient.dtype)
-            adjoints.append(latent_gradient(self.backbone, seen, per_sample[:, None, None, None] * seen.image_gradient))
+        adjoints = latent_adjoints(self.backbone, part.plan, observations, slopes, self._total(part))
         check(*adjoints)
         backpropagate(self.backbone, trajectory, adjoints)
 
@@ -229,24 +298,69 @@ class RewardGradient(Algorithm[PlannedBatch]):
         return part.total or len(part.batch.prompts)
 
     def figures(self, sums: Mapping[str, float], stats: Mapping[str, float]) -> dict[str, float | None]:
-        """Name an update's figures.
+        """Name an update's figures, and take up the mean S1 that pictures' own radii are measured by.
 
         Returns:
-            reward: mean r(x_0) at theta, unperturbed; reward/NAME of each part of a combination, on its own scale.
+            reward: mean r(x_0) at theta, unperturbed; reward/NAME of each part of a combination, on its own scale. An
+                update that perturbs the weights without a first pass has seen theta + eps alone: then it is of there.
             smoothed_reward, loss: means where the update's gradient was taken.
+            kl_to_base: mean squared difference of the graded calls' predictions from the untrained model's, where the
+                update's gradient was taken; not there without an anchor.
             s1: mean r(x) - r(x - rho g/||g||) at theta (eq. 10), at the probe's radius; None without a probe.
             realised_drop: (r_1 - r_2) / (rho ||grad_theta r||), the same delta in both. Near 1 when the weight
                 perturbation acts as its linearisation says and the gradient sees every call that eps moves: with
                 `resample: graded_only`, or a method that grades all calls. Under `full`, a truncated method's gradient
                 knows the last calls only, eps moves all of them, and the ratio has no such limit. None without weight
-                smoothing of one radius.
+                smoothing of one radius along the gradient of a first pass.
         """
         realised, ball = None, self.smoothing.parameters
-        # One radius for all: the linearised drop is rho ||g||.
-        if ball is not None and not ball.adaptive and not ball.groups and stats["grad_norm"] > 0:
-            realised = (sums[_AT_THETA] - sums["smoothed_reward"]) / (ball.rho * stats["grad_norm"])
-        named = {name: value for name, value in sums.items() if name != _AT_THETA}
+        # One radius for all, along the gradient of the first pass: the linearised drop is rho ||g||.
+        linear = ball is not None and ball.direction in ("gradient", "gsam") and ball.space == "factor"
+        if ball is not None and linear and not ball.adaptive and not ball.groups and stats["grad_norm"] > 0:
+            if _AT_THETA in sums:
+                realised = (sums[_AT_THETA] - sums["smoothed_reward"]) / (ball.rho * stats["grad_norm"])
+        if _NOMINAL_S1 in sums:
+            self._take_up_s1(sums[_NOMINAL_S1])
+        named = {name: value for name, value in sums.items() if name not in (_AT_THETA, _NOMINAL_S1)}
         return {"s1": None} | named | {"realised_drop": realised}
+
+    def _take_up_s1(self, s1: float) -> None:
+        if self.usual_s1 is not None:
+            s1 = _DECAY * self.usual_s1 + (1 - _DECAY) * s1
+        self.usual_s1 = s1
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the running mean of S1, where pictures have radii of their own."""
+        if self.smoothing.image is None or self.smoothing.image.per_sample is None:
+            return {}
+        usual = math.nan if self.usual_s1 is None else self.usual_s1
+        return {_USUAL_S1: torch.tensor(usual, dtype=torch.float64)}
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `state` returned."""
+        if _USUAL_S1 in state:
+            usual = state[_USUAL_S1].item()
+            self.usual_s1 = None if math.isnan(usual) else usual
+
+
+def latent_adjoints(
+    backbone: Backbone,
+    plan: GradientPlan,
+    observations: Sequence[Observation],
+    slopes: Sequence[torch.Tensor],
+    total: int,
+) -> list[torch.Tensor]:
+    """Compute what `backpropagate` starts from at each endpoint: the gradient of the mean over `total` samples.
+
+    Args:
+        observations: of a reward, at the plan's endpoints.
+        slopes: (B,) at each endpoint: the derivative of the objective by that reward.
+    """
+    adjoints = []
+    for seen, slope, weight in zip(observations, slopes, plan.weights):
+        per_sample = (slope * (weight / total)).to(seen.image_gradient.dtype)
+        adjoints.append(latent_gradient(backbone, seen, per_sample[:, None, None, None] * seen.image_gradient))
+    return adjoints
 
 
 def _shortened(plan: GradientPlan) -> tuple[GradientPlan, tuple[int, ...]]:
@@ -289,6 +403,9 @@ def rsaft_step(
     loss: Loss,
     probe: ImageSmoothing | None = None,
     compare_gradients: bool = False,
+    ascent: Ascent | None = None,
+    number: int = 0,
+    max_steps: int | None = None,
 ) -> StepReport:
     """Make one update from batches and plans of your own: what a training loop without a recipe calls.
 
@@ -298,11 +415,23 @@ def rsaft_step(
         probe: the ball at which the sharpness S1 is reported.
         compare_gradients: report how far the second pass's gradient turned from the first's, at the price of keeping
             the first's.
+        ascent: `Ascent(smoothing.parameters, backbone.trainable_parameters)`, the same through the training, for a
+            direction of eps other than SAM's.
+        number: of the update, from 0.
+        max_steps: updates in all, for a schedule of the image radius.
 
     Raises:
         NonFiniteRewardError: a reward is not finite. Weights are what they were before the call.
+        UserError: the settings of the weight perturbation need `ascent`.
     """
-    algorithm = RewardGradient(backbone, reward, schedule, smoothing=smoothing, loss=loss, probe=probe)
+    if ascent is None and needs_ascent(smoothing.parameters):
+        raise UserError(
+            "these settings of smoothing.parameters have a direction of eps that is kept from update to update; give "
+            "ascent=Ascent(smoothing.parameters, backbone.trainable_parameters), the same one each time"
+        )
+    algorithm = RewardGradient(
+        backbone, reward, schedule, smoothing=smoothing, loss=loss, probe=probe, max_steps=max_steps
+    )
     total = sum(len(part.batch.prompts) for part in batches)
     parts = [PlannedBatch(part.batch, part.plan, total) for part in batches]
     figures, stats = update(
@@ -311,6 +440,8 @@ def rsaft_step(
         parts,
         perturbs=smoothing.parameters is not None,
         compare_gradients=compare_gradients,
+        ascent=ascent,
+        number=number,
     )
     own: Any = {name: figures.pop(name) for name in list(figures) if name.startswith(PART)}
     report: Any = figures

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 
+from rsaft_fast.algorithms.ascent import Ascent
 from rsaft_fast.algorithms.base import Algorithm, At, Figures
 from rsaft_fast.distributed import World
 from rsaft_fast.errors import UserError
@@ -23,16 +24,22 @@ def update(
     perturbs: bool,
     world: World | None = None,
     compare_gradients: bool = False,
+    ascent: Ascent | None = None,
+    number: int = 0,
+    adjust: Callable[[], None] | None = None,
 ) -> tuple[dict[str, float | None], dict[str, float]]:
     """Follow the gradient of the parts, at theta + eps where the weights are perturbed.
 
     Args:
         parts: what one backward pass each takes; their gradients add up to that of the whole batch.
         optimizer: over the trained parameters.
-        perturbs: two passes: the first for eps, the second at theta + eps.
+        perturbs: two passes: the first for eps, the second at theta + eps. `ascent` may save the first.
         world: whose gradients are summed; None is this process alone.
         compare_gradients: report how far the second pass's gradient turned from the first's, at the price of keeping
             the first's.
+        ascent: the direction of eps; None is SAM's, the first pass's gradient.
+        number: of the update, from 0, by which `ascent` knows whether to make a first pass.
+        adjust: may change the update's gradient, in `.grad`, between its last backward pass and the optimizer's step.
 
     Returns:
         the algorithm's figures and the optimizer's.
@@ -50,19 +57,33 @@ def update(
     if not perturbs:
         figures += [algorithm.backward(part, At.PLAIN) for part in parts]
         world.sum_gradients(parameters_of(optimizer))
+        if adjust is not None:
+            adjust()
         with phase(UPDATING):
             optimizer.step(plain=True)
         return _report(algorithm, optimizer, figures, world, turned)
-    figures += [algorithm.backward(part, At.FIRST) for part in parts]
-    world.sum_gradients(parameters_of(optimizer))
-    ascent = gradients_of(optimizer) if compare_gradients else None
-    with ExitStack() as stack:  # theta + eps; whatever goes wrong inside, theta comes back
-        with phase(PERTURBING):
-            stack.enter_context(optimizer.perturbed(zero_grad=True))
-        figures += [algorithm.backward(part, At.SECOND, optimizer.check_finite) for part in parts]
+    first = None
+    if ascent is None or ascent.looks_first(number):
+        figures += [algorithm.backward(part, At.FIRST) for part in parts]
         world.sum_gradients(parameters_of(optimizer))
+        first = gradients_of(optimizer) if compare_gradients else None
         if ascent is not None:
-            turned = gradient_change(ascent, gradients_of(optimizer))
+            ascent.turn()
+        at = At.SECOND
+    else:
+        ascent.recall()
+        at = At.PLAIN
+    with ExitStack() as stack:  # theta + eps; whatever goes wrong inside, theta comes back
+        with phase(PERTURBING), nullcontext() if ascent is None else ascent.scaled(optimizer):
+            stack.enter_context(optimizer.perturbed(zero_grad=True))
+        figures += [algorithm.backward(part, at, optimizer.check_finite) for part in parts]
+        world.sum_gradients(parameters_of(optimizer))
+        if first is not None:
+            turned = gradient_change(first, gradients_of(optimizer))
+        if ascent is not None:
+            ascent.finish()
+        if adjust is not None:
+            adjust()
         with phase(UPDATING):
             optimizer.step()  # back to theta and update, fused
     return _report(algorithm, optimizer, figures, world, turned)

@@ -44,6 +44,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--output", type=_path, metavar="FOLDER", help="where it writes (default: runs/demo, or the next free one)"
     )
 
+    experiment = add("experiment", "find out on the playground what smoothing does, over seeds", texts.EXPERIMENT)
+    what = experiment.add_mutually_exclusive_group()
+    what.add_argument("--quick", action="store_true", help="one small table, within ten minutes (default)")
+    what.add_argument("--full", action="store_true", help="every set, over hours; goes on where it was stopped")
+    what.add_argument("--set", action="append", metavar="NAME", help="this set alone; may be given again")
+    experiment.add_argument("--list", action="store_true", help="show the sets and their runs, done or not, and end")
+    experiment.add_argument("--report", action="store_true", help="run nothing: tables and pictures of what is there")
+    experiment.add_argument("--seeds", nargs="+", type=_natural, metavar="N", help="in place of the sets' own")
+    experiment.add_argument("--jobs", type=_positive, metavar="N", help="runs at a time (default: GPUs, or cores)")
+    experiment.add_argument("--budget", type=_positive, metavar="MINUTES", help="begin no new run after this long")
+    experiment.add_argument("--output", type=_path, metavar="FOLDER", help="of the results (default: as above)")
+    experiment.add_argument("--page", type=_path, metavar="FILE", help="also write all tables between FILE's markers")
+    experiment.add_argument("--readme", type=_path, metavar="FILE", help="also write the main one between FILE's")
+
     sample = add("sample", "draw pictures with a pipeline or a run", texts.SAMPLE)
     sample.add_argument(
         "pipeline",
@@ -83,11 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--output", type=_path, metavar="FOLDER", help="default: samples, or the next free one")
 
     score = add("score", "score pictures with reward models", texts.SCORE)
-    score.add_argument(
-        "pictures", nargs="+", type=_path, metavar="PICTURES", help="folders of pictures, or single files"
-    )
-    score.add_argument("--prompts", type=_place, metavar="FILE", help="a file or set, as sample's --prompts-file")
-    _add_reward(score)
+    _add_pictures(score)
     score.add_argument(
         "--calibration", type=_path, metavar="FILE", help="also write each reward's centre and width to this file"
     )
@@ -96,6 +106,37 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_device(score)
     _add_batch_size(score)
+
+    sharpness = add("sharpness", "say how sharp reward models are at pictures", texts.SHARPNESS)
+    _add_pictures(sharpness)
+    sharpness.add_argument(
+        "--radius", nargs="+", type=float, default=[0.1, 0.3, 1.0], metavar="R", help="of the ball (default: 0.1 0.3 1)"
+    )
+    sharpness.add_argument("--norm", choices=("l2", "rms"), default="l2", help="of the whole picture, or per element")
+    sharpness.add_argument(
+        "--space",
+        choices=("pixel01", "pixel11", "reward_input", "latent"),
+        default="pixel01",
+        help="where the ball lies (default: pixel01)",
+    )
+    sharpness.add_argument("--pipeline", type=_place, metavar="PATH", help="with --space latent: whose latents")
+    sharpness.add_argument("--steps", type=_positive, default=20, metavar="N", help="of the search (default: 20)")
+    sharpness.add_argument(
+        "--restarts", type=_natural, default=0, metavar="N", help="further searches from random points (default: 0)"
+    )
+    sharpness.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the random points (default: 0)")
+    sharpness.add_argument(
+        "--with-reward",
+        action="append",
+        default=[],
+        metavar="NAME=PATH[,key=value]",
+        help="a reward whose scores S1 is correlated with",
+    )
+    sharpness.add_argument(
+        "--output", default="sharpness.csv", type=_path, metavar="FILE", help="new CSV (default: sharpness.csv)"
+    )
+    _add_device(sharpness)
+    _add_batch_size(sharpness)
 
     serve = add("serve", "serve reward models to other processes, over HTTP", texts.SERVE)
     _add_reward(serve)
@@ -139,10 +180,48 @@ def build_parser() -> argparse.ArgumentParser:
     )
     estimate.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
 
+    radius = add("radius", "find the image radius to smooth with, from rewards that are not trained on", texts.RADIUS)
+    radius.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of a shipped recipe")
+    radius.add_argument("overrides", nargs="*", metavar="key=value", help="keys that replace the recipe's")
+    radius.add_argument(
+        "--judges",
+        nargs="+",
+        action="extend",
+        metavar="NAME=PATH",
+        help="rewards with a gradient, as score's --reward; playground/NAME, python:module:name, or LABEL: before any "
+        "of these (default: the recipe's judges)",
+    )
+    radius.add_argument(
+        "--radii", type=_radii, metavar="A,B", help="to try, beside 0 (default: the recipe's search, else 0.03 to 2)"
+    )
+    radius.add_argument("--norm", choices=("l2", "rms"), help="of the ball (default: the recipe's)")
+    radius.add_argument(
+        "--space", choices=("pixel01", "pixel11", "latent", "reward_input"), help="of the ball (default: the recipe's)"
+    )
+    compared = radius.add_mutually_exclusive_group()
+    for name, text in (
+        ("parameter", "compare gradients of the trained weights (default)"),
+        ("latent", "compare gradients at the decoder's latent"),
+        ("image", "compare gradients at the pixels, the cheapest"),
+    ):
+        compared.add_argument(f"--{name}", dest="gradients", action="store_const", const=name, help=text)
+    radius.add_argument("--pictures", type=_positive, metavar="N", help="to compare on (default: 64)")
+    radius.add_argument("--checkpoint", type=_path, metavar="RUN", help="a run folder: its newest weights")
+    radius.add_argument("--output", type=_path, metavar="FOLDER", help="default: radius, or the next free one")
+
     add("doctor", "say what runs on this machine, and why", texts.DOCTOR)
     helper = add("help", "say what a command takes", "The same as COMMAND --help.\n")
     helper.add_argument("topic", nargs="?", metavar="COMMAND", help="default: the whole")
     return parser
+
+
+def _add_pictures(command: argparse.ArgumentParser) -> None:
+    """Pictures, their prompts, and what looks at them."""
+    command.add_argument(
+        "pictures", nargs="+", type=_path, metavar="PICTURES", help="folders of pictures, or single files"
+    )
+    command.add_argument("--prompts", type=_place, metavar="FILE", help="a file or set, as sample's --prompts-file")
+    _add_reward(command)
 
 
 def _add_reward(command: argparse.ArgumentParser) -> None:
@@ -216,7 +295,7 @@ def _unknown(unknown: list[str], command: str, parser: argparse.ArgumentParser) 
     options = [text for action in parser._actions for text in action.option_strings if text.startswith("--")]
     if near := difflib.get_close_matches(option, options, 1, cutoff=0.7):
         hint = f"; did you mean {near[0]}?"
-    elif command in ("train", "estimate") and option.startswith("--"):
+    elif command in ("train", "estimate", "radius") and option.startswith("--"):
         value = value or next((word for word in unknown[1:] if not word.startswith("-")), "VALUE")
         hint = f"; a key of the recipe is written without dashes: did you mean {option[2:].replace('-', '_')}={value}?"
     else:
@@ -281,6 +360,22 @@ def _gigabytes(text: str) -> float:
     if not 1 <= value <= 10_000:
         raise argparse.ArgumentTypeError(f"{text[:60]} GB; it must be from 1 to 10000")
     return value
+
+
+def _radii(text: str) -> tuple[float, ...]:
+    """Numbers between commas, 0 or larger, in ascending order; 0, the plain gradient, is compared anyway."""
+    radii = set()
+    for part in text.split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{part[:60]!r} is not a number; write 0.1,0.3,1") from None
+        if not 0 <= value <= 1e6:
+            raise argparse.ArgumentTypeError(f"the radius {part[:60]} must be from 0 to 1e6")
+        radii.add(value)
+    if not radii - {0.0}:
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} has no radius above 0; write 0.1,0.3,1")
+    return tuple(sorted(radii - {0.0}))
 
 
 def _natural(text: str) -> int:

@@ -6,12 +6,15 @@ DESCRIPTION = """\
 Fine-tunes diffusion models by reward gradient, smoothed against reward hacking (RSA-FT, arXiv 2603.21175).
 
   rsaft-fast demo                          watch it work in three minutes, on any machine
+  rsaft-fast experiment                    does it work? over seeds, with intervals
   rsaft-fast train recipe.yaml             fine-tune your own model
   rsaft-fast sample --run RUN              look at what came out
   rsaft-fast score PICTURES --reward R=P   what reward models say of pictures
+  rsaft-fast sharpness PICTURES ...        how much a reward falls right beside a picture
   rsaft-fast serve --reward R=P            reward models for other processes, over HTTP
   rsaft-fast convert FILE FOLDER           a reward's published pickle as safetensors, once
   rsaft-fast estimate recipe.yaml          will it fit, and what would make it fit
+  rsaft-fast radius RECIPE --judges R=P    which image radius to smooth with, or none
   rsaft-fast bench                         how fast the SAM step is here, beside what others use
   rsaft-fast doctor                        what runs on this machine, and why
   rsaft-fast help COMMAND                  what a command takes, with examples
@@ -80,6 +83,25 @@ reward lies on these pictures and how wide: a recipe's reward.calibration, by wh
 different scales.
 """
 
+SHARPNESS = """\
+Say how sharp reward models are at pictures: S1, how much a reward falls at the worst picture within a ball around each
+one. High S1 at a radius that nobody sees means that the reward can be climbed there without a better picture. It is
+measured by one step against the gradient (eq. 10 of RSA-FT, arXiv 2603.21175) and by a search within the ball
+(projected gradient descent), which is never lower: the gap says how far one step can be trusted.
+
+examples:
+  rsaft-fast sharpness samples --reward hpsv2.1=xswu/HPSv2 --radius 0.3 1 3
+  rsaft-fast sharpness samples --reward pickscore=PATH --norm rms --radius 0.001 0.004     radii that hold for any size
+  rsaft-fast sharpness samples --reward pickscore=PATH --steps 100 --restarts 4             a longer search
+  rsaft-fast sharpness samples --reward pickscore=PATH --space latent --pipeline path/to/sd3
+  rsaft-fast sharpness samples --reward pickscore=PATH --with-reward imagereward=PATH       does S1 tell that one?
+
+Pictures and prompts are read as score reads them. Writes a CSV with a row a picture, a JSON file with means, quantiles,
+the gap and S1 over the reward's own spread between pictures, and a PNG of S1 against the radius. Figures wait in
+OUTPUT.partial until then: after a failure or Ctrl-C, the same command goes on from there. A radius, picture and step of
+the search costs a forward and backward pass of the reward.
+"""
+
 SERVE = """\
 Serve reward models over HTTP, so that a process or environment that cannot hold them can score with them: `reward.name:
 remote` in a recipe, `--reward remote=URL` for score. Pictures travel as safetensors, bit for bit, or as PNG in JSON;
@@ -127,6 +149,27 @@ examples:
   rsaft-fast demo --proxy brittle --steps 60 --seed 1 --output runs/hacked
 """
 
+EXPERIMENT = """\
+Fine-tune the playground's pipeline many times, plain and smoothed and by what else one would try, and compare what
+came out with the true preference r*, over seeds: best r*, r* at the end, r* at equal proxy reward, each as a paired
+difference to plain with its 95 % interval; and what the sharpness S1 says of r*.
+
+Each run is a process of its own on one core, or on a GPU. A finished run is one JSON file with every picture's values,
+and is not run again; killed and started again, the command goes on.
+
+examples:
+  rsaft-fast experiment                                   a small table, within ten minutes on two cores
+  rsaft-fast experiment --list                            every set and run, done or not
+  rsaft-fast experiment --full --budget 120               all sets, for two hours; then the same again
+  rsaft-fast experiment --set select --set core           radii chosen on some seeds, reported on others
+  rsaft-fast experiment --set core --seeds 20 21 22       other seeds
+  rsaft-fast experiment --report --page docs/does-it-work.md
+
+Results lie in benchmarks/results/playground/experiment of a checkout, else in runs/experiment; those of --quick in
+runs/quick-experiment. What was made is written between <!-- experiment:begin --> and <!-- experiment:end --> of a page.
+What it is, and what it cannot show: docs/does-it-work.md.
+"""
+
 BENCH = """\
 Time the passes of a SAM update over the parameter lists of real models, ours beside what people use today, and show
 milliseconds, GB/s (the bytes that must move, over the time), the fraction of this card's own copy bandwidth from the
@@ -162,6 +205,26 @@ peak: what the phase itself brings, what stands beside it at that moment, and th
 peak, which torch.cuda.max_memory_allocated() will show. Then it says which keys lower that phase, each tried by
 estimating again. Shapes come from the config files of the pipeline and of the reward; where a hub id is not on this
 machine, from the published architecture of that name, and it says so.
+"""
+
+RADIUS = """\
+Find the image radius to smooth with, and whether smoothing helps this reward at all, before any training: the gradient
+of the recipe's reward, at the picture and smoothed with each radius, is compared with the gradients of other rewards,
+the judges, on the same pictures. Where the smoothed gradient agrees better with theirs than the plain one does,
+smoothing helps. A minute on a small model; in general as long as (radii + judges) updates of --pictures pictures.
+
+examples:
+  rsaft-fast radius playground.yaml reward.path=playground/brittle --judges playground/fair
+  rsaft-fast radius my.yaml --judges imagereward=THUDM/ImageReward clipscore=openai/clip-vit-large-patch14
+  rsaft-fast radius my.yaml --judges a:clip=judge_a b:clip=judge_b mine:python:rewards:colour --radii 0.1,0.3,1,3
+  rsaft-fast radius my.yaml --judges imagereward=PATH --image --pictures 256      the pixels' gradients, cheaper
+  rsaft-fast radius my.yaml --judges imagereward=PATH --space latent --radii 0.3,1,3   another ball; compare heights
+  rsaft-fast radius runs/a/config.yaml --checkpoint runs/a --judges imagereward=PATH   does it still help there?
+
+The table has each judge's cosine with its standard error (a jackknife over groups of pictures). A radius is taken where
+the mean over the judges gains over the plain gradient by more than the 95 % interval, and no judge clearly loses. The
+trained reward itself, and two judges with nearly one gradient, are warned of. Writes radius.json and radius.png into
+--output. In a recipe, smoothing.image.radius=auto does the same before the first update.
 """
 
 DOCTOR = """\

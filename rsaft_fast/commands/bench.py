@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
-import subprocess
 import sys
 
 import torch
 from tqdm import tqdm
 
-from rsaft_fast.benchmarks import goals, tables
-from rsaft_fast.benchmarks.floors import LAYOUTS
-from rsaft_fast.benchmarks.jobs import ALL_CASES, HOST, IMAGES, Job, plan
+from rsaft_fast.benchmarks import goals, gpu_memory, speed_tables
 from rsaft_fast.benchmarks.providers import EAGER, PROVIDERS, why_missing
 from rsaft_fast.benchmarks.results import CPU_NOTE
-from rsaft_fast.benchmarks.shapes import CASES, check_names, names_in, parameters_of, shapes_of
-from rsaft_fast.benchmarks.suite import Suite, device_here, start
+from rsaft_fast.benchmarks.shapes import CASES, LAYOUTS, check_names, names_in, parameters_of, shapes_of
+from rsaft_fast.benchmarks.suite import ALL_CASES, HOST, IMAGES, Job, Suite, device_here, plan, start
 from rsaft_fast.errors import UserError
 
 REPEATS, QUICK_REPEATS = 20, 5
@@ -40,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         suite.log = lambda line: tqdm.write(f"rsaft-fast: {line}", file=sys.stderr)
         suite.tick = bar.set_postfix_str
         interrupted = _measure(suite, jobs, bar)
-    print(tables.terminal(results.as_dict()))
+    print(speed_tables.terminal(results.as_dict()))
     if arguments.goals:
         print("\n" + goals.text(results.as_dict()))
     if results.path is not None:
@@ -59,12 +56,7 @@ def _memory(arguments: argparse.Namespace) -> int:
     options += ["--budget", str(arguments.budget)] if arguments.budget is not None else []
     given = {"--goals": arguments.goals, "--list": arguments.list}
     options += [name for name, wanted in given.items() if wanted]
-    process = subprocess.Popen([sys.executable, "-m", "rsaft_fast.benchmarks.gpu_memory", *options])
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # the other process had it, too: it shows what was measured, and ends
-            continue
+    return gpu_memory.main(options)
 
 
 def _measure(suite: Suite, jobs: list[Job], bar: tqdm) -> bool:
@@ -99,6 +91,6 @@ def _known(device: torch.device) -> list[str]:
     lines += [f"  {IMAGES}: the image perturbation", f"  {HOST}: host time of an update of LoRA lists", "dtypes:"]
     lines += [f"  {layout}: {what}" for layout, what in LAYOUTS.items()] + ["providers:"]
     for name, provider in PROVIDERS.items():
-        reason = why_missing(name, device, next(iter(provider.held)))
-        lines.append(f"  {name}: {provider.about} [{', '.join(provider.held)}]" + (f"; {reason}" if reason else ""))
+        reason = why_missing(name, device, provider.layouts[0])
+        lines.append(f"  {name}: {provider.about} [{', '.join(provider.layouts)}]" + (f"; {reason}" if reason else ""))
     return [*lines, f"  {EAGER}: eager torch, for the images"]

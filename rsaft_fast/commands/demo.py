@@ -15,11 +15,12 @@ import torch
 from rsaft_fast import playground
 from rsaft_fast.commands.output import output_folder
 from rsaft_fast.errors import UserError
+from rsaft_fast.evaluation.known_preference import TRUTH as R_STAR
+from rsaft_fast.evaluation.known_preference import score_of, sharpness_of, truth_of
 from rsaft_fast.figures.curves import Curve, Panel, comparison_figure
 from rsaft_fast.figures.tables import summary_table
 from rsaft_fast.recipe.config import Config, SampleSettings
 from rsaft_fast.recipe.load import find_recipe, load_config
-from rsaft_fast.smoothing.sharpness import sharpness
 from rsaft_fast.train.loop import Outcome, train
 from rsaft_fast.train.trainer import Trainer
 
@@ -60,18 +61,11 @@ class Measured:
     def evaluate(self, trainer: Trainer, images: torch.Tensor, step: int) -> None:
         """Score a sample grid's pictures."""
         prompts, ball = trainer.sample_prompts, trainer.config.sharpness
-        shown, images = images, images.to(trainer.device)
-        with torch.no_grad():
-            proxy = trainer.reward.score(images, prompts)
-        values = (
-            proxy,
-            playground.true_preference(images, prompts),
-            sharpness(trainer.reward, images, prompts, ball.radius, ball.norm, ball.space),
-        )
-        for name, value in zip(QUANTITIES, values):
-            self.scores[name].append(value.detach().double().cpu())
+        self.scores[PROXY].append(score_of(trainer.reward, images, prompts))
+        self.scores[TRUTH].append(truth_of(images, prompts)[R_STAR])
+        self.scores[SHARPNESS].append(sharpness_of(trainer.reward, images, prompts, ball))
         self.steps.append(step)
-        self.images = [*self.images[:1], shown]
+        self.images = [*self.images[:1], images]
 
     def curve(self, name: str) -> list[float]:
         """The mean over pictures at each evaluation."""
@@ -105,7 +99,7 @@ def _compare(arguments: argparse.Namespace, output: Path) -> int:
         for label, measured in runs.items()
     }
     ball = config.sharpness
-    print("\n" + LEGEND.format(radius=ball.radius, norm=ball.norm.upper()) + "\n")
+    print("\n" + LEGEND.format(radius=ball.number, norm=ball.norm.upper()) + "\n")
     print(summary_table(changes) + "\n")
     for line in _verdict(runs):
         print(line)

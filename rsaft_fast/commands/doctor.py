@@ -14,6 +14,7 @@ import torch
 
 from rsaft_fast.errors import describe_error
 from rsaft_fast.figures.tables import aligned
+from rsaft_fast.importing import version_of
 from rsaft_fast.ops import backends
 
 REQUIRED = ("rsaft_fast", "torch", "triton", "diffusers", "transformers", "peft", "safetensors", "accelerate")
@@ -45,14 +46,6 @@ def run(arguments: argparse.Namespace) -> int:
         for line in lines:
             print(f"  {line}")
     return 0
-
-
-def version_of(package: str) -> str | None:
-    """The installed version of a distribution, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _versions() -> Iterator[str]:

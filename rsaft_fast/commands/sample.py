@@ -174,6 +174,20 @@ def load_trained(backbone: Backbone, config: Config, folder: Path, step: int | N
     Raises:
         UserError: no complete checkpoint, or one of another model.
     """
+    path, weights = saved_weights(folder, step)
+    if config.parameters.train == "lora":
+        add_lora(backbone, config.parameters.lora, config.seed)
+    else:
+        backbone.train_all_parameters()
+    take_weights(backbone, path, weights, config.backbone.path)
+
+
+def saved_weights(folder: Path, step: int | None = None, option: str = "--run") -> tuple[Path, dict[str, torch.Tensor]]:
+    """Read the weights of a run's newest checkpoint, or of a step's: their running mean where it kept one.
+
+    Raises:
+        UserError: no complete checkpoint.
+    """
     path, passed_over = checkpoints.newest(folder / "checkpoints")
     if step is not None:
         path = folder / "checkpoints" / f"step_{step}"
@@ -181,15 +195,26 @@ def load_trained(backbone: Backbone, config: Config, folder: Path, step: int | N
             kept = sorted((place.name for place in path.parent.glob("step_*")), key=lambda name: (len(name), name))
             raise UserError(f"--checkpoint {step}: {path} does not exist; the run kept {', '.join(kept) or 'none'}")
     if path is None:
-        raise UserError(f"--run {folder} has no complete checkpoint{''.join(f' ({line})' for line in passed_over[:1])}")
+        raise UserError(
+            f"{option} {folder} has no complete checkpoint{''.join(f' ({line})' for line in passed_over[:1])}"
+        )
     saved = checkpoints.read(path, verify=step is not None)
-    if config.parameters.train == "lora":
-        add_lora(backbone, config.parameters.lora, config.seed)
-    else:
-        backbone.train_all_parameters()
-    weights, parameters = saved.copies.get(MEAN, saved.weights), backbone.trainable_parameters
+    return path, saved.copies.get(MEAN, saved.weights)
+
+
+@torch.no_grad()
+def take_weights(backbone: Backbone, path: Path, weights: Mapping[str, torch.Tensor], trained: str) -> None:
+    """Put a checkpoint's weights into a backbone whose trained parameters are attached.
+
+    Args:
+        path: of the checkpoint; `trained` is the pipeline that the run trained. Both are for the message.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    parameters = backbone.trainable_parameters
     if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
-        raise UserError(f"the weights of {path} do not fit this pipeline; the run trained {config.backbone.path}")
+        raise UserError(f"the weights of {path} do not fit this pipeline; the run trained {trained}")
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])
 

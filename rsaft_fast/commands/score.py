@@ -7,136 +7,56 @@ import csv
 import io
 import json
 import math
-import os
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
 
-from rsaft_fast.commands.reward_options import parse_rewards
-from rsaft_fast.commands.score_journal import Journal, digest, identity_of
-from rsaft_fast.data.picture_lists import SINGLE, Picture, assign_prompts, find_pictures
-from rsaft_fast.data.pictures import check_pictures, read_picture
-from rsaft_fast.data.prompt_sets import prompt_notes
-from rsaft_fast.data.prompts import load_prompts
+from rsaft_fast.commands.pictures import FIXED, Files, log, prompts_of, rewards_of_columns, scores_of, with_journal
+from rsaft_fast.commands.score_journal import Journal, digest
+from rsaft_fast.data.picture_lists import SINGLE, Picture, find_pictures
+from rsaft_fast.data.pictures import read_picture
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.comparison import difference, difference_table, pair_up
 from rsaft_fast.figures.tables import aligned
-from rsaft_fast.files import check_writable, refuse_io_errors, replace_file
+from rsaft_fast.files import refuse_io_errors, replace_file
 from rsaft_fast.out_of_memory import is_out_of_memory
 from rsaft_fast.progress import Counter
 from rsaft_fast.recipe.check import check_device, pick_device
 from rsaft_fast.rewards import Combination, Reward, RewardSettings, load_reward
-from rsaft_fast.rewards.base import TowerReward
 from rsaft_fast.rewards.calibration import Calibration, calibration_text, measure
-
-# Columns of the CSV that are no reward's.
-_FIXED = ("picture", "prompt")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `rsaft-fast score`."""
     check_device(arguments.device, "--device")
-    settings = parse_rewards(arguments.reward)
-    if taken := next((label for label in settings if label in _FIXED), None):
-        raise UserError(f"--reward {taken}: a column of the table is called so already; rename the recipe's file")
+    settings = rewards_of_columns(arguments.reward)
     files = Files.of(arguments.output, arguments.calibration)
     notes: list[str] = []
     pictures = find_pictures(arguments.pictures, notes.append)
-    prompts = _prompts(pictures, arguments.prompts, notes.append)
+    prompts = prompts_of(pictures, arguments.prompts, notes.append)
     if files.calibration is not None and len(pictures) < 2:
         raise UserError("--calibration needs at least 2 pictures, of as many kinds as will be trained on; there is 1")
-    journal = Journal(files.journal, identity_of(pictures, prompts), notes.append)
-    if journal.count:
-        notes.append(f"going on with {files.journal}, which holds {journal.count} scores")
-    finished = False
-    try:
-        # Whoever held the journal until now has written it.
-        _refuse_existing("--output", files.output)
-        check_pictures(picture.file for picture in pictures)
-        scored = _score_all(settings, pictures, prompts, arguments, journal, notes)
+    scored = Scored({}, {}, [])
+
+    def score_and_write(journal: Journal) -> None:
+        _score_all(settings, pictures, prompts, arguments, journal, notes, scored)
         _write(files, pictures, prompts, scored)
-        finished = True
-    except UserError as error:
-        if not journal.count:
-            raise
-        raise UserError(f"{error}; {_safe(journal)}") from error
-    except KeyboardInterrupt as interrupt:
-        print(f"rsaft-fast: interrupted; {_safe(journal)}", file=sys.stderr)
-        return 128 + getattr(interrupt, "signal", signal.SIGINT)
-    finally:
-        journal.close(finished or not journal.count)
+
+    code = with_journal(files, pictures, prompts, notes, score_and_write)
+    if code:
+        return code
     if files.calibration is not None:
-        _log(f"centre and width of {len(scored.calibrations)} rewards in {files.calibration}")
+        log(f"centre and width of {len(scored.calibrations)} rewards in {files.calibration}")
     print(score_table([picture.group for picture in pictures], scored.columns))
     for lines in comparisons(pictures, prompts, scored.columns):
         print(f"\n{lines}")
-    _log(f"{len(pictures)} pictures in {files.output}; what scored them in {files.spec}")
+    log(f"{len(pictures)} pictures in {files.output}; what scored them in {files.spec}")
     return 0
-
-
-def _log(line: str) -> None:
-    print(f"rsaft-fast: {line}", flush=True)
-
-
-def _safe(journal: Journal) -> str:
-    if not journal.count:
-        return "nothing was scored"
-    return f"{journal.count} scores are safe in {journal.path}, and the same command goes on from there"
-
-
-@dataclass(frozen=True)
-class Files:
-    """Where everything goes."""
-
-    output: Path
-    spec: Path
-    journal: Path
-    calibration: Path | None
-
-    @classmethod
-    def of(cls, output: str, calibration: str | None) -> Files:
-        """Derive the names from the options.
-
-        Raises:
-            UserError: two of them are the same file, or one is there already, or cannot be.
-        """
-        table = Path(output)
-        if table.name in ("", ".."):
-            raise UserError(f"--output {output!r} is no name of a file; give one that ends in .csv")
-        if table.suffix.lower() == ".json":
-            raise UserError(f"--output {output} would be a table in a .json; give a name that ends in .csv")
-        spec = table.with_name((table.stem if table.suffix.lower() == ".csv" else table.name) + ".json")
-        journal = table.with_name(table.name + ".partial")
-        scales = Path(calibration) if calibration else None
-        files = cls(table, spec, journal, scales)
-        taken: dict[str, str] = {}
-        for option, path in (("--output", table), ("--output", spec), ("--output", journal), ("--calibration", scales)):
-            if path is None:
-                continue
-            # Some file systems take a.csv and A.CSV for one.
-            place = os.path.realpath(path).casefold()
-            if place in taken:
-                raise UserError(f"{option} {path} is what {taken[place]} writes already; give another name")
-            taken[place] = f"{option} ({path.name})"
-            with refuse_io_errors(f"{option} {path}", or_else="give another name"):
-                check_writable(path.parent, option)
-            # Where scores wait, what belongs to the table is of a call that broke; the table itself is written last.
-            left = path == journal or path != table and os.path.lexists(journal)
-            if not left:
-                _refuse_existing(option, path)
-        return files
-
-
-def _refuse_existing(option: str, path: Path) -> None:
-    if os.path.lexists(path):
-        raise UserError(f"{option} {path} exists; give a new file")
 
 
 @dataclass(frozen=True)
@@ -148,15 +68,6 @@ class Scored:
     calibrations: list[Calibration]
 
 
-def _prompts(pictures: Sequence[Picture], source: str | None, log: Callable[[str], None]) -> list[str]:
-    if source is None:
-        return assign_prompts(pictures, None, "", log)
-    prompts = load_prompts(source, held_out=True)
-    for note in prompt_notes(source, prompts):
-        log(note)
-    return assign_prompts(pictures, prompts, source, log)
-
-
 def _score_all(
     settings: dict[str, RewardSettings],
     pictures: Sequence[Picture],
@@ -164,14 +75,14 @@ def _score_all(
     arguments: argparse.Namespace,
     journal: Journal,
     notes: Sequence[str],
-) -> Scored:
-    """`notes` are lines about the pictures, said when scoring begins."""
+    scored: Scored,
+) -> None:
+    """`notes` are lines about the pictures, said when scoring begins; `scored` takes what is found."""
     device, files = pick_device(arguments.device), [picture.file for picture in pictures]
-    scored = Scored({}, {}, [])
     for label, chosen in settings.items():
         reward = load_reward(chosen, device=device)
         for note in (*notes, *reward.prompt_notes(prompts)):
-            _log(note)
+            log(note)
         notes = ()
         # By what it is, not by what it is called: other weights under the same name are another reward.
         key = digest([chosen.model_dump(), asdict(reward.spec)])
@@ -182,7 +93,6 @@ def _score_all(
             scored.calibrations.extend(_calibrations(reward, columns))
         # One at a time in memory.
         del reward
-    return scored
 
 
 def score_pictures(
@@ -234,7 +144,7 @@ def _column(
             part = slice(first, first + batch_size)
             try:
                 pictures = [read_picture(file).to(device) for file in files[part]]
-                scores = _scores(reward, pictures, prompts[part])
+                scores = scores_of(reward, pictures, prompts[part])
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -251,18 +161,6 @@ def _column(
             journal.add(column, scores)
             counter.add(len(scores))
     return journal.scores(column)
-
-
-def _scores(reward: Reward, pictures: Sequence[torch.Tensor], prompts: Sequence[str]) -> list[float]:
-    score: Callable[..., torch.Tensor] = reward.score
-    if isinstance(reward, TowerReward):
-        # Prepared one by one, because sizes may differ; most networks see one size, HPSv3's keeps the picture's ratio.
-        pictures, score = [reward.preprocess(p) for p in pictures], reward.score_inputs
-    scores: list[float] = []
-    for _, run in groupby(zip(pictures, prompts), key=lambda pair: pair[0].shape):
-        same_size, texts = zip(*run)
-        scores += score(torch.cat(same_size), texts).tolist()
-    return scores
 
 
 def _calibrations(reward: Reward, columns: dict[str, list[float]]) -> list[Calibration]:
@@ -330,7 +228,7 @@ def _write(files: Files, pictures: Sequence[Picture], prompts: Sequence[str], sc
     """
     table = io.StringIO(newline="")
     writer = csv.writer(table)
-    writer.writerow([*_FIXED, *scored.columns])
+    writer.writerow([*FIXED, *scored.columns])
     for index, (picture, prompt) in enumerate(zip(pictures, prompts)):
         writer.writerow([picture.file, prompt, *(column[index] for column in scored.columns.values())])
     specs = json.dumps(scored.specs, indent=1, ensure_ascii=False) + "\n"

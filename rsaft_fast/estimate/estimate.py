@@ -138,7 +138,11 @@ class ShapeLoaders:
         )
         check_settings(config, self._backbone)
         self._reward, more = skeleton_reward(config.reward)
-        self.notes = tuple(notes + more)
+        self._judges: dict[str, Reward] = {}
+        for name, judge in config.judges.items():
+            self._judges[name], said = skeleton_reward(judge)
+            more += said
+        self.notes = tuple(dict.fromkeys(notes + more))
 
     def shapes(self) -> Backbone:
         return self._backbone
@@ -148,6 +152,9 @@ class ShapeLoaders:
 
     def reward(self) -> Reward:
         return self._reward
+
+    def judges(self) -> dict[str, Reward]:
+        return self._judges
 
     def encode(self, encodings: dict[str, Branch]) -> None:
         """Count the text encoders, which lie on the host and visit the device to encode.
@@ -169,7 +176,8 @@ class ShapeLoaders:
         with shapes_alone(self.cuda), self.live, phase(KEEPING):
             self.live.see(_tensors(reward))
             reward.keep_prompts(prompts)
-        self.standing["reward"] = self.live.alive - before
+        name = "reward" if reward is self._reward else "judges"
+        self.standing[name] = self.standing.get(name, 0) + self.live.alive - before
         return reward
 
     def backbone(self) -> Backbone:
@@ -217,10 +225,16 @@ class _Walk:
             self._keep(f"copy of the weights ({name})", tensors.values())
         if (features := getattr(run.algorithm, "features", None)) is not None:
             self._keep("features of pictures", _tensors(features))
+        for name, tensors in run.algorithm.held().items():
+            self._keep(name, tensors)
+        if run.ascent is not None:
+            self._keep("direction of the perturbation", [t for own in run.ascent.kept.values() for t in own.values()])
         self._score_once()
         self.log("the models stand, as shapes; walking one update")
         with shapes_alone(self.cuda), self.live:
             self._check_reward()
+            if run.steering is not None:
+                run.steering.rehearse()
             self._update()
             if run.ema is not None:
                 run.ema.update(1)
@@ -283,6 +297,8 @@ class _Walk:
                 list(algorithm.parts(experience, index))[:1],
                 perturbs=config.smoothing.parameters is not None,
                 compare_gradients=config.logging.diagnostics and not config.optimizer.release_gradients,
+                ascent=run.ascent,
+                adjust=run.steering.adjust if run.steering is not None else None,
             )
         # The other micro-batches' inputs and what their first pass left; the latents of the calls that were not run.
         kept = others * (self.retained + batch_bytes)
@@ -305,8 +321,10 @@ class _Walk:
         size = (backbone.height, backbone.width)
         image = torch.empty(1, 3, *size, device="meta", dtype=backbone.latent_dtype)
         with torch.no_grad(), shapes_alone(self.cuda):
-            reward.score(image, [_PROMPT])
-            towers = [module for module in reward.modules() if isinstance(module, TowerReward)]
+            scored = [reward, *self.run.judges.values()]
+            for one in scored:
+                one.score(image, [_PROMPT])
+            towers = [module for one in scored for module in one.modules() if isinstance(module, TowerReward)]
             for tower in towers:
                 dtype = tower.preprocess(image).dtype
                 self.live.see(tower.prepare.axis_matrices(size, dtype, image.device))

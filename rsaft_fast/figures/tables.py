@@ -1,4 +1,4 @@
-"""Tables in plain text."""
+"""Tables in plain text and in Markdown."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
         "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
         for row in rows
     ]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a Markdown table; the first column to the left, the others to the right."""
+    lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def summary_table(runs: Mapping[str, Mapping[str, Change]], decimals: int = 3) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 ASSETS = Path(__file__).parent / "assets"
-REWARDS = ("fair", "brittle")
+REWARDS = ("fair", "brittle", "mixed", "mixed-long", "adversarial", "ensemble-0", "ensemble-1", "ensemble-2")
+"""Proxy rewards that ship, none of which has learned from another's pictures."""
 
 
 def pipeline_path() -> Path:
@@ -16,7 +17,7 @@ def pipeline_path() -> Path:
 
 
 def reward_path(name: str) -> Path:
-    """Give a shipped proxy reward's folder, in `transformers.CLIPModel` format; `name` is "fair" or "brittle".
+    """Give a shipped proxy reward's folder, in `transformers.CLIPModel` format; `name` is one of `REWARDS`.
 
     The reward is `exp(logit_scale)` times the cosine of image and text embedding.
     """
@@ -43,9 +44,14 @@ def train_prompts() -> list[str]:
     return [prompt for prompt in prompts(288, seed=0) if prompt not in set(eval_prompts())][:256]
 
 
-def eval_prompts() -> list[str]:
-    """Give the 32 prompts that the demo is judged on, none of them among `train_prompts`."""
-    return prompts(32, seed=1)
+def eval_prompts(n: int = 32) -> list[str]:
+    """Give the first `n` of the prompts that results are judged on, at most 512, none of them among `train_prompts`."""
+    if not 0 <= n <= 512:
+        raise ValueError(f"n is {n}: the playground is judged on 0 to 512 prompts")
+    if n <= 32:
+        return prompts(n, seed=1)
+    trained = set(train_prompts())
+    return [prompt for prompt in prompts(600, seed=1) if prompt not in trained][:n]
 
 
 def true_preference(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -54,6 +60,16 @@ def true_preference(images: Tensor, prompts: Sequence[str]) -> Tensor:
     See `rsaft_fast.playground.preference`.
     """
     from rsaft_fast.playground.preference import true_preference as compute
+
+    return compute(images, prompts)
+
+
+def evaluate_preference(images: Tensor, prompts: Sequence[str]) -> tuple[float, float]:
+    """Compute the mean of the true preference over images and its standard error; arguments as for `true_preference`.
+
+    See `rsaft_fast.playground.preference`.
+    """
+    from rsaft_fast.playground.preference import evaluate_preference as compute
 
     return compute(images, prompts)
 

@@ -78,6 +78,26 @@ def true_preference(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return true_terms(images, prompts).mean()
 
 
+@torch.no_grad()
+def evaluate_preference(images: Tensor, prompts: Sequence[str]) -> tuple[float, float]:
+    """Compute the mean of r* over images and its standard error; arguments as for `true_preference`.
+
+    Pictures of one prompt are no independent witnesses: the error is that of G prompts,
+    √(G / (G − 1) · Σ s²) / B, where s is the sum of a prompt's deviations from the mean. With every prompt once it is
+    the standard deviation over √B.
+
+    Returns:
+        Mean and standard error; NaN where there is no image, or but one prompt.
+    """
+    scores = true_preference(images, prompts).double()
+    place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    rows = torch.tensor([place[prompt] for prompt in prompts], dtype=torch.int64)
+    sums = scores.new_zeros(len(place)).index_add(0, rows, scores - scores.mean())
+    groups = torch.tensor(len(place), dtype=torch.float64)
+    error = (groups / (groups - 1).clamp_min(0) * sums.square().sum()).sqrt() / len(scores)
+    return scores.mean().item(), error.item()
+
+
 def true_terms(images: Tensor, prompts: Sequence[str]) -> Terms:
     """Compute the terms of r*; arguments as for `true_preference`."""
     if images.ndim != 4 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):

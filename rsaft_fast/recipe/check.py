@@ -15,6 +15,8 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.hub import is_hub_id
 from rsaft_fast.methods import NFT, FlowGRPO, GradientMethod
 from rsaft_fast.ops import backends
+from rsaft_fast.recipe.check_agreement import check_judges
+from rsaft_fast.recipe.check_smoothing import check_smoothing
 from rsaft_fast.recipe.config import MOST_PICTURES, PLAYGROUND, Config
 from rsaft_fast.sampling import GradientPlan, derive_rng
 from rsaft_fast.sampling.protocol import Traits
@@ -98,6 +100,8 @@ def _check_agreement(config: Config) -> None:
     """Keys that contradict each other."""
     _check_reward(config)
     _check_groups(config)
+    check_judges(config)
+    _check_regularize(config)
     _check_quantize(config)
     backbone = config.backbone
     if {"decoder", "decoder-strips"} <= set(backbone.checkpoint):
@@ -119,6 +123,7 @@ def _check_agreement(config: Config) -> None:
         raise UserError(f"{factors} is {config.pictures_per_iteration} pictures an iteration; at most {MOST_PICTURES}")
     if config.sharpness is not None and config.sharpness.space not in ("pixel01", "pixel11"):
         raise UserError(f"sharpness.space is {config.sharpness.space!r}; S1 is measured in pixel01 or pixel11")
+    check_smoothing(config)
     sampler = config.sampler
     if sampler.negative_prompt and sampler.guidance_scale == sampler.true_cfg_scale == 1:
         raise UserError("sampler.negative_prompt does nothing at sampler.guidance_scale 1; raise it, or leave it out")
@@ -137,6 +142,22 @@ def _check_agreement(config: Config) -> None:
             raise UserError(
                 f"smoothing.parameters.groups: {group.match!r} is not a regular expression ({error})"
             ) from error
+
+
+def _check_regularize(config: Config) -> None:
+    """A distance to the base needs graded calls, and a backward pass of its own."""
+    if config.regularize is None:
+        return
+    if not isinstance(config.method, GradientMethod):
+        raise UserError(
+            f"regularize.kl_to_base with method.name {config.method.name}: it is for the calls that carry the reward's "
+            "gradient, which an algorithm of your own does not name; leave regularize out"
+        )
+    if config.optimizer.release_gradients:
+        raise UserError(
+            "regularize.kl_to_base with optimizer.release_gradients: its gradient is a backward pass more, and "
+            "released gradients are applied in the first; leave one of the two out"
+        )
 
 
 def _check_quantize(config: Config) -> None:

@@ -12,13 +12,14 @@ from rsaft_fast.backbones.quantized import Quantization
 from rsaft_fast.dtypes import Dtype
 from rsaft_fast.methods import AnyMethod
 from rsaft_fast.methods.losses import Loss
+from rsaft_fast.recipe.agreement import AgreementSettings
 from rsaft_fast.rewards import RewardSettings
 from rsaft_fast.settings import Settings, UserPath, UserPlace
 from rsaft_fast.smoothing.objective import ImageSmoothing, Smoothing
+from rsaft_fast.smoothing.search import AUTO, RadiusSearch
 from rsaft_fast.speed.settings import SpeedSettings
 
 PLAYGROUND = "playground"
-AUTO = "auto"
 MOST_PICTURES = 2**16
 """Of an update: more is a typing error, and would be told by the machine's memory, slowly."""
 
@@ -235,6 +236,19 @@ class DenoisingSettings(Settings):
     levels: int = Field(default=250, ge=1, le=1000)
 
 
+class RegularizeSettings(Settings):
+    """What holds the trained model near the one that it began as, beside the reward.
+
+    Attributes:
+        kl_to_base: weight of the mean squared difference between the graded calls' predictions and those that the
+            model made before any training, at the same latents: up to a factor of each step, the Kullback-Leibler
+            divergence of the sampler's steps. Costs, for each graded call, one more forward and backward pass and a
+            forward pass of the base, and a copy of what is trained.
+    """
+
+    kl_to_base: float = Field(gt=0, le=1e6)
+
+
 class LogSettings(Settings):
     """metrics.jsonl is always written.
 
@@ -272,12 +286,15 @@ class Config(Settings):
         loss: from reward to loss; null takes what the method's authors train with.
         smoothing: RSA-FT's two balls; null is the plain method.
         sharpness: the ball at which the sharpness S1 is logged, in a pixel space; null does not log it.
+        agreement: rewards that are not trained on, whose gradients the update's is compared with: a monitor of reward
+            hacking, and its controls; null has none.
         reward: what is maximised.
         data: prompts and batches.
         optimizer: AdamW's learning rate, decay and clipping.
         ema: running mean of the weights; null keeps none.
         samples: grids of fixed prompts.
         denoising: the pre-training loss on pictures of your own; null trains by reward alone.
+        regularize: what holds the model near the one that it began as; null leaves it free.
         logging: what is logged beside metrics.jsonl.
     """
 
@@ -295,12 +312,14 @@ class Config(Settings):
     loss: Loss | None = None
     smoothing: Annotated[Smoothing, BeforeValidator(_unsmoothed)] = Smoothing()
     sharpness: ImageSmoothing | None = ImageSmoothing()
+    agreement: AgreementSettings | None = None
     reward: RewardSettings
     data: DataSettings
     optimizer: OptimizerSettings = OptimizerSettings()
     ema: EMASettings | None = None
     samples: SampleSettings = SampleSettings()
     denoising: DenoisingSettings | None = None
+    regularize: RegularizeSettings | None = None
     logging: LogSettings = LogSettings()
 
     @property
@@ -314,6 +333,21 @@ class Config(Settings):
     @property
     def pictures_per_iteration(self) -> int:
         return self.data.groups() * self.data.group_size
+
+    @property
+    def judges(self) -> dict[str, RewardSettings]:
+        """Every reward that judges without being trained on, by its name."""
+        search = self.smoothing.radius_search
+        return {**(self.agreement.judges if self.agreement else {}), **(search.judges if search else {})}
+
+    @property
+    def fixed_pictures(self) -> int:
+        """How many fixed pictures gradients are compared on: the most that a measurement takes, 0 without any."""
+        image, agreement = self.smoothing.image, self.agreement
+        search = self.smoothing.radius_search or RadiusSearch()
+        searched = search.pictures if image is not None and image.radius == AUTO else 0
+        watched = agreement.pictures if agreement is not None and agreement.pictures_of == "fixed" else 0
+        return max(searched, watched)
 
     @property
     def run_folder(self) -> Path:

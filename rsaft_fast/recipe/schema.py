@@ -22,7 +22,7 @@ from rsaft_fast.settings import Settings
 # Where "larger than the limit" is not the whole mend.
 _MENDS = {
     "smoothing.parameters.rho": "smoothing.parameters=null turns parameter smoothing off",
-    "smoothing.image.radius": "smoothing.image=null turns image smoothing off",
+    "smoothing.image.radius": "auto finds it from judges, and smoothing.image=null turns image smoothing off",
     "ema.decay": "ema=null keeps no mean",
     "optimizer.max_grad_norm": "optimizer.max_grad_norm=null does not clip",
 }
@@ -122,12 +122,15 @@ def _as_section(key: str, value: Any, level: list[type[BaseModel]]) -> str:
 def _locate(root: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, list[type[BaseModel]]]:
     """A pydantic location as a dotted key, and the settings classes of the section where it ends."""
     level = inner = list(_sections(root))
-    key = ""
+    key, named = "", False
     for part in location:
         if isinstance(part, int):
             key += f"[{part}]"
             continue
         part = part if _NAME.fullmatch(part) else shown(part)
+        if named:  # a name of the user's own, whose sections are those of the key before it
+            key, named = f"{key}.{part}", False
+            continue
         tagged = [model for model in inner if part in _tags([model])]
         if tagged and not any(part in model.model_fields for model in inner):
             inner = level = tagged
@@ -136,6 +139,7 @@ def _locate(root: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str
         key = f"{key}.{part}" if key else part
         field = next((model.model_fields[part] for model in inner if part in model.model_fields), None)
         inner = list(_sections(field.annotation)) if field else []
+        named = field is not None and _has_named_sections(field.annotation)
     return key, level if not inner else inner
 
 
@@ -152,6 +156,12 @@ def _mentioned(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _mentioned(argument)
 
 
+def _has_named_sections(annotation: Any) -> bool:
+    """Whether a key holds sections by names that the user gives."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    return origin is dict or (origin is Annotated and _has_named_sections(arguments[0]))
+
+
 def _tags(models: list[type[BaseModel]]) -> list[str]:
     """The discriminating names of settings classes that have one."""
     fields = [model.model_fields["name"].annotation for model in models if "name" in model.model_fields]
@@ -164,8 +174,9 @@ def keys(root: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[Ba
         for name, field in kind.model_fields.items():
             key = prefix + name
             yield key, kind, field
+            inner = f"{key}.NAME." if _has_named_sections(field.annotation) else f"{key}."
             for section in _mentioned(field.annotation):
-                yield from keys(section, f"{key}.")
+                yield from keys(section, inner)
 
 
 def _nearest(key: str, level: list[type[BaseModel]], root: type[BaseModel]) -> str:
@@ -346,6 +357,12 @@ def _comment(text: str, indent: int, width: int) -> list[str]:
 
 
 def _default(field: FieldInfo, is_section: bool) -> str:
+    if is_section and _has_named_sections(field.annotation):
+        return (
+            "{}    # NAME: a section each, of"
+            if not field.is_required()
+            else "(required)    # NAME: a section each, of"
+        )
     if is_section:
         if field.is_required() or isinstance(field.default, BaseModel):
             return ""

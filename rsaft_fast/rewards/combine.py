@@ -105,19 +105,28 @@ class Combination(Reward):
     """
 
     def __init__(
-        self, parts: Sequence[Part], how: How, penalty: float = 1.0, facts: Mapping[str, object] | None = None
+        self,
+        parts: Sequence[Part],
+        how: How,
+        penalty: float = 1.0,
+        facts: Mapping[str, object] | None = None,
+        unit_gradients: bool = False,
     ):
-        """`facts` go into the spec: where the calibration came from."""
+        """
+        Args:
+            facts: go into the spec: where the calibration came from.
+            unit_gradients: see `CombinationSettings`.
+        """
         super().__init__()
         if not parts:
             raise UserError("a combination of no rewards; name at least one part")
         names = [part.name for part in parts]
         if repeated := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"two parts of a combination are called {repeated!r}; give one of them a label")
-        self.parts, self.how, self.penalty = tuple(parts), how, penalty
+        self.parts, self.how, self.penalty, self.unit_gradients = tuple(parts), how, penalty, unit_gradients
         self.rewards = nn.ModuleList(part.reward for part in parts)
         self.differentiable = how != "rank" and all(part.reward.differentiable for part in parts)
-        self.spec = _spec(parts, how, penalty, facts or {})
+        self.spec = _spec(parts, how, penalty, (facts or {}) | ({"unit_gradients": True} if unit_gradients else {}))
         self.eval()
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -152,7 +161,7 @@ class Combination(Reward):
 
     def _score(self, reward: Reward, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         if self.differentiable and images.requires_grad and torch.is_grad_enabled():
-            return _WithGradient.apply(images, reward, prompts)
+            return _WithGradient.apply(images, reward, prompts, self.unit_gradients)
         with torch.no_grad():
             return reward.score(images, prompts)
 
@@ -187,11 +196,16 @@ class _WithGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, images: torch.Tensor, reward: Reward, prompts: Sequence[str]) -> torch.Tensor:
+    def forward(
+        ctx, images: torch.Tensor, reward: Reward, prompts: Sequence[str], unit_gradients: bool
+    ) -> torch.Tensor:
         with torch.enable_grad():
             leaf = images.detach().requires_grad_(True)
             scores = reward.score(leaf, prompts)
             (gradient,) = torch.autograd.grad(scores.sum(), leaf)
+        if unit_gradients:
+            length = torch.linalg.vector_norm(gradient, dim=(1, 2, 3), keepdim=True)
+            gradient = torch.where(length == 0, 0, gradient / length)
         ctx.save_for_backward(gradient)
         return scores.detach()
 
@@ -201,7 +215,7 @@ class _WithGradient(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         slope = slope.to(gradient)[:, None, None, None]
         # A part that does not count here must not spoil the others with an infinite gradient of its own.
-        return torch.where(slope == 0, 0, slope * gradient), None, None
+        return torch.where(slope == 0, 0, slope * gradient), None, None, None
 
 
 def _spec(parts: Sequence[Part], how: str, penalty: float, facts: Mapping[str, object]) -> RewardSpec:
@@ -239,6 +253,9 @@ class CombinationSettings(RewardSettings):
         parts: the rewards, each with its own preprocessing and dtype.
         calibration: file that rsaft-fast score --calibration wrote. Each part's score then enters as
             (score - centre) / width, both measured on those pictures. worst and mean-std of different rewards need it.
+        unit_gradients: of weighted: each part's gradient counts with its weight alone, whatever the reward's scale: in
+            every picture it is scaled to length 1 before the sum. The score stays the weighted sum, of which this is
+            no longer the gradient.
         calibrate: what centre and width are: std takes mean and standard deviation, iqr the median and the
             interquartile range over 1.349, which outliers do not move.
     """
@@ -248,6 +265,7 @@ class CombinationSettings(RewardSettings):
     how: How = "weighted"
     penalty: float = Field(default=1.0, ge=0)
     parts: tuple[RewardPart, ...] = ()
+    unit_gradients: bool = False
     calibration: UserPath | None = None
     calibrate: Scaling = "std"
 
@@ -258,6 +276,9 @@ class CombinationSettings(RewardSettings):
         labels = [part.column for part in self.parts]
         if repeated := next((label for label in labels if labels.count(label) > 1), None):
             raise ValueError(f"two parts are called {repeated!r}; give one of them a label")
+        if self.unit_gradients and (self.how != "weighted" or self.calibration is not None):
+            beside = f"how {self.how}" if self.how != "weighted" else "a calibration, whose widths it undoes"
+            raise ValueError(f"unit_gradients is of how weighted without calibration, and there is {beside}")
         if self.how in ("worst", "mean-std"):
             self._require_one_scale()
         elif self.how == "rank" and self.calibration is not None:
@@ -324,9 +345,9 @@ class CombinationSettings(RewardSettings):
             if entries:
                 centre, width = find(entries, reward.spec, self.calibration).affine(self.calibrate)
             parts.append(Part(part.column, reward, part.weight, centre, width))
-        return Combination(parts, self.how, self.penalty, facts)
+        return Combination(parts, self.how, self.penalty, facts, self.unit_gradients)
 
     def shapes(self, log: Callable[[str], None]) -> Combination:
         """Build every part on the meta device."""
         parts = [Part(part.column, part.shapes(log), part.weight) for part in self.parts]
-        return Combination(parts, self.how, self.penalty)
+        return Combination(parts, self.how, self.penalty, unit_gradients=self.unit_gradients)

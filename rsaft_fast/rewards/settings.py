@@ -95,7 +95,8 @@ class RewardSettings(OneOf):
 
     Attributes:
         name: the family; clip where a recipe names none.
-        path: folder, file or hub id of the weights. playground/fair and playground/brittle ship with the package.
+        path: folder, file or hub id of the weights. playground/fair, playground/brittle and others ship with the
+            package; docs/playground.md says what each is.
         differentiable: whether its scores will carry a gradient to the images; known before anything is loaded.
     """
 

@@ -9,8 +9,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-Purpose = Literal["initial", "ancestral", "renoise", "denoising", "plan", "prompts", "shuffle"]
-_PURPOSE_ID = {"initial": 0, "ancestral": 1, "renoise": 2, "denoising": 3, "plan": 4, "prompts": 5, "shuffle": 6}
+Purpose = Literal["initial", "ancestral", "renoise", "denoising", "plan", "prompts", "smoothing", "restart", "shuffle"]
+_PURPOSE_ID = {
+    **{"initial": 0, "ancestral": 1, "renoise": 2, "denoising": 3, "plan": 4, "prompts": 5},
+    **{"smoothing": 6, "restart": 7, "shuffle": 8},
+}
 
 
 def derive_rng(seed: int, step: int, purpose: Purpose, index: int = 0) -> np.random.Generator:

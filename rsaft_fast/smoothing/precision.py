@@ -101,7 +101,7 @@ def check_precision(
     Raises:
         UserError: one is too coarse.
     """
-    wanted = {(ball.radius, ball.norm, ball.space) for ball in balls if ball.space != "latent"}
+    wanted = {(ball.number, ball.norm, ball.space) for ball in balls if ball.space != "latent"}
     towers = low_precision(reward) if wanted else []
     if not towers:
         return

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from rsaft_fast.algorithms.ascent import Ascent, needs_ascent
 from rsaft_fast.algorithms.base import Algorithm
 from rsaft_fast.algorithms.copies import EMA
 from rsaft_fast.algorithms.denoising import DenoisingLoss, captions
@@ -26,6 +27,7 @@ from rsaft_fast.data.encodings import Encodings, Watched, free_memory, load_shap
 from rsaft_fast.distributed import World
 from rsaft_fast.dtypes import DTYPES
 from rsaft_fast.errors import UserError
+from rsaft_fast.evaluation.agreement import fixed_prompts
 from rsaft_fast.methods import GradientMethod
 from rsaft_fast.optim import SAMAdamW
 from rsaft_fast.out_of_memory import oom_as_user_error
@@ -39,6 +41,7 @@ from rsaft_fast.sampling.protocol import Branch
 from rsaft_fast.speed import apply_speed
 from rsaft_fast.train.inputs import Inputs
 from rsaft_fast.train.optimizer import build_optimizer
+from rsaft_fast.train.steering import Steering, steer
 
 Log = Callable[[str], None]
 
@@ -64,6 +67,9 @@ class Loaders(Protocol):
 
     def reward(self) -> Reward:
         """Return the reward, on the host: one that cannot be loaded is known before what takes long."""
+
+    def judges(self) -> Mapping[str, Reward]:
+        """Return the rewards that judge without being trained on, by name, on the host."""
 
     def encode(self, encodings: Any) -> None:
         """Encode what is missing."""
@@ -120,6 +126,13 @@ class FileLoaders:
         self.stage(f"loading the reward {self.config.reward.shown}")
         return load_reward(self.config.reward)
 
+    def judges(self) -> dict[str, Reward]:
+        loaded = {}
+        for name, settings in self.config.judges.items():
+            self.stage(f"loading the judge {name}: {settings.shown}")
+            loaded[name] = load_reward(settings)
+        return loaded
+
     def encode(self, encodings: Encodings) -> None:
         encodings.complete(self.stage)
 
@@ -143,10 +156,14 @@ class Assembly:
     Attributes:
         schedule: the sampler's steps.
         encoded: the conditioning of any batch of the run's texts.
+        judges: rewards that are not trained on, by name.
+        fixed: prompts of the pictures on which gradients are compared.
         batches: the micro-batches of every iteration.
         parameters: what is trained, by name.
+        ascent: the direction of the weight perturbation; None is SAM's.
         ema: the running mean of the weights; None without one.
         denoising: the pre-training loss on pictures; None without one.
+        steering: what the judges say of an update, and what is done about it; None without judges.
     """
 
     config: Config
@@ -154,20 +171,24 @@ class Assembly:
     device: torch.device
     backbone: Backbone
     reward: Reward
+    judges: Mapping[str, Reward]
+    fixed: list[str]
     schedule: Schedule
     encoded: EncodedPrompts
     batches: PromptBatches
     parameters: Mapping[str, torch.nn.Parameter]
     optimizer: SAMAdamW
     algorithm: Algorithm
+    ascent: Ascent | None
     ema: EMA | None
     denoising: DenoisingLoss | None
     sample_prompts: list[str]
+    steering: Steering | None
 
     @property
     def scored_prompts(self) -> list[str]:
         """Every prompt whose pictures the run will score."""
-        return _scored_prompts(self.config, self.batches, self.sample_prompts)
+        return _scored_prompts(self.config, self.batches, self.sample_prompts + self.fixed)
 
     def final_weights(self) -> AbstractContextManager[None]:
         """Give the model, inside the `with` block, the weights that a user would take away.
@@ -182,6 +203,8 @@ class Assembly:
         self.schedule = self.backbone.schedule(config.sampler.steps, config.sampler.eta)
         self.batches = PromptBatches(config.data, self.batches.prompts, config.seed, self.world)
         self.algorithm = build_algorithm(config, self.backbone, self.reward, self.schedule, self.world)
+        self.ascent = build_ascent(config, self.parameters)
+        self.steering = steer(config, self.algorithm, self.judges, self.encoded, self.fixed, self.optimizer, self.world)
 
 
 def assemble(
@@ -207,7 +230,8 @@ def assemble(
     """
     world = world or World()
     batches = PromptBatches(config.data, inputs.prompts, config.seed, world)
-    prompts = _scored_prompts(config, batches, inputs.sample_prompts)
+    fixed = fixed_prompts(inputs.prompts, config.seed, config.fixed_pictures)
+    prompts = _scored_prompts(config, batches, inputs.sample_prompts + fixed)
     shapes = loaders.shapes()
     texts = prompts + negative_texts(shapes, config.sampler)
     if config.denoising is not None:
@@ -215,11 +239,13 @@ def assemble(
     encodings = loaders.encodings(shapes, texts)
     schedule = training_schedule(config, shapes)
     reward = loaders.reward()
-    for note in reward.prompt_notes(prompts):
+    judges = dict(loaders.judges())
+    for note in dict.fromkeys(note for scores in (reward, *judges.values()) for note in scores.prompt_notes(prompts)):
         log(note)
     with oom_as_user_error("preparing the run"):
         loaders.encode(encodings)
         reward = loaders.settle(reward, prompts)
+        judges = {name: loaders.settle(judge, prompts) for name, judge in judges.items()}
         backbone = loaders.backbone()
         for note in dict.fromkeys(backbone.notes):
             if note not in shapes.notes:
@@ -241,24 +267,37 @@ def assemble(
                 f"max_steps is {config.max_steps}, and an iteration of method {config.method.name} makes "
                 f"{algorithm.updates} updates; give a multiple of that"
             )
+        optimizer = build_optimizer(parameters, config.optimizer, config.smoothing.parameters, config.seed)
         return Assembly(
             config=config,
             world=world,
             device=loaders.device,
             backbone=backbone,
             reward=reward,
+            judges=judges,
+            fixed=fixed,
             schedule=schedule,
             encoded=encoded,
             batches=batches,
             parameters=parameters,
-            optimizer=build_optimizer(parameters, config.optimizer, config.smoothing.parameters, config.seed),
+            optimizer=optimizer,
             algorithm=algorithm,
+            ascent=build_ascent(config, parameters),
             ema=EMA(parameters, config.ema.decay) if config.ema else None,
             denoising=DenoisingLoss(backbone, config.denoising, inputs.images, config.seed)
             if config.denoising
             else None,
             sample_prompts=inputs.sample_prompts,
+            steering=steer(config, algorithm, judges, encoded, fixed, optimizer, world, log),
         )
+
+
+def build_ascent(config: Config, parameters: Mapping[str, torch.nn.Parameter]) -> Ascent | None:
+    """Build what holds the direction of the weight perturbation; None where it is SAM's, which has no state."""
+    settings = config.smoothing.parameters
+    if settings is None or not needs_ascent(settings):
+        return None
+    return Ascent(settings, parameters, config.parameters.lora.scale)
 
 
 def _scored_prompts(config: Config, batches: PromptBatches, sample_prompts: list[str]) -> list[str]:

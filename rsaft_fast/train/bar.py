@@ -36,17 +36,22 @@ class Progress:
         log: Callable[[str], None] = tell,
         earlier: Sequence[Mapping[str, Any]] = (),
         shown: Mapping[str, str] = MappingProxyType({"reward": "reward", "s1": "S1"}),
+        latest: Mapping[str, str] = MappingProxyType({}),
     ):
         """
         Args:
             earlier: the records of the updates done, for the means.
             shown: the figures beside the bar, name in a record to label; the first stands before the times.
+            latest: the same of figures whose last value is shown, not their mean: those that few updates have.
         """
         self.total, self.title, self._log = total, title, log
         self._started, self._done = time.monotonic(), done
         self._told = -math.inf
-        self._labels = dict(shown)
-        self._recent: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in (*shown, "seconds")}
+        self._labels = {**shown, **latest}
+        self._recent: dict[str, deque[float]] = {
+            **{name: deque(maxlen=WINDOW) for name in (*shown, "seconds")},
+            **{name: deque(maxlen=1) for name in latest},
+        }
         for record in earlier[-WINDOW:]:
             self._take_in(record)
         self._bar = None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.recipe.config import Config
-from rsaft_fast.recipe.load import read_yaml, respelled, to_yaml
+from rsaft_fast.recipe.load import read_yaml, respelled, to_yaml, validate
 from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train.trainer import describe_software
 from rsaft_fast.yaml_text import parse_yaml
@@ -27,7 +28,7 @@ def what_changed(config: Config, checkpoint: Path, info: dict[str, Any], reward:
         reward: SHA-256 of the reward's files now.
     """
     try:
-        before = _flat(respelled(read_yaml(checkpoint / checkpoints.CONFIG)))
+        before = _flat(_with_defaults(respelled(read_yaml(checkpoint / checkpoints.CONFIG))))
     except UserError as error:
         return [f"what has changed since cannot be said: {error}"]
     now = _flat(parse_yaml(to_yaml(config)))
@@ -47,6 +48,13 @@ def what_changed(config: Config, checkpoint: Path, info: dict[str, Any], reward:
         if info.get(name, version) != version
     ]
     return lines
+
+
+def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
+    """Keys that have come since are at their defaults, which is what the run had without knowing of them."""
+    with suppress(UserError):
+        return parse_yaml(to_yaml(validate(raw, where=checkpoints.CONFIG)))
+    return raw
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -75,14 +75,14 @@ def _drowned_radii(config: Config) -> list[str]:
     if precision == "highest":
         return []
     height, width = config.backbone.height or 512, config.backbone.width or 512
-    for key, ball in (("smoothing.image", config.smoothing.image), ("sharpness", config.sharpness)):
+    for key, ball in (("smoothing.image", config.smoothing.smallest_ball), ("sharpness", config.sharpness)):
         if ball is None or ball.space == "latent":
             continue
-        rms = ball.radius if ball.norm == "rms" else ball.radius / (3 * height * width) ** 0.5
+        rms = ball.number if ball.norm == "rms" else ball.number / (3 * height * width) ** 0.5
         if rms < TF32_ROUNDING:
             return [
                 f"warning: torch.get_float32_matmul_precision() is {precision!r}, which rounds products to "
-                f"{TF32_ROUNDING:.0e} or worse, and {key}.radius {ball.radius:g} ({ball.norm}) is {rms:.0e} a pixel: "
+                f"{TF32_ROUNDING:.0e} or worse, and {key}.radius {ball.number:g} ({ball.norm}) is {rms:.0e} a pixel: "
                 "the reward's float32 is not what it says; set_float32_matmul_precision('highest')"
             ]
     return []

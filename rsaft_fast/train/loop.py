@@ -116,9 +116,11 @@ def _train(config: Config, run: _Run, stop: StopSignals, on_samples: Callable) -
         if images is not None:
             run.log_samples(images)
             on_samples(trainer, images, trainer.step)
-    while trainer.step < config.max_steps and not stop:
+    while trainer.step < config.max_steps and not stop and trainer.halted is None:
         stop.finishing = f"finishing update {trainer.step + trainer.algorithm.updates}, then saving"
         run.iterate()
+        if trainer.halted is not None:
+            break
         if run.is_due(config.samples.every) and (images := run.sample(stop)) is not None:
             run.log_samples(images)
             on_samples(trainer, images, trainer.step)
@@ -128,6 +130,8 @@ def _train(config: Config, run: _Run, stop: StopSignals, on_samples: Callable) -
         run.save()
     if stop.received is not None and trainer.step < config.max_steps:
         return Outcome(config.run_folder, trainer.step, None, run.farewell(stop.received), stop.received)
+    if trainer.halted is not None and trainer.step == 0:
+        return Outcome(config.run_folder, 0, None, f"ended before the first update: {trainer.halted}")
     stop.finishing = "the model is being written"
     export = trainer.export(config.run_folder)
     return Outcome(config.run_folder, trainer.step, export, run.result(export), further=tuple(run.further()))
@@ -229,9 +233,10 @@ class _Run:
                 f"updates, every figure of each is in {self.folder / METRICS} (eps_norm: length of the weight "
                 "perturbation; projection: share of it that rounding leaves)"
             )
-            shown = self.trainer.algorithm.shown
+            shown, steering = self.trainer.algorithm.shown, self.trainer.steering
+            latest = steering.shown if steering is not None else {}
             self.progress = Progress(
-                self.trainer.step, self.config.max_steps, self.title, self.log, self._earlier, shown
+                self.trainer.step, self.config.max_steps, self.title, self.log, self._earlier, shown, latest
             )
 
     def open(self) -> None:
@@ -358,6 +363,9 @@ class _Run:
         return f"stopped by {received.name} after update {step} of {self.config.max_steps}; go on with resume={folder}"
 
     def result(self, export: Path) -> str:
+        if self.trainer.halted is not None:
+            ended = f"ended after update {self.trainer.step} of {self.config.max_steps}"
+            return f"{ended}: {self.trainer.halted}; the model is in {export}"
         if self.start == self.trainer.step:
             return (
                 f"the run has {self.trainer.step} updates already, and max_steps is {self.config.max_steps}: raise it "

@@ -97,7 +97,8 @@ def _facts(config: Config, backbone: Backbone, steps: int, base: str) -> list[tu
     smoothed = []
     if smoothing.image is not None:
         image = smoothing.image
-        smoothed.append(f"pictures (rho {image.radius:g}, {image.norm} in {image.space})")
+        radius = image.radius if isinstance(image.radius, str) else f"{image.radius:g}"
+        smoothed.append(f"pictures (rho {radius}, {image.norm} in {image.space})")
     if smoothing.parameters is not None:
         smoothed.append(f"weights (rho {smoothing.parameters.rho:g})")
     trained = "all weights of the denoiser"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rsaft_fast import __version__
+from rsaft_fast.algorithms.ascent import KEPT
 from rsaft_fast.algorithms.copies import MEAN
 from rsaft_fast.algorithms.update import update
 from rsaft_fast.backbones import save_lora
@@ -32,6 +33,7 @@ from rsaft_fast.train.checkpoint import Checkpoint
 from rsaft_fast.train.inputs import Inputs
 from rsaft_fast.train.model_card import describe_export
 from rsaft_fast.train.optimizer import check_state, learning_rate, load_state
+from rsaft_fast.train.steering import split_state
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 
@@ -75,15 +77,22 @@ class Trainer(Assembly):
         Raises:
             UserError: its S1 differs from that in float32 by more than a tenth.
         """
-        balls = [ball for ball in (self.config.sharpness, self.config.smoothing.image) if ball is not None]
+        balls = [ball for ball in (self.config.sharpness, self.config.smoothing.smallest_ball) if ball is not None]
         prompts = self.sample_prompts if images is not None else self.scored_prompts
         with oom_as_user_error("checking the reward"):
             draw: Any = lambda some: self._draw(some) if images is None else images[: len(some)]  # noqa: E731
             check_precision(self.reward, balls, prompts, draw)
         free_memory(self.device)  # the float32 copy refers to itself
 
+    @property
+    def halted(self) -> str | None:
+        """Why the judges end the run here, in words; None where they do not."""
+        return self.steering.halted if self.steering is not None else None
+
     def iterate(self) -> Iterator[dict[str, Any]]:
         """Make the updates of the next iteration; yield a record for metrics.jsonl after each.
+
+        None is made where the judges, asked first, halt the run.
 
         Raises:
             NonFiniteRewardError, UserError: a NaN reward, no memory left; weights are those before the update, or the
@@ -91,11 +100,16 @@ class Trainer(Assembly):
         """
         started = time.perf_counter()
         algorithm, iteration = self.algorithm, self.step // self.algorithm.updates
+        asked: dict[str, float] = {}
         with self._naming_oom():
+            if self.steering is not None:
+                asked = self.steering.look(self.step)
+                if self.halted is not None:
+                    return
             experience = algorithm.collect(self.batches(self.backbone, self.encoded, iteration))
             algorithm.judge(experience, self.world)
         for index in range(algorithm.updates):
-            yield self._update(experience, index, started)
+            yield self._update(experience, index, started, asked)
             started = time.perf_counter()
 
     def update(self) -> dict[str, Any]:
@@ -103,7 +117,7 @@ class Trainer(Assembly):
         (record,) = self.iterate()
         return record
 
-    def _update(self, experience: Any, index: int, started: float) -> dict[str, Any]:
+    def _update(self, experience: Any, index: int, started: float, asked: Mapping[str, float]) -> dict[str, Any]:
         config, step = self.config, self.step
         lr = learning_rate(config.optimizer, step, config.max_steps)
         for group in self.optimizer.param_groups:
@@ -116,8 +130,13 @@ class Trainer(Assembly):
                 perturbs=config.smoothing.parameters is not None,
                 world=self.world,
                 compare_gradients=config.logging.diagnostics and not config.optimizer.release_gradients,
+                ascent=self.ascent,
+                number=step,
+                adjust=self.steering.adjust if self.steering is not None else None,
             )
         self.algorithm.after_update(figures)
+        if self.steering is not None:
+            figures = {**self.steering.note(figures), **asked}
         denoising_loss = None
         with self._naming_oom("the optimizer's step is made; go on from the last checkpoint"):
             if self.denoising is not None:
@@ -142,14 +161,15 @@ class Trainer(Assembly):
         perturbs = self.config.smoothing.parameters is not None
         figures = {
             "eps_norm": stats.pop("eps_norm") if perturbs else 0.0,
-            "projection": stats.pop("projection") if perturbs else None,
+            # Of a direction that is zero (momentum's before the first update) nothing can survive.
+            "projection": stats["projection"] if perturbs and stats["grad_norm"] > 0 else None,
             # Released gradients are gone before anybody could take their norm.
             "grad_norm": None if math.isnan(stats["second_grad_norm"]) else stats["second_grad_norm"],
             "skipped": stats.pop("skipped"),
         }
         if not (perturbs and self.config.logging.diagnostics):
             return figures
-        del stats["second_grad_norm"]
+        del stats["second_grad_norm"], stats["projection"]
         return figures | {"first_grad_norm": stats.pop("grad_norm"), **stats}
 
     def sample(self, stop: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
@@ -185,8 +205,10 @@ class Trainer(Assembly):
             step=self.step,
             weights={name: p.detach() for name, p in self.parameters.items()},
             optimizer=self.optimizer.state_dict(),
-            copies=({MEAN: self.ema.means} if self.ema is not None else {}) | self.algorithm.copies.tensors,
-            algorithm=self.algorithm.state(),
+            copies=({MEAN: self.ema.means} if self.ema is not None else {})
+            | (self.ascent.kept if self.ascent is not None else {})
+            | self.algorithm.copies.tensors,
+            algorithm=self.algorithm.state() | (self.steering.state() if self.steering is not None else {}),
             info=describe_software()
             | {"seed": self.config.seed, "reward": self.reward.spec.sha256, "optimizer": self._ordered_names()},
         )
@@ -201,14 +223,21 @@ class Trainer(Assembly):
         self._check_tensors("weights", saved.weights)
         if (MEAN in saved.copies) != (self.ema is not None):
             raise UserError("resume: the checkpoint and the recipe disagree on ema; set it as the run had it")
-        if odd := (saved.copies.keys() ^ self.algorithm.copies.tensors.keys()) - {MEAN}:
+        kept = set(self.ascent.kept) if self.ascent is not None else set()
+        if odd := {name for name in saved.copies if name in KEPT} ^ kept:
+            raise UserError(
+                f"resume: the checkpoint and the recipe disagree on {min(odd)!r}, which smoothing.parameters.direction "
+                "and reuse keep; set them as the run had them"
+            )
+        if odd := (saved.copies.keys() ^ self.algorithm.copies.tensors.keys()) - {MEAN, *KEPT}:
             raise UserError(
                 f"resume: the checkpoint and the algorithm of method {self.config.method.name} disagree on the copy "
                 f"{min(odd)!r} of the weights; resume with the run's own method and its keys"
             )
         for name, tensors in saved.copies.items():
             self._check_tensors(f"copy {name!r}", tensors)
-        if odd := saved.algorithm.keys() ^ self.algorithm.state().keys():
+        own, _ = split_state(saved.algorithm)
+        if odd := own.keys() ^ self.algorithm.state().keys():
             raise UserError(
                 f"resume: the checkpoint's algorithm and that of method {self.config.method.name} disagree on "
                 f"{min(odd)!r}; resume with the run's own method"
@@ -240,7 +269,13 @@ class Trainer(Assembly):
         if self.ema is not None:
             self.ema.load(saved.copies[MEAN])
         self.algorithm.copies.load(saved.copies)
-        self.algorithm.load(saved.algorithm)
+        for name, tensors in self.ascent.kept.items() if self.ascent is not None else ():
+            for key, tensor in tensors.items():
+                tensor.copy_(saved.copies[name][key])
+        own, steered = split_state(saved.algorithm)
+        self.algorithm.load(own)
+        if self.steering is not None:
+            self.steering.load(steered)
         self.step = saved.step
 
     def export(self, folder: Path) -> Path:

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from rsaft_fast.benchmarks.floors import LAYOUTS, PASSES, dense_bf16, floor, image_floor
-from rsaft_fast.benchmarks.peers import DTYPES
-from rsaft_fast.benchmarks.providers import optimizer_for
+from rsaft_fast.benchmarks.providers import DTYPES, optimizer_for
+from rsaft_fast.benchmarks.shapes import LAYOUTS, PASSES, dense_bf16, floor, image_floor
 
 
 def test_floors_are_those_of_the_design():

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from rsaft_fast.benchmarks.bandwidth import bandwidths
-from rsaft_fast.benchmarks.jobs import Job, plan
 from rsaft_fast.benchmarks.providers import OURS
 from rsaft_fast.benchmarks.results import describe_machine
-from rsaft_fast.benchmarks.suite import device_here, start
+from rsaft_fast.benchmarks.suite import Job, Suite, device_here, plan, start
 from rsaft_fast.benchmarks.timing import Part, Timer, extra_bytes, launches
 
 pytestmark = pytest.mark.gpu
@@ -21,8 +20,7 @@ def test_events_see_the_device_and_not_the_host():
     target = torch.empty_like(source)
     copy = Part(lambda: target.copy_(source))
     slow_host = Part(lambda: (target.copy_(source), time.sleep(2e-3)))
-    times = Timer(device).alternate({"copy": copy, "slow host": slow_host}, repeats=10)
-    quick, slow = (times[name].row() for name in ("copy", "slow host"))
+    quick, slow = (Timer(device).times(part, repeats=10).row() for part in (copy, slow_host))
     # Half a gigabyte in 20 us would be 26 TB/s: faster than any card.
     assert 0.02 < quick["ms_p50"] and slow["host_ms"] >= 2
     assert quick["host_ms"] < 1
@@ -51,8 +49,6 @@ def test_the_card_is_described():
 
 @pytest.mark.parametrize("layout", ["fp32", "bf16", "8bit"])
 def test_ours_runs_beside_every_installed_peer(layout, tmp_path):
-    from rsaft_fast.benchmarks.suite import Suite
-
     timer, results = start(device_here(), str(tmp_path))
     run = Suite(timer, results, repeats=3)
     names = next(job.providers for job in plan(timer.device, ["tiny"], [layout]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_what_fails_is_a_row_and_the_next_part_is_measured(tmp_path, monkeypatch
 
 
 def test_a_key_that_this_version_lacks_is_missing_not_failed(tmp_path):
-    run = runs.Run("odd", "sd15", 5, 10, {"backbone.quantize_harder": "yes"})
+    run = runs.Run("odd", "sd15", 5, {"backbone.quantize_harder": "yes"})
     row = measure(run, [runs.PEAK], tmp_path)[runs.PEAK]
     assert row["failed"] is False and "backbone.quantize_harder" in row["missing"]
 
@@ -95,7 +96,7 @@ def test_recipes_hold_together_on_a_gpu(run):
     for part in (runs.PEAK, runs.PEAK_K) if run.lora else (runs.PEAK,):
         check_settings(runs.config_of(run.recipe("cuda", {}, part)), family)
     for part in runs.SPEEDS if run.compare else ():
-        check_settings(runs.config_of(run.recipe("cuda", {}) | dict(run.speed(part))), family)
+        check_settings(runs.config_of(run.recipe("cuda", {}, part)), family)
 
 
 def test_calls_of_every_kind_of_update():
@@ -156,18 +157,18 @@ def test_kernels_by_their_names():
 @pytest.mark.slow
 def test_a_killed_run_keeps_its_rows_and_goes_on(tmp_path, capsys):
     """Killed at its first row, no warning given; the next run measures the others, and a third has nothing to do."""
-    keys = tmp_path / "keys.json"
-    keys.write_text(json.dumps({"flux": tiny_keys("flux", tmp_path)}))
-    arguments = ["--device", "cpu", "--keys", str(keys), "--runs", "flux-full", "--results", str(tmp_path)]
+    keys = json.dumps({"flux": tiny_keys("flux", tmp_path)})
+    arguments = ["--device", "cpu", "--keys", keys, "--runs", "flux-full", "--results", str(tmp_path)]
     command = [sys.executable, "-m", "rsaft_fast.benchmarks.gpu_memory", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **quiet, start_new_session=True)
     deadline = time.monotonic() + 180
     # The folder is named after the processor.
     while process.poll() is None and time.monotonic() < deadline:
         if any(load(path)["rows"] for path in tmp_path.glob("*/memory-tiny.json")):
             break
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)  # as `timeout` does: the run's own process is in its group
     process.wait()
     (path,) = tmp_path.glob("*/memory-tiny.json")
     first = {(row["run"], row["part"]): row for row in load(path)["rows"]}
@@ -189,13 +190,13 @@ def test_a_process_that_ends_too_early_or_takes_too_long_is_a_failure(tmp_path, 
     arguments = ["--device", "cpu", "--keys", keys, "--runs", "sdxl-full", "--results", str(tmp_path)]
     python = tmp_path / "python"
     monkeypatch.setattr(sys, "executable", str(python))
-    monkeypatch.setattr(gpu_memory, "_MARGIN", 0.1)
+    monkeypatch.setattr(gpu_memory, "MARGIN", 0.1)
     for script, budget, code in (("exit 3", "60", 1), ("exec sleep 60", "0.5", 0)):
         python.write_text(f"#!/bin/sh\n{script}\n")
         python.chmod(0o755)
         assert gpu_memory.main([*arguments, "--budget", budget]) == code
         said = capsys.readouterr()
-        assert ("ended with 3 before peak" in said.err) == (code == 1)
+        assert ("its process ended with 3" in said.err) == (code == 1)
         assert "sdxl-full: peak" in said.out.split("left out:")[1]
 
 

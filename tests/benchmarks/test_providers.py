@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from rsaft_fast import ops
-from rsaft_fast.benchmarks.peers import LR, RHO, Problem
 from rsaft_fast.benchmarks.providers import (
     HOST_PASSES,
+    LR,
     PROVIDERS,
+    RHO,
     Ours,
+    Problem,
     host_parts,
     passes_of,
     use_backend,
@@ -24,7 +26,7 @@ WEIGHT_DECAY, EPS = 1e-2, 1e-8
 # The backends of a GPU are tested as operations; torchao compiles for a minute.
 HERE = [name for name in PROVIDERS if name not in ("ours-cuda", "ours-triton", "torchao")]
 WITHOUT_PERTURB = ("adamw-alone", "pytorch_optimizer")  # one of them has no update either, the other no step
-PAIRS = [(name, layout) for name in HERE for layout in ("fp32", "bf16") if layout in PROVIDERS[name].held]
+PAIRS = [(name, layout) for name in HERE for layout in ("fp32", "bf16") if layout in PROVIDERS[name].layouts]
 # Moments in another form, and weights in bf16 alone.
 OTHER_MOMENTS = [("optimi", "fp32"), ("optimi", "bf16"), ("pytorch_optimizer", "bf16")]
 
@@ -40,7 +42,7 @@ def build(name, layout, seed=0):
     if reason := why_missing(name, CPU, layout):
         pytest.skip(reason)
     torch.manual_seed(seed)
-    problem = Problem.build(SHAPES, layout, CPU)
+    problem = Problem(SHAPES, layout, CPU)
     return problem, PROVIDERS[name].build(problem)
 
 
@@ -50,7 +52,7 @@ def weights_of(running):
 
 def masters_of(running):
     """What holds the weights' full precision."""
-    if hasattr(running, "master"):
+    if getattr(running, "master", None):
         return [m.detach().double() for m in running.master]
     if hasattr(running, "optimizer"):
         held = [running.optimizer.state[p].get("master", p) for p in running.parameters]
@@ -62,7 +64,7 @@ def moments_of(running):
     """(exp_avg, exp_avg_sq, step) of each parameter."""
     optimizer = next(getattr(running, n) for n in ("optimizer", "base", "sam") if hasattr(running, n))
     held = getattr(optimizer, "base_optimizer", optimizer).state
-    states = [held[p] for p in getattr(running, "master", running.parameters)]
+    states = [held[p] for p in getattr(running, "master", None) or running.parameters]
     return [(s["exp_avg"].double(), s["exp_avg_sq"].double(), float(s["step"])) for s in states]
 
 
@@ -128,7 +130,7 @@ def test_nothing_stays_wrapped_when_an_update_fails():
 
 @pytest.mark.parametrize("what", HOST_PASSES)
 def test_host_variants_move_gradients_or_do_not(what):
-    problem = Problem.build(SHAPES, "fp32", CPU)
+    problem = Problem(SHAPES, "fp32", CPU)
     use_backend("torch")
     part = host_parts(problem, "torch")[what]
     held = [c.cell_contents for c in part.prepare.__closure__] if what == "host-moved" else [part.run.__self__]
@@ -154,5 +156,6 @@ def test_a_missing_package_is_named():
 
     for name, package in (("torchao", "torchao"), ("optimi", "torch-optimi"), ("bitsandbytes", "bitsandbytes")):
         reason = why_missing(name, CPU, "fp32")
-        found = importlib.util.find_spec(PROVIDERS[name].module) is not None
+        module = "optimi" if name == "optimi" else package
+        found = importlib.util.find_spec(module) is not None
         assert reason is None if found else reason == f"not installed (pip install {package})"

@@ -7,7 +7,7 @@ import pytest
 from builders import benchmark_results as speed
 from builders import memory_results as memory
 
-from rsaft_fast.benchmarks import memory_tables, plots, report, tables
+from rsaft_fast.benchmarks import memory_tables, report, speed_tables
 from rsaft_fast.benchmarks.results import Results, newest
 from rsaft_fast.benchmarks.shapes import CASES
 from rsaft_fast.errors import UserError
@@ -36,7 +36,7 @@ How it is measured: `benchmarks/README.md`.
 | --- | ---: | ---: | ---: |
 | 32x3x1024x1024, fp32 | 0.5906 | 90.9 % | 2.00 |
 | 4x3x512x512, fp32 | 0.0185 | 90.9 % | 2.00 |"""
-(BEGIN, END), (MEMORY_BEGIN, MEMORY_END) = report.SPEED, report.MEMORY
+(BEGIN, END), (MEMORY_BEGIN, MEMORY_END) = map(report.markers, report.TABLES)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def updates():
 
 
 def test_the_section_is_exactly_this(results):
-    assert report.section(results) == EXPECTED
+    assert speed_tables.section(results) == EXPECTED
 
 
 def test_the_readme_gets_its_sections_and_keeps_all_that_is_outside_the_markers(tmp_path, capsys):
@@ -59,15 +59,13 @@ def test_the_readme_gets_its_sections_and_keeps_all_that_is_outside_the_markers(
     folder.mkdir()
     readme.write_text(f"a\n{speed_text}b\n{memory_text}c\n")
     assert report.main([str(folder), "--readme", str(readme)]) == 0
-    nothing = f"{MEMORY_BEGIN}\n{report.memory_section(None)}\n{MEMORY_END}"
-    assert readme.read_text() == f"a\n{BEGIN}\n## Speed\n\n{report.NOTHING}\n{END}\nb\n{nothing}\nc\n"
+    nothing = f"{MEMORY_BEGIN}\n{memory_tables.section(None)}\n{MEMORY_END}"
+    assert readme.read_text() == f"a\n{BEGIN}\n## Speed\n\n{speed_tables.NOTHING}\n{END}\nb\n{nothing}\nc\n"
     path = speed.results(folder, cases=(("sdxl-lora32", "fp32"),)).path
-    memory.results(folder)
-    readme.write_text(f"a\n{speed_text}b\n")
     for source in (folder, path):
         assert report.main([str(source), "--readme", str(readme)]) == 0
-        assert readme.read_text() == f"a\n{BEGIN}\n{EXPECTED}\n{END}\nb\n"
-    readme.write_text(f"a\n{speed_text}b\n{memory_text}c\n")
+        assert readme.read_text() == f"a\n{BEGIN}\n{EXPECTED}\n{END}\nb\n{nothing}\nc\n"
+    memory.results(folder)
     capsys.readouterr()
     assert report.main([str(folder), "--readme", str(readme), "--goals"]) == 0
     said = readme.read_text()
@@ -75,7 +73,9 @@ def test_the_readme_gets_its_sections_and_keeps_all_that_is_outside_the_markers(
     assert "peak of sdxl-lora" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text, lacking", [("text\n", BEGIN), (f"{BEGIN}\n{END}\n{MEMORY_BEGIN}\n", MEMORY_END)])
+@pytest.mark.parametrize(
+    "text, lacking", [("text\n", BEGIN), (f"{END}\n{BEGIN}\n", END), (f"{BEGIN}\n{END}\n{MEMORY_BEGIN}\n", MEMORY_END)]
+)
 def test_a_readme_without_a_marker_is_refused_and_left_alone(tmp_path, capsys, text, lacking):
     readme = tmp_path / "README.md"
     readme.write_text(text)
@@ -86,13 +86,13 @@ def test_a_readme_without_a_marker_is_refused_and_left_alone(tmp_path, capsys, t
 def test_the_terminal_shows_every_row_and_who_is_missing():
     found = speed.results()
     found.note(left_out=["flux1-full 8bit"])
-    said = tables.terminal(found.as_dict())
+    said = speed_tables.terminal(found.as_dict())
     assert "sdxl-full, fp32: 2,567,463,684 parameters in 1,680 tensors" in said
     assert "whole update, floor 52 bytes a parameter" in said
     assert "optimi (sdxl-full fp32): not installed (pip install torch-optimi)" in said
     assert "left out, the budget being spent:\n  flux1-full 8bit" in said
     usual = next(line for line in said.splitlines() if line.strip().startswith("usual-fused"))
-    assert usual.split()[-9:] == ["48.4", "%", "1.90", "5,000", "3", "10.27", "GB", "30.81", "GB"]
+    assert usual.split()[-7:] == ["48.4", "%", "1.90", "5,000", "3", "9.56", "28.69"]
 
 
 def test_whole_updates_are_shown(updates):
@@ -111,18 +111,16 @@ def test_whole_updates_are_shown(updates):
 
 
 def test_plots_are_drawn(tmp_path, results):
-    paths = plots.draw(results, tmp_path / "plots")
-    assert [path.name for path in paths] == ["bars.png", "roofline.png"]
-    for path in paths:
-        picture = matplotlib.image.imread(path)
-        assert min(picture.shape[:2]) > 400 and picture[..., :3].std() > 0.05, "something is drawn"
+    path = report.draw(results, tmp_path / "plots")
+    picture = matplotlib.image.imread(path)
+    assert min(picture.shape[:2]) > 400 and picture[..., :3].std() > 0.05, "something is drawn"
     with pytest.raises(UserError):
-        plots.draw(results | {"rows": []}, tmp_path)
+        report.draw(results | {"rows": []}, tmp_path)
 
 
 def test_a_run_of_everything_draws_the_headline():
     cases = [(case, dtype) for case in CASES[1:] for dtype in ("fp32", "bf16")]
-    figure = plots.bars(speed.results(cases=cases).as_dict())
+    figure = report.bars(speed.results(cases=cases).as_dict())
     drawn = {axis.get_title(loc="left") for axis in figure.axes if axis.get_visible()}
     assert {"sdxl-full, fp32", "sdxl-lora32, fp32", "4x3x512x512, fp32"} <= drawn
     assert "sd15-full, fp32" not in drawn and len(drawn) <= 12
@@ -132,7 +130,7 @@ def test_one_file_is_shown(tmp_path, capsys):
     path = speed.results(tmp_path).path
     assert report.main([str(path), "--goals", "--plots", str(tmp_path / "plots")]) == 0
     said = capsys.readouterr().out
-    assert "18 of 22 measured goals met" in said and "roofline.png" in said
+    assert "18 of 22 measured goals met" in said and "bars.png" in said
     assert report.main([str(memory.results(tmp_path, names=("sdxl-lora",)).path)]) == 0
     assert "Peak memory, torch's max allocated" in capsys.readouterr().out
     assert report.main([str(tmp_path / "absent.json")]) == 2
@@ -145,4 +143,4 @@ def test_the_readme_says_what_the_newest_results_say():
     top = Path(__file__).parents[2]
     readme = (top / "README.md").read_text(encoding="utf-8")
     found = newest(top / "benchmarks/results", "speed")
-    assert f"{BEGIN}\n{report.section(found)}\n{END}" in readme
+    assert f"{BEGIN}\n{speed_tables.section(found)}\n{END}" in readme

@@ -43,11 +43,6 @@ def test_names_are_safe_for_any_tool(tmp_path):
     assert path.relative_to(tmp_path).as_posix() == "NVIDIA-H100-80GB-HBM3/2026-01-02T03-04-05Z.json"
 
 
-def test_two_runs_of_the_same_second_keep_a_file_each(tmp_path):
-    paths = [results.Results("speed", HEAD, tmp_path).path for _ in range(3)]
-    assert len(set(paths)) == 3 and all(results.load(path) for path in paths)
-
-
 def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"--results {tmp_path / 'file'}"):

@@ -1,4 +1,4 @@
-"""Order, alternation, budget, memory, failures: what decides which rows a run has."""
+"""Order, turns, budget, failures: what decides which rows a run has."""
 
 import dataclasses
 import math
@@ -8,10 +8,9 @@ import torch
 from builders.benchmark_results import HEAD
 
 from rsaft_fast.benchmarks import providers, suite
-from rsaft_fast.benchmarks.jobs import CPU_LISTS, HEADLINE, HOST, IMAGES, Job, plan
 from rsaft_fast.benchmarks.results import Results
 from rsaft_fast.benchmarks.shapes import parameters_of
-from rsaft_fast.benchmarks.suite import Suite
+from rsaft_fast.benchmarks.suite import CPU_LISTS, HEADLINE, HOST, IMAGES, Job, Suite, plan
 from rsaft_fast.benchmarks.timing import Part, Timer
 from rsaft_fast.ops import backends, library
 
@@ -24,16 +23,9 @@ def run():
     return Suite(Timer(CPU), Results("speed", HEAD), repeats=4)
 
 
-class OnCuda:
-    """Stands where a Timer of a GPU would: the planning of memory and time asks it for the device alone."""
-
-    device, on_gpu = CUDA, True
-
-
 def test_a_budget_meets_the_headline_first():
-    jobs = [(job.case, job.layout) for job in plan(CUDA)]
-    assert tuple(jobs[: len(HEADLINE)]) == HEADLINE
-    assert len(set(jobs)) > len(HEADLINE)
+    jobs = [[job.case, job.layout] for job in plan(CUDA)]
+    assert jobs[: len(HEADLINE)] == HEADLINE and len(jobs) > len(HEADLINE)
     late = [job.providers for job in plan(CUDA) if set(job.providers) & {"torchao", "ours-torch"}]
     assert late and all(len(names) == 1 for names in late), "slow ones stand alone, at the end"
     assert {"torchao", "ours-torch"} & set(plan(CUDA)[-1].providers)
@@ -55,30 +47,27 @@ def test_the_plan_follows_what_was_asked():
     assert plan(CPU, [HOST], ["bf16"]) == []
 
 
-def test_parts_take_turns():
+def test_every_call_is_prepared_and_two_are_not_counted():
     called = []
-    parts = {name: Part(lambda name=name: called.append(name), lambda name=name: called.append("-")) for name in "abc"}
-    times = Timer(CPU).alternate(parts, repeats=4)
-    assert called[-24:] == ["-", "a", "-", "b", "-", "c"] * 4
-    assert all(len(t.ms) == 4 for t in times.values())
-    row = times["a"].row()
+    times = Timer(CPU).times(Part(lambda: called.append("call"), lambda: called.append("-")), repeats=4)
+    assert called == ["-", "call"] * 6 and len(times.ms) == len(times.host_ms) == 4
+    row = times.row()
     assert row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"] and row["calls"] == 4
 
 
 def test_a_slow_part_is_called_less_often():
     import time
 
-    parts = {"slow": Part(lambda: time.sleep(0.05)), "quick": Part(lambda: None)}
-    times = Timer(CPU).alternate(parts, repeats=20, seconds=0.2)
-    assert 3 <= len(times["slow"].ms) <= 4 and len(times["quick"].ms) == 20
-    assert 50 <= times["slow"].row()["ms_p50"] < 100
+    slow, quick = (Timer(CPU).times(Part(lambda s=s: time.sleep(s)), repeats=20, seconds=0.2) for s in (0.05, 0.0))
+    assert 3 <= len(slow.ms) <= 4 and len(quick.ms) == 20
+    assert 50 <= slow.row()["ms_p50"] < 100
 
 
 def test_host_time_leaves_the_preparation_out():
     import time
 
     part = Part(lambda: None, lambda: time.sleep(0.01))
-    assert Timer(CPU).alternate({"x": part}, repeats=5, host_alone=True)["x"].row()["ms_p50"] < 5
+    assert Timer(CPU).times(part, repeats=5, host_alone=True).row()["ms_p50"] < 5
 
 
 def test_a_job_measures_side_by_side(run):
@@ -86,7 +75,7 @@ def test_a_job_measures_side_by_side(run):
     got = {(row["what"], row["provider"]) for row in rows}
     passes = {(what, name) for what in ("norm", "perturb", "step", "update") for name in ("ours-torch", "usual-fused")}
     assert got == passes | {("step", "adamw-alone")}, "no row for a layout that a provider does not have"
-    assert all(row["alternated"] == "call" and row["calls"] == 4 for row in rows)
+    assert all(row["calls"] == 4 for row in rows), "two blocks of two"
     update = next(row for row in rows if (row["what"], row["provider"]) == ("update", "ours-torch"))
     assert update["gbps"] == pytest.approx(52 * parameters_of("tiny") / update["ms_p50"] / 1e6)
     assert run.failed == [] and run.left_out == []
@@ -136,32 +125,27 @@ def test_a_spent_budget_begins_nothing_and_says_what_is_left(tmp_path):
     assert results.head["left_out"] == run.left_out and '"left_out"' in results.path.read_text()
 
 
-def test_what_does_not_fit_together_is_measured_in_blocks(monkeypatch):
-    run = Suite(OnCuda(), Results("speed", HEAD))
-    job = Job("sdxl-full", "fp32", ("ours-cuda", "usual-fused", "adamw-alone", "foreach"))
-    n = parameters_of("sdxl-full")
-    together = (4 + sum(providers.PROVIDERS[name].held["fp32"] for name in job.providers)) * n
-    for free, fits in ((80e9, False), (together - 1, False), (together, True)):
-        monkeypatch.setattr(run, "_free_bytes", lambda free=free: free)
-        assert (run._too_large(job, job.providers) is None) is fits
-        assert all(run._too_large(job, [name]) is None for name in job.providers)
+@pytest.mark.parametrize("name", ["usual-fused", "ours-torch"])
+def test_what_does_not_fit_says_so_and_is_no_failure(run, monkeypatch, name):
+    def too_much(problem):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB\nand more")
+
+    monkeypatch.setitem(providers.PROVIDERS, name, dataclasses.replace(providers.PROVIDERS[name], build=too_much))
+    rows = run.run(Job("tiny", "fp32", (name, "adamw-alone")))
+    missing = {row["provider"]: row.get("missing") for row in rows}
+    assert missing["adamw-alone"] is None and run.failed == []
+    assert missing[name].startswith("does not fit: ") and missing[name].endswith("Tried to allocate 80 GiB")
 
 
-def test_what_does_not_fit_at_all_says_how_much_it_needs(monkeypatch):
-    run = Suite(OnCuda(), Results("speed", HEAD))
-    job = Job("flux1-full", "8bit", ("bitsandbytes",))
-    monkeypatch.setattr(run, "_free_bytes", lambda: 78 * 2**30)
-    needed = (6.6 + 2) * parameters_of("flux1-full") / 2**30
-    said = run._too_large(job, ["bitsandbytes"])
-    assert f"{needed:.0f} GiB" in said and "78 GiB" in said
-    monkeypatch.setattr(run, "_free_bytes", lambda: 137 * 2**30)
-    assert run._too_large(job, ["bitsandbytes"]) is None
-
-
-def test_blocks_pool_their_calls(run, monkeypatch):
-    monkeypatch.setattr(run, "_too_large", lambda job, names: "too large" if len(names) > 1 else None)
-    rows = run.run(Job("tiny", "fp32", ("usual-fused", "adamw-alone")))
-    assert all(row["calls"] == 4 and row["alternated"] == "block" for row in rows), "two blocks of two"
+def test_providers_take_turns_one_at_a_time(run, monkeypatch):
+    built, names = [], ("usual-fused", "adamw-alone")
+    for name in names:
+        provider = providers.PROVIDERS[name]
+        build = lambda problem, name=name, build=provider.build: built.append(name) or build(problem)  # noqa: E731
+        monkeypatch.setitem(providers.PROVIDERS, name, dataclasses.replace(provider, build=build))
+    rows = run.run(Job("tiny", "fp32", names))
+    assert built == [*names, *names]
+    assert all(row["calls"] == 4 for row in rows)
     assert len({(row["what"], row["provider"]) for row in rows}) == len(rows) == 5
 
 
@@ -193,9 +177,18 @@ def test_bandwidths_name_their_way():
 
 
 def test_a_later_failure_does_not_hide_what_was_measured(run, monkeypatch):
-    job = Job("tiny", "fp32", ("adamw-alone",))
-    run.run(job)
-    run._missing(job, "adamw-alone", "failed: later", "step", failed=True)
-    assert run.results.measured(run._row(job, "adamw-alone", "step"))
-    run._missing(job, "usual-fused", "not installed")
-    assert not run.results.measured(run._row(job, "usual-fused", "update"))
+    calls = []
+
+    class FailsLater:
+        def __init__(self, problem):
+            calls.append(self)
+            if len(calls) == 2:
+                raise ValueError("later")
+
+        def parts(self):
+            return {"step": Part(lambda: None), "update": Part(lambda: None)}
+
+    broken = dataclasses.replace(providers.PROVIDERS["foreach"], build=FailsLater)
+    monkeypatch.setitem(providers.PROVIDERS, "foreach", broken)
+    rows = run.run(Job("tiny", "fp32", ("foreach",)))
+    assert [(row["what"], row["calls"]) for row in rows] == [("step", 2), ("update", 2)] and len(calls) == 2

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from rsaft_fast.benchmarks.floors import PASSES, floor
 from rsaft_fast.benchmarks.providers import EAGER, IMAGE_PASS
 from rsaft_fast.benchmarks.results import Results
-from rsaft_fast.benchmarks.shapes import parameters_of, shapes_of
+from rsaft_fast.benchmarks.shapes import PASSES, floor, parameters_of, shapes_of
 
 COPY, READ = 3000.0, 3100.0
 

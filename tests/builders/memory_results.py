@@ -51,7 +51,8 @@ def compared(found: Results, run, peak: int) -> None:
     found.put(row(run, runs.TIME, kinds=kinds))
     call, graded = {"flops": 40 * 10**12, "shares": SHARES}, {"flops": 90 * 10**12, "shares": None}
     found.put(row(run, runs.KERNELS, call=call, graded=graded))
-    found.put(row(run, runs.WHOLE, steps=50, ms=1.1 * 2 * (50 * CALL + REST), peak=peak, reserved=peak, peaks={}))
+    whole = 1.1 * 2 * (run.steps * CALL + REST)
+    found.put(row(run, runs.WHOLE, steps=run.steps, ms=whole, peak=peak, reserved=peak, peaks={}))
     # Twice the memory; calls of 150 ms.
     plain = {"steps": STEPS, "rollouts": 2, "ms": 2 * (STEPS * 150 + REST), "call_ms": 150.0}
     found.put(row(run, runs.PLAIN, peak=2 * peak, reserved=2 * peak, peaks={}, **plain))

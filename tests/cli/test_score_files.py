@@ -17,6 +17,7 @@ from builders.messages import says
 from PIL import Image
 
 from rsaft_fast.cli import main
+from rsaft_fast.commands import pictures as shared
 from rsaft_fast.commands import score
 from rsaft_fast.commands.score_journal import Journal
 from rsaft_fast.errors import UserError
@@ -224,8 +225,8 @@ def test_a_table_that_another_call_has_just_finished_is_kept(clip, folder, capsy
         (folder / "s.csv").write_text("theirs")
         return identity_of(pictures, prompts)
 
-    identity_of = score.identity_of
-    monkeypatch.setattr(score, "identity_of", begun)
+    identity_of = shared.identity_of
+    monkeypatch.setattr(shared, "identity_of", begun)
     assert run(folder, rewards=[f"clip={clip}"]) == 2
     assert "s.csv exists" in capsys.readouterr().err
     assert (folder / "s.csv").read_text() == "theirs" and not (folder / "s.csv.partial").exists()

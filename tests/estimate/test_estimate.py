@@ -55,6 +55,10 @@ def really_alive(config: Config) -> LiveBytes:
         live.see(bucket.table["backup"] if "backup" in bucket.table else ())
     if trainer.ema:
         live.see(trainer.ema.means.values())
+    for tensors in trainer.algorithm.held().values():
+        live.see(tensors)
+    if trainer.ascent:
+        live.see(t for kept in trainer.ascent.kept.values() for t in kept.values())
     with live:
         trainer.update()
     return live
@@ -93,6 +97,8 @@ CASES = {
     ("sd3", "a block kept"): CHECKPOINTED | {"backbone__keep_blocks": 1},
     ("sd3", "two calls, checkpointed"): CHECKPOINTED | {"method": {"name": "draft", "k": 2}},
     ("sd3", "no smoothing"): {"smoothing": {"image": None, "parameters": None}},
+    ("sd3", "full, momentum"): FULL | {"smoothing": {"parameters": {"direction": "momentum"}}},
+    ("sd3", "full, friendly"): FULL | {"smoothing": {"parameters": {"direction": "friendly"}}},
     ("sd3", "full, checkpointed"): FULL | CHECKPOINTED,
     ("sd3", "full, 8 bits, released"): FULL_8BIT | {"optimizer__release_gradients": True},
     ("sd3", "full, 8 bits, released, on the host"): FULL_8BIT
@@ -100,6 +106,7 @@ CASES = {
     ("sd3", "full, master, on the host"): FULL | {"backbone__dtype": "bf16", "optimizer__offload": "state"},
     ("flux", "full, on the host"): FULL | {"optimizer__offload": "state"},
     ("sd3", "full, master, mean"): FULL | {"backbone__dtype": "bf16", "ema": {"decay": 0.9}},
+    ("sd3", "full, anchored"): FULL | {"regularize": {"kl_to_base": 1.0}},
     ("flux", "lora"): {},
     ("flux", "full, 8 bits"): FULL_8BIT,
     ("sd15", "nf4"): {"backbone__quantize": "nf4"},
@@ -118,9 +125,11 @@ def test_every_phase_is_what_really_is_alive(tiny, out, family, case):
     config = tiny_config(tiny, out, family, **CASES[family, case])
     real, found = really_alive(config), estimate(config, cuda=False)
     staged = [name for name in (phases.PERTURBING, phases.UPDATING) if found.phase(name)]
-    for name in (*UPDATE, *(staged if config.optimizer.offload == "state" else ())):
+    staged = staged if config.optimizer.offload == "state" else []
+    update = (*UPDATE, *([phases.ANCHORING] if config.regularize else []))
+    for name in (*update, *staged):
         assert found.phase(name).total == pytest.approx(real.peaks[name].total, rel=0.02, abs=16_384), name
-    assert max(found.phase(name).total for name in UPDATE) == pytest.approx(real.peak, rel=0.02)
+    assert max(found.phase(name).total for name in update) == pytest.approx(real.peak, rel=0.02)
 
 
 def on_a_device_of_its_own(monkeypatch) -> None:

@@ -11,6 +11,7 @@ from builders.messages import says
 from PIL import Image
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.figures.bands import Band, BandPanel, band_figure
 from rsaft_fast.figures.curves import Curve, Panel, comparison_figure
 from rsaft_fast.figures.grids import (
     GREATEST_SIDE,
@@ -23,7 +24,7 @@ from rsaft_fast.figures.grids import (
     to_picture,
     wrap,
 )
-from rsaft_fast.figures.tables import summary_table
+from rsaft_fast.figures.tables import markdown, summary_table
 
 NASTY = ["costs $5_a^2$ \\frac", "a\nb\x00\tc", "word " * 300, "x" * 4000, "漢字 🎉", "../../etc/passwd"]
 
@@ -179,3 +180,31 @@ def test_summary_table_holds_long_names():
     )
     assert table[0].index("  b") < table[1].rindex("before") + 6
     assert len(table[0]) <= len(table[1])
+
+
+def test_bands_are_drawn_around_their_curves_and_not_where_there_is_none(tmp_path):
+    def pixels(half):
+        bands = {"plain": Band([0, 1, 2], [1, 1, 1], [half] * 3), NASTY[0]: Band([0, 1, 2], [0, 0, 0], [0.0] * 3)}
+        panel = BandPanel(NASTY[0], NASTY[1], "r*", bands)
+        with Image.open(band_figure(tmp_path / "bands.png", [[panel, panel]], title=NASTY[0])) as image:
+            return np.asarray(image).astype(int)
+
+    without, with_band, unknown = pixels(0.0), pixels(0.5), pixels(float("inf"))
+    assert without.shape == with_band.shape and (without != with_band).any(-1).sum() > 5_000
+    tinted = np.abs(unknown - without).sum(-1) > 0
+    assert tinted.sum() < 0.1 * (without != with_band).any(-1).sum()
+
+
+def test_bands_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(UserError, match=says(3, 2)):
+        Band([0, 1, 2], [0, 1], [0, 0])
+    panel = BandPanel("a", "x", "y", {})
+    with pytest.raises(UserError, match=says("[2, 1]")):
+        band_figure(tmp_path / "x.png", [[panel, panel], [panel]])
+    with pytest.raises(UserError, match=says("panels", "one")):
+        band_figure(tmp_path / "x.png", [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_markdown_table_keeps_bars_within_their_cells():
+    assert markdown(["a|b", "n"], [["x", "1"]]).split("\n") == [r"| a\|b | n |", "| --- | ---: |", "| x | 1 |"]

@@ -1,9 +1,12 @@
-"""What ships: it loads with plain diffusers and transformers, is what build.json says, and its fair proxy is fair."""
+"""What ships: plain diffusers and transformers load it, build.json describes it, and its proxies differ in honesty."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from builders.messages import says
 from diffusers import StableDiffusion3Pipeline
 from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
@@ -14,15 +17,16 @@ from rsaft_fast.playground import (
     eval_prompts,
     pipeline_path,
     reward_path,
-    train_prompts,
     true_preference,
 )
+from rsaft_fast.playground.build import stages
+from rsaft_fast.playground.build.cards import examine, questions
 from rsaft_fast.playground.build.denoiser import load
-from rsaft_fast.playground.build.finetune import gradient_cosine
 from rsaft_fast.playground.build.generator import Sampler
 from rsaft_fast.playground.build.record import hashes
 from rsaft_fast.playground.build.reward import ClipReward
 from rsaft_fast.playground.build.settings import Settings
+from rsaft_fast.rewards import RewardSettings, load_reward
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +36,13 @@ def record():
 
 @pytest.fixture(scope="module")
 def sampler():
-    return Sampler(load(pipeline_path()), Settings().admission.plain.sampler_steps)
+    return Sampler(load(pipeline_path()), Settings().sampler_steps[0])
 
 
 def test_size_and_hashes(record):
     assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) <= 12e6
     assert record["files"] == hashes(ASSETS)
-    assert set(record["stages"]) == {"vae", "denoiser", "guidance", "proxies", "admission"}
+    assert set(record["stages"]) == stages.STAGES.keys()
 
 
 def test_settings_are_those_recorded(record):
@@ -96,21 +100,35 @@ def test_an_unknown_reward_is_refused_by_name():
         reward_path("honest")
 
 
-def test_the_fair_proxy_was_admitted_and_the_brittle_was_not(record):
-    verdicts = record["stages"]["admission"]["results"]
-    fair, brittle = verdicts["fair"], verdicts["brittle"]
-    assert fair["admitted"] and fair["plain"]["rises"] and fair["plain"]["falls"]
-    assert fair["plain"]["peak"] > fair["plain"]["start"] and fair["plain"]["peak"] > fair["plain"]["end"]
-    assert not brittle["admitted"]
-    for verdict in (fair, brittle):  # the proxy itself went on rising: the fall of r* is reward hacking
-        assert verdict["plain"]["proxy"][1] > verdict["plain"]["proxy"][0]
+def test_proxies_differ_in_honesty(record):
+    """What the names promise, by the cards: whose gradient helps, and who can judge the pipeline's samples."""
+    cards = record["stages"]["cards"]["results"]
+    cosine = {name: card["gradient_cosine"]["parameters"] for name, card in cards.items()}
+    samples = {name: card["pair_accuracy"]["samples"] for name, card in cards.items()}
+    assert abs(cosine["brittle"]) < 0.2 < 0.3 < cosine["fair"]
+    assert min(samples["fair"], samples["adversarial"]) > samples["brittle"]
+
+
+def test_the_ensembles_line_of_the_docs_is_one_reward_of_its_members():
+    page = (Path(__file__).parents[2] / "docs" / "playground.md").read_text()
+    text = re.search(r"```yaml\n(reward:.*?)```", page, re.DOTALL)[1]
+    ensemble = load_reward(RewardSettings(**yaml.safe_load(text)["reward"]))
+    images, prompts = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(2)), eval_prompts()[:3]
+    images.requires_grad_(True)
+    members = [load_reward(RewardSettings(path=f"playground/ensemble-{i}")) for i in range(3)]
+    scores = torch.stack([member.score(images, prompts) for member in members])
+    expected = scores.mean(0) - scores.std(0, correction=0)
+    found = ensemble.score(images, prompts)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(score.sum(), images)[0] for score in (found, expected)]
+    assert gradients[1].abs().max() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REWARDS)
-def test_the_recorded_gradient_cosine_is_that_of_the_shipped_files(record, sampler, name):
-    own = Settings().admission
-    prompts = train_prompts()[: own.gradient_prompts]
-    cosine = gradient_cosine(sampler, ClipReward.load(reward_path(name)), prompts, own.gradient_seed)
-    assert cosine == pytest.approx(record["stages"]["admission"]["results"][name]["gradient_cosine"], abs=0.02)
-    assert (cosine >= own.least_cosine) == (name == "fair")
+def test_the_recorded_cards_are_those_of_the_shipped_files(record):
+    asked = questions(Settings(), ASSETS)
+    for name in ("brittle", "fair"):
+        found, recorded = examine(ClipReward.load(reward_path(name)), asked), record["stages"]["cards"]["results"][name]
+        for key, values in found.items():
+            assert values == pytest.approx(recorded[key], abs=0.02), key

@@ -8,30 +8,29 @@ import pytest
 import torch
 
 from rsaft_fast.files import sha256_of
-from rsaft_fast.playground import train_prompts
+from rsaft_fast.playground import REWARDS, train_prompts
 from rsaft_fast.playground.build import denoiser, stages
 from rsaft_fast.playground.build.record import hashes
-from rsaft_fast.playground.build.settings import Admission, Denoiser, FineTune, Pairs, Proxy, Settings, Vae
+from rsaft_fast.playground.build.settings import Attack, Denoiser, Examination, Proxy, Settings, Vae
 from rsaft_fast.playground.build.text import tokenizer, vocabulary
 from rsaft_fast.playground.scenes import parse
 
-FEW = Proxy(steps=3, batch=4, width=16, layers=1, text_layers=1, match_batch=2)
+FEW = Proxy(seed=0, pairs=6, steps=3, batch=4, width=16, layers=1, text_layers=1, match_images=4, match_batch=2)
+KINDS = {
+    "fair": {"match": 1.0},
+    "brittle": {"mixed_quality": False},
+    "adversarial": {"attack": Attack(rounds=2, pictures=2, steps=1, climb_steps=1, updates=1, batch=2)},
+}
 TINY = Denoiser(steps=3, batch=4, width=16, layers=1, heads=1, pool=8, warmup=1, long_every=3)
 MINIATURE = Settings(
     vae=Vae(steps=4, batch=4, channels=(8, 8)),
     denoiser=TINY,
     layout=replace(TINY, seed=2, references=3),
     guidance=replace(TINY, seed=1, guidance=0.5),
-    pairs=Pairs(train=12, held_out=6, match=4, steps=(3, 2)),
-    fair=FEW,
-    brittle=replace(FEW, match=0.0),
-    admission=Admission(
-        gradient_prompts=2,
-        seeds=(0, 1),
-        plain=FineTune(steps=1, batch=2, sampler_steps=2, eval_every=1),
-        smoothed=((1.0, 0.05),),
-    ),
-    threads=dict.fromkeys(stages.STAGES, 1),
+    sampler_steps=(3, 2),
+    proxies={name: replace(FEW, seed=seed, **KINDS.get(name, {})) for seed, name in enumerate(REWARDS)},
+    examination=Examination(pairs=6, pictures=4, gradient_pictures=2),
+    threads=dict.fromkeys((*stages.PIPELINE, "proxies"), 1),
 )
 
 
@@ -53,7 +52,7 @@ def test_two_builds_are_the_same_bits(build, tmp_path):
     stages.run(MINIATURE, tmp_path / "work", tmp_path / "assets")
     first, second = hashes(build / "assets"), hashes(tmp_path / "assets")
     assert first == second and len(first) > 20
-    assert record(build)["stages"]["admission"]["results"] == record(tmp_path)["stages"]["admission"]["results"]
+    assert str(record(build)["stages"]["cards"]["results"]) == str(record(tmp_path)["stages"]["cards"]["results"])
 
 
 def test_the_record_names_settings_losses_and_files(build):
@@ -61,10 +60,13 @@ def test_the_record_names_settings_losses_and_files(build):
     assert made["settings"]["denoiser"]["steps"] == 3 and made["settings"]["threads"]["vae"] == 1
     assert set(made["stages"]) == set(stages.STAGES)
     assert made["files"] == hashes(build / "assets")
-    judged = made["stages"]["admission"]["results"]
-    assert [row["step"] for row in judged["fair"]["curves"][0]] == [0, 1]
-    assert -1 <= judged["fair"]["gradient_cosine"] <= 1
-    assert "image_radius=1.0 rho=0.05" in judged["fair"]
+    cards = made["stages"]["cards"]["results"]
+    assert tuple(sorted(REWARDS)) == tuple(sorted(cards))
+    for card in cards.values():
+        assert all(-1 <= value <= 1 for value in card["gradient_cosine"].values())
+    assert all(f"`{name}`" in (build / "assets" / "cards.md").read_text() for name in REWARDS)
+    # What each attack achieved is recorded, round by round.
+    assert [row.keys() for row in made["stages"]["adversarial"]["results"]["fooled"]] == [{"climbed", "fine-tuned"}] * 2
 
 
 def test_a_finished_stage_is_not_run_again(build, monkeypatch):
@@ -75,6 +77,36 @@ def test_a_finished_stage_is_not_run_again(build, monkeypatch):
     before = hashes(build / "assets")
     stages.run(MINIATURE, build / "work", build / "assets")
     assert hashes(build / "assets") == before
+
+
+@pytest.mark.parametrize(
+    "changed, again",
+    [
+        ("pipeline/scheduler/scheduler_config.json", [*REWARDS, "cards"]),
+        ("rewards/brittle/config.json", ["cards"]),
+    ],
+)
+def test_what_was_made_for_other_files_is_made_again(build, tmp_path, monkeypatch, changed, again):
+    shutil.copytree(build, tmp_path / "build")
+    work, assets = tmp_path / "build" / "work", tmp_path / "build" / "assets"
+    with (assets / changed).open("a") as file:
+        file.write("\n")
+    ran = []
+    recorded = {stage: lambda *_, stage=stage: ran.append(stage) for stage in stages.STAGES}
+    monkeypatch.setattr(stages, "STAGES", recorded)
+    stages.run(MINIATURE, work, assets)
+    assert ran == again
+
+
+def test_rewards_alone_are_made_for_a_pipeline_that_is_there_and_its_record_stays(build, tmp_path, monkeypatch):
+    shutil.copytree(build / "assets", tmp_path / "assets")
+    monkeypatch.setattr(stages, "STAGES", {s: run for s, run in stages.STAGES.items() if s in ("vae", "brittle")})
+    stages.run(MINIATURE, tmp_path / "work", tmp_path / "assets", stages=stages.JUDGES)
+    made, before = record(tmp_path)["stages"], record(build)["stages"]
+    assert not (tmp_path / "work" / "vae").exists()
+    assert made["vae"] == before["vae"]
+    assert made["brittle"]["losses"] == before["brittle"]["losses"]
+    assert hashes(tmp_path / "assets") == hashes(build / "assets")
 
 
 def test_a_broken_stage_leaves_no_result(build, tmp_path, monkeypatch):

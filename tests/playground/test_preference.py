@@ -1,5 +1,6 @@
 """The true preference: orderings that must hold, bounds, gradient."""
 
+import math
 import random
 import time
 
@@ -8,7 +9,7 @@ import torch
 from builders.messages import says
 from torch.nn.functional import conv2d, pad
 
-from rsaft_fast.playground import scenes, true_preference
+from rsaft_fast.playground import evaluate_preference, scenes, true_preference
 from rsaft_fast.playground.fit import best_fit
 from rsaft_fast.playground.preference import terms_at, true_terms
 
@@ -206,3 +207,29 @@ def test_half_precision_and_speed(exact, prompts, best):
     start = time.process_time()
     true_preference(exact[:32], prompts[:32])
     assert time.process_time() - start < 2.0
+
+
+def test_the_standard_error_is_that_of_a_mean_over_prompts(exact, prompts):
+    images = noised(0.5 + 0.6 * (exact - 0.5), 0.1)
+    assert len(set(prompts)) < len(prompts)
+    scores = true_preference(images, prompts).double().numpy()
+    mean, error = evaluate_preference(images, prompts)
+    deviations = {prompt: 0.0 for prompt in prompts}
+    for prompt, score in zip(prompts, scores):
+        deviations[prompt] += score - scores.mean()
+    groups = len(deviations)
+    expected = (sum(d * d for d in deviations.values()) * groups / (groups - 1)) ** 0.5 / len(scores)
+    assert mean == pytest.approx(scores.mean(), abs=1e-6) and error == pytest.approx(expected, rel=1e-4)
+
+    rows = list({prompt: i for i, prompt in enumerate(prompts)}.values())  # each prompt once: the textbook's error
+    once = evaluate_preference(images[rows], [prompts[i] for i in rows])
+    assert once == pytest.approx((scores[rows].mean(), scores[rows].std(ddof=1) / len(rows) ** 0.5), rel=1e-4)
+    # The same pictures twice say nothing new.
+    twice = evaluate_preference(images[rows].repeat(2, 1, 1, 1), 2 * [prompts[i] for i in rows])
+    assert twice == pytest.approx(once, rel=1e-4)
+
+
+def test_one_prompt_has_no_standard_error(exact, prompts):
+    mean, error = evaluate_preference(exact[:2], prompts[:1] * 2)
+    assert 0 < mean <= 1 and math.isnan(error)
+    assert all(math.isnan(value) for value in evaluate_preference(exact[:0], []))

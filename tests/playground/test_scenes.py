@@ -121,7 +121,12 @@ def test_prompt_lists_are_fixed_distinct_and_apart():
     assert len({*train, *judged}) == 288
     assert (train, judged) == (train_prompts(), eval_prompts())
     assert prompts(0, seed=1) == [] and prompts(5, seed=1) == judged[:5]
-    for prompt in train + judged:
+    many = eval_prompts(512)
+    assert many[:32] == judged and many[:256] == eval_prompts(256) and eval_prompts(33) == many[:33]
+    assert len({*train, *many}) == 256 + 512
+    with pytest.raises(ValueError, match=says(513, 512)):
+        eval_prompts(513)
+    for prompt in train + many:
         scenes.parse(prompt)
     with pytest.raises(ValueError, match=says(1001, 1000)):
         prompts(1001, seed=0)

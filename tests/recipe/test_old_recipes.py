@@ -96,3 +96,15 @@ def test_a_resumed_run_sees_no_change_in_a_spelling(tiny, out, tmp_path):
 
 def test_a_recipe_that_names_no_family_is_clips(tiny, out):
     assert validate(recipe(tiny, out), "the test's recipe").reward == RewardSettings(name="clip", path=str(tiny.clip))
+
+
+def test_keys_that_have_come_since_are_no_change(tiny, out, tmp_path):
+    now = config(tiny, out)
+    old = yaml.safe_load(to_yaml(now))
+    old["smoothing"]["image"] = {"radius": 0.01, "norm": "l2", "space": "pixel01"}
+    old["smoothing"]["parameters"] = {"rho": 0.01, "adaptive": False, "groups": []}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    assert what_changed(now, tmp_path, {}) == []
+    assert what_changed(config(tiny, out, smoothing={"parameters": {"reuse": 3}}), tmp_path, {}) == [
+        "smoothing.parameters.reuse was 1 and is 3 now"
+    ]

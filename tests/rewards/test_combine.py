@@ -131,6 +131,27 @@ def parts(*rewards, **weights):
     return [Part(f"p{i}", reward, weights.get(f"p{i}", 1.0)) for i, reward in enumerate(rewards)]
 
 
+def test_unit_gradients_count_by_their_weight_alone_in_every_picture():
+    """A steep reward, a flat one, and one without a slope in the second picture."""
+    generator = torch.Generator().manual_seed(11)
+    a, b = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=generator)
+    images = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=generator)
+    steep, flat = Linear(1e3 * a, "steep"), Linear(1e-3 * b, "flat")
+    once = Linear(a - b, "once")
+    once.score = lambda images, prompts: (images * once.direction).sum((1, 2, 3)) * torch.tensor([1.0, 0.0])
+    both = [Part("steep", steep, 2.0), Part("flat", flat, -0.5), Part("once", once, 1.0)]
+    reward = Combination(both, "weighted", unit_gradients=True)
+    leaf = images.clone().requires_grad_(True)
+    scores = reward.score(leaf, PROMPTS[:2])
+    wanted = 2 * steep.score(images, PROMPTS) - 0.5 * flat.score(images, PROMPTS) + once.score(images, PROMPTS)
+    torch.testing.assert_close(scores.detach(), wanted)
+    (gradient,) = torch.autograd.grad(scores.sum(), leaf)
+    first = 2 * a / a.norm() - 0.5 * b / b.norm()
+    torch.testing.assert_close(gradient, torch.stack([first + (a - b) / (a - b).norm(), first]))
+    plain = Combination(both, "weighted")
+    assert plain.spec.sha256 != reward.spec.sha256
+
+
 def test_tied_parts_share_the_worst_and_its_gradient_lies_below_every_slope():
     torch.manual_seed(3)
     a, b, c = (torch.randn(1, 3, 4, 4, dtype=torch.float64) for _ in range(3))
@@ -327,6 +348,8 @@ def test_one_part_without_gradient_leaves_none():
         ({"parts": [{"name": "combination", "parts": []}]}, "cannot be part of another|parts"),
         ({"parts": [{"name": "aesthetic"}]}, r"parts\.0\.aesthetic\.path"),
         ({"how": "best"}, "weighted"),
+        ({"how": "worst", "unit_gradients": True}, says("unit_gradients", "weighted", "worst")),
+        ({"calibration": "x", "unit_gradients": True}, says("unit_gradients", "calibration")),
         ({"penalty": -1.0, "how": "mean-std"}, "greater than or equal to 0"),
     ],
 )

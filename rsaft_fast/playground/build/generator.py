@@ -1,6 +1,6 @@
 """Sampling from the pipeline, with gradient through the last Euler step (DRaFT-1)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -37,9 +37,17 @@ class Sampler:
 
     def images(self, x: Tensor, condition: tuple[Tensor, Tensor]) -> Tensor:
         """Compute unclamped images (B, 3, 32, 32) from noise x; gradient flows through the last call, if enabled."""
-        with torch.no_grad():
-            for now, after in zip(self.sigmas[:-2], self.sigmas[1:-1]):
-                x = x + (after - now) * self._velocity(x, now, condition)
+        return self.finish(self.before_last(x, condition), condition)
+
+    @torch.no_grad()
+    def before_last(self, x: Tensor, condition: tuple[Tensor, Tensor]) -> Tensor:
+        """Compute the latents that the last call takes, from noise x."""
+        for now, after in zip(self.sigmas[:-2], self.sigmas[1:-1]):
+            x = x + (after - now) * self._velocity(x, now, condition)
+        return x
+
+    def finish(self, x: Tensor, condition: tuple[Tensor, Tensor]) -> Tensor:
+        """Make the last call and decode."""
         now, after = self.sigmas[-2:]
         return decode(self.pipeline.vae, x + (after - now) * self._velocity(x, now, condition))
 
@@ -50,6 +58,18 @@ class Sampler:
         parts = range(0, len(prompts), batch)
         images = [self.images(noise[i : i + batch], self.encode(prompts[i : i + batch])) for i in parts]
         return torch.cat([torch.zeros(0, 3, IMAGE_SIZE, IMAGE_SIZE), *images]).clamp(0, 1)
+
+    def parameter_gradient(self, score: Callable[[Tensor], Tensor], x: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Compute DRaFT-1's gradient of the mean score for all denoiser parameters, as one vector.
+
+        Args:
+            x: what `before_last` gave for the prompts.
+        """
+        parameters = list(self.transformer.requires_grad_(True).parameters())
+        total = score(self.finish(x, self.encode(prompts))).mean()
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        self.transformer.requires_grad_(False)
+        return torch.cat([g.flatten() for g in gradients if g is not None])
 
     def _velocity(self, x: Tensor, sigma: float, condition: tuple[Tensor, Tensor]) -> Tensor:
         hidden, pooled = condition

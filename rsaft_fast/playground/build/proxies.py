@@ -1,156 +1,82 @@
 """Proxy rewards: small CLIP models trained to agree with r* on pairs of images of one prompt."""
 
 import random
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, conv2d, cosine_similarity, pad
+from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity
 
-from rsaft_fast.playground import scenes, true_preference
-from rsaft_fast.playground.build.data import pale
+from rsaft_fast.playground.build.attack import attacked_pairs
+from rsaft_fast.playground.build.denoiser import load
 from rsaft_fast.playground.build.generator import Sampler
+from rsaft_fast.playground.build.pairs import Pairs, joined, make_pairs, match_set
 from rsaft_fast.playground.build.record import Log
 from rsaft_fast.playground.build.reward import ClipReward
-from rsaft_fast.playground.build.settings import Proxy
+from rsaft_fast.playground.build.settings import Proxy, Settings
 
-CHUNK = 64
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Two images for each prompt and how much r* prefers the first."""
-
-    first: Tensor  # (P, 3, 32, 32)
-    second: Tensor
-    margin: Tensor  # (P,) difference of r*
-    prompts: list[str]
+Match = tuple[Tensor, Tensor, list[str]]
+"""Images (M, 3, 32, 32), ∇r* there, and their prompts."""
 
 
-def make_pairs(n: int, seed: int, generators: list[Sampler] | None) -> Pairs:
-    """Make pairs of right and wrong scenes.
-
-    With `generators` they are of different quality: renders, spoilt renders, samples. Without, all are exact renders:
-    such pairs say what a scene must show, but not how.
-    """
-    rng = random.Random(seed)
-    drawn = [scenes.sample(rng) for _ in range(n)]
-    prompts = [scene.prompt for scene in drawn]
-    first, second = (_images(drawn, rng, generators) for _ in range(2))
-    margin = preference(first, prompts) - preference(second, prompts)
-    return Pairs(first, second, margin, prompts)
+def generators(settings: Settings, assets: Path) -> list[Sampler]:
+    """Give the shipped pipeline at the step counts that the pairs are drawn from."""
+    pipeline = load(assets / "pipeline")
+    return [Sampler(pipeline, steps) for steps in settings.sampler_steps]
 
 
-@torch.no_grad()
-def preference(images: Tensor, prompts: list[str]) -> Tensor:
-    """Compute r* (B,) of images for prompts, in parts."""
-    parts = range(0, len(images), CHUNK)
-    return torch.cat([true_preference(images[i : i + CHUNK], prompts[i : i + CHUNK]) for i in parts])
-
-
-def preference_gradient(images: Tensor, prompts: list[str]) -> Tensor:
-    """Compute ∇r* with respect to each image."""
-    gradients = []
-    for i in range(0, len(images), CHUNK):
-        pixels = images[i : i + CHUNK].clone().requires_grad_(True)
-        total = true_preference(pixels, prompts[i : i + CHUNK]).sum()
-        gradients.append(torch.autograd.grad(total, pixels)[0])
-    return torch.cat(gradients)
-
-
-def match_set(n: int, seed: int, generator: Sampler) -> tuple[Tensor, Tensor, list[str]]:
-    """Make samples of the generator, ∇r* at them, and their prompts."""
-    rng = random.Random(seed)
-    prompts = [scenes.sample_constraints(rng).prompt for _ in range(n)]
-    images = generator.sample(prompts, seed)
-    return images, preference_gradient(images, prompts), prompts
-
-
-def _images(drawn: list[scenes.Scene], rng: random.Random, generators: list[Sampler] | None) -> Tensor:
-    n = len(drawn)
-    shown = [scene if rng.random() < 0.7 else altered(scene, rng) for scene in drawn]
-    images = scenes.render(shown)
-    if generators is None:
-        return images
-    noise = torch.Generator().manual_seed(rng.getrandbits(32))
-    source = torch.tensor([rng.randrange(4 + len(generators)) for _ in range(n)])
-    rows = [(source == kind).nonzero()[:, 0] for kind in range(4 + len(generators))]
-    images[rows[0]] = _varied_contrast(images[rows[0]], rng)
-    images[rows[1]] = _blurred(images[rows[1]], rng)
-    strength = torch.rand(len(rows[2]), 1, 1, 1, generator=noise) * 0.15
-    images[rows[2]] += strength * torch.randn(images[rows[2]].shape, generator=noise)
-    for generator, chosen in zip(generators, rows[4:]):
-        images[chosen] = generator.sample([shown[i].prompt for i in chosen], seed=rng.getrandbits(32))
-    return images.clamp(0, 1)
-
-
-def altered(scene: scenes.Scene, rng: random.Random) -> scenes.Scene:
-    """Change a scene so that it breaks the prompt in one respect: a colour, a shape, the relation or the count."""
-    nouns, relation = list(scene.constraints.nouns), scene.constraints.relation
-    respect = rng.choice(("colour", "shape", "structure"))
-    if respect == "structure" and relation:
-        relation = rng.choice([other for other in scenes.RELATIONS if other != relation])
-    elif respect == "structure":
-        count = rng.choice([c for c in (1, 2, 3, 4) if c != len(nouns)])
-        nouns = [scenes.Noun(nouns[0].colour, nouns[0].shape)] * count
-    else:
-        used = [noun.colour for noun in nouns]
-        colour = rng.choice([c for c in scenes.COLOURS if c not in used]) if respect == "colour" else used[0]
-        shape = rng.choice([s for s in scenes.SHAPES if s != nouns[0].shape]) if respect == "shape" else nouns[0].shape
-        changed = scenes.Noun(colour, shape, nouns[0].size)
-        nouns = [changed, *nouns[1:]] if relation else [changed] * len(nouns)
-    return scenes.realise(scenes.Constraints(tuple(nouns), relation), rng)
-
-
-def _varied_contrast(images: Tensor, rng: random.Random) -> Tensor:
-    return pale(images, torch.tensor([rng.uniform(0.4, 1.6) for _ in images]), grey=0.5)
-
-
-def _blurred(images: Tensor, rng: random.Random) -> Tensor:
-    if not len(images):
-        return images
-    width = torch.tensor([rng.uniform(0.4, 1.5) for _ in images])
-    kernel = torch.exp(-torch.arange(-4.0, 5.0).square() / (2 * width[:, None] ** 2))
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, dim=0)
-    padded = pad(images, (4, 4, 4, 4), mode="replicate").reshape(1, -1, *(side + 8 for side in images.shape[2:]))
-    rows = conv2d(padded, kernel[:, None, :, None], groups=len(kernel))
-    return conv2d(rows, kernel[:, None, None, :], groups=len(kernel)).reshape(images.shape)
-
-
-def train(settings: Proxy, length: int, pairs: Pairs, match: tuple[Tensor, Tensor, list[str]], log: Log) -> ClipReward:
-    """Train on preferences alone or, with `settings.match` > 0, on ∇r* at the `match` images as well.
+def train(own: Proxy, length: int, sources: list[Sampler], log: Log) -> ClipReward:
+    """Train a proxy on preferences alone or, as its settings say, on ∇r* as well or against attacks.
 
     Args:
-        match: images (M, 3, 32, 32), ∇r* there, and their prompts.
+        length: of prompts, in tokens.
+        sources: of samples; attacks start from the first.
     """
-    torch.manual_seed(settings.seed)
-    reward = ClipReward.untrained(settings, length)
-    parameters = list(reward.model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=settings.steps, pct_start=0.1)
-    draw = torch.Generator().manual_seed(settings.seed)
-    for step in range(settings.steps):
-        rows = torch.randint(len(pairs.prompts), (settings.batch,), generator=draw)
+    torch.manual_seed(own.seed)
+    reward = ClipReward.untrained(own, length)
+    pairs = make_pairs(own.pairs, own.seed, sources if own.mixed_quality else None)
+    match = match_set(own.match_images, own.seed, sources[0]) if own.match else None
+    draw = torch.Generator().manual_seed(own.seed)
+    _fit(reward, own, pairs, match, own.steps, draw, log)
+    if own.attack:
+        sets, rng, fooled = [pairs], random.Random(f"attacks of {own.seed}"), []
+        for _ in range(own.attack.rounds):
+            found = attacked_pairs(reward, sources[0], own.attack, rng)
+            fooled.append({kind: round(1 - pair_accuracy(reward, new), 4) for kind, new in found.items()})
+            log.result(fooled=fooled)
+            sets += found.values()
+            _fit(reward, own, joined(sets), match, own.attack.steps, draw, log)
+    reward.model.requires_grad_(False)
+    return reward
+
+
+def _fit(
+    reward: ClipReward, own: Proxy, pairs: Pairs, match: Match | None, steps: int, draw: torch.Generator, log: Log
+) -> None:
+    """Train for `steps`, the learning rate rising and falling once."""
+    parameters = list(reward.model.requires_grad_(True).parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=own.lr, betas=(0.9, 0.98), weight_decay=own.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, own.lr, total_steps=steps, pct_start=0.1)
+    for step in range(steps):
+        rows = torch.randint(len(pairs.prompts), (own.batch,), generator=draw)
         words = reward.embed_text([pairs.prompts[i] for i in rows])
         images = torch.cat([pairs.first[rows], pairs.second[rows]])
         better, worse = reward.score(images, torch.cat([words, words])).chunk(2)
-        wanted = torch.sigmoid(settings.sharpness * pairs.margin[rows])
+        wanted = torch.sigmoid(own.sharpness * pairs.margin[rows])
         loss = preference_loss = binary_cross_entropy_with_logits(better - worse, wanted)
         values = {"preference": preference_loss}
-        if settings.match:
-            values["match"] = _mismatch(reward, match, draw, settings.match_batch)
-            loss = loss + settings.match * values["match"]
+        if match:
+            values["match"] = _mismatch(reward, match, draw, own.match_batch)
+            loss = loss + own.match * values["match"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         log.step(step, **values)
-    reward.model.requires_grad_(False)
-    return reward
 
 
-def _mismatch(reward: ClipReward, match: tuple[Tensor, Tensor, list[str]], draw: torch.Generator, n: int) -> Tensor:
+def _mismatch(reward: ClipReward, match: Match, draw: torch.Generator, n: int) -> Tensor:
     """Compute the mean of 1 − cos(∇ proxy, ∇ r*) over `n` of the match images."""
     images, wanted, prompts = match
     rows = torch.randint(len(images), (n,), generator=draw)
@@ -162,7 +88,7 @@ def _mismatch(reward: ClipReward, match: tuple[Tensor, Tensor, list[str]], draw:
 
 @torch.no_grad()
 def pair_accuracy(reward: ClipReward, pairs: Pairs) -> float:
-    """Compute the share of pairs, r* apart by more than 0.02, that the proxy orders as r* does."""
+    """Compute the share of pairs, r* apart by more than 0.02, that the proxy orders as r* does; NaN of none."""
     words = reward.embed_text(pairs.prompts)
     apart = pairs.margin.abs() > 0.02
     agree = (reward.score(pairs.first, words) > reward.score(pairs.second, words)) == (pairs.margin > 0)

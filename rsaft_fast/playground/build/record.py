@@ -78,8 +78,13 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def update(assets: Path, settings: dict[str, object], stages: dict[str, object]) -> None:
-    """Write build.json: settings, finished stages' logs, versions and the assets' hashes, in one rename."""
+    """Write build.json: settings, stages' logs, versions and the assets' hashes, in one rename.
+
+    A stage whose log is empty was not run here; what build.json says of it stays.
+    """
     path = assets / "build.json"
+    before = json.loads(path.read_text())["stages"] if path.exists() else {}
+    stages = {stage: log or before.get(stage) for stage, log in stages.items() if log or stage in before}
     record = {
         "settings": settings,
         "stages": stages,

@@ -71,6 +71,11 @@ class ClipReward:
         embedded = _unit(self.model.visual_projection(self.model.vision_model(pixels).pooler_output))
         return self.model.logit_scale.exp() * (embedded * text_embeddings).sum(1)
 
+    def gradient(self, images: Tensor, text_embeddings: Tensor) -> Tensor:
+        """Compute each image's gradient of its score."""
+        pixels = images.detach().requires_grad_(True)
+        return torch.autograd.grad(self.score(pixels, text_embeddings.detach()).sum(), pixels)[0]
+
 
 def _unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=1, keepdim=True)

@@ -69,62 +69,71 @@ class Defect:
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Settings of the pairs that the proxies learn from."""
+class Attack:
+    """Settings of what finds a proxy's weaknesses between its rounds of training: pictures that it likes too much.
 
-    seed: int = 40
-    train: int = 1024
-    held_out: int = 512
-    match: int = 300  # samples of the pipeline, at which ∇r* is matched
-    steps: tuple[int, ...] = (10, 4)  # Euler steps of the generators, good and poor
+    Each of `pictures` samples of the pipeline is climbed by projected gradient ascent, and is drawn again by a pipeline
+    that DRaFT-1 has fine-tuned on the proxy.
+    """
+
+    rounds: int = 4
+    pictures: int = 128
+    steps: int = 200  # of training, after each round
+    climb_steps: int = 10
+    radius: tuple[float, float] = (0.2, 3.0)  # of the ball that is climbed in, L2 over pixels in [0, 1]
+    updates: int = 30
+    lr: float = 1e-4  # of AdamW on all parameters of the denoiser
+    batch: int = 8
 
 
 @dataclass(frozen=True)
 class Proxy:
-    """Settings of one proxy reward: a small CLIP model trained on pairs, and on ∇r* where `match` > 0."""
+    """Settings of one proxy reward: a small CLIP model trained on pairs of pictures that r* has compared.
 
-    seed: int = 30
+    Its pairs are drawn from `seed`, so proxies of different seeds have no picture in common.
+    """
+
+    seed: int
+    pairs: int = 1024
+    mixed_quality: bool = True  # learns from spoilt renders and samples too, not from exact renders alone
     steps: int = 400
     batch: int = 32  # pairs
     lr: float = 1e-3
     weight_decay: float = 0.05
-    width: int = 96
+    width: int = 64
     heads: int = 4
-    layers: int = 3
-    text_layers: int = 2
+    layers: int = 2
+    text_layers: int = 1
     patch: int = 8
-    mixed_quality: bool = True  # learns from spoilt renders and samples too, not from exact renders alone
     sharpness: float = 20.0  # preference = sigmoid(sharpness · difference of r*)
-    match: float = 1.0  # weight of 1 − cos(∇ proxy, ∇ r*)
+    match: float = 0.0  # weight of 1 − cos(∇ proxy, ∇ r*)
+    match_images: int = 300  # samples of the pipeline
     match_batch: int = 16
+    attack: Attack | None = None
 
 
 @dataclass(frozen=True)
-class FineTune:
-    """Settings of DRaFT-1 fine-tuning: ascent on the mean reward with AdamW on all parameters of the denoiser."""
+class Examination:
+    """Settings of what a proxy's card is measured on; no proxy has learned from any of it."""
 
-    lr: float = 5e-5
-    steps: int = 60
-    batch: int = 8
-    sampler_steps: int = 10
-    image_radius: float = 0.0  # L2 norm of each image's perturbation, pixels in [0, 1]; 0: none
-    rho: float = 0.0  # L2 norm of the parameters' perturbation; 0: none
-    seed: int = 0
-    eval_every: int = 10
-    s1_radius: float = 1.0
+    seed: int = 90
+    pairs: int = 512  # of each kind
+    pictures: int = 256  # samples of the pipeline for the evaluation prompts
+    gradient_pictures: int = 64  # of the parameter gradient
+    radii: tuple[float, ...] = (0.1, 0.3, 1.0)  # of S1, L2 over pixels in [0, 1]
 
 
-@dataclass(frozen=True)
-class Admission:
-    """Limits from which a proxy counts as fair."""
-
-    least_cosine: float = 0.3
-    gradient_prompts: int = 64
-    gradient_seed: int = 50
-    seeds: tuple[int, ...] = (0, 1, 2)
-    plain: FineTune = field(default_factory=FineTune)
-    # Variants measured beside the plain run on the fair proxy: (image radius, rho).
-    smoothed: tuple[tuple[float, float], ...] = ((1.0, 0.0), (0.0, 0.05), (1.0, 0.05))
+def _proxies() -> dict[str, Proxy]:
+    return {
+        "fair": Proxy(seed=30, match=1.0),
+        "brittle": Proxy(seed=31, mixed_quality=False),
+        "mixed": Proxy(seed=32),
+        "mixed-long": Proxy(seed=33, pairs=2048, steps=1200),
+        "adversarial": Proxy(seed=34, attack=Attack()),
+        "ensemble-0": Proxy(seed=35),
+        "ensemble-1": Proxy(seed=36),
+        "ensemble-2": Proxy(seed=37),
+    }
 
 
 @dataclass(frozen=True)
@@ -143,11 +152,9 @@ class Settings:
         )
     )
     defect: Defect = field(default_factory=Defect)
-    pairs: Pairs = field(default_factory=Pairs)
-    fair: Proxy = field(default_factory=Proxy)
-    brittle: Proxy = field(default_factory=lambda: Proxy(seed=31, match=0.0, mixed_quality=False))
-    admission: Admission = field(default_factory=Admission)
+    # Euler steps of the samples among the pairs, good and poor; the first are those that fine-tuning takes.
+    sampler_steps: tuple[int, ...] = (10, 4)
+    proxies: dict[str, Proxy] = field(default_factory=_proxies)
+    examination: Examination = field(default_factory=Examination)
     # Sums depend on the number of threads, so it is part of what makes two builds alike.
-    threads: dict[str, int] = field(
-        default_factory=lambda: dict(vae=2, denoiser=1, layout=1, guidance=1, proxies=1, admission=1)
-    )
+    threads: dict[str, int] = field(default_factory=lambda: dict(vae=2, denoiser=1, layout=1, guidance=1, proxies=1))

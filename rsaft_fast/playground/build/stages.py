@@ -1,17 +1,21 @@
-"""Stages of a build: autoencoder, denoiser with text encoders, proxy rewards, admission."""
+"""Stages of a build: autoencoder, denoiser with text encoders, each proxy reward, their cards."""
 
+import functools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 
-from rsaft_fast.files import replace_folder
-from rsaft_fast.playground.build import admission, denoiser, proxies, vae
+from rsaft_fast.files import replace_folder, sha256_of
+from rsaft_fast.playground import REWARDS
+from rsaft_fast.playground.build import cards, denoiser, proxies, vae
 from rsaft_fast.playground.build.record import Log, forget_origin, store_half, update
+from rsaft_fast.playground.build.reward import ClipReward
 from rsaft_fast.playground.build.settings import Settings
 
 STATE = "state.pt"
@@ -38,38 +42,28 @@ def _guidance(settings: Settings, work: Path, assets: Path, log: Log) -> None:
     _ship(work, assets / "pipeline")
 
 
-def _proxies(settings: Settings, work: Path, assets: Path, log: Log) -> None:
-    own, generators = settings.pairs, admission.generators(settings, assets)
-    match = proxies.match_set(own.match, own.seed + 2, generators[0])
-    for name in ("fair", "brittle"):
-        proxy, report = getattr(settings, name), Log(f"proxies/{name}")
-        sources = generators if proxy.mixed_quality else None
-        pairs, held_out = (
-            proxies.make_pairs(n, own.seed + i, sources) for i, n in enumerate((own.train, own.held_out))
-        )
-        reward = proxies.train(proxy, settings.text.length, pairs, match, report)
-        report.result(pair_accuracy=round(proxies.pair_accuracy(reward, held_out), 4))
-        reward.save(work / name)
-        log.result(**{name: report.summary()})
-    _ship(work, assets / "rewards")
+def _proxy(name: str, settings: Settings, work: Path, assets: Path, log: Log) -> None:
+    sources = proxies.generators(settings, assets)
+    proxies.train(settings.proxies[name], settings.text.length, sources, log).save(work)
+    _ship(work, assets / "rewards" / name)
 
 
-def _admission(settings: Settings, work: Path, assets: Path, log: Log) -> None:
-    log.result(**admission.judge(settings, assets))
+def _cards(settings: Settings, work: Path, assets: Path, log: Log) -> None:
+    asked = cards.questions(settings, assets)
+    for name in REWARDS:
+        log.result(**{name: cards.examine(ClipReward.load(assets / "rewards" / name), asked)})
+    (assets / "cards.md").write_text(cards.table(log.results))  # docs/playground.md shows it
 
 
-STAGES = {
-    "vae": _vae,
-    "denoiser": _denoiser,
-    "layout": _layout,
-    "guidance": _guidance,
-    "proxies": _proxies,
-    "admission": _admission,
-}
+PIPELINE = {"vae": _vae, "denoiser": _denoiser, "layout": _layout, "guidance": _guidance}
+JUDGES = {name: functools.partial(_proxy, name) for name in REWARDS} | {"cards": _cards}
+STAGES = PIPELINE | JUDGES
 
 
-def run(settings: Settings, work: Path, assets: Path, stages: Sequence[str] = tuple(STAGES)) -> None:
+def run(settings: Settings, work: Path, assets: Path, stages: Collection[str] = tuple(STAGES)) -> None:
     """Run those of `stages` that the working folder has no result of, then write build.json.
+
+    A proxy's result counts only for the pipeline that it was made for, and the cards for the rewards as well.
 
     Args:
         work: fp32 results and logs, a folder a stage.
@@ -77,20 +71,32 @@ def run(settings: Settings, work: Path, assets: Path, stages: Sequence[str] = tu
     """
     for stage in STAGES:
         folder = work / stage
-        if stage not in stages or (folder / "log.json").exists():
+        done = _log(folder)
+        if stage not in stages or (done and done.get("read", "") == _read(stage, assets)):
             continue
         partial = folder.with_suffix(".partial")  # a long stage goes on from what it left there
         partial.mkdir(parents=True, exist_ok=True)
-        threads = settings.threads[stage]
+        threads = settings.threads["proxies" if stage in JUDGES else stage]
         torch.set_num_threads(threads)
-        log = Log(stage)
+        log, read = Log(stage), _read(stage, assets)
         STAGES[stage](settings, partial, assets, log)
-        (partial / "log.json").write_text(json.dumps(log.summary() | {"threads": threads}))
+        (partial / "log.json").write_text(json.dumps(log.summary() | {"threads": threads, "read": read}))
         replace_folder(partial, folder)
     assets.mkdir(parents=True, exist_ok=True)
-    logs = {stage: work / stage / "log.json" for stage in STAGES}
-    finished = {stage: json.loads(path.read_text()) for stage, path in logs.items() if path.exists()}
-    update(assets, asdict(settings), finished)
+    update(assets, asdict(settings), {stage: _log(work / stage) for stage in STAGES})
+
+
+def _log(folder: Path) -> dict[str, Any]:
+    path = folder / "log.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _read(stage: str, assets: Path) -> str:
+    """Compute the SHA-256 of the assets that a stage reads; "" where it reads none."""
+    if stage in PIPELINE:
+        return ""
+    parts = ("pipeline", "rewards") if stage == "cards" else ("pipeline",)
+    return sha256_of([path for part in parts for path in sorted((assets / part).rglob("*")) if path.is_file()])
 
 
 def _ship(folder: Path, target: Path) -> None:

@@ -1,0 +1,347 @@
+"""Which runs the experiment is made of, as data: a row a run, a set a question."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+from rsaft_fast import playground
+from rsaft_fast.errors import UserError
+from rsaft_fast.recipe.config import Config
+from rsaft_fast.recipe.load import find_recipe, load_config
+
+RECIPE = "playground.yaml"
+DRAFT, PLAIN, BOTH = "draft", "plain", "both"
+BRITTLE = "brittle"
+MEMBER = "ensemble-"
+"""How the names begin of rewards that are made to be one ensemble."""
+
+SELECTION_SEEDS = (100, 101)
+SEEDS = (10, 11, 12, 13, 14)
+"""Of what is reported: nobody chose anything on them."""
+
+QUICK_SEEDS = (10, 11, 12)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run: the playground's recipe, what is changed of it, and when it is evaluated.
+
+    Attributes:
+        set: the question it belongs to.
+        proxy: the playground's reward that is trained on, or that would be, where a baseline trains on another.
+        method, variant: what the reports call it.
+        seed: of noise, plans and prompt order.
+        updates: in all.
+        every: updates between two evaluations; there is one before the first update and one after the last.
+        pictures: of an evaluation.
+        overrides: keys that replace the recipe's.
+        scales: shares of the way from the start's weights to the last ones, at which it is evaluated in the end.
+    """
+
+    set: str
+    proxy: str
+    method: str
+    variant: str
+    seed: int
+    updates: int
+    every: int
+    pictures: int
+    overrides: tuple[str, ...]
+    scales: tuple[float, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.proxy}-{self.method}-{self.variant}-s{self.seed}"
+
+    def path(self, folder: Path) -> Path:
+        """Return where its results are written."""
+        return folder / self.set / f"{self.name}.json"
+
+    @property
+    def evaluations(self) -> int:
+        return -(-self.updates // self.every) + len(self.scales)
+
+    @property
+    def cost(self) -> float:
+        """Roughly its time, in plain updates: a picture of an evaluation takes a tenth of one."""
+        perturbs = not any(text in ("smoothing=null", "smoothing.parameters=null") for text in self.overrides)
+        return self.updates * (2 if perturbs else 1) + self.evaluations * self.pictures / 10
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is changed of the recipe. `$name` stands for the proxy, the judge, or a number that was chosen.
+
+    Attributes:
+        overrides: keys that replace the recipe's.
+        longer: times as many updates.
+        scales: see `Row`.
+    """
+
+    overrides: tuple[str, ...]
+    longer: int = 1
+    scales: tuple[float, ...] = ()
+
+
+OFF = "smoothing=null"
+SMOOTHINGS = {
+    PLAIN: Variant((OFF,)),
+    "image": Variant(("smoothing.image.radius=$image", "smoothing.parameters=null")),
+    "parameter": Variant(("smoothing.image=null", "smoothing.parameters.rho=$rho")),
+    BOTH: Variant(("smoothing.image.radius=$image", "smoothing.parameters.rho=$rho")),
+}
+
+# One loss for all, so that methods differ in the calls that carry gradient alone. ReFL's hinge, made for ImageReward,
+# is past its margin on most of the playground's scores.
+_LINEAR = ("loss.map=linear", "loss.scale=1.0")
+METHODS = {
+    DRAFT: (),
+    "refl": ("method.name=refl", *_LINEAR),
+    "draft_lv": ("method.name=draft_lv", *_LINEAR),
+    "alignprop": ("method.name=alignprop", *_LINEAR),
+    "drtune": ("method.name=drtune", *_LINEAR),
+}
+
+_BOTH_REWARDS = "parts: [{name: clip, path: playground/$proxy}, {name: clip, path: playground/$judge, label: judge}]"
+_ENSEMBLE = "parts: [$ensemble]"
+_SUM = f"reward={{name: combination, how: weighted, unit_gradients: true, {_BOTH_REWARDS}}}"
+_PATH = (0.25, 0.5, 0.75)
+BASELINES = {
+    "kl": Variant((OFF, "regularize.kl_to_base=$kl")),
+    "small-lr": Variant((OFF, "optimizer.lr=2.0e-5")),
+    "twice": Variant((OFF,), longer=2),
+    "lora": Variant((OFF, "parameters.train=lora", "parameters.lora.rank=8", "optimizer.lr=$lora_lr"), scales=_PATH),
+    "interpolated": Variant((OFF,), scales=_PATH),
+    "worst": Variant((OFF, f"reward={{name: combination, how: worst, {_ENSEMBLE}}}")),
+    "mean-std": Variant((OFF, f"reward={{name: combination, how: mean-std, {_ENSEMBLE}}}")),
+    "judge": Variant((OFF, "reward.path=playground/$judge")),
+    "sum": Variant((OFF, _SUM)),
+    "sum-image": Variant(("smoothing.image.radius=$image", "smoothing.parameters=null", _SUM)),
+    "oracle": Variant((OFF, "reward={name: python, path: 'rsaft_fast.playground:true_preference'}")),
+}
+"""What a practitioner would try instead, of the proxy that is hacked most easily. Early stopping needs no runs of its
+own: it is read off the plain ones."""
+
+VARIANTS = {
+    "graded-only": Variant((*SMOOTHINGS[BOTH].overrides, "smoothing.resample=graded_only")),
+    "delta-perturbed": Variant((*SMOOTHINGS[BOTH].overrides, "smoothing.delta_from=perturbed")),
+}
+"""Other ways to smooth, at the radii that were chosen for the usual one; of the proxy that is hacked most easily."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Values of which one is chosen on the selection seeds.
+
+    Attributes:
+        key: what `$key` stands for elsewhere.
+        overrides: of a run that tries one.
+        values: what is tried.
+        proxies: whose; None tries them on every proxy.
+    """
+
+    key: str
+    overrides: tuple[str, ...]
+    values: tuple[float, ...]
+    proxies: tuple[str, ...] | None = None
+
+    def variant(self, value: float) -> str:
+        return f"{self.key}-{value:g}"
+
+
+GRIDS = (
+    Grid("image", SMOOTHINGS["image"].overrides, (0.03, 0.1, 0.3, 1.0)),
+    Grid("rho", SMOOTHINGS["parameter"].overrides, (0.05, 0.2, 1.0)),
+    Grid("kl", BASELINES["kl"].overrides, (0.1, 1.0, 10.0), (BRITTLE,)),
+    Grid("lora_lr", BASELINES["lora"].overrides, (3e-4, 1e-3, 3e-3), (BRITTLE,)),
+)
+
+Choices = Mapping[str, Mapping[str, float]]
+"""Proxy to what was chosen for it: a value for each grid's key."""
+
+
+def judge_of(proxy: str) -> str:
+    """Name the other proxy that baselines train on beside this one: one of mixed honesty, where there is one."""
+    others = [name for name in playground.REWARDS if name != proxy]
+    if not others:
+        raise UserError(f"the playground has no reward beside {proxy}, and this baseline needs a judge")
+    return next((name for name in others if name.startswith("mixed")), others[0])
+
+
+def proxies() -> list[str]:
+    """List the proxies that are trained on, the brittle one first; members of an ensemble only count together."""
+    found = [name for name in playground.REWARDS if not name.startswith(MEMBER)]
+    return sorted(found, key=lambda name: name != BRITTLE)
+
+
+def ensemble_of(proxy: str) -> list[str]:
+    """List the rewards that are an ensemble; of a playground that has none, the proxy and its judge."""
+    members = [name for name in playground.REWARDS if name.startswith(MEMBER)]
+    return members if len(members) > 1 else [proxy, judge_of(proxy)]
+
+
+def grids_of(proxy: str) -> Iterator[Grid]:
+    """Yield what is chosen for a proxy."""
+    for grid in GRIDS:
+        if grid.proxies is None or proxy in grid.proxies:
+            yield grid
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A row that cannot be made yet: a number in it has not been chosen."""
+
+    name: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Size:
+    """How long the runs of a set are, and how they are evaluated; see `Row`."""
+
+    updates: int = 40
+    every: int = 10
+    pictures: int = 256
+
+
+def _row(
+    place: tuple[str, str, str, str, int], variant: Variant, numbers: Mapping[str, float], size: Size
+) -> Row | Waiting:
+    """Make a row of (set, proxy, method, name of the variant, seed)."""
+    set_name, proxy, method, name, seed = place
+    known = {key: f"{value:g}" for key, value in numbers.items()} | {"proxy": proxy}
+    if any("$judge" in text for text in variant.overrides):
+        known["judge"] = judge_of(proxy)
+    if any("$ensemble" in text for text in variant.overrides):
+        parts = (f"{{name: clip, path: playground/{name}, label: {name}}}" for name in ensemble_of(proxy))
+        known["ensemble"] = ", ".join(parts)
+    try:
+        filled = tuple(Template(text).substitute(known) for text in (*METHODS[method], *variant.overrides))
+    except KeyError as missing:
+        return Waiting(f"{set_name}/{proxy}-{method}-{name}-s{seed}", str(missing.args[0]))
+    updates, every = size.updates * variant.longer, size.every * variant.longer
+    return Row(*place, updates, every, size.pictures, filled, variant.scales)
+
+
+def _product(
+    set_name: str,
+    methods: Sequence[str],
+    proxies: Sequence[str],
+    variants: Mapping[str, Variant],
+    seeds: Sequence[int],
+    choices: Choices,
+    size: Size = Size(),
+) -> Iterator[Row | Waiting]:
+    """Every proxy x seed x method x variant: a seed is whole before the next begins, so that a table cut short is."""
+    for proxy, seed, method in itertools.product(proxies, seeds, methods):
+        for name, variant in variants.items():
+            yield _row((set_name, proxy, method, name, seed), variant, choices.get(proxy, {}), size)
+
+
+def _select(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
+    for proxy, seed in itertools.product(proxies(), seeds or SELECTION_SEEDS):
+        for grid in grids_of(proxy):
+            for value in grid.values:
+                place = ("select", proxy, DRAFT, grid.variant(value), seed)
+                yield _row(place, Variant(grid.overrides), {grid.key: value}, Size(every=20, pictures=128))
+
+
+def _core(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
+    yield from _product("core", (DRAFT,), proxies(), SMOOTHINGS, seeds or SEEDS, choices)
+
+
+def _methods(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
+    methods = [method for method in METHODS if method != DRAFT]
+    variants = {name: SMOOTHINGS[name] for name in (PLAIN, BOTH)}
+    yield from _product("methods", methods, (BRITTLE, judge_of(BRITTLE)), variants, seeds or SEEDS, choices)
+
+
+def _baselines(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
+    yield from _product("baselines", (DRAFT,), (BRITTLE,), BASELINES, seeds or SEEDS, choices)
+
+
+def _variants(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
+    yield from _product("variants", (DRAFT,), (BRITTLE,), VARIANTS, seeds or SEEDS, choices)
+
+
+def _quick(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
+    two = (BRITTLE, judge_of(BRITTLE))
+    usual = dict.fromkeys(two, recipe_numbers())
+    yield from _product("quick", (DRAFT,), two, SMOOTHINGS, seeds or QUICK_SEEDS, usual, Size(updates=20, pictures=64))
+
+
+@dataclass(frozen=True)
+class Question:
+    """A set of runs.
+
+    Attributes:
+        about: what it asks, for the user.
+        rows: makes its rows of what was chosen, and of other seeds than its own.
+        full: whether `--full` runs it.
+    """
+
+    about: str
+    rows: Callable[[Choices, Sequence[int] | None], Iterator[Row | Waiting]]
+    full: bool = True
+
+
+SETS: dict[str, Question] = {
+    "quick": Question("plain and smoothed at the recipe's own radii, short, on two proxies", _quick, full=False),
+    "select": Question("which radii and weights, on seeds that nothing is reported on", _select),
+    "core": Question("DRaFT-1, plain and smoothed, on every proxy", _core),
+    "baselines": Question("what else a practitioner would try, on the brittle proxy", _baselines),
+    "variants": Question("other ways to smooth, on the brittle proxy", _variants),
+    "methods": Question("the other four methods, plain and smoothed, on two proxies", _methods),
+}
+
+
+def rows_of(name: str, choices: Choices, seeds: Sequence[int] | None = None) -> tuple[list[Row], list[Waiting]]:
+    """Return a set's rows, and those that wait for a choice.
+
+    Args:
+        name: of the set.
+        choices: what was chosen so far.
+        seeds: in place of the set's own.
+
+    Raises:
+        UserError: there is no such set.
+    """
+    if name not in SETS:
+        raise UserError(f"--set {name}: there is no such set; there are {', '.join(SETS)}")
+    found = list(SETS[name].rows(choices, seeds))
+    return [row for row in found if isinstance(row, Row)], [row for row in found if isinstance(row, Waiting)]
+
+
+def recipe_numbers() -> dict[str, float]:
+    """Return the radii of the playground's recipe, by the grids' keys."""
+    smoothing = load_config(find_recipe(RECIPE)).smoothing
+    assert smoothing.image is not None and smoothing.parameters is not None
+    return {"image": smoothing.image.number, "rho": smoothing.parameters.rho}
+
+
+def config_of(row: Row, folder: Path) -> Config:
+    """Return the recipe of a row, as a run in `folder`.
+
+    Raises:
+        UserError: a key that is not there, or a value that it does not take.
+    """
+    return load_config(find_recipe(RECIPE), [*_common(row), *row.overrides, f"output_dir={folder}"])
+
+
+def _common(row: Row) -> list[str]:
+    """What every run changes of the recipe: when it is evaluated, and nothing written that nobody will look at."""
+    return [
+        f"reward.path=playground/{row.proxy}",
+        f"seed={row.seed}",
+        f"max_steps={row.updates}",
+        f"checkpoint_every={row.updates}",
+        f"samples.every={row.every}",
+        "samples.count=1",
+        "sharpness=null",
+        "logging.tensorboard=false",
+        "logging.diagnostics=false",
+    ]

@@ -1,0 +1,76 @@
+"""What can be found wrong with the variants of smoothing that a recipe asks for."""
+
+from __future__ import annotations
+
+from rsaft_fast.errors import UserError
+from rsaft_fast.methods import FlowGRPO
+from rsaft_fast.recipe.config import Config
+
+
+def check_smoothing(config: Config) -> None:
+    """Check the keys of both perturbations against the rest of the recipe.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    _check_image(config)
+    _check_parameters(config)
+
+
+def _check_image(config: Config) -> None:
+    image, probe = config.smoothing.image, config.sharpness
+    if probe is not None and not probe.is_plain_ball:
+        raise UserError(
+            "sharpness takes radius, norm and space: S1 is measured by one step; move other keys to smoothing.image"
+        )
+    if image is None or image.only_where is None:
+        return
+    if config.reward.name not in ("combination", "python"):
+        raise UserError(
+            f"smoothing.image.only_where is {image.only_where:g}, and reward.name {config.reward.name} has one part, "
+            "which cannot disagree; take reward.name=combination, or leave only_where out"
+        )
+    if config.data.batch_size < 2:
+        raise UserError(
+            f"smoothing.image.only_where compares the pictures of a micro-batch, and data.batch_size is "
+            f"{config.data.batch_size}; give at least 2"
+        )
+
+
+def _check_parameters(config: Config) -> None:
+    parameters = config.smoothing.parameters
+    if parameters is None:
+        return
+    if isinstance(config.method, FlowGRPO) and (parameters.direction == "momentum" or parameters.reuse > 1):
+        raise UserError(
+            f"smoothing.parameters.direction {parameters.direction} with reuse {parameters.reuse} and method.name "
+            f"{config.method.name}: updates without a first pass have no log-probability of the unperturbed weights to "
+            "compare with; set direction=gradient and reuse=1"
+        )
+    if parameters.space == "full" and config.parameters.train == "full":
+        raise UserError(
+            "smoothing.parameters.space is full with parameters.train full: weights that are trained themselves are "
+            "perturbed in their own space already; leave space out"
+        )
+    if parameters.direction == "gsam" and config.smoothing.ascend == "reward" and not _is_reward(config):
+        loss = config.training_loss
+        raise UserError(
+            f"smoothing.parameters.direction gsam with loss.map {loss.map} and loss.scale {loss.scale:g}: it subtracts "
+            "one gradient of the loss from another, and smoothing.ascend is reward; set smoothing.ascend=loss"
+        )
+    if parameters.direction == "gsam" and config.optimizer.backup == "gradient":
+        raise UserError(
+            "smoothing.parameters.direction gsam with optimizer.backup gradient: the first pass's gradient, which gsam "
+            "needs in the second, would make room for the weights; set optimizer.backup=own"
+        )
+    if config.optimizer.release_gradients and parameters.direction in ("momentum", "gsam"):
+        raise UserError(
+            f"smoothing.parameters.direction {parameters.direction} with optimizer.release_gradients: it needs the "
+            "whole of the update's gradient, which is freed as it arrives; leave one of them out"
+        )
+
+
+def _is_reward(config: Config) -> bool:
+    """Whether the loss is the negative reward itself."""
+    loss = config.training_loss
+    return loss.map == "linear" and loss.scale == 1
