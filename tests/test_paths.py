@@ -77,6 +77,12 @@ def test_every_path_of_a_recipe_is_expanded_from_the_file_and_from_the_command_l
     assert value == f"{tmp_path}/somewhere"
 
 
+def test_a_judges_path_is_expanded_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config("playground", ["agreement.judges.other={name: clip, path: ~/somewhere}"])
+    assert config.agreement.judges["other"].path == f"{tmp_path}/somewhere"
+
+
 def test_no_text_key_that_is_a_path_was_forgotten():
     """Keys whose description speaks of a file or folder, and that are text."""
     named = {
@@ -91,7 +97,9 @@ def test_no_text_key_that_is_a_path_was_forgotten():
         if key in named and not any("user_p" in repr(item) for item in _validators(model, key.rpartition(".")[2]))
     }
     # Names, whose descriptions speak of files; an empty path is one of the choices of a reward, which checks it itself.
-    assert unchecked <= {f"reward.{key}" for key in ("name", "path", "parts.name", "parts.path", "parts.label")}
+    rewards = ("reward", "agreement.judges.NAME", "smoothing.radius_search.judges.NAME")
+    keys = ("name", "path", "parts.name", "parts.path", "parts.label")
+    assert unchecked <= {f"{reward}.{key}" for reward in rewards for key in keys}
     assert len(named - unchecked) >= 10
 
 

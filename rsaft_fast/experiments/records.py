@@ -18,11 +18,10 @@ import torch
 
 from rsaft_fast import playground
 from rsaft_fast.errors import UserError
-from rsaft_fast.evaluation.known_preference import TERMS, TRUTH, means
-from rsaft_fast.experiments.table import RECIPE, Row
+from rsaft_fast.evaluation.known_preference import TRUTH, means
+from rsaft_fast.experiments.table import Row, keys_of
 from rsaft_fast.files import sha256_of, write_atomically
 from rsaft_fast.process import checkout_commit
-from rsaft_fast.recipe.load import find_recipe, read_yaml
 from rsaft_fast.train.trainer import describe_software
 
 FORMAT = 1
@@ -34,7 +33,7 @@ S1 = "S1@"
 """Before the radius of a sharpness of the proxy."""
 
 # Far below what pictures differ by; means are written beside them, from the values before rounding.
-UNITS = {TRUTH: 1e-3} | dict.fromkeys(TERMS, 1e-2)
+UNITS = {TRUTH: 1e-3}
 _UNIT = 1e-2
 _FOLDER_OF_REWARD = re.compile(r"playground/(\w[\w-]*)")
 
@@ -58,10 +57,11 @@ class Evaluation:
     values: dict[str, torch.Tensor] = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: means of the values as they are, and the values in their units."""
+        """For JSON: means of the values as they are, and those values that `kept_by_picture` in their units."""
         pictures = {
             name: [None if math.isnan(v) else round(v / unit_of(name)) for v in own.tolist()]
             for name, own in self.values.items()
+            if kept_by_picture(name)
         }
         rounded = {name: _significant(value) for name, value in means(self.values).items()}
         return {
@@ -72,6 +72,14 @@ class Evaluation:
             "means": rounded,
             "pictures": pictures,
         }
+
+
+def kept_by_picture(name: str) -> bool:
+    """Whether a file holds a quantity of each picture: r*, the proxy and S1, which are compared picture by picture.
+
+    Of the terms of r* and of held-out rewards it holds means: a file is a quarter of the size.
+    """
+    return name in (TRUTH, PROXY) or name.startswith(S1)
 
 
 def unit_of(name: str) -> float:
@@ -85,7 +93,7 @@ def _significant(value: float) -> float | None:
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation, read back: its means, and each picture's values."""
+    """One evaluation, read back: its means, and each picture's values of some quantities."""
 
     step: int
     scale: float
@@ -137,7 +145,7 @@ def write_record(path: Path, row: Row, evaluations: Sequence[Evaluation], second
         "row": asdict(row),
         "made_with": describe_software() | {"commit": checkout_commit(), "machine": machine()},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "units": {name: unit_of(name) for name in names},
+        "units": {name: unit_of(name) for name in names if kept_by_picture(name)},
     }
     text = json.dumps(content, indent=1)
     # An evaluation a line: a list a line would be thousands.
@@ -199,14 +207,14 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def identity_of(row: Row) -> str:
-    """Hash what a row's results follow from: its settings, the recipe under them, the pipeline, the rewards it names.
+    """Hash what a row's results follow from: its settings, the recipe's other keys, the pipeline, the rewards it names.
 
     Not the software: a figure of another version is still a figure, and the file says which version it was.
     """
     named = {row.proxy, *(name for text in row.overrides for name in _FOLDER_OF_REWARD.findall(text))}
     models = [pipeline_hash()]
     models += [_assets_hash(str(playground.reward_path(name))) for name in sorted(named)]
-    content = [asdict(row), read_yaml(find_recipe(RECIPE)), models]
+    content = [asdict(row), keys_of(row), models]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

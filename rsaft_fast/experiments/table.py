@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from rsaft_fast import playground
 from rsaft_fast.errors import UserError
 from rsaft_fast.recipe.config import Config
-from rsaft_fast.recipe.load import find_recipe, load_config
+from rsaft_fast.recipe.load import find_recipe, load_config, overridden
 
 RECIPE = "playground.yaml"
 DRAFT, PLAIN, BOTH = "draft", "plain", "both"
@@ -109,26 +110,75 @@ METHODS = {
 _BOTH_REWARDS = "parts: [{name: clip, path: playground/$proxy}, {name: clip, path: playground/$judge, label: judge}]"
 _ENSEMBLE = "parts: [$ensemble]"
 _SUM = f"reward={{name: combination, how: weighted, unit_gradients: true, {_BOTH_REWARDS}}}"
+_LORA = ("parameters.train=lora", "parameters.lora.rank=8", "optimizer.lr=$lora_lr")
+_JUDGES = "judges: {judge: {name: clip, path: playground/$judge}}"
 _PATH = (0.25, 0.5, 0.75)
 BASELINES = {
     "kl": Variant((OFF, "regularize.kl_to_base=$kl")),
     "small-lr": Variant((OFF, "optimizer.lr=2.0e-5")),
     "twice": Variant((OFF,), longer=2),
-    "lora": Variant((OFF, "parameters.train=lora", "parameters.lora.rank=8", "optimizer.lr=$lora_lr"), scales=_PATH),
+    "lora": Variant((OFF, *_LORA), scales=_PATH),
     "interpolated": Variant((OFF,), scales=_PATH),
     "worst": Variant((OFF, f"reward={{name: combination, how: worst, {_ENSEMBLE}}}")),
     "mean-std": Variant((OFF, f"reward={{name: combination, how: mean-std, {_ENSEMBLE}}}")),
     "judge": Variant((OFF, "reward.path=playground/$judge")),
     "sum": Variant((OFF, _SUM)),
     "sum-image": Variant(("smoothing.image.radius=$image", "smoothing.parameters=null", _SUM)),
+    "gaussian": Variant(
+        (*SMOOTHINGS["image"].overrides, "smoothing.image.kind=gaussian", "smoothing.image.samples=16")
+    ),
     "oracle": Variant((OFF, "reward={name: python, path: 'rsaft_fast.playground:true_preference'}")),
 }
 """What a practitioner would try instead, of the proxy that is hacked most easily. Early stopping needs no runs of its
 own: it is read off the plain ones."""
 
+
+def _more(kind: str, *overrides: str) -> Variant:
+    return Variant((*SMOOTHINGS[kind].overrides, *overrides))
+
+
+def _steered(kind: str, control: str, *more: str) -> Variant:
+    keys = ", ".join((_JUDGES, f"control: {control}", *more))
+    return Variant((*SMOOTHINGS[kind].overrides, f"agreement={{{keys}}}"))
+
+
+CONTROLS = {
+    PLAIN: SMOOTHINGS[PLAIN],
+    "image": SMOOTHINGS["image"],
+    BOTH: SMOOTHINGS[BOTH],
+    "judge": BASELINES["judge"],
+    "sum": BASELINES["sum"],
+    "sum-image": BASELINES["sum-image"],
+    "stop": _steered(PLAIN, "stop"),
+    "project": _steered(PLAIN, "project"),
+    "drop": _steered(PLAIN, "drop", "space: latent"),
+    "weight": _steered(PLAIN, "weight", "space: latent"),
+    "stop-image": _steered("image", "stop"),
+    "project-image": _steered("image", "project"),
+    "radius": _steered("image", "radius"),
+    "radius-auto": Variant(
+        ("smoothing.image.radius=auto", f"smoothing.radius_search={{{_JUDGES}}}", "smoothing.parameters=null")
+    ),
+}
+"""What a held-out reward can be used for: training on it, or the agreement of its gradient with the update's."""
+
 VARIANTS = {
-    "graded-only": Variant((*SMOOTHINGS[BOTH].overrides, "smoothing.resample=graded_only")),
-    "delta-perturbed": Variant((*SMOOTHINGS[BOTH].overrides, "smoothing.delta_from=perturbed")),
+    "graded-only": _more(BOTH, "smoothing.resample=graded_only"),
+    "delta-perturbed": _more(BOTH, "smoothing.delta_from=perturbed"),
+    "ascend-loss": _more(BOTH, "smoothing.ascend=loss"),
+    "momentum": _more(BOTH, "smoothing.parameters.direction=momentum"),
+    "friendly": _more(BOTH, "smoothing.parameters.direction=friendly"),
+    "gsam": _more(BOTH, "smoothing.parameters.direction=gsam"),
+    "reuse-5": _more(BOTH, "smoothing.parameters.reuse=5"),
+    "steps-5": _more("image", "smoothing.image.steps=5"),
+    "lowpass": _more("image", "smoothing.image.lowpass=1.0"),
+    "annealed": _more("image", "smoothing.image.schedule=linear"),
+    "per-sample": _more("image", "smoothing.image.per_sample=s1"),
+    "only-where": _more(
+        "image", "smoothing.image.only_where=0.3", f"reward={{name: combination, how: weighted, {_BOTH_REWARDS}}}"
+    ),
+    "lora-factor": _more(BOTH, *_LORA),
+    "lora-full": _more(BOTH, *_LORA, "smoothing.parameters.space=full"),
 }
 """Other ways to smooth, at the radii that were chosen for the usual one; of the proxy that is hacked most easily."""
 
@@ -264,6 +314,11 @@ def _baselines(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | 
     yield from _product("baselines", (DRAFT,), (BRITTLE,), BASELINES, seeds or SEEDS, choices)
 
 
+def _controls(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
+    long = Size(updates=80, every=20)
+    yield from _product("controls", (DRAFT,), (BRITTLE,), CONTROLS, seeds or SEEDS, choices, long)
+
+
 def _variants(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
     yield from _product("variants", (DRAFT,), (BRITTLE,), VARIANTS, seeds or SEEDS, choices)
 
@@ -294,6 +349,7 @@ SETS: dict[str, Question] = {
     "select": Question("which radii and weights, on seeds that nothing is reported on", _select),
     "core": Question("DRaFT-1, plain and smoothed, on every proxy", _core),
     "baselines": Question("what else a practitioner would try, on the brittle proxy", _baselines),
+    "controls": Question("what a held-out reward can do about over-optimisation, twice as long", _controls),
     "variants": Question("other ways to smooth, on the brittle proxy", _variants),
     "methods": Question("the other four methods, plain and smoothed, on two proxies", _methods),
 }
@@ -330,6 +386,14 @@ def config_of(row: Row, folder: Path) -> Config:
         UserError: a key that is not there, or a value that it does not take.
     """
     return load_config(find_recipe(RECIPE), [*_common(row), *row.overrides, f"output_dir={folder}"])
+
+
+def keys_of(row: Row) -> dict[str, Any]:
+    """Return the recipe's keys with a row's over them: what its results follow from.
+
+    A key of the recipe that every row replaces, such as a radius, may change without making results stale.
+    """
+    return overridden(find_recipe(RECIPE), [*_common(row), *row.overrides])
 
 
 def _common(row: Row) -> list[str]:

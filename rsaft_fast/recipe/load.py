@@ -37,14 +37,24 @@ def load_config(recipe: str | Path | Mapping[str, Any] | Config, overrides: Sequ
         UserError: one line for each thing that is wrong, naming key, value and limit.
     """
     where = find_recipe(recipe).name if isinstance(recipe, str | Path) else "the recipe"
-    raw = raw_recipe(recipe)
-    given = [parse_override(text) for text in overrides]
-    for key, value in given:
-        raw = _override(raw, key.split("."), value)
-    commanded = {key for key, _ in given}
+    raw = overridden(recipe, overrides)
+    commanded = {key for key, _ in map(parse_override, overrides)}
     if raw.get("resume") not in (None, "auto") and "output_dir" not in commanded:
         raw = raw | {"output_dir": raw["resume"]}
     return validate(raw, where=where, commanded=commanded)
+
+
+def overridden(recipe: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return a recipe's keys with overrides over them, before they are validated.
+
+    Raises:
+        UserError: as `raw_recipe` and `parse_override`.
+    """
+    raw = raw_recipe(recipe)
+    for text in overrides:
+        key, value = parse_override(text)
+        raw = _override(raw, key.split("."), value)
+    return raw
 
 
 def raw_recipe(recipe: str | Path | Mapping[str, Any] | Config) -> dict[str, Any]:

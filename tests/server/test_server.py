@@ -323,8 +323,10 @@ def test_a_lost_answer_is_asked_for_again(server, local):
         images = torch.rand(1, 3, 18, 18)
         assert torch.equal(remote.score(images, ["x"]), local.score(images, ["x"]).detach())
     with flaky(server, refusals=9) as (url, seen):
-        with pytest.raises(UserError, match=says("4 tries", "RemoteDisconnected", "reward.patience", 0.75)):
+        with pytest.raises(UserError, match=says("4 tries", "reward.patience", 0.75)) as caught:
             RemoteReward(f"{url}/clip", TOKEN, patience=QUICK)
+        # Whether the end of the connection or its reset arrives first is the system's to say.
+        assert any(word in str(caught.value) for word in ("RemoteDisconnected", "ConnectionResetError"))
         assert len(seen) == 4
 
 
