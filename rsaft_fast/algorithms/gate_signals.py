@@ -54,27 +54,6 @@ def _directions(gradient: torch.Tensor) -> torch.Tensor:
     return torch.where(lengths > 0, rows / lengths, 0.0)
 
 
-def radius_factors(
-    uncertainty: torch.Tensor, gain: float = 1.0, *, least: float = 0.0, most: float = 2.0
-) -> torch.Tensor:
-    """Compute what each sample's radius of image smoothing is multiplied by: 1 + gain * uncertainty, within bounds.
-
-    In-batch win rates have a mean uncertainty of 0, so that the mean radius stays what the recipe says as long as no
-    factor meets a bound.
-
-    Args:
-        uncertainty: (B,), above 0 where the proxy likes a sample more than the auxiliary rewards do.
-        gain: 0 gives every sample the same radius.
-        least, most: bounds of the factor, least at 0 or more.
-
-    Raises:
-        UserError: bounds that are not in order.
-    """
-    if not 0 <= least <= most:
-        raise UserError(f"factors on a radius lie in {least:g} to {most:g}; take 0 <= least <= most")
-    return (1 + gain * uncertainty).clamp(least, most)
-
-
 def lengthening(prediction: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Compute by which share each prediction is longer than the reference's: (B,) |f| / |f_ref| - 1.
 

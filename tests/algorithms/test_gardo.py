@@ -20,7 +20,6 @@ from rsaft_fast.algorithms.gate_signals import (
     lengthening,
     lengthening_cotangent,
     lengthening_penalty,
-    radius_factors,
 )
 from rsaft_fast.errors import NonFiniteRewardError, UserError
 from rsaft_fast.methods.gardo import AdaptiveReference, AdaptiveShare, Gardo, Gate, Signals
@@ -237,14 +236,6 @@ def test_gradient_disagreement():
     assert gradient_disagreement(g, [with_first, with_second]).tolist() == pytest.approx(expected)
     with pytest.raises(UserError, match=says("gradients", "auxiliary")):
         gradient_disagreement(g, [])
-
-
-def test_radius_factors():
-    found = radius_factors(torch.tensor([-1.0, -0.25, 0, 0.25, 1]), 2.0, least=0.25, most=2.5)
-    assert found.tolist() == [0.25, 0.5, 1, 1.5, 2.5]
-    assert radius_factors(torch.tensor([-1.0, 1]), 0.0).tolist() == [1, 1]
-    with pytest.raises(UserError, match=says(2, 1, "least <= most")):
-        radius_factors(torch.zeros(2), least=2.0, most=1.0)
 
 
 def test_the_penalty_on_long_predictions_and_its_derivative():
