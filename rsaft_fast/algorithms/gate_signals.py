@@ -1,8 +1,8 @@
 """What tells that a sample is over-scored, and what to do with it beyond the gate.
 
-GARDO's win rates (arXiv 2512.24138) are in `rewards.ensemble`. The proxy's sharpness S1 (arXiv 2603.21175), the
-agreement of gradients, and a radius of image smoothing that grows with the uncertainty are tried here and in neither
-paper. The penalty on long predictions follows NormGuard (arXiv 2606.27771).
+GARDO's win rates (arXiv 2512.24138) are in `rewards.ensemble`. The proxy's sharpness S1 (arXiv 2603.21175) and the
+agreement of gradients are tried here and in neither paper. The penalty on long predictions follows NormGuard (arXiv
+2606.27771).
 """
 
 from __future__ import annotations
