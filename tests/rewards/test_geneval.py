@@ -209,10 +209,13 @@ def test_the_detector_is_mask2formers_own_computation(detector_folder):
     for probability, query, label in pairs:
         inside = masks[query] > 0
         if inside.any():
-            expected.append((COCO[label], probability * masks[query].sigmoid()[inside].mean().item(), inside))
+            expected.append((COCO[label], probability, masks[query]))
     assert [d.name for d in found] == [name for name, _, _ in expected], SEED
-    for detection, (_, score, inside) in zip(found, expected):
-        assert detection.score == pytest.approx(score, abs=1e-5) and (detection.mask != inside).sum() < 5
+    for detection, (_, probability, mask) in zip(found, expected):
+        # A pixel at the threshold may fall on either side, and is then in the score, or is not.
+        assert (detection.mask != (mask > 0)).sum() < 5, SEED
+        score = probability * mask.sigmoid()[detection.mask].mean().item()
+        assert detection.score == pytest.approx(score, abs=1e-5), SEED
         left, top, right, bottom = detection.box
         assert detection.mask[top:bottom, left:right].sum() == detection.mask.sum()
 
