@@ -33,7 +33,7 @@ from rsaft_fast.rewards.combine import Combination
 from rsaft_fast.rewards.features import Features
 from rsaft_fast.sampling import Schedule, derive_rng
 from rsaft_fast.sampling.protocol import Backbone
-from rsaft_fast.smoothing.objective import ImageSmoothing
+from rsaft_fast.smoothing.settings import ImageSmoothing
 
 FEW_STEPS = 8
 """A model whose usual pictures take no more is distilled."""

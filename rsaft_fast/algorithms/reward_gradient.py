@@ -28,14 +28,8 @@ from rsaft_fast.rewards.base import Reward
 from rsaft_fast.sampling import GradientPlan, Schedule, Trajectory, backpropagate, derive_rng, rollout
 from rsaft_fast.sampling.protocol import Backbone
 from rsaft_fast.smoothing.image import Around, observe_around, perturb_around, rewards_around
-from rsaft_fast.smoothing.objective import (
-    ImageSmoothing,
-    Observation,
-    Smoothing,
-    image_perturbation,
-    latent_gradient,
-    observe,
-)
+from rsaft_fast.smoothing.objective import Observation, image_perturbation, latent_gradient, observe
+from rsaft_fast.smoothing.settings import ImageSmoothing, Smoothing
 
 PART = "reward/"
 """Before the name of each reward that a combination is made of, in the figures."""

@@ -14,13 +14,8 @@ from rsaft_fast.rewards.base import Reward
 from rsaft_fast.rewards.combine import Combination
 from rsaft_fast.rewards.features import Features
 from rsaft_fast.sampling.protocol import Backbone
-from rsaft_fast.smoothing.objective import (
-    ImageSmoothing,
-    image_perturbation,
-    observe,
-    perturbed_rewards,
-    require_finite,
-)
+from rsaft_fast.smoothing.objective import image_perturbation, observe, perturbed_rewards, require_finite
+from rsaft_fast.smoothing.settings import ImageSmoothing
 
 
 @dataclass

@@ -19,15 +19,8 @@ from rsaft_fast.rewards.base import Reward
 from rsaft_fast.rewards.ensemble import win_rates
 from rsaft_fast.sampling import NoiseSource
 from rsaft_fast.sampling.protocol import Backbone
-from rsaft_fast.smoothing.objective import (
-    ImageSmoothing,
-    Observation,
-    Space,
-    image_perturbation,
-    observe,
-    perturbed_rewards,
-    space_gradient,
-)
+from rsaft_fast.smoothing.objective import Observation, image_perturbation, observe, perturbed_rewards, space_gradient
+from rsaft_fast.smoothing.settings import ImageSmoothing, Space
 from rsaft_fast.smoothing.worst import worst_delta
 
 NARROWEST, WIDEST = 0.5, 2.0

@@ -17,7 +17,8 @@ from rsaft_fast.rewards import Combination, Reward, RewardSpec
 from rsaft_fast.rewards.combine import Part
 from rsaft_fast.sampling import NoiseSource
 from rsaft_fast.smoothing.image import lowpass, observe_around, perturb_around, radius_factor, rewards_around
-from rsaft_fast.smoothing.objective import ImageSmoothing, observe
+from rsaft_fast.smoothing.objective import observe
+from rsaft_fast.smoothing.settings import ImageSmoothing
 
 NOISE = NoiseSource(seed=4, step=7, samples=(0, 1, 2))
 # What decodes latents that are pictures already.
