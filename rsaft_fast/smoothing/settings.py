@@ -36,8 +36,10 @@ class ImageSmoothing(Settings):
             is normalised: the perturbation is as long as before and has no finer detail. null does not filter.
         schedule: of the radius along the training: constant, linear to 0, or half a cosine to 0, at max_steps.
         per_sample: s1 scales each picture's perturbation by its sharpness S1 over the running mean of S1, between 1/2
-            and 2: where the reward is sharp the ball is larger. One forward pass of the reward more. null has one
-            radius for all.
+            and 2: where the reward is sharp the ball is larger. One forward pass of the reward more. uncertainty scales
+            it by 1 + U, 0 to 2: U is the picture's win rate by the reward less its mean win rate by the parts of weight
+            0, among the pictures of the micro-batch (GARDO, arXiv 2512.24138): where the reward alone is pleased the
+            ball is larger; the mean radius stays. null has one radius for all.
         only_where: perturb only pictures on which the parts of a combination disagree: whose win rates among the
             pictures of the micro-batch differ by at least this between two parts, 0 to 1 (GARDO's uncertainty, arXiv
             2512.24138). null perturbs all.
@@ -51,7 +53,7 @@ class ImageSmoothing(Settings):
     steps: int = Field(default=1, ge=1, le=1000)
     lowpass: float | None = Field(default=None, gt=0, le=1e3)
     schedule: Schedule = "constant"
-    per_sample: Literal["s1"] | None = None
+    per_sample: Literal["s1", "uncertainty"] | None = None
     only_where: float | None = Field(default=None, gt=0, le=1)
 
     @model_validator(mode="after")
