@@ -125,7 +125,7 @@ def test_the_card_names_every_setting_that_is_not_the_usual_one(tiny, tmp_path):
         "flow\\_grpo, window (as usual), kl\\_weight 0.01, gardo (gate (share 0.2, signals (s1 0.5)), reference null, "
         "diversity (features dino))"
     )
-    assert facts["smoothing"] == "weights (rho 0.1, direction friendly, groups \\[(match attn, rho 0.5)\\])"
+    assert facts["smoothing"] == "weights (rho 0.1, groups \\[(match attn, rho 0.5)\\], direction friendly)"
     assert "alice" not in card and "Sharpness-Aware" in card and "agreement" not in facts
     agreement = {"judges": {"other": {"name": "pickscore", "path": "/home/alice/pick"}}, "control": "stop"}
     smoothing = {"image": {"radius": 0.3, "steps": 2}, "parameters": None, "resample": "graded_only"}
