@@ -18,7 +18,7 @@ from rsaft_fast.methods.losses import Loss
 from rsaft_fast.optim import SAM
 from rsaft_fast.rewards import Reward, RewardSpec, load_reward
 from rsaft_fast.sampling import NoiseSource
-from rsaft_fast.smoothing.objective import ImageSmoothing, ParameterSmoothing, Smoothing
+from rsaft_fast.smoothing.settings import ImageSmoothing, ParameterSmoothing, Smoothing
 
 STEPS, B = 4, 3
 METHODS = [ReFL(window=(0.5, 1.0)), DRaFT(k=2), DRaFTLV(n_extra=2), AlignProp(), DRTune(k=2)]
