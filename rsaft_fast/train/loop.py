@@ -13,18 +13,34 @@ from typing import Any
 import torch
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.evaluation.alarms import AGREEMENT, AGREEMENT_ERROR
+from rsaft_fast.evaluation.monitors import Drawn
 from rsaft_fast.figures.grids import compose_grid
 from rsaft_fast.files import check_writable, describe_io_error, mend_of
 from rsaft_fast.lock import sole_writer
 from rsaft_fast.progress import tell
 from rsaft_fast.recipe.config import Config
+from rsaft_fast.recipe.evaluation import HELD_OUT
 from rsaft_fast.recipe.load import to_yaml
 from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train.assemble import FileLoaders, Loaders
 from rsaft_fast.train.bar import Progress
+from rsaft_fast.train.best import BestModel
 from rsaft_fast.train.changes import what_changed
 from rsaft_fast.train.inputs import check_config, has_run
-from rsaft_fast.train.logging import CHECKPOINTS, CONFIG, METRICS, SAMPLES, TENSORBOARD, RunLog, read_metrics, set_aside
+from rsaft_fast.train.logging import (
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    EVALUATIONS,
+    METRICS,
+    SAMPLES,
+    TENSORBOARD,
+    RunLog,
+    read_evaluations,
+    read_metrics,
+    set_aside,
+)
 from rsaft_fast.train.signals import Interrupted, StopSignals
 from rsaft_fast.train.trainer import Trainer
 
@@ -104,26 +120,32 @@ def _train(config: Config, run: _Run, stop: StopSignals, on_samples: Callable) -
     trainer = run.trainer
     stop.finishing = "finishing the batch of pictures"
     # Drawn before a checkpoint is loaded: every grid shows what the model drew before any training.
-    run.baseline = run.sample(stop, "the grid of the untrained model")
+    run.baseline, drawn = run.draw(stop, config.samples.every > 0, run.lacks_evaluation(0), "of the untrained model")
     if not stop:
         trainer.check_reward(run.baseline)
     if run.baseline is not None:
         on_samples(trainer, run.baseline, 0)
+    if drawn is not None and not stop:
+        run.evaluate(drawn)
     run.begin(stop)
-    # A run that was stopped in an update has not drawn the grid after it.
-    if not stop and run.owes_a_grid():
-        images = run.sample(stop, f"the grid after update {trainer.step}, which is not there")
+
+    def look(grid: bool, evaluation: bool, what: str | None = None) -> None:
+        images, drawn = run.draw(stop, grid, evaluation, what)
         if images is not None:
             run.log_samples(images)
             on_samples(trainer, images, trainer.step)
+        if drawn is not None and not stop:
+            run.evaluate(drawn)
+
+    # A run that was stopped in an update has not drawn the pictures after it.
+    if not stop:
+        look(run.owes_a_grid(), run.owes_an_evaluation(), f"after update {trainer.step}, not there yet")
     while trainer.step < config.max_steps and not stop and trainer.halted is None:
         stop.finishing = f"finishing update {trainer.step + trainer.algorithm.updates}, then saving"
         run.iterate()
         if trainer.halted is not None:
             break
-        if run.is_due(config.samples.every) and (images := run.sample(stop)) is not None:
-            run.log_samples(images)
-            on_samples(trainer, images, trainer.step)
+        look(run.is_due(config.samples.every), run.is_due(run.evaluates_every))
         if run.is_due(config.checkpoint_every):
             run.save()
     if trainer.step > run.saved:
@@ -171,6 +193,9 @@ class _Run:
         self.complete: Path | None = None
         self._began = time.monotonic()
         self._earlier: list[dict[str, Any]] = []
+        self._evaluations: list[dict[str, Any]] = []
+        self._agreement: dict[str, float | None] = {}
+        self.best: BestModel | None = None
         self._has_gaps = False
         self._warned = False
         self._skipped = 0
@@ -209,6 +234,7 @@ class _Run:
         advise = self.forecast(config, self.log)
         self.trainer = Trainer(config, inputs, self.log, self.stage, loaders)
         self.trainer.advise = advise
+        self._begin_evaluations()
         if self._saved is not None and self.resumed is not None:
             self.trainer.check_fit(self._saved)
             self.log(f"resuming from {self.resumed}, after update {self.start}")
@@ -217,10 +243,25 @@ class _Run:
 
     def _read_earlier(self, checkpoint: Path) -> None:
         self._earlier = read_metrics(checkpoint.parents[1], self.start, self.log)
+        self._evaluations = read_evaluations(checkpoint.parents[1], self.start, self.log)
+        for record in self._earlier:
+            self._note_agreement(record)
         missing = self.start - len({record["step"] for record in self._earlier})
         self._has_gaps = missing > 0
         if missing:
             self.log(f"warning: {missing} of the {self.start} updates before have no record in {METRICS}")
+
+    def _begin_evaluations(self) -> None:
+        """Hand the monitors what the run measured before."""
+        settings, monitors = self.config.evaluation, self.trainer.monitors
+        if settings is None or monitors is None:
+            return
+        if any(record.get("set") != monitors.identity for record in self._evaluations):
+            self.log("warning: evaluation has other pictures than before: earlier evaluations are left out")
+            self._evaluations = []
+        monitors.history = self._evaluations
+        if settings.best is not None:
+            self.best = BestModel(self.folder, settings.best)
 
     def begin(self, stop: StopSignals) -> None:
         """Go on from the checkpoint, if there is one; the first update is next."""
@@ -235,9 +276,12 @@ class _Run:
             )
             shown, steering = self.trainer.algorithm.shown, self.trainer.steering
             latest = steering.shown if steering is not None else {}
+            held_out = self.config.evaluation.rewards if self.config.evaluation is not None else {}
+            beside = {f"{HELD_OUT}{name}": f"held-out {name}" for name in held_out}
             self.progress = Progress(
-                self.trainer.step, self.config.max_steps, self.title, self.log, self._earlier, shown, latest
+                self.trainer.step, self.config.max_steps, self.title, self.log, self._earlier, shown, latest, beside
             )
+            self._show_held_out()
 
     def open(self) -> None:
         """The first thing worth keeping is there: make the run folder."""
@@ -248,14 +292,20 @@ class _Run:
         if self.resumed is None and has_run(self.folder):
             # What a run left that was ended before its first checkpoint.
             exports = ("lora", self.trainer.backbone.denoiser_name)
-            aside = set_aside(self.folder, (METRICS, CONFIG, SAMPLES, TENSORBOARD, *exports))
+            aside = set_aside(self.folder, (METRICS, EVALUATIONS, BEST, CONFIG, SAMPLES, TENSORBOARD, *exports))
         elif in_place and self._has_gaps:
             aside = set_aside(self.folder, (METRICS,))
         if aside is not None:
             self.log(f"what was there is in {aside} now")
-        self.run_log.open(to_yaml(self.config), self.start, self._earlier)
+        if self.best is not None:
+            self.best.go_on(self.start, self.log)
+        self.run_log.open(to_yaml(self.config), self.start, self._earlier, self._written())
         if self.baseline is not None:
             self._log_grid({"before": self.baseline}, 0)
+
+    def _written(self) -> list[dict[str, Any]]:
+        """The evaluations before this process's first update, and that of the untrained model."""
+        return [record for record in self._evaluations if record["step"] <= self.start]
 
     def iterate(self) -> None:
         """Make an iteration's updates, and note each."""
@@ -271,8 +321,13 @@ class _Run:
         """One update's figures, to the log and beside the bar; the first one makes the run folder."""
         self.open()
         self.run_log.metrics(record)
+        self._note_agreement(record)
         self.progress.update(record)
         self._warn(record)
+
+    def _note_agreement(self, record: dict[str, Any]) -> None:
+        """Keep the latest agreement with the judges, for the evaluations' records."""
+        self._agreement |= {k: v for k, v in record.items() if k.startswith((AGREEMENT, AGREEMENT_ERROR))}
 
     def is_due(self, every: int) -> bool:
         """Whether something is done after this iteration; everything is after the last."""
@@ -284,13 +339,51 @@ class _Run:
         step = self.trainer.step
         return step > 0 and self.is_due(self.config.samples.every) and not self.run_log.has_samples(step)
 
-    def sample(self, stop: StopSignals, what: str | None = None) -> torch.Tensor | None:
-        """The sample grid's pictures; None without a grid, or when a signal came meanwhile."""
-        if not self.config.samples.every:
-            return None
-        if what is not None:
-            self.stage(f"drawing {what}: {len(self.trainer.sample_prompts)} pictures")
-        return self.trainer.sample(stop.__bool__)
+    @property
+    def evaluates_every(self) -> int:
+        """Updates between two evaluations; 0 without any."""
+        return self.config.evaluation.every if self.config.evaluation is not None else 0
+
+    def lacks_evaluation(self, step: int) -> bool:
+        """Whether there is to be a record of the weights after that update, and is none."""
+        return self.trainer.monitors is not None and not self.trainer.monitors.evaluated(step)
+
+    def owes_an_evaluation(self) -> bool:
+        """Whether the evaluation after the update that the run goes on from was due and is not there."""
+        step = self.trainer.step
+        return step > 0 and self.is_due(self.evaluates_every) and self.lacks_evaluation(step)
+
+    def draw(
+        self, stop: StopSignals, grid: bool, evaluation: bool, when: str | None = None
+    ) -> tuple[torch.Tensor | None, Drawn | None]:
+        """The pictures of the sample grid and of an evaluation; None of what is not wanted, or when a signal came."""
+        if when is not None and (grid or evaluation):
+            both = {"the grid": len(self.trainer.sample_prompts) if grid else 0}
+            both["the evaluation"] = len(self.trainer.evaluation_prompts) if evaluation else 0
+            named = " and ".join(f"{what} {when}: {count} pictures" for what, count in both.items() if count)
+            self.stage(f"drawing {named}")
+        return self.trainer.draw(grid, evaluation, stop.__bool__)
+
+    def evaluate(self, drawn: Drawn) -> None:
+        """Measure the pictures of an evaluation, write its record, and keep the model if it is the best."""
+        monitors = self.trainer.monitors
+        assert monitors is not None
+        if self.trainer.step == 0:
+            record = self.trainer.evaluate(drawn)  # written when the run folder is made
+        else:
+            self.open()
+            record = self.trainer.evaluate(drawn, self._agreement)
+            self.run_log.evaluation(record)
+            if self.best is not None:
+                self.best.offer(record, self.trainer.export)
+        for line in monitors.told(record):
+            self.log(line)
+        self._show_held_out()
+
+    def _show_held_out(self) -> None:
+        if self.progress is not None and self._evaluations:
+            values = self._evaluations[-1]["values"]
+            self.progress.take_in({name: value for name, value in values.items() if name.startswith(HELD_OUT)})
 
     def log_samples(self, images: torch.Tensor) -> None:
         self.open()
