@@ -204,6 +204,20 @@ class Monitors:
             f"row (evaluation.patience {self.settings.patience}); evaluation.stop_on=null goes on"
         )
 
+    def summary(self) -> list[str]:
+        """Put the whole run into lines: the scores before and after, and the first alarm of each kind."""
+        if len(self.history) < 2:
+            return []
+        first, last = self.history[0]["values"], self.history[-1]["values"]
+        names = [REWARD, *(f"{HELD_OUT}{name}" for name in self.rewards)]
+        known = [name for name in names if None not in (first.get(name), last.get(name))]
+        scores = ", ".join(f"{name} {first[name]:.4g} before, {last[name]:.4g} after" for name in known)
+        alarms: dict[str, str] = {}
+        for record in self.history:
+            for line in record["alarms"]:
+                alarms.setdefault(_subject(line), f"alarm after update {record['step']}: {line}")
+        return [f"{len(self.prompts)} held-out pictures: {scores}", *alarms.values()]
+
     def told(self, record: dict[str, Any]) -> list[str]:
         """Put an evaluation into lines for the user: the scores, each alarm that the evaluation before did not have."""
         place = self.history.index(record)

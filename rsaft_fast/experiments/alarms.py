@@ -107,8 +107,8 @@ LEGEND = (
     "r* fell: runs in which r* was, at some evaluation, 3 standard errors (paired over the pictures) below its best so "
     "far. Of those: warned in time, from the evaluation where r* was highest to the one where it had fallen; too soon, "
     "while r* was still to rise; late; never. False: warned in a run in which r* never fell. A held-out reward warns "
-    "when it falls below its best while the proxy is above its value there; a statistic when it leaves the range of the "
-    "untrained model's pictures. Runs that train on a held-out reward are left out."
+    "when it falls below its best while the proxy is above its value there; a statistic when it leaves the range of "
+    "the untrained model's pictures. Runs that train on a held-out reward are left out."
 )
 
 

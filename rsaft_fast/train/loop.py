@@ -474,6 +474,11 @@ class _Run:
                 before, after = (self.trainer.grid_reward(images) for images in (self.baseline, self.latest))
                 shown = f"the {len(self.latest)} pictures of {self.folder / SAMPLES}"
                 lines.append(f"reward of {shown}: {before:.4g} before, {after:.4g} after")
+        if self.trainer.monitors is not None:
+            lines += self.trainer.monitors.summary()
+        if self.best is not None and self.best.value is not None:
+            kept = f"after update {self.best.step}, {self.best.value:.4g}"
+            lines.append(f"best by {self.best.score}: {kept}; that model is in {self.folder / BEST}")
         lines.append(f"next: rsaft-fast sample --run {self.folder} --prompts-file FILE --output after")
         lines.append("      rsaft-fast score after --reward NAME=PATH    by a reward that was not trained on")
         return lines
