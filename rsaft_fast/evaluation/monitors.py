@@ -182,10 +182,6 @@ class Monitors:
             leaf = images.requires_grad_(True)
             torch.autograd.grad(self.reward.score(leaf, prompts).sum(), leaf)
 
-    def evaluated(self, step: int) -> bool:
-        """Whether there is a record of that step."""
-        return any(record["step"] == step for record in self.history)
-
     @property
     def halted(self) -> str | None:
         """Why the run is to end after the last evaluation, in words; None where it goes on."""

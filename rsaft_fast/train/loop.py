@@ -13,20 +13,18 @@ from typing import Any
 import torch
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.evaluation.alarms import AGREEMENT, AGREEMENT_ERROR
 from rsaft_fast.evaluation.monitors import Drawn
 from rsaft_fast.figures.grids import compose_grid
 from rsaft_fast.files import check_writable, describe_io_error, mend_of
 from rsaft_fast.lock import sole_writer
 from rsaft_fast.progress import tell
 from rsaft_fast.recipe.config import Config
-from rsaft_fast.recipe.evaluation import HELD_OUT
 from rsaft_fast.recipe.load import to_yaml
 from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train.assemble import FileLoaders, Loaders
 from rsaft_fast.train.bar import Progress
-from rsaft_fast.train.best import BestModel
 from rsaft_fast.train.changes import what_changed
+from rsaft_fast.train.evaluations import Evaluations
 from rsaft_fast.train.inputs import check_config, has_run
 from rsaft_fast.train.logging import (
     BEST,
@@ -37,7 +35,6 @@ from rsaft_fast.train.logging import (
     SAMPLES,
     TENSORBOARD,
     RunLog,
-    read_evaluations,
     read_metrics,
     set_aside,
 )
@@ -120,7 +117,7 @@ def _train(config: Config, run: _Run, stop: StopSignals, on_samples: Callable) -
     trainer = run.trainer
     stop.finishing = "finishing the batch of pictures"
     # Drawn before a checkpoint is loaded: every grid shows what the model drew before any training.
-    run.baseline, drawn = run.draw(stop, config.samples.every > 0, run.lacks_evaluation(0), "of the untrained model")
+    run.baseline, drawn = run.draw(stop, config.samples.every > 0, run.evaluations.lacks(0), "of the untrained model")
     if not stop:
         trainer.check_reward(run.baseline)
     if run.baseline is not None:
@@ -145,7 +142,7 @@ def _train(config: Config, run: _Run, stop: StopSignals, on_samples: Callable) -
         run.iterate()
         if trainer.halted is not None:
             break
-        look(run.is_due(config.samples.every), run.is_due(run.evaluates_every))
+        look(run.is_due(config.samples.every), run.is_due(run.evaluations.every))
         if run.is_due(config.checkpoint_every):
             run.save()
     if trainer.step > run.saved:
@@ -187,15 +184,13 @@ class _Run:
         self.resumed: Path | None = None
         self.baseline: torch.Tensor | None = None
         self.latest: torch.Tensor | None = None
+        self.evaluations = Evaluations(config, log)
         self.run_log = RunLog(self.folder, config.logging.tensorboard, log)
         self.progress: Progress = None  # pyrefly: ignore[bad-assignment]  # from `begin` on, unless stopped before it
         self.start = self.saved = 0
         self.complete: Path | None = None
         self._began = time.monotonic()
         self._earlier: list[dict[str, Any]] = []
-        self._evaluations: list[dict[str, Any]] = []
-        self._agreement: dict[str, float | None] = {}
-        self.best: BestModel | None = None
         self._has_gaps = False
         self._warned = False
         self._skipped = 0
@@ -234,7 +229,7 @@ class _Run:
         advise = self.forecast(config, self.log)
         self.trainer = Trainer(config, inputs, self.log, self.stage, loaders)
         self.trainer.advise = advise
-        self._begin_evaluations()
+        self.evaluations.watch(self.trainer)
         if self._saved is not None and self.resumed is not None:
             self.trainer.check_fit(self._saved)
             self.log(f"resuming from {self.resumed}, after update {self.start}")
@@ -243,25 +238,11 @@ class _Run:
 
     def _read_earlier(self, checkpoint: Path) -> None:
         self._earlier = read_metrics(checkpoint.parents[1], self.start, self.log)
-        self._evaluations = read_evaluations(checkpoint.parents[1], self.start, self.log)
-        for record in self._earlier:
-            self._note_agreement(record)
+        self.evaluations.read(checkpoint.parents[1], self.start, self._earlier)
         missing = self.start - len({record["step"] for record in self._earlier})
         self._has_gaps = missing > 0
         if missing:
             self.log(f"warning: {missing} of the {self.start} updates before have no record in {METRICS}")
-
-    def _begin_evaluations(self) -> None:
-        """Hand the monitors what the run measured before."""
-        settings, monitors = self.config.evaluation, self.trainer.monitors
-        if settings is None or monitors is None:
-            return
-        if any(record.get("set") != monitors.identity for record in self._evaluations):
-            self.log("warning: evaluation has other pictures than before: earlier evaluations are left out")
-            self._evaluations = []
-        monitors.history = self._evaluations
-        if settings.best is not None:
-            self.best = BestModel(self.folder, settings.best)
 
     def begin(self, stop: StopSignals) -> None:
         """Go on from the checkpoint, if there is one; the first update is next."""
@@ -276,12 +257,11 @@ class _Run:
             )
             shown, steering = self.trainer.algorithm.shown, self.trainer.steering
             latest = steering.shown if steering is not None else {}
-            held_out = self.config.evaluation.rewards if self.config.evaluation is not None else {}
-            beside = {f"{HELD_OUT}{name}": f"held-out {name}" for name in held_out}
+            done, beside = self.trainer.step, self.evaluations.labels
             self.progress = Progress(
-                self.trainer.step, self.config.max_steps, self.title, self.log, self._earlier, shown, latest, beside
+                done, self.config.max_steps, self.title, self.log, self._earlier, shown, latest, beside
             )
-            self._show_held_out()
+            self.progress.take_in(self.evaluations.shown)
 
     def open(self) -> None:
         """The first thing worth keeping is there: make the run folder."""
@@ -297,15 +277,10 @@ class _Run:
             aside = set_aside(self.folder, (METRICS,))
         if aside is not None:
             self.log(f"what was there is in {aside} now")
-        if self.best is not None:
-            self.best.go_on(self.start, self.log)
-        self.run_log.open(to_yaml(self.config), self.start, self._earlier, self._written())
+        evaluations = self.evaluations.begin(self.start)
+        self.run_log.open(to_yaml(self.config), self.start, self._earlier, evaluations)
         if self.baseline is not None:
             self._log_grid({"before": self.baseline}, 0)
-
-    def _written(self) -> list[dict[str, Any]]:
-        """The evaluations before this process's first update, and that of the untrained model."""
-        return [record for record in self._evaluations if record["step"] <= self.start]
 
     def iterate(self) -> None:
         """Make an iteration's updates, and note each."""
@@ -321,13 +296,9 @@ class _Run:
         """One update's figures, to the log and beside the bar; the first one makes the run folder."""
         self.open()
         self.run_log.metrics(record)
-        self._note_agreement(record)
+        self.evaluations.note(record)
         self.progress.update(record)
         self._warn(record)
-
-    def _note_agreement(self, record: dict[str, Any]) -> None:
-        """Keep the latest agreement with the judges, for the evaluations' records."""
-        self._agreement |= {k: v for k, v in record.items() if k.startswith((AGREEMENT, AGREEMENT_ERROR))}
 
     def is_due(self, every: int) -> bool:
         """Whether something is done after this iteration; everything is after the last."""
@@ -339,19 +310,10 @@ class _Run:
         step = self.trainer.step
         return step > 0 and self.is_due(self.config.samples.every) and not self.run_log.has_samples(step)
 
-    @property
-    def evaluates_every(self) -> int:
-        """Updates between two evaluations; 0 without any."""
-        return self.config.evaluation.every if self.config.evaluation is not None else 0
-
-    def lacks_evaluation(self, step: int) -> bool:
-        """Whether there is to be a record of the weights after that update, and is none."""
-        return self.trainer.monitors is not None and not self.trainer.monitors.evaluated(step)
-
     def owes_an_evaluation(self) -> bool:
         """Whether the evaluation after the update that the run goes on from was due and is not there."""
         step = self.trainer.step
-        return step > 0 and self.is_due(self.evaluates_every) and self.lacks_evaluation(step)
+        return step > 0 and self.is_due(self.evaluations.every) and self.evaluations.lacks(step)
 
     def draw(
         self, stop: StopSignals, grid: bool, evaluation: bool, when: str | None = None
@@ -365,25 +327,12 @@ class _Run:
         return self.trainer.draw(grid, evaluation, stop.__bool__)
 
     def evaluate(self, drawn: Drawn) -> None:
-        """Measure the pictures of an evaluation, write its record, and keep the model if it is the best."""
-        monitors = self.trainer.monitors
-        assert monitors is not None
-        if self.trainer.step == 0:
-            record = self.trainer.evaluate(drawn)  # written when the run folder is made
-        else:
+        """Measure the pictures of an evaluation; those of trained weights are worth the run folder."""
+        if self.trainer.step > 0:
             self.open()
-            record = self.trainer.evaluate(drawn, self._agreement)
-            self.run_log.evaluation(record)
-            if self.best is not None:
-                self.best.offer(record, self.trainer.export)
-        for line in monitors.told(record):
-            self.log(line)
-        self._show_held_out()
-
-    def _show_held_out(self) -> None:
-        if self.progress is not None and self._evaluations:
-            values = self._evaluations[-1]["values"]
-            self.progress.take_in({name: value for name, value in values.items() if name.startswith(HELD_OUT)})
+        self.evaluations.make(self.trainer, drawn, self.run_log)
+        if self.progress is not None:
+            self.progress.take_in(self.evaluations.shown)
 
     def log_samples(self, images: torch.Tensor) -> None:
         self.open()
@@ -474,11 +423,7 @@ class _Run:
                 before, after = (self.trainer.grid_reward(images) for images in (self.baseline, self.latest))
                 shown = f"the {len(self.latest)} pictures of {self.folder / SAMPLES}"
                 lines.append(f"reward of {shown}: {before:.4g} before, {after:.4g} after")
-        if self.trainer.monitors is not None:
-            lines += self.trainer.monitors.summary()
-        if self.best is not None and self.best.value is not None:
-            kept = f"after update {self.best.step}, {self.best.value:.4g}"
-            lines.append(f"best by {self.best.score}: {kept}; that model is in {self.folder / BEST}")
+        lines += self.evaluations.further(self.trainer)
         lines.append(f"next: rsaft-fast sample --run {self.folder} --prompts-file FILE --output after")
         lines.append("      rsaft-fast score after --reward NAME=PATH    by a reward that was not trained on")
         return lines

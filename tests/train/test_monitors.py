@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 
 import pytest
 import torch
@@ -187,6 +188,24 @@ def test_a_killed_run_goes_on_to_the_same_evaluations(tiny, out, other, tmp_path
     assert best[0] == best[1]
 
 
+def test_a_run_that_was_stopped_in_an_evaluation_makes_it_first(tiny, out, other, tmp_path, monkeypatch):
+    keys = {"max_steps": 3, "evaluation": watched(other)}
+    train(config(tiny, tmp_path / "whole", "sd3", **keys), log=lambda line: None)
+    honest = Monitors.draw
+
+    def stopped(self, stop):
+        if self.history:
+            signal.raise_signal(signal.SIGTERM)
+        return honest(self, stop)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Monitors, "draw", stopped)
+        outcome = train(config(tiny, out, "sd3", **keys), log=lambda line: None)
+    assert outcome.step == 2 and outcome.stopped_by == signal.SIGTERM and len(lines_of(out)) == 1
+    train(config(tiny, out, "sd3", resume="auto", **keys), log=lambda line: None)
+    assert lines_of(out) == lines_of(tmp_path / "whole")
+
+
 def test_a_later_best_model_is_made_again_when_the_run_goes_back(tiny, out, other, tmp_path):
     keys = {"checkpoint_every": 2, "keep_checkpoints": None, "evaluation": watched(other, best="reward")}
     train(config(tiny, out, "sd3", max_steps=6, **keys), log=lambda line: None)
@@ -235,7 +254,7 @@ def falling(tmp_path, monkeypatch, name: str = "falling") -> dict:
 
 def test_a_run_ends_when_its_score_no_longer_rises(tiny, out, tmp_path, monkeypatch):
     rewards = {"start": falling(tmp_path, monkeypatch)}
-    keys = {"max_steps": 9, "checkpoint_every": 9, "optimizer__lr": 0.05}
+    keys = {"max_steps": 5, "checkpoint_every": 5, "optimizer__lr": 0.05}
     evaluation = {"rewards": rewards, "every": 1, "count": 4, "stop_on": "held_out/start", "patience": 3}
     outcome = train(config(tiny, out, "sd3", evaluation=evaluation, **keys), log=lambda line: None)
     scores = [record["values"]["held_out/start"] for record in read_evaluations(out)]
@@ -247,7 +266,7 @@ def test_a_run_ends_when_its_score_no_longer_rises(tiny, out, tmp_path, monkeypa
         config(tiny, out, "sd3", evaluation=evaluation | {"stop_on": None}, resume="auto", **keys),
         log=lambda line: None,
     )
-    assert on.step == 9
+    assert on.step == 5
 
 
 def test_a_run_ends_at_an_alarm_that_is_told_once(tiny, out, tmp_path, monkeypatch):
