@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     experiment.add_argument("--output", type=_path, metavar="FOLDER", help="of the results (default: as above)")
     experiment.add_argument("--page", type=_path, metavar="FILE", help="also write all tables between FILE's markers")
     experiment.add_argument("--readme", type=_path, metavar="FILE", help="also write the main one between FILE's")
+    experiment.add_argument("--alarms", type=_path, metavar="FILE", help="also write how often monitors would warn")
 
     sample = add("sample", "draw pictures with a pipeline or a run", texts.SAMPLE)
     sample.add_argument(

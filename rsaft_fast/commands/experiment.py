@@ -10,7 +10,7 @@ from pathlib import Path
 from rsaft_fast.experiments.campaign import Ended, run_all
 from rsaft_fast.experiments.groups import load_sets
 from rsaft_fast.experiments.records import is_done
-from rsaft_fast.experiments.report import as_page, as_readme, as_text, draw, read_page, write_page
+from rsaft_fast.experiments.report import as_alarms, as_page, as_readme, as_text, draw, read_page, write_page
 from rsaft_fast.experiments.run import require_rows
 from rsaft_fast.experiments.selection import choices_in, update_choices
 from rsaft_fast.experiments.table import SETS, rows_of
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run `rsaft-fast experiment`."""
     names = _sets(arguments)
     folder = _folder(arguments)
-    for page in filter(None, (arguments.page, arguments.readme)):
+    for page in filter(None, (arguments.page, arguments.readme, arguments.alarms)):
         read_page(Path(page))  # before hours of training, not after them
     if arguments.list:
         print("\n".join(_listed(folder, arguments.seeds, arguments.proxies)))
@@ -106,6 +106,7 @@ def _report(arguments: argparse.Namespace, folder: Path) -> None:
     for page, said in (
         (arguments.page, lambda place: as_page(sets, folder, {n: _link(p, place) for n, p in pictures.items()})),
         (arguments.readme, lambda place: as_readme(sets)),
+        (arguments.alarms, lambda place: as_alarms(sets)),
     ):
         if page is not None:
             write_page(Path(page), said(Path(page)))

@@ -20,6 +20,7 @@ from rsaft_fast.algorithms.update import update
 from rsaft_fast.backbones import Backbone
 from rsaft_fast.backbones.turns import encode_in_turns
 from rsaft_fast.dtypes import DTYPES
+from rsaft_fast.errors import UserError
 from rsaft_fast.estimate.live import CUDA_BLOCK, LiveBytes, Peak, shapes_alone
 from rsaft_fast.estimate.reward_skeleton import skeleton_reward
 from rsaft_fast.estimate.skeleton import skeleton_backbone
@@ -28,6 +29,7 @@ from rsaft_fast.phases import ENCODING, GRID, KEEPING, SAMPLING, phase
 from rsaft_fast.recipe.check import check_path, check_settings
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards.base import Reward, TowerReward
+from rsaft_fast.rewards.features import Features
 from rsaft_fast.sampling.pictures import sample_images
 from rsaft_fast.sampling.protocol import Branch
 from rsaft_fast.smoothing.precision import low_precision, s1_error
@@ -139,8 +141,13 @@ class ShapeLoaders:
         check_settings(config, self._backbone)
         self._reward, more = skeleton_reward(config.reward)
         self._judges: dict[str, Reward] = {}
-        for name, judge in config.judges.items():
-            self._judges[name], said = skeleton_reward(judge)
+        for name, judge in config.held_out.items():
+            try:
+                self._judges[name], said = skeleton_reward(judge)
+            except UserError as error:
+                if name in config.judges:
+                    raise
+                said = [f"the held-out reward {name} is not counted: {error}"]
             more += said
         self.notes = tuple(dict.fromkeys(notes + more))
 
@@ -212,12 +219,15 @@ class _Walk:
     def estimate(self) -> Estimate:
         config = self.config
         prompts = [_PROMPT] * (config.samples.count if config.samples.every else 0)
+        evaluated = [_PROMPT] * (config.evaluation.count if config.evaluation is not None else 0)
         pictures = [ShapePicture()] if config.denoising else []
-        inputs = Inputs(prompts=[_PROMPT], sample_prompts=prompts, images=pictures, checkpoint=None, notes=[])
+        inputs = Inputs([_PROMPT], prompts, pictures, checkpoint=None, notes=[], evaluation_prompts=evaluated)
         run = self.run = assemble(config, inputs, self.loaders)
         trained = "adapters" if config.parameters.train == "lora" else "denoiser, trained"
         self._keep(trained, run.parameters.values())
         self._keep("denoiser", _tensors(run.backbone.denoiser))
+        if run.monitors is not None and isinstance(run.monitors.embed, Features):
+            self._keep("features of the evaluation", _tensors(run.monitors.embed))
         self._keep("VAE", [] if run.backbone.vae is None else _tensors(run.backbone.vae))
         if run.ema is not None:
             self._keep("running mean (fp32)", run.ema.means.values())
@@ -235,6 +245,8 @@ class _Walk:
             self._check_reward()
             if run.steering is not None:
                 run.steering.rehearse()
+            if run.monitors is not None:
+                run.monitors.rehearse()
             self._update()
             if run.ema is not None:
                 run.ema.update(1)
@@ -332,7 +344,7 @@ class _Walk:
     def _draw_grid(self) -> None:
         """Draw one batch of it by one network call: more calls need no more."""
         run = self.run
-        prompts = run.sample_prompts[: self.config.data.batch_size]
+        prompts = max(run.sample_prompts, run.evaluation_prompts, key=len)[: self.config.data.batch_size]
         if prompts:
             with phase(GRID), run.final_weights():
                 sample_images(run.backbone, run.schedule[-1:], run.encoded(prompts), seed=0)

@@ -39,11 +39,13 @@ def score_of(reward: Reward, images: torch.Tensor, prompts: Sequence[str], batch
     return torch.cat(parts).double().cpu()
 
 
-def sharpness_of(reward: Reward, images: torch.Tensor, prompts: Sequence[str], ball: ImageSmoothing) -> torch.Tensor:
+def sharpness_of(
+    reward: Reward, images: torch.Tensor, prompts: Sequence[str], ball: ImageSmoothing, batch_size: int = 32
+) -> torch.Tensor:
     """Compute the sharpness S1 of pictures (N, 3, H, W) at a ball in a pixel space: (N,) in float64 on the host."""
     space: Any = ball.space
     images = images.to(reward.device)
-    values = sharpness(reward, images, prompts, ball.number, ball.norm, space, batch_size=32)
+    values = sharpness(reward, images, prompts, ball.number, ball.norm, space, batch_size)
     return values.detach().double().cpu()
 
 

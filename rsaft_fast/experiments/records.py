@@ -48,6 +48,9 @@ class Evaluation:
         weights_distance: L2 from the start's weights, of everything that is trained.
         picture_distance: mean squared difference of the pictures from the start's, in [0, 1].
         values: quantity to its value of each picture, (N,) in float64; NaN where it does not apply.
+        watched: what monitors of a run would have said: of a held-out reward how many standard errors of the paired
+            difference it is above (below 0: under) its best so far, of a statistic of the pictures how many standard
+            deviations of the start's pictures it is above theirs.
     """
 
     step: int
@@ -55,6 +58,7 @@ class Evaluation:
     weights_distance: float
     picture_distance: float
     values: dict[str, torch.Tensor] = field(repr=False)
+    watched: dict[str, float | None] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: means of the values as they are, and those values that `kept_by_picture` in their units."""
@@ -70,6 +74,7 @@ class Evaluation:
             "weights_distance": _significant(self.weights_distance),
             "picture_distance": _significant(self.picture_distance),
             "means": rounded,
+            "watched": {name: None if value is None else _significant(value) for name, value in self.watched.items()},
             "pictures": pictures,
         }
 
@@ -93,7 +98,7 @@ def _significant(value: float) -> float | None:
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation, read back: its means, and each picture's values of some quantities."""
+    """One evaluation, read back: its means, each picture's values of some quantities, and `Evaluation.watched`."""
 
     step: int
     scale: float
@@ -101,6 +106,7 @@ class Point:
     picture_distance: float
     means: Mapping[str, float]
     pictures: Mapping[str, Sequence[float]] = field(repr=False)
+    watched: Mapping[str, float | None] = field(default_factory=dict, repr=False)
 
     @property
     def truth(self) -> float:
@@ -174,6 +180,7 @@ def read_record(path: Path) -> Run:
                     name: [math.nan if value is None else value * units[name] for value in values]
                     for name, values in one["pictures"].items()
                 },
+                one.get("watched", {}),  # which older files lack
             )
             for one in content["evaluations"]
         ]

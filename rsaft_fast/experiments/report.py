@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.known_preference import TRUTH
+from rsaft_fast.experiments import alarms
 from rsaft_fast.experiments import groups as measure
 from rsaft_fast.experiments.groups import Key, Seeds, Summary
 from rsaft_fast.experiments.records import S1, Run
@@ -201,6 +202,17 @@ def as_page(sets: Sets, folder: Path, pictures: Mapping[str, str]) -> str:
     blocks += [f"![{name}: r* against proxy, distance and updates]({place})" for name, place in pictures.items()]
     blocks += [f"### {_capital(title)}\n\n{markdown(head, rows)}" for title, (head, rows) in sections(sets)]
     return "\n\n".join(blocks)
+
+
+def as_alarms(sets: Sets) -> str:
+    """Write how often monitors would have warned, in Markdown."""
+    runs = _all_runs(sets)
+    return "\n\n".join([f"{len(runs)} runs.", markdown(*alarms.table(runs)), alarms.LEGEND]) if runs else NOTHING
+
+
+def _all_runs(sets: Sets) -> list[Run]:
+    runs = [run for kinds in sets.values() for seeds in kinds.values() for run in seeds.values()]
+    return alarms.trained_alone(runs)
 
 
 def as_readme(sets: Sets) -> str:

@@ -16,10 +16,13 @@ from safetensors.torch import load_file, save
 from rsaft_fast import playground
 from rsaft_fast.algorithms.copies import replaced
 from rsaft_fast.errors import UserError
+from rsaft_fast.evaluation.alarms import IMAGE, drift_of, fall_of
+from rsaft_fast.evaluation.image_statistics import image_statistics
 from rsaft_fast.evaluation.known_preference import score_of, sharpness_of, truth_of
 from rsaft_fast.experiments.records import JUDGE, PROXY, S1, Evaluation, pipeline_hash, write_record
 from rsaft_fast.experiments.table import Row, config_of
 from rsaft_fast.files import remove_tree, replace_file
+from rsaft_fast.recipe.evaluation import REWARD
 from rsaft_fast.rewards import Reward, load_reward
 from rsaft_fast.sampling.pictures import sample_images
 from rsaft_fast.smoothing.settings import ImageSmoothing
@@ -104,6 +107,7 @@ class Observer:
         self._weights: dict[str, torch.Tensor] = {}
         self._pictures = torch.empty(0)
         self._rewards: dict[str, Reward] = {}
+        self._watched: list[dict[str, Any]] = []
 
     def __call__(self, trainer: Trainer, images: torch.Tensor, step: int) -> None:
         """Evaluate the present weights.
@@ -176,7 +180,26 @@ class Observer:
             ball = ImageSmoothing(radius=radius)
             values[f"{S1}{radius:g}"] = sharpness_of(self._rewards[self.row.proxy], images, self.prompts, ball)
         moved = float((images.double() - self._pictures.double()).square().mean())
-        self.evaluations.append(Evaluation(step, scale, weights_distance, moved, values))
+        watched = self._watch(step, values, image_statistics(images)) if scale == 1 else {}
+        self.evaluations.append(Evaluation(step, scale, weights_distance, moved, values, watched))
+
+    def _watch(
+        self, step: int, values: Mapping[str, torch.Tensor], statistics: Mapping[str, torch.Tensor]
+    ) -> dict[str, float | None]:
+        """What the monitors of a run would say of these pictures; see `Evaluation.watched`."""
+        judges = {name: own for name, own in values.items() if name.startswith(JUDGE)}
+        pictures = {REWARD: values[PROXY], **judges, **{IMAGE + name: own for name, own in statistics.items()}}
+        now = {
+            "step": step,
+            "values": {name: float(own.mean()) for name, own in pictures.items()},
+            "pictures": {name: own.tolist() for name, own in pictures.items()},
+        }
+        falls = {name: fall_of(self._watched, now, name) for name in judges}
+        watched = {name: fall.own.errors if fall is not None else None for name, fall in falls.items()}
+        if self._watched:
+            watched |= {IMAGE + name: drift_of(self._watched[0], now, IMAGE + name) for name in statistics}
+        self._watched.append(now)
+        return watched
 
 
 def _kept(folder: Path, key: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:

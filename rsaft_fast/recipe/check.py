@@ -16,6 +16,7 @@ from rsaft_fast.hub import is_hub_id
 from rsaft_fast.methods import NFT, FlowGRPO, GradientMethod
 from rsaft_fast.ops import backends
 from rsaft_fast.recipe.check_agreement import check_judges
+from rsaft_fast.recipe.check_evaluation import check_evaluation
 from rsaft_fast.recipe.check_smoothing import check_smoothing
 from rsaft_fast.recipe.config import MOST_PICTURES, PLAYGROUND, Config
 from rsaft_fast.sampling import GradientPlan, derive_rng
@@ -101,6 +102,7 @@ def _check_agreement(config: Config) -> None:
     _check_reward(config)
     _check_groups(config)
     check_judges(config)
+    check_evaluation(config)
     _check_regularize(config)
     _check_quantize(config)
     backbone = config.backbone

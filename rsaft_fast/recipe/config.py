@@ -13,6 +13,7 @@ from rsaft_fast.dtypes import Dtype
 from rsaft_fast.methods import AnyMethod
 from rsaft_fast.methods.losses import Loss
 from rsaft_fast.recipe.agreement import AgreementSettings
+from rsaft_fast.recipe.evaluation import EvaluationSettings
 from rsaft_fast.rewards import RewardSettings
 from rsaft_fast.settings import Settings, UserPath, UserPlace
 from rsaft_fast.smoothing.search import AUTO, RadiusSearch
@@ -289,6 +290,8 @@ class Config(Settings):
         sharpness: the ball at which the sharpness S1 is logged, in a pixel space; null does not log it.
         agreement: rewards that are not trained on, whose gradients the update's is compared with: a monitor of reward
             hacking, and its controls; null has none.
+        evaluation: what is measured on fixed held-out pictures while the run trains, into evaluations.jsonl, with
+            held-out rewards and alarms; null measures nothing.
         reward: what is maximised.
         data: prompts and batches.
         optimizer: AdamW's learning rate, decay and clipping.
@@ -314,6 +317,7 @@ class Config(Settings):
     smoothing: Annotated[Smoothing, BeforeValidator(_unsmoothed)] = Smoothing()
     sharpness: ImageSmoothing | None = ImageSmoothing()
     agreement: AgreementSettings | None = None
+    evaluation: EvaluationSettings | None = None
     reward: RewardSettings
     data: DataSettings
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -337,9 +341,14 @@ class Config(Settings):
 
     @property
     def judges(self) -> dict[str, RewardSettings]:
-        """Every reward that judges without being trained on, by its name."""
+        """Every reward whose gradient the trained one's is compared with, by its name."""
         search = self.smoothing.radius_search
         return {**(self.agreement.judges if self.agreement else {}), **(search.judges if search else {})}
+
+    @property
+    def held_out(self) -> dict[str, RewardSettings]:
+        """Every reward that is loaded without being trained on, by its name."""
+        return {**(self.evaluation.rewards if self.evaluation else {}), **self.judges}
 
     @property
     def fixed_pictures(self) -> int:

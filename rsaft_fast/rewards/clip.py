@@ -104,6 +104,11 @@ class ClipReward(TowerReward):
         """Tokens that are read of a prompt, start and end included."""
         return self.model.config.text_config.max_position_embeddings
 
+    def embed_images(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Unit features (B, D), fp32 at least, of preprocessed images."""
+        with without_autocast(inputs.device):
+            return unit(self.model.get_image_features(pixel_values=inputs.to(self.dtype)).pooler_output)
+
     def score_inputs(self, inputs: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Scores (B,) in fp32 (float64 for a float64 model) of preprocessed images.
 
@@ -115,8 +120,7 @@ class ClipReward(TowerReward):
             return self.no_scores(inputs)
         with without_autocast(inputs.device):
             text = self.encode_text(prompts)
-            image = unit(self.model.get_image_features(pixel_values=inputs.to(self.dtype)).pooler_output)
-            cosine = (image * text).sum(1)
+            cosine = (self.embed_images(inputs) * text).sum(1)
             return (cosine.clamp(min=0) if self.scale == "clipscore" else cosine) * self.score_factor
 
     def prompt_notes(self, prompts: Sequence[str]) -> list[str]:

@@ -27,13 +27,15 @@ def sample_images(
     stop: Callable[[], bool] = lambda: False,
     same_noise: bool = False,
     watch: Callable[[Sequence[int]], Iterable[int]] = iter,
+    seen: Callable[[torch.Tensor], object] | None = None,
 ) -> torch.Tensor | None:
     """Draw images (B, 3, H, W), nominally 0 to 1, onto the host: one for each row of `conditioning`.
 
     None when `stop` says so.
 
     Picture i depends on (seed, i) and its prompt alone, whatever the batch size; with `same_noise` on (seed, prompt).
-    `watch` goes through the indices of the batches' first pictures, and may tell how far it is.
+    `watch` goes through the indices of the batches' first pictures, and may tell how far it is;
+    `seen` is shown the guided prediction of every call, (b, *latent_shape), batch by batch.
     """
     pictures = []
     for first in watch(range(0, len(conditioning), batch_size)):
@@ -43,6 +45,6 @@ def sample_images(
         noise = NoiseSource(seed, SAMPLE_STEP, (0,) * len(rows) if same_noise else tuple(rows))
         latents = backbone.initial_latents(noise)
         part = conditioning.select(slice(rows.start, rows.stop))
-        x, _ = sample_chain(backbone, schedule, latents, part, noise)
+        x, _ = sample_chain(backbone, schedule, latents, part, noise, seen=seen)
         pictures.append(backbone.decode(x).cpu())
     return torch.cat(pictures)

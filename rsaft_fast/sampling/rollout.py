@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,7 @@ def sample_chain(
     finish: Finish = "sampler",
     uncond: Uncond = "graded",
     keep: Collection[int] = (),
+    seen: Callable[[torch.Tensor], object] | None = None,
 ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
     """Run the sampler's calls `first` to `last`, without a graph.
 
@@ -59,6 +60,7 @@ def sample_chain(
         finish: what follows the last call: the sampler's own step, or the predicted clean latent.
         uncond: "none" samples without guidance.
         keep: calls whose input latent is wanted.
+        seen: is shown the guided prediction of each call.
 
     Returns:
         the latent after the last call, and the latents before the calls in `keep`, by call.
@@ -70,6 +72,8 @@ def sample_chain(
         if i in keep:
             kept[i] = x
         f = guided_prediction(backbone, x, schedule[i], conditioning, uncond)
+        if seen is not None:
+            seen(f)
         x = advance(schedule[i], finish if i == last else "sampler", x, f, noise, i)
     return x, kept
 

@@ -28,6 +28,7 @@ from rsaft_fast.distributed import World
 from rsaft_fast.dtypes import DTYPES
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.agreement import fixed_prompts
+from rsaft_fast.evaluation.monitors import Monitors
 from rsaft_fast.methods import GradientMethod
 from rsaft_fast.optim import SAMAdamW
 from rsaft_fast.out_of_memory import oom_as_user_error
@@ -128,8 +129,8 @@ class FileLoaders:
 
     def judges(self) -> dict[str, Reward]:
         loaded = {}
-        for name, settings in self.config.judges.items():
-            self.stage(f"loading the judge {name}: {settings.shown}")
+        for name, settings in self.config.held_out.items():
+            self.stage(f"loading the held-out reward {name}: {settings.shown}")
             loaded[name] = load_reward(settings)
         return loaded
 
@@ -164,6 +165,8 @@ class Assembly:
         ema: the running mean of the weights; None without one.
         denoising: the pre-training loss on pictures; None without one.
         steering: what the judges say of an update, and what is done about it; None without judges.
+        monitors: what is measured on fixed pictures; None without.
+        evaluation_prompts: of those pictures, one each.
     """
 
     config: Config
@@ -184,11 +187,14 @@ class Assembly:
     denoising: DenoisingLoss | None
     sample_prompts: list[str]
     steering: Steering | None
+    monitors: Monitors | None
+    evaluation_prompts: list[str]
 
     @property
     def scored_prompts(self) -> list[str]:
         """Every prompt whose pictures the run will score."""
-        return _scored_prompts(self.config, self.batches, self.sample_prompts + self.fixed)
+        shown = self.sample_prompts + self.evaluation_prompts
+        return _scored_prompts(self.config, self.batches, shown + self.fixed)
 
     def final_weights(self) -> AbstractContextManager[None]:
         """Give the model, inside the `with` block, the weights that a user would take away.
@@ -204,7 +210,11 @@ class Assembly:
         self.batches = PromptBatches(config.data, self.batches.prompts, config.seed, self.world)
         self.algorithm = build_algorithm(config, self.backbone, self.reward, self.schedule, self.world)
         self.ascent = build_ascent(config, self.parameters)
-        self.steering = steer(config, self.algorithm, self.judges, self.encoded, self.fixed, self.optimizer, self.world)
+        compared = {name: self.judges[name] for name in config.judges}
+        self.steering = steer(config, self.algorithm, compared, self.encoded, self.fixed, self.optimizer, self.world)
+        self.monitors = build_monitors(
+            config, self.backbone, self.schedule, self.reward, self.judges, self.encoded, self.evaluation_prompts
+        )
 
 
 def assemble(
@@ -231,7 +241,7 @@ def assemble(
     world = world or World()
     batches = PromptBatches(config.data, inputs.prompts, config.seed, world)
     fixed = fixed_prompts(inputs.prompts, config.seed, config.fixed_pictures)
-    prompts = _scored_prompts(config, batches, inputs.sample_prompts + fixed)
+    prompts = _scored_prompts(config, batches, inputs.sample_prompts + inputs.evaluation_prompts + fixed)
     shapes = loaders.shapes()
     texts = prompts + negative_texts(shapes, config.sampler)
     if config.denoising is not None:
@@ -268,6 +278,10 @@ def assemble(
                 f"{algorithm.updates} updates; give a multiple of that"
             )
         optimizer = build_optimizer(parameters, config.optimizer, config.smoothing.parameters, config.seed)
+        compared = {name: judges[name] for name in config.judges}
+        monitors = build_monitors(config, backbone, schedule, reward, judges, encoded, inputs.evaluation_prompts)
+        for note in monitors.notes if monitors is not None else ():
+            log(note)
         return Assembly(
             config=config,
             world=world,
@@ -288,7 +302,9 @@ def assemble(
             if config.denoising
             else None,
             sample_prompts=inputs.sample_prompts,
-            steering=steer(config, algorithm, judges, encoded, fixed, optimizer, world, log),
+            evaluation_prompts=inputs.evaluation_prompts,
+            steering=steer(config, algorithm, compared, encoded, fixed, optimizer, world, log),
+            monitors=monitors,
         )
 
 
@@ -298,6 +314,41 @@ def build_ascent(config: Config, parameters: Mapping[str, torch.nn.Parameter]) -
     if settings is None or not needs_ascent(settings):
         return None
     return Ascent(settings, parameters, config.parameters.lora.scale)
+
+
+def build_monitors(
+    config: Config,
+    backbone: Backbone,
+    schedule: Schedule,
+    reward: Reward,
+    held_out: Mapping[str, Reward],
+    encoded: EncodedPrompts,
+    prompts: Sequence[str],
+) -> Monitors | None:
+    """Build what measures the run on fixed pictures; None where the recipe asks for nothing.
+
+    Args:
+        held_out: rewards that are not trained on, by name; of those of `evaluation` the ones that are there.
+        prompts: of the pictures.
+    """
+    settings = config.evaluation
+    if settings is None:
+        return None
+    lora = config.parameters.train == "lora"
+    return Monitors(
+        settings,
+        backbone,
+        schedule,
+        reward,
+        {name: held_out[name] for name in settings.rewards if name in held_out},
+        encoded,
+        prompts,
+        seed=config.seed if config.samples.seed is None else config.samples.seed,
+        batch_size=config.data.batch_size,
+        ball=config.sharpness,
+        adapters=backbone.trainable_parameters if lora else None,
+        lora_scale=config.parameters.lora.scale,
+    )
 
 
 def _scored_prompts(config: Config, batches: PromptBatches, sample_prompts: list[str]) -> list[str]:

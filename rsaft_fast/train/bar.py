@@ -37,23 +37,26 @@ class Progress:
         earlier: Sequence[Mapping[str, Any]] = (),
         shown: Mapping[str, str] = MappingProxyType({"reward": "reward", "s1": "S1"}),
         latest: Mapping[str, str] = MappingProxyType({}),
+        beside: Mapping[str, str] = MappingProxyType({}),
     ):
         """
         Args:
             earlier: the records of the updates done, for the means.
             shown: the figures beside the bar, name in a record to label; the first stands before the times.
             latest: the same of figures whose last value is shown, not their mean: those that few updates have.
+            beside: the same of figures that stand directly behind the first of `shown`.
         """
         self.total, self.title, self._log = total, title, log
         self._started, self._done = time.monotonic(), done
         self._told = -math.inf
         self._labels = {**shown, **latest}
+        self._beside = dict(beside)
         self._recent: dict[str, deque[float]] = {
             **{name: deque(maxlen=WINDOW) for name in (*shown, "seconds")},
-            **{name: deque(maxlen=1) for name in latest},
+            **{name: deque(maxlen=1) for name in (*latest, *beside)},
         }
         for record in earlier[-WINDOW:]:
-            self._take_in(record)
+            self.take_in(record)
         self._bar = None
         if on_terminal():
             form = "{desc} |{bar}| {percentage:.0f}%"
@@ -62,7 +65,7 @@ class Progress:
     def update(self, record: Mapping[str, Any]) -> None:
         """Take in one update's record."""
         step = record["step"]
-        self._take_in(record)
+        self.take_in(record)
         if self._bar is not None:
             self._bar.ncols = shutil.get_terminal_size().columns
             self._bar.set_description_str(self.text(step, self._room()), refresh=False)
@@ -71,7 +74,8 @@ class Progress:
             self._told = time.monotonic()
             self._log(f"update {self.text(step)}")
 
-    def _take_in(self, record: Mapping[str, Any]) -> None:
+    def take_in(self, record: Mapping[str, Any]) -> None:
+        """Show these figures from the next update on."""
         for name, values in self._recent.items():
             value = record.get(name)
             if isinstance(value, int | float) and math.isfinite(value):
@@ -87,6 +91,8 @@ class Progress:
         ]
         if figures:
             parts.append(f"{figures[0][0]} (mean of {figures[0][1]})")
+        for name, label in self._beside.items():
+            parts += [f"{label} {_mean(values):.4g}"] if (values := self._recent[name]) else []
         if seconds := self._recent["seconds"]:
             parts.append(f"{_mean(seconds):.3g} s/update")
         if step > self._done:

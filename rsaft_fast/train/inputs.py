@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from rsaft_fast.files import check_writable
 from rsaft_fast.recipe.check import check_keys, check_machine, check_model
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.train import checkpoint as checkpoints
-from rsaft_fast.train.logging import CHECKPOINTS, CONFIG, METRICS, SAMPLES, TENSORBOARD
+from rsaft_fast.train.logging import BEST, CHECKPOINTS, CONFIG, EVALUATIONS, METRICS, SAMPLES, TENSORBOARD
 
 TF32_ROUNDING = 2.0**-11
 """Half a unit in the last of TF32's 10 bits."""
@@ -33,6 +33,7 @@ class Inputs:
         images: of the denoising loss.
         checkpoint: to go on from; None for a new run.
         notes: lines that the user should see.
+        evaluation_prompts: of the pictures that the run is evaluated on, one each.
     """
 
     prompts: list[str]
@@ -40,6 +41,7 @@ class Inputs:
     images: list[CaptionedImage]
     checkpoint: Path | None
     notes: list[str]
+    evaluation_prompts: list[str] = field(default_factory=list)
 
 
 def check_config(config: Config, own: Backbone | None = None) -> Inputs:
@@ -56,16 +58,20 @@ def check_config(config: Config, own: Backbone | None = None) -> Inputs:
     check_model(config, plan, own)
     checkpoint, notes = _find_checkpoint(config, own)
     notes += _drowned_radii(config)
-    config.reward.check_files()
+    for reward in (config.reward, *(config.evaluation.rewards.values() if config.evaluation else ())):
+        reward.check_files()
     prompts = load_prompts(config.data.prompts, config.data.column)
     sample_prompts = _sample_prompts(config, prompts)
+    evaluation_prompts = _evaluation_prompts(config, prompts)
     notes += _prompt_notes(config, prompts, sample_prompts)
+    notes += _evaluation_notes(config, prompts, evaluation_prompts)
     return Inputs(
         prompts=prompts,
         sample_prompts=sample_prompts,
         images=load_folder(config.denoising.images, notes.append) if config.denoising else [],
         checkpoint=checkpoint,
         notes=notes,
+        evaluation_prompts=evaluation_prompts,
     )
 
 
@@ -126,11 +132,11 @@ def _check_run_folder(config: Config, own: Backbone | None) -> None:
     folder = config.run_folder
     lora = config.parameters.train == "lora"
     export = "lora" if lora else (own or traits_of(config.backbone.path)).denoiser_name
-    for name in (CONFIG, METRICS):
+    for name in (CONFIG, METRICS, EVALUATIONS):
         path = folder / name
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"output_dir: {path} is no file, and the run writes one of that name; move it away")
-    for name in (export, CHECKPOINTS, SAMPLES, TENSORBOARD):
+    for name in (export, CHECKPOINTS, SAMPLES, TENSORBOARD, BEST):
         path = folder / name
         if not os.path.lexists(path):
             continue
@@ -166,3 +172,25 @@ def _sample_prompts(config: Config, prompts: list[str]) -> list[str]:
         return []
     own = prompts if settings.prompts is None else load_prompts(settings.prompts, held_out=True)
     return first_prompts(own, settings.count)
+
+
+def _evaluation_prompts(config: Config, prompts: list[str]) -> list[str]:
+    settings = config.evaluation
+    if settings is None:
+        return []
+    source = settings.prompts if settings.prompts is not None else config.samples.prompts
+    own = prompts if source is None else load_prompts(source, held_out=True)
+    return first_prompts(own, settings.count)
+
+
+def _evaluation_notes(config: Config, prompts: list[str], own: list[str]) -> list[str]:
+    """What the prompts of training say about the evaluation."""
+    if config.evaluation is None:
+        return []
+    if config.evaluation.prompts is None and config.samples.prompts is None:
+        return [
+            "note: evaluation.prompts and samples.prompts are null: the run is evaluated on prompts that it trains on, "
+            "where rewards rise most"
+        ]
+    overlap = overlap_note(prompts, own, "the evaluation (evaluation.prompts)")
+    return [overlap] if overlap else []

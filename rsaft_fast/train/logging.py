@@ -7,7 +7,7 @@ import math
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,17 @@ from rsaft_fast.figures.grids import save_png
 from rsaft_fast.files import describe_io_error, io_errors_of, refuse_io_errors, write_atomically
 
 METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+"""One object an evaluation: step, values (name to mean), pictures (name to each picture's value), alarms (lines)."""
 CONFIG = "config.yaml"
 CHECKPOINTS, SAMPLES, TENSORBOARD = "checkpoints", "samples", "tensorboard"
+BEST = "best"
+"""Folder of the model at the best evaluation, like that of the last one, beside `BEST_RECORD`."""
+
+BEST_RECORD = "evaluation.json"
 
 LONGEST_LINE = 2**20
-"""Bytes of a record; one has about 700."""
+"""Bytes of a record; one of an update has about 700, one of an evaluation 100 a picture."""
 LARGEST_LOG = 2**32
 """Bytes of a metrics.jsonl: five million updates."""
 
@@ -43,6 +49,7 @@ class RunLog:
         self._wants_tensorboard = tensorboard
         self._log = log
         self._metrics: Any = None
+        self._evaluations: Any = None
         self._board = None
         self._writer = Background("writer")
         self._failed: set[str] = set()
@@ -52,8 +59,12 @@ class RunLog:
     def is_open(self) -> bool:
         return self._metrics is not None
 
-    def open(self, config: str, step: int, earlier: list[dict[str, Any]]) -> None:
+    def open(
+        self, config: str, step: int, earlier: list[dict[str, Any]], evaluations: Sequence[dict[str, Any]] = ()
+    ) -> None:
         """Make the folder; the metrics then hold `earlier`, the records of updates 1 to `step`, and no others.
+
+        So do the evaluations.
 
         Raises:
             OSError: config or metrics cannot be written.
@@ -62,6 +73,8 @@ class RunLog:
         write_atomically(self.folder / CONFIG, config)
         write_atomically(self.folder / METRICS, "".join(_line(record) for record in earlier))
         self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
+        if evaluations or (self.folder / EVALUATIONS).exists():
+            write_atomically(self.folder / EVALUATIONS, "".join(_line(record) for record in evaluations))
         if self._wants_tensorboard:
             self._aside("TensorBoard", lambda: self._open_board(step))
 
@@ -85,6 +98,23 @@ class RunLog:
         if self._board is not None:
             self._writer.submit(lambda: self._aside("TensorBoard", lambda: self._plot(record)))
 
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """What an evaluation found; on the disk's cache before this returns.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with io_errors_of(self.folder / EVALUATIONS):
+            if self._evaluations is None:
+                self._evaluations = (self.folder / EVALUATIONS).open("a", encoding="utf-8")
+            self._evaluations.write(_line(record))
+            self._evaluations.flush()
+        if self._board is not None:
+            plotted = {f"evaluation/{name}": value for name, value in record["values"].items()} | {
+                "step": record["step"]
+            }
+            self._writer.submit(lambda: self._aside("TensorBoard", lambda: self._plot(plotted)))
+
     def samples(self, draw: Callable[[], Image.Image], step: int) -> None:
         """A sample grid, drawn and written as PNG, then to TensorBoard, in the background."""
         self._writer.submit(lambda: self._write_grid(draw, step))
@@ -100,9 +130,10 @@ class RunLog:
             OSError: the metrics would not.
         """
         self._writer.flush()
-        if self._metrics is not None:
-            with io_errors_of(self.folder / METRICS):
-                os.fsync(self._metrics.fileno())
+        for stream, name in ((self._metrics, METRICS), (self._evaluations, EVALUATIONS)):
+            if stream is not None:
+                with io_errors_of(self.folder / name):
+                    os.fsync(stream.fileno())
         self._aside("TensorBoard", lambda: self._board and self._board.flush())
 
     def close(self) -> None:
@@ -113,8 +144,9 @@ class RunLog:
             self._aside("TensorBoard", lambda: self._board and self._board.close())
             if self._hook is not None:
                 threading.excepthook, self._hook = self._hook, None
-            if self._metrics is not None:
-                self._metrics.close()
+            for stream in (self._metrics, self._evaluations):
+                if stream is not None:
+                    stream.close()
 
     def _quiet(self, failed: threading.ExceptHookArgs) -> None:
         if not type(failed.thread).__module__.startswith("tensorboard."):
@@ -173,7 +205,27 @@ def read_metrics(
     Raises:
         UserError: metrics.jsonl is there and cannot be read as a file of lines.
     """
-    path = folder / METRICS
+    records = _records(folder / METRICS, _record, log)
+    return records if until is None else [record for record in records if record["step"] <= until]
+
+
+def read_evaluations(
+    folder: Path, until: int | None = None, log: Callable[[str], None] = lambda line: None
+) -> list[dict[str, Any]]:
+    """The evaluations of a run up to update `until`, by rising step; the last one of each.
+
+    Lines that are none are left out, and said, as by `read_metrics`.
+
+    Raises:
+        UserError: evaluations.jsonl is there and cannot be read as a file of lines.
+    """
+    records = {record["step"]: record for record in _records(folder / EVALUATIONS, _evaluation, log)}
+    return [records[step] for step in sorted(records) if until is None or step <= until]
+
+
+def _records(
+    path: Path, parse: Callable[[bytes], dict[str, Any] | None], log: Callable[[str], None]
+) -> list[dict[str, Any]]:
     records, damaged = [], []
     try:
         kind = path.stat()
@@ -181,12 +233,12 @@ def read_metrics(
         return []
     if not stat.S_ISREG(kind.st_mode) or kind.st_size > LARGEST_LOG:
         what = f"has {kind.st_size} bytes" if stat.S_ISREG(kind.st_mode) else "is no file"
-        raise UserError(f"{path} {what}, and is to hold a line for each update; move it away")
+        raise UserError(f"{path} {what}, and is to hold a line for each record; move it away")
     with refuse_io_errors(str(path), "read", "move the file away"):
         for number, line in _lines(path):
-            if (record := _record(line)) is None:
+            if (record := parse(line)) is None:
                 damaged.append((number, line))
-            elif until is None or record["step"] <= until:
+            else:
                 records.append(record)
     if damaged and not damaged[-1][1].endswith(b"\n"):
         del damaged[-1]
@@ -226,6 +278,15 @@ def _record(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
         return record if type(record["step"]) is int and record["step"] > 0 else None
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return None
+
+
+def _evaluation(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+        whole = type(record["step"]) is int and record["step"] >= 0 and isinstance(record["alarms"], list)
+        return record if whole and isinstance(record["values"], dict) and isinstance(record["pictures"], dict) else None
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rsaft_fast.errors import UnreachableError, UserError
+from rsaft_fast.evaluation.monitors import Drawn
 from rsaft_fast.figures.grids import compose_grid
 from rsaft_fast.files import check_writable, describe_io_error, mend_of
 from rsaft_fast.lock import sole_writer
@@ -23,8 +24,20 @@ from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train.assemble import FileLoaders, Loaders
 from rsaft_fast.train.bar import Progress
 from rsaft_fast.train.changes import what_changed
+from rsaft_fast.train.evaluations import Evaluations
 from rsaft_fast.train.inputs import check_config, has_run
-from rsaft_fast.train.logging import CHECKPOINTS, CONFIG, METRICS, SAMPLES, TENSORBOARD, RunLog, read_metrics, set_aside
+from rsaft_fast.train.logging import (
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    EVALUATIONS,
+    METRICS,
+    SAMPLES,
+    TENSORBOARD,
+    RunLog,
+    read_metrics,
+    set_aside,
+)
 from rsaft_fast.train.signals import Interrupted, StopSignals
 from rsaft_fast.train.trainer import Trainer
 
@@ -104,26 +117,32 @@ def _train(config: Config, run: _Run, stop: StopSignals, on_samples: Callable) -
     trainer = run.trainer
     stop.finishing = "finishing the batch of pictures"
     # Drawn before a checkpoint is loaded: every grid shows what the model drew before any training.
-    run.baseline = run.sample(stop, "the grid of the untrained model")
+    run.baseline, drawn = run.draw(stop, config.samples.every > 0, run.evaluations.lacks(0), "of the untrained model")
     if not stop:
         trainer.check_reward(run.baseline)
     if run.baseline is not None:
         on_samples(trainer, run.baseline, 0)
+    if drawn is not None and not stop:
+        run.evaluate(drawn)
     run.begin(stop)
-    # A run that was stopped in an update has not drawn the grid after it.
-    if not stop and run.owes_a_grid():
-        images = run.sample(stop, f"the grid after update {trainer.step}, which is not there")
+
+    def look(grid: bool, evaluation: bool, what: str | None = None) -> None:
+        images, drawn = run.draw(stop, grid, evaluation, what)
         if images is not None:
             run.log_samples(images)
             on_samples(trainer, images, trainer.step)
+        if drawn is not None and not stop:
+            run.evaluate(drawn)
+
+    # A run that was stopped in an update has not drawn the pictures after it.
+    if not stop:
+        look(run.owes_a_grid(), run.owes_an_evaluation(), f"after update {trainer.step}, not there yet")
     while trainer.step < config.max_steps and not stop and trainer.halted is None:
         stop.finishing = f"finishing update {trainer.step + trainer.algorithm.updates}, then saving"
         run.iterate()
         if trainer.halted is not None:
             break
-        if run.is_due(config.samples.every) and (images := run.sample(stop)) is not None:
-            run.log_samples(images)
-            on_samples(trainer, images, trainer.step)
+        look(run.is_due(config.samples.every), run.is_due(run.evaluations.every))
         if run.is_due(config.checkpoint_every):
             run.save()
     if trainer.step > run.saved:
@@ -165,6 +184,7 @@ class _Run:
         self.resumed: Path | None = None
         self.baseline: torch.Tensor | None = None
         self.latest: torch.Tensor | None = None
+        self.evaluations = Evaluations(config, log)
         self.run_log = RunLog(self.folder, config.logging.tensorboard, log)
         self.progress: Progress = None  # pyrefly: ignore[bad-assignment]  # from `begin` on, unless stopped before it
         self.start = self.saved = 0
@@ -209,6 +229,7 @@ class _Run:
         advise = self.forecast(config, self.log)
         self.trainer = Trainer(config, inputs, self.log, self.stage, loaders)
         self.trainer.advise = advise
+        self.evaluations.watch(self.trainer)
         if self._saved is not None and self.resumed is not None:
             self.trainer.check_fit(self._saved)
             self.log(f"resuming from {self.resumed}, after update {self.start}")
@@ -217,6 +238,7 @@ class _Run:
 
     def _read_earlier(self, checkpoint: Path) -> None:
         self._earlier = read_metrics(checkpoint.parents[1], self.start, self.log)
+        self.evaluations.read(checkpoint.parents[1], self.start, self._earlier)
         missing = self.start - len({record["step"] for record in self._earlier})
         self._has_gaps = missing > 0
         if missing:
@@ -235,9 +257,11 @@ class _Run:
             )
             shown, steering = self.trainer.algorithm.shown, self.trainer.steering
             latest = steering.shown if steering is not None else {}
+            done, beside = self.trainer.step, self.evaluations.labels
             self.progress = Progress(
-                self.trainer.step, self.config.max_steps, self.title, self.log, self._earlier, shown, latest
+                done, self.config.max_steps, self.title, self.log, self._earlier, shown, latest, beside
             )
+            self.progress.take_in(self.evaluations.shown)
 
     def open(self) -> None:
         """The first thing worth keeping is there: make the run folder."""
@@ -248,12 +272,13 @@ class _Run:
         if self.resumed is None and has_run(self.folder):
             # What a run left that was ended before its first checkpoint.
             exports = ("lora", self.trainer.backbone.denoiser_name)
-            aside = set_aside(self.folder, (METRICS, CONFIG, SAMPLES, TENSORBOARD, *exports))
+            aside = set_aside(self.folder, (METRICS, EVALUATIONS, BEST, CONFIG, SAMPLES, TENSORBOARD, *exports))
         elif in_place and self._has_gaps:
             aside = set_aside(self.folder, (METRICS,))
         if aside is not None:
             self.log(f"what was there is in {aside} now")
-        self.run_log.open(to_yaml(self.config), self.start, self._earlier)
+        evaluations = self.evaluations.begin(self.start)
+        self.run_log.open(to_yaml(self.config), self.start, self._earlier, evaluations)
         if self.baseline is not None:
             self._log_grid({"before": self.baseline}, 0)
 
@@ -280,6 +305,7 @@ class _Run:
         """One update's figures, to the log and beside the bar; the first one makes the run folder."""
         self.open()
         self.run_log.metrics(record)
+        self.evaluations.note(record)
         self.progress.update(record)
         self._warn(record)
 
@@ -293,13 +319,29 @@ class _Run:
         step = self.trainer.step
         return step > 0 and self.is_due(self.config.samples.every) and not self.run_log.has_samples(step)
 
-    def sample(self, stop: StopSignals, what: str | None = None) -> torch.Tensor | None:
-        """The sample grid's pictures; None without a grid, or when a signal came meanwhile."""
-        if not self.config.samples.every:
-            return None
-        if what is not None:
-            self.stage(f"drawing {what}: {len(self.trainer.sample_prompts)} pictures")
-        return self.trainer.sample(stop.__bool__)
+    def owes_an_evaluation(self) -> bool:
+        """Whether the evaluation after the update that the run goes on from was due and is not there."""
+        step = self.trainer.step
+        return step > 0 and self.is_due(self.evaluations.every) and self.evaluations.lacks(step)
+
+    def draw(
+        self, stop: StopSignals, grid: bool, evaluation: bool, when: str | None = None
+    ) -> tuple[torch.Tensor | None, Drawn | None]:
+        """The pictures of the sample grid and of an evaluation; None of what is not wanted, or when a signal came."""
+        if when is not None and (grid or evaluation):
+            both = {"the grid": len(self.trainer.sample_prompts) if grid else 0}
+            both["the evaluation"] = len(self.trainer.evaluation_prompts) if evaluation else 0
+            named = " and ".join(f"{what} {when}: {count} pictures" for what, count in both.items() if count)
+            self.stage(f"drawing {named}")
+        return self.trainer.draw(grid, evaluation, stop.__bool__)
+
+    def evaluate(self, drawn: Drawn) -> None:
+        """Measure the pictures of an evaluation; those of trained weights are worth the run folder."""
+        if self.trainer.step > 0:
+            self.open()
+        self.evaluations.make(self.trainer, drawn, self.run_log)
+        if self.progress is not None:
+            self.progress.take_in(self.evaluations.shown)
 
     def log_samples(self, images: torch.Tensor) -> None:
         self.open()
@@ -390,6 +432,7 @@ class _Run:
                 before, after = (self.trainer.grid_reward(images) for images in (self.baseline, self.latest))
                 shown = f"the {len(self.latest)} pictures of {self.folder / SAMPLES}"
                 lines.append(f"reward of {shown}: {before:.4g} before, {after:.4g} after")
+        lines += self.evaluations.further(self.trainer)
         lines.append(f"next: rsaft-fast sample --run {self.folder} --prompts-file FILE --output after")
         lines.append("      rsaft-fast score after --reward NAME=PATH    by a reward that was not trained on")
         return lines

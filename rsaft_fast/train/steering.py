@@ -28,6 +28,7 @@ from rsaft_fast.evaluation.agreement import (
     sample_cosines,
     sample_gradients,
 )
+from rsaft_fast.evaluation.alarms import AGREEMENT, AGREEMENT_ERROR
 from rsaft_fast.evaluation.radius import balls_of, find_radius, witness_warnings
 from rsaft_fast.evaluation.sketch import fold
 from rsaft_fast.optim.projection import adam_scales, project_out_
@@ -43,7 +44,7 @@ from rsaft_fast.smoothing.settings import ImageSmoothing
 PREFIX = "steering."
 """Before the names of a checkpoint's tensors that are the steering's."""
 
-AGREEMENT, ERROR, RADIUS = "agreement/", "agreement_error/", "image_radius"
+RADIUS = "image_radius"
 KEPT, OPPOSED = "agreement_kept", "agreement_before_projection"
 _OWN = "agreement of this update/"
 
@@ -182,7 +183,7 @@ class Steering:
         row = report.radii.index(report.radius)
         figures = {RADIUS: report.radius}
         figures |= {AGREEMENT + name: report.cosines[row][j] for j, name in enumerate(report.judges)}
-        return figures | {ERROR + name: report.errors[row][j] for j, name in enumerate(report.judges)}
+        return figures | {AGREEMENT_ERROR + name: report.errors[row][j] for j, name in enumerate(report.judges)}
 
     def _take(self, radius: float) -> None:
         self.radius = radius
@@ -212,7 +213,7 @@ class Steering:
             self._warn(witness_warnings(found))
         cosines, errors = found.cosines[0].tolist(), jackknife(found.replicates())[0].tolist()
         figures = {AGREEMENT + name: value for name, value in zip(found.judges, cosines)}
-        return figures | {ERROR + name: value for name, value in zip(found.judges, errors)}
+        return figures | {AGREEMENT_ERROR + name: value for name, value in zip(found.judges, errors)}
 
     def _warn(self, lines: Sequence[str]) -> None:
         """Say once what is wrong with the judges."""

@@ -21,6 +21,7 @@ from rsaft_fast.backbones import save_lora
 from rsaft_fast.data.encodings import free_memory
 from rsaft_fast.distributed import World
 from rsaft_fast.errors import UserError
+from rsaft_fast.evaluation.monitors import Drawn
 from rsaft_fast.files import io_errors_of, remove_tree, replace_folder
 from rsaft_fast.out_of_memory import oom_as_user_error
 from rsaft_fast.phases import GRID, phase
@@ -86,8 +87,9 @@ class Trainer(Assembly):
 
     @property
     def halted(self) -> str | None:
-        """Why the judges end the run here, in words; None where they do not."""
-        return self.steering.halted if self.steering is not None else None
+        """Why the judges or the monitors end the run here, in words; None where they do not."""
+        ends = [part.halted for part in (self.steering, self.monitors) if part is not None]
+        return next((said for said in ends if said is not None), None)
 
     def iterate(self) -> Iterator[dict[str, Any]]:
         """Make the updates of the next iteration; yield a record for metrics.jsonl after each.
@@ -179,6 +181,35 @@ class Trainer(Assembly):
         """
         with oom_as_user_error("the sample grid"), phase(GRID), self.final_weights():
             return self._draw(self.sample_prompts, stop)
+
+    def draw(
+        self, grid: bool, evaluation: bool, stop: Callable[[], bool] = lambda: False
+    ) -> tuple[torch.Tensor | None, Drawn | None]:
+        """Draw the sample grid's pictures and those of an evaluation, each where it is asked for.
+
+        None stands for what is not, or did not come about because `stop` said so. Pictures that both have are drawn
+        once.
+        """
+        drawn, monitors, count = None, self.monitors, len(self.sample_prompts)
+        if evaluation and monitors is not None:
+            with oom_as_user_error("the evaluation"), self.final_weights():
+                drawn = monitors.draw(stop)
+            if drawn is None:
+                return None, None
+            if grid and monitors.prompts[:count] == self.sample_prompts:
+                return drawn.images[:count], drawn
+        return self.sample(stop) if grid else None, drawn
+
+    def evaluate(self, drawn: Drawn, beside: Mapping[str, float | None] = {}) -> dict[str, Any]:  # noqa: B006
+        """Measure the pictures of an evaluation; see `Monitors.measure`.
+
+        Raises:
+            UserError: no memory left.
+            NonFiniteRewardError: the trained reward's S1 has no finite score to start from.
+        """
+        assert self.monitors is not None
+        with oom_as_user_error("the evaluation"), self.final_weights():
+            return self.monitors.measure(drawn, self.step, beside)
 
     def _draw(self, prompts: list[str], stop: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
         seed = self.config.seed if self.config.samples.seed is None else self.config.samples.seed

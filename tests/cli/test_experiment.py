@@ -27,14 +27,15 @@ def test_a_report_trains_nothing_and_fills_pages(tmp_path, capsys):
     rows, _ = rows_of("quick", {}, [10, 11])
     for row in rows:
         finish(row, tmp_path, [0.4, 0.5, 0.3], [0, 1, 2])
-    page, readme = tmp_path / "page.md", tmp_path / "readme.md"
-    for path in (page, readme):
+    page, readme, alarms = (tmp_path / f"{name}.md" for name in ("page", "readme", "alarms"))
+    for path in (page, readme, alarms):
         path.write_text(f"# Mine\n{BEGIN}\n{END}\n")
-    pages = ["--page", str(page), "--readme", str(readme)]
+    pages = ["--page", str(page), "--readme", str(readme), "--alarms", str(alarms)]
     assert main(["experiment", "--report", "--output", str(tmp_path), *pages]) == 0
     first = capsys.readouterr().out
     assert "quick: the brittle proxy" in first and "0.500" in first and (tmp_path / "quick.png").is_file()
     assert "](quick.png)" in page.read_text() and "brittle, both" in readme.read_text()
+    assert "| r* never fell |" in alarms.read_text()
     assert main(["experiment", "--report", "--output", str(tmp_path)]) == 0
     assert capsys.readouterr().out == first
 

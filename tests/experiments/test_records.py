@@ -35,6 +35,9 @@ def test_means_come_back_as_they_were_and_pictures_to_half_a_unit(tmp_path):
             for found, wanted in zip(point.pictures[name], values.tolist()):
                 both = math.isnan(found) and math.isnan(wanted)
                 assert both or abs(found - wanted) <= unit_of(name) / 2 * (1 + 1e-9), name
+    text = ROW.path(tmp_path).read_text()
+    ROW.path(tmp_path).write_text(text.replace('"watched":{},', ""))  # as files were before monitors
+    assert read_record(ROW.path(tmp_path)).points[0].watched == {} and '"watched":{},' in text
     # Relations of pictures that state none are no part of their mean.
     assert math.isnan(own.values["relation"][0]) and not math.isnan(run.points[0].means["relation"])
 

@@ -51,6 +51,19 @@ def test_the_start_is_the_same_for_every_seed_and_reached_by_going_all_the_way_b
     assert set(run.points[0].means) >= {"r*", "proxy", "judge/fair", "S1@0.3", "fidelity"}
 
 
+def test_a_run_says_what_its_monitors_would_have_said(ran):
+    start, first, second, back = evaluations(ran[0])
+    judges = {f"judge/{name}" for name in playground.REWARDS if name != "brittle"}
+    assert start["watched"] == dict.fromkeys(judges) and back["watched"] == {}  # nothing before; no moment of the run
+    for name in judges:
+        moved = first["means"][name] - start["means"][name]
+        assert first["watched"][name] * moved > 0
+        best = max(start["means"][name], first["means"][name])
+        assert second["watched"][name] * (second["means"][name] - best) >= 0
+    assert second["watched"].keys() - judges >= {"image/contrast", "image/entropy"}
+    assert read_record(ran[0]).points[1].watched == first["watched"]
+
+
 def test_prompts_of_the_evaluation_are_none_that_anybody_trained_on():
     prompts = playground.eval_prompts(256)
     assert len(set(prompts)) == 256 and not set(prompts) & set(playground.train_prompts())

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.estimate.estimate import estimate
+from rsaft_fast.evaluation.alarms import AGREEMENT, AGREEMENT_ERROR
 from rsaft_fast.recipe.check import check_keys
 from rsaft_fast.train.inputs import check_config
 from rsaft_fast.train.logging import read_metrics
 from rsaft_fast.train.loop import train
-from rsaft_fast.train.steering import AGREEMENT, ERROR, KEPT, OPPOSED, RADIUS
+from rsaft_fast.train.steering import KEPT, OPPOSED, RADIUS
 from rsaft_fast.train.trainer import Trainer
 
 
@@ -57,7 +58,7 @@ def test_agreement_is_logged_from_before_the_first_update(tiny, out, other):
     for record in records[::2]:
         assert record[AGREEMENT + "itself"] == pytest.approx(1, abs=1e-5)
         assert record[AGREEMENT + "opposite"] == pytest.approx(-1, abs=1e-5)
-        assert abs(record[AGREEMENT + "other"]) < 0.9999 and record[ERROR + "other"] > 0
+        assert abs(record[AGREEMENT + "other"]) < 0.9999 and record[AGREEMENT_ERROR + "other"] > 0
     assert sum("warning" in line and "itself" in line for line in said) == 1
     assert any(line.startswith("update 3/3") and "agreement other" in line for line in said)
 
