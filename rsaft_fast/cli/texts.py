@@ -10,6 +10,7 @@ Fine-tunes diffusion models by reward gradient, smoothed against reward hacking 
   rsaft-fast train recipe.yaml             fine-tune your own model
   rsaft-fast sample --run RUN              look at what came out
   rsaft-fast score PICTURES --reward R=P   what reward models say of pictures
+  rsaft-fast eval RUN --prompts FILE       is it better than it was, by rewards that were not trained on
   rsaft-fast sharpness PICTURES ...        how much a reward falls right beside a picture
   rsaft-fast serve --reward R=P            reward models for other processes, over HTTP
   rsaft-fast convert FILE FOLDER           a reward's published pickle as safetensors, once
@@ -49,6 +50,7 @@ examples:
   rsaft-fast sample --run runs/playground --prompts-file playground --output after
   rsaft-fast sample --run runs/playground --prompts-file playground --output before --untrained
   rsaft-fast sample --run runs/playground --prompts-file playground --checkpoint 40
+  rsaft-fast sample --run runs/playground --prompts-file playground --checkpoint best
   rsaft-fast sample path/to/sd3 --lora runs/a/lora --prompts-file prompts.txt --steps 28 --guidance 4.5
 
 Without --run, steps and guidance are those of diffusers' pipelines, or of the model's authors: SD1.5 50 and 7.5, SDXL
@@ -81,6 +83,35 @@ Scores wait in OUTPUT.partial until the table is written: after a failure, a ful
 on from there. Keys behind a reward's path are those of a recipe's reward section. --calibration writes where each
 reward lies on these pictures and how wide: a recipe's reward.calibration, by which a combination adds up rewards of
 different scales.
+"""
+
+EVAL = """\
+Compare a model with what was trained from it, on prompts, by rewards that were not trained on: draw the same prompts
+from the same noise with each, score every picture, and print a table with 95 % intervals, each model's paired
+difference to the first, and how far its pictures have moved.
+
+examples:
+  rsaft-fast eval runs/playground                                        the playground's held-out scenes, and r*
+  rsaft-fast eval runs/a --prompts my.txt --rewards imagereward=THUDM/ImageReward clip=openai/clip-vit-large-patch14
+  rsaft-fast eval runs/plain runs/smoothed --prompts my.txt --rewards imagereward=PATH     base, + method, + RSA-FT
+  rsaft-fast eval runs/plain runs/smoothed --checkpoint all --prompts my.txt               and at equal trained reward
+  rsaft-fast eval runs/a --protocol drawbench --rewards imagereward=PATH --features facebook/dinov2-large
+  rsaft-fast eval runs/a --protocol geneval=evaluation_metadata.jsonl --rewards geneval=PATH,image_tower=PATH
+  rsaft-fast eval path/to/sd15 path/to/other --prompts my.txt --rewards pickscore=PATH     models without any run
+
+The first row is the runs' own pipeline, untrained. The reward that a run was trained on is always measured and has a
+star: it rises whether or not the pictures are better. S1 says how much a reward falls right beside the pictures. FID
+and KID are distances to the first row's pictures, and diversity is the mean cosine distance between pictures, all in
+features of --features; without it in small thumbnails, on the playground in those of a shipped reward.
+
+With --checkpoint all every kept checkpoint is drawn, and runs are compared where the trained reward first reaches the
+highest level that all of them reach: the ends of two runs do not compare where one has climbed further.
+
+A picture depends on its prompt's text, its seed and the model, not on other prompts. Everything is kept in --output:
+after Ctrl-C, a kill or an error the same command goes on, to the same figures; more rewards, runs or checkpoints cost
+what they add. Writes evaluation.md (the table), scores.csv (a row a picture) and evaluation.json (all figures, and
+every choice behind them: prompts, seeds, sampler, hashes of the weights, versions), marked as partial until all is
+measured. Scores are those of `rsaft-fast score` on the same folder.
 """
 
 SHARPNESS = """\

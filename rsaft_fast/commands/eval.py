@@ -1,0 +1,468 @@
+"""`rsaft-fast eval`: models and runs compared on prompts, by every reward asked for, and how it was measured."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rsaft_fast.commands.eval_models import Drawing, Model, find_models, wanted_pictures
+from rsaft_fast.commands.output import hold
+from rsaft_fast.commands.pictures import FIXED, log
+from rsaft_fast.commands.reward_options import parse_judges
+from rsaft_fast.commands.score import score_pictures
+from rsaft_fast.commands.score_journal import Journal, digest, identity_of
+from rsaft_fast.data.picture_lists import Picture, find_pictures
+from rsaft_fast.data.pictures import read_picture
+from rsaft_fast.data.prompt_sets import overlap_note
+from rsaft_fast.data.prompts import load_prompts
+from rsaft_fast.errors import UserError
+from rsaft_fast.evaluation.distances import Estimate, frechet_distance, kernel_distance, spread, spread_within
+from rsaft_fast.evaluation.known_preference import TRUTH, truth_of
+from rsaft_fast.evaluation.protocols import SEED, protocol_prompts
+from rsaft_fast.evaluation.results import (
+    DIVERSITY,
+    FID,
+    KID,
+    S1,
+    WITHIN,
+    Results,
+    Row,
+    as_json,
+    as_markdown,
+    as_text,
+)
+from rsaft_fast.files import write_atomically
+from rsaft_fast.out_of_memory import is_out_of_memory
+from rsaft_fast.progress import Counter, tell
+from rsaft_fast.recipe.check import check_device, check_path
+from rsaft_fast.recipe.config import PLAYGROUND
+from rsaft_fast.rewards import Combination, Reward, RewardSettings, load_reward
+from rsaft_fast.rewards.base import PictureReward, RewardSpec, unit
+from rsaft_fast.rewards.features import Features, load_features
+from rsaft_fast.smoothing.sharpness import sharpness
+
+FORMAT = "rsaft-fast evaluation 1"
+JSON, CSV, PAGE = "evaluation.json", "scores.csv", "evaluation.md"
+THUMBNAIL = "thumbnail"
+_SIDE = 16
+FEATURES_OF_THE_PLAYGROUND = "playground/fair"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run `rsaft-fast eval`."""
+    check_device(arguments.device, "--device")
+    if not 0 <= arguments.s1 < math.inf:
+        raise UserError(f"--s1 {arguments.s1:g}: the radius must be 0 (none) or larger, and finite")
+    models = find_models(arguments)
+    source, prompts, pictures, seed = _prompts(arguments, models)
+    rewards, trained = _rewards(arguments, models)
+    evaluation = Evaluation(arguments, models, rewards, trained, source, prompts, pictures, seed)
+    with hold(evaluation.output):
+        return evaluation.run()
+
+
+def _prompts(arguments: argparse.Namespace, models: Sequence[Model]) -> tuple[str, list[str], int, int]:
+    """The name of the prompts, themselves, pictures of each, and the first seed."""
+    if arguments.protocol is None:
+        source = arguments.prompts or next((PLAYGROUND for m in models if m.settings.path == PLAYGROUND), None)
+        if source is None:
+            raise UserError("eval needs --prompts FILE (or a set), or --protocol NAME")
+        prompts = load_prompts(source, held_out=True)
+        return source, prompts[: arguments.count], arguments.pictures or 1, arguments.seed or SEED
+    for option in ("count", "pictures", "seed"):
+        if getattr(arguments, option) is not None:
+            raise UserError(
+                f"--{option} beside --protocol {arguments.protocol}: a protocol fixes it; leave it out, or name the "
+                "prompts by --prompts"
+            )
+    name, protocol, prompts = protocol_prompts(arguments.protocol)
+    log(f"protocol {name}: {len(prompts)} prompts, {protocol.pictures} pictures of each; judged by {protocol.judged}")
+    return name, prompts, protocol.pictures, SEED
+
+
+def _rewards(
+    arguments: argparse.Namespace, models: Sequence[Model]
+) -> tuple[dict[str, RewardSettings], dict[str, RewardSettings]]:
+    """Every reward by its column, and of those what some run was trained on."""
+    configs = [model.config for model in models if model.config is not None]
+    asked = parse_judges(arguments.rewards, "--rewards") if arguments.rewards else {}
+    if not asked:
+        asked = {name: reward for config in configs for name, reward in config.judges.items()}
+    trained: dict[str, RewardSettings] = {}
+    for config in configs:
+        known = {**asked, **trained}
+        name = next((name for name, own in known.items() if own == config.reward), None)
+        if name is None:
+            stem = config.reward.path.removeprefix(f"{PLAYGROUND}/") if _is_shipped(config.reward) else ""
+            name = stem or config.reward.name
+            while name in known or name in (*FIXED, "model", TRUTH):
+                name += "'"
+        trained[name] = config.reward
+    if taken := next((name for name in asked if name in (*FIXED, "model", TRUTH)), None):
+        raise UserError(f"--rewards {taken}: a column is called so already; give LABEL:NAME=PATH")
+    found = {**trained, **asked}
+    if not found and not any(model.settings.path == PLAYGROUND for model in models):
+        raise UserError("eval needs --rewards NAME=PATH ...: nothing says by what the pictures are judged")
+    return found, trained
+
+
+def _is_shipped(reward: RewardSettings) -> bool:
+    return str(getattr(reward, "path", "")).startswith(f"{PLAYGROUND}/")
+
+
+class TruePreference(PictureReward):
+    """The playground's known preference r*, as one more reward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spec = RewardSpec(TRUTH, PLAYGROUND)
+
+    def score_inputs(self, inputs: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Preference of pictures (B, 3, 32, 32) for what their prompts say, (B,), 0 to 1."""
+        return truth_of(inputs.cpu(), prompts)[TRUTH].float()
+
+
+class Evaluation:
+    """One evaluation: pictures are drawn, then scored reward by reward; whatever is done stays on the disk."""
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        models: Sequence[Model],
+        rewards: Mapping[str, RewardSettings],
+        trained: Mapping[str, RewardSettings],
+        source: str,
+        prompts: Sequence[str],
+        pictures: int,
+        seed: int,
+    ):
+        self.arguments, self.models, self.rewards, self.trained = arguments, models, rewards, trained
+        self.source, self.prompts, self.pictures, self.seed = source, prompts, pictures, seed
+        self.wanted = wanted_pictures(prompts, pictures, seed)
+        first = next((model.run for model in models if model.run is not None), None)
+        name = Path(source.partition("=")[0]).stem or "prompts"
+        default = (first / "evaluation" if first else Path("evaluation")) / name
+        self.output = Path(arguments.output or default)
+        self.drawing = Drawing(arguments, models, self.wanted, self.output)
+        self.device = self.drawing.device
+        self.columns: dict[str, dict[str, list[float]]] = {model.place: {} for model in models}
+        self.distances: dict[str, dict[str, Estimate | float]] = {model.place: {} for model in models}
+        self.specs: dict[str, dict[str, Any]] = {}
+        self.in_domain: list[str] = []
+        self.features = ""
+        self.truth = self._knows_truth()
+        self.missing = [*rewards, *([TRUTH] if self.truth else []), "distances"]
+
+    def _knows_truth(self) -> bool:
+        if any(model.settings.path != PLAYGROUND for model in self.models):
+            return False
+        from rsaft_fast.playground.scenes import parse
+
+        try:
+            for prompt in self.prompts:
+                parse(prompt)
+        except ValueError:
+            return False
+        return True
+
+    def run(self) -> int:
+        """Draw, score and write; 0, or the code of the signal that stopped it.
+
+        Raises:
+            UserError: something is wrong; it says what is safe.
+        """
+        try:
+            self._look_ahead()
+            self._note_overlap()
+            self.drawing.run()
+            self._score()
+            self._measure_distances()
+        except UserError as error:
+            raise UserError(f"{error}; {self._safe()}") from error
+        except KeyboardInterrupt as interrupt:
+            print(f"rsaft-fast: interrupted; {self._safe()}", file=sys.stderr)
+            return 128 + getattr(interrupt, "signal", signal.SIGINT)
+        results = self._write()
+        print(as_text(results))
+        log(
+            f"table in {self.output / PAGE}, scores of every picture in {self.output / CSV}, all of it in "
+            f"{self.output / JSON}; pictures below {self.output / 'pictures'}"
+        )
+        return 0
+
+    def _safe(self) -> str:
+        drawn = self.drawing.count()
+        if not drawn:
+            return "nothing was drawn"
+        scored = sum(len(values) for columns in self.columns.values() for values in columns.values())
+        partial = f" and {scored} scores, marked partial," if scored else ""
+        if scored:
+            self._write()
+        whole = len(self.models) * len(self.wanted)
+        return f"{drawn} of {whole} pictures{partial} are safe in {self.output}; the same command goes on from there"
+
+    def _look_ahead(self) -> None:
+        """Find what is wrong with a reward before hours of drawing."""
+        if self.arguments.features:
+            check_path("--features", self.arguments.features)
+        if not any(self.drawing.missing(model) for model in self.models):
+            return
+        for settings in self.rewards.values():
+            settings.check_files()
+            load_reward(settings, device="cpu")
+
+    def _note_overlap(self) -> None:
+        for config in {id(m.config): m.config for m in self.models if m.config is not None}.values():
+            try:
+                training = load_prompts(config.data.prompts, config.data.column)
+            except UserError:
+                continue  # its prompts have gone since; nothing depends on them
+            if note := overlap_note(training, self.prompts, self.source):
+                log(f"warning: {note}")
+
+    def _score(self) -> None:
+        pictures = {model.place: find_pictures([str(self.drawing.folder(model))], log) for model in self.models}
+        for label, settings in self.rewards.items():
+            reward = load_reward(settings, device=self.device)
+            for note in reward.prompt_notes(self.prompts):
+                log(note)
+            key = [settings.model_dump(), asdict(reward.spec)]
+            for model in self.models:
+                self._score_model(model, pictures[model.place], reward, key, label)
+            self._describe(label, reward, settings)
+            self.missing.remove(label)
+            self._write()
+            del reward
+        if self.truth:
+            for model in self.models:
+                self._score_model(model, pictures[model.place], TruePreference(), [TRUTH], TRUTH)
+            self.specs[TRUTH] = asdict(TruePreference().spec)
+            self.missing.remove(TRUTH)
+            self._write()
+
+    def _score_model(
+        self, model: Model, pictures: Sequence[Picture], reward: Reward, key: Sequence[Any], label: str
+    ) -> None:
+        prompts = [picture.prompt or "" for picture in pictures]
+        files = [picture.file for picture in pictures]
+        place = self.output / "scores" / f"{model.place}.journal"
+        with closing(Journal(place, identity_of(pictures, prompts), tell)) as journal:
+            size = self.arguments.batch_size
+            # As `rsaft-fast score` scores the folder: the same batches, the same bits.
+            columns = score_pictures(
+                reward, files, prompts, self.device, size, journal, digest(key), f"{label}, {model.label}"
+            )
+            for part, values in columns.items():
+                self.columns[model.place][f"{label}/{part}" if part else label] = values
+            if self.arguments.s1 > 0 and reward.differentiable:
+                name = f"{S1}{label}@{self.arguments.s1:g}"
+                self.columns[model.place][name] = self._sharpness(reward, key, files, prompts, journal, label, model)
+
+    def _sharpness(
+        self,
+        reward: Reward,
+        key: Sequence[Any],
+        files: Sequence[Path],
+        prompts: Sequence[str],
+        journal: Journal,
+        label: str,
+        model: Model,
+    ) -> list[float]:
+        radius, size = self.arguments.s1, self.arguments.batch_size
+        column = (digest([*key, "S1", radius]), "one step")
+        done = len(journal.scores(column))
+        with Counter(f"S1 of {label}, {model.label}", len(files), "picture", done) as counter:
+            for first in range(done, len(files), size):
+                images = torch.cat([read_picture(file) for file in files[first : first + size]]).to(self.device)
+                with warnings.catch_warnings(record=True) as warned:
+                    warnings.simplefilter("always", UserWarning)
+                    try:
+                        values = sharpness(reward, images, prompts[first : first + size], radius, batch_size=size)
+                    except (MemoryError, RuntimeError) as error:
+                        if not is_out_of_memory(error):
+                            raise
+                        raise UserError(
+                            f"out of memory while S1 of {label} was measured at {size} pictures at a time; lower "
+                            "--batch-size, or leave S1 out by --s1 0"
+                        ) from error
+                for warning in warned if first == 0 else ():
+                    log(f"warning: {label}: {warning.message}")
+                if not torch.isfinite(values).all():
+                    raise UserError(
+                        f"the gradient of {label} at a picture of {files[first].parent} is not finite; leave S1 out by "
+                        "--s1 0, or take dtype=fp32"
+                    )
+                journal.add(column, values.tolist())
+                counter.add(len(values))
+        return journal.scores(column)
+
+    def _describe(self, label: str, reward: Reward, settings: RewardSettings) -> None:
+        self.specs[label] = asdict(reward.spec) | {"settings": settings.model_dump(mode="json")}
+        if label in self.trained:
+            self.in_domain.append(label)
+            if isinstance(reward, Combination):
+                self.in_domain += [f"{label}/{part.name}" for part in reward.parts if part.weight != 0]
+        if self.arguments.s1 > 0 and not reward.differentiable:
+            log(f"{label} has no gradient, so no S1")
+
+    def _measure_distances(self) -> None:
+        embed, spec = self._features()
+        self.features = spec.name if spec.name == THUMBNAIL else f"{spec.name} ({spec.source})"
+        self.specs["features"] = asdict(spec)
+        prompts = [picture.prompt for picture in self.wanted]
+        groups = list(zip(prompts, self._occurrences(prompts)))
+        first: torch.Tensor | None = None
+        for model in self.models:
+            features = self._embed(embed, model)
+            found = self.distances[model.place]
+            if first is None:
+                first = features
+            elif len(features) > 1:
+                found[FID] = frechet_distance(first, features)
+                found[KID] = _times(kernel_distance(first, features, groups), 1000)
+            if len(features) > 1:
+                unit_length = unit(features)
+                found[DIVERSITY] = _times(spread(unit_length, groups), 100)
+                if (within := spread_within(unit_length, groups)) is not None:
+                    found[WITHIN] = _times(within, 100)
+        self.missing.remove("distances")
+
+    def _occurrences(self, prompts: Sequence[str]) -> list[int]:
+        """Which of its set's equal prompts a picture's is: two places of one text are two prompts."""
+        per_seed = len(self.prompts)
+        seen: dict[str, int] = {}
+        places = []
+        for prompt in self.prompts:
+            places.append(seen.get(prompt, 0))
+            seen[prompt] = places[-1] + 1
+        return [places[index % per_seed] for index in range(len(prompts))]
+
+    def _features(self) -> tuple[Any, RewardSpec]:
+        """What distances are measured in: the named network, the playground's, or the pictures made small."""
+        path = self.arguments.features
+        if path is None and all(model.settings.path == PLAYGROUND for model in self.models):
+            path = FEATURES_OF_THE_PLAYGROUND
+        if path is None:
+            log(
+                f"no --features: FID, KID and diversity are measured in {THUMBNAIL}s (pictures of {_SIDE}x{_SIDE}), "
+                "which see colour and layout alone; give --features facebook/dinov2-large"
+            )
+            return thumbnails, RewardSpec(THUMBNAIL, preprocessing={"size": _SIDE, "filter": "area", "less": 0.5})
+        network: Features = load_features(path, device=self.device, checkpoint=False)
+        return network, network.spec
+
+    @torch.no_grad()
+    def _embed(self, embed: Any, model: Model) -> torch.Tensor:
+        folder, size, parts = self.drawing.folder(model), self.arguments.batch_size, []
+        with Counter(f"features of {model.label}", len(self.wanted), "picture") as counter:
+            for first in range(0, len(self.wanted), size):
+                own = self.wanted[first : first + size]
+                images = torch.cat([read_picture(folder / picture.name) for picture in own]).to(self.device)
+                parts.append(embed(images).double().cpu())
+                counter.add(len(own))
+        return torch.cat(parts)
+
+    def _results(self) -> Results:
+        rows = [
+            Row(
+                model.label if model.shown else f"{model.label} @{model.step}",
+                model.group,
+                model.updates,
+                self.columns[model.place],
+                self.distances[model.place],
+                model.shown,
+            )
+            for model in self.models
+        ]
+        # A column that not all pictures have is shown as missing.
+        return Results(rows, [picture.prompt for picture in self.wanted], self.in_domain, self.missing)
+
+    def _write(self) -> Results:
+        """Write what there is, marked as partial as long as something is missing."""
+        results = self._results()
+        about = self._about()
+        write_atomically(self.output / CSV, self._csv())
+        write_atomically(self.output / PAGE, as_markdown(results, self._lines(about)))
+        content = {"format": FORMAT, **as_json(results), "protocol": about, "specs": self.specs}
+        write_atomically(self.output / JSON, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        return results
+
+    def _about(self) -> dict[str, Any]:
+        """Every choice that a figure depends on."""
+        text = "\n".join(self.prompts)
+        return {
+            "prompts": self.source,
+            "prompts_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "count": len(self.prompts),
+            "pictures_of_a_prompt": self.pictures,
+            "seeds": list(range(self.seed, self.seed + self.pictures)),
+            "noise": "of (seed, the prompt's text)",
+            "batch_size": self.arguments.batch_size,
+            "s1": {"radius": self.arguments.s1, "norm": "l2", "space": "pixel01", "steps": 1},
+            "features": self.features,
+            "protocol": self.arguments.protocol,
+            "models": [
+                {"label": model.label, "pictures": f"pictures/{model.place}", "updates": model.updates}
+                | self.drawing.about.get(model.place, {})
+                for model in self.models
+            ],
+        }
+
+    def _lines(self, about: Mapping[str, Any]) -> list[str]:
+        """The protocol in words, for the page."""
+        lines = [
+            f"{about['count']} prompts of {self.source} (SHA-256 {about['prompts_sha256'][:16]}), "
+            f"{about['pictures_of_a_prompt']} pictures of each, from seeds {about['seeds'][0]} to {about['seeds'][-1]}",
+            f"FID, KID (to the first row) and diversity in features of {self.features or 'nothing yet'}"
+            + ("; they do not compare with figures of Inception" if self.features else ""),
+            f"S1: what a reward falls by, one step against its gradient, L2 {self.arguments.s1:g} in pixels 0 to 1",
+        ]
+        for path, sampler in self.drawing.samplers.items():
+            own = next(model for model in self.models if model.settings.path == path)
+            facts = self.drawing.about[own.place]
+            lines.append(
+                f"{path}: {facts['width']}x{facts['height']} in {facts['dtype']}, {sampler.steps} steps, guidance "
+                f"{sampler.guidance_scale:g}, eta {sampler.eta:g}"
+            )
+        for label, spec in self.specs.items():
+            if spec["sha256"]:
+                lines.append(f"{label}: {spec['name']} of {spec['source']}, SHA-256 {spec['sha256'][:16]}")
+        return lines
+
+    def _csv(self) -> str:
+        table = io.StringIO(newline="")
+        writer = csv.writer(table)
+        names = list(dict.fromkeys(name for columns in self.columns.values() for name in columns))
+        writer.writerow(["model", "updates", *FIXED, "seed", *names])
+        for model in self.models:
+            columns = self.columns[model.place]
+            for index, picture in enumerate(self.wanted):
+                scores = [columns[name][index] if name in columns else "" for name in names]
+                file = os.path.join("pictures", model.place, picture.name)
+                writer.writerow([model.label, model.updates, file, picture.prompt, picture.seed, *scores])
+        return table.getvalue()
+
+
+def thumbnails(images: torch.Tensor) -> torch.Tensor:
+    """Reduce pictures (B, 3, H, W), 0 to 1, to (B, 3 * 16 * 16): area means less 0.5."""
+    small = torch.nn.functional.adaptive_avg_pool2d(images.float(), _SIDE)
+    return small.flatten(1) - 0.5
+
+
+def _times(found: Estimate, factor: float) -> Estimate:
+    return Estimate(found.value * factor, found.low * factor, found.high * factor)
