@@ -181,6 +181,21 @@ def build_parser() -> argparse.ArgumentParser:
     _add_device(sharpness)
     _add_batch_size(sharpness)
 
+    push = add("push", "publish what a run trained on the Hugging Face hub, with a model card", texts.PUSH)
+    push.add_argument("run", type=_path, metavar="RUN", help="a run folder")
+    push.add_argument("--repo", required=True, metavar="OWNER/NAME", help="the model repository, made if need be")
+    push.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which export (default: last)")
+    push.add_argument(
+        "--license",
+        metavar="ID",
+        help="as the hub calls it, such as apache-2.0 (default: the base model's, where known)",
+    )
+    push.add_argument(
+        "--evaluation", type=_path, metavar="FOLDER", help="of eval, for the card (default: the run's newest)"
+    )
+    push.add_argument("--private", action="store_true", help="a repository that is made is private")
+    push.add_argument("--dry-run", action="store_true", help="send nothing: show the files and the card")
+
     serve = add("serve", "serve reward models to other processes, over HTTP", texts.SERVE)
     _add_reward(serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")

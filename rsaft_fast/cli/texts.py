@@ -12,6 +12,7 @@ Fine-tunes diffusion models by reward gradient, smoothed against reward hacking 
   rsaft-fast score PICTURES --reward R=P   what reward models say of pictures
   rsaft-fast eval RUN --prompts FILE       is it better than it was, by rewards that were not trained on
   rsaft-fast sharpness PICTURES ...        how much a reward falls right beside a picture
+  rsaft-fast push RUN --repo OWNER/NAME    publish it on the hub, with a model card
   rsaft-fast serve --reward R=P            reward models for other processes, over HTTP
   rsaft-fast convert FILE FOLDER           a reward's published pickle as safetensors, once
   rsaft-fast estimate recipe.yaml          will it fit, and what would make it fit
@@ -131,6 +132,22 @@ Pictures and prompts are read as score reads them. Writes a CSV with a row a pic
 the gap and S1 over the reward's own spread between pictures, and a PNG of S1 against the radius. Figures wait in
 OUTPUT.partial until then: after a failure or Ctrl-C, the same command goes on from there. A radius, picture and step of
 the search costs a forward and backward pass of the reward.
+"""
+
+PUSH = """\
+Publish what a run trained on the Hugging Face hub: its LoRA (or its denoiser) and a model card that says what it is of,
+which reward, method and radii made it, what it scores by rewards that it was not trained on, and under which licence.
+Nothing is sent before you name the repository; --dry-run shows what would be.
+
+examples:
+  rsaft-fast push runs/a --repo me/sd15-rsaft --dry-run
+  rsaft-fast push runs/a --repo me/sd15-rsaft --private
+  rsaft-fast push runs/a --repo me/sd15-rsaft --checkpoint best --license creativeml-openrail-m
+  rsaft-fast push runs/a --repo me/sd15-rsaft --evaluation runs/a/evaluation/drawbench
+
+Log in first (hf auth login, or HF_TOKEN), with a token that may write. The scores are those that `rsaft-fast eval`
+found of the same weights. The licence of the base model binds you; where it is not known here, --license must say it.
+Of local paths only the last name is shown.
 """
 
 SERVE = """\
