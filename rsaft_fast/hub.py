@@ -97,7 +97,7 @@ def publish(repository: str, files: Mapping[str, Path | bytes], message: str, pr
     ]
     try:
         api.create_repo(repository, private=private or None, exist_ok=True)
-        return str(api.create_commit(repository, operations, commit_message=message).commit_url)
+        return api.create_commit(repository, operations, commit_message=message).commit_url
     except Exception as error:
         raise UserError(f"{repository!r} could not be pushed to: {_reason_of_push(error)}") from error
 

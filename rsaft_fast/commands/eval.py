@@ -13,7 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from rsaft_fast.commands.output import hold
 from rsaft_fast.commands.pictures import FIXED, log
 from rsaft_fast.commands.reward_options import parse_judges
 from rsaft_fast.commands.score import score_pictures
-from rsaft_fast.commands.score_journal import Journal, digest, identity_of
+from rsaft_fast.commands.score_journal import Journal, digest
 from rsaft_fast.data.picture_lists import Picture, find_pictures
 from rsaft_fast.data.pictures import read_picture
 from rsaft_fast.data.prompt_sets import overlap_note
@@ -212,7 +212,8 @@ class Evaluation:
         scored = sum(len(values) for columns in self.columns.values() for values in columns.values())
         partial = f" and {scored} scores, marked partial," if scored else ""
         if scored:
-            self._write()
+            with suppress(OSError):  # the disk may be what stopped it
+                self._write()
         whole = len(self.models) * len(self.wanted)
         return f"{drawn} of {whole} pictures{partial} are safe in {self.output}; the same command goes on from there"
 
@@ -261,7 +262,7 @@ class Evaluation:
         prompts = [picture.prompt or "" for picture in pictures]
         files = [picture.file for picture in pictures]
         place = self.output / "scores" / f"{model.place}.journal"
-        with closing(Journal(place, identity_of(pictures, prompts), tell)) as journal:
+        with closing(Journal(place, _identity(files, prompts), tell)) as journal:
             size = self.arguments.batch_size
             # As `rsaft-fast score` scores the folder: the same batches, the same bits.
             columns = score_pictures(
@@ -389,8 +390,9 @@ class Evaluation:
             )
             for model in self.models
         ]
-        # A column that not all pictures have is shown as missing.
-        return Results(rows, [picture.prompt for picture in self.wanted], self.in_domain, self.missing)
+        # Runs that climbed different rewards are at no common level.
+        climbed = next(iter(self.trained)) if len(self.trained) == 1 else ""
+        return Results(rows, [picture.prompt for picture in self.wanted], self.in_domain, climbed, self.missing)
 
     def _write(self) -> Results:
         """Write what there is, marked as partial as long as something is missing."""
@@ -456,6 +458,11 @@ class Evaluation:
                 file = os.path.join("pictures", model.place, picture.name)
                 writer.writerow([model.label, model.updates, file, picture.prompt, picture.seed, *scores])
         return table.getvalue()
+
+
+def _identity(files: Sequence[Path], prompts: Sequence[str]) -> str:
+    """A digest of pictures by name and length, wherever the folder lies; what they are of is in its drawn.json."""
+    return digest([[file.name, file.stat().st_size, prompt] for file, prompt in zip(files, prompts)])
 
 
 def thumbnails(images: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import os
 import re
 from collections import Counter as Counts
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +157,7 @@ def _of_run(folder: Path, config: Config, settings: BackboneSettings, which: int
     label = f"+ {method_label(config)}"
     if which == BEST:
         files = sorted(best_folder(config, folder).glob("*.safetensors"))
-        model = Model(label, "", settings, folder, config, BEST, None, sha256_of(files), str(folder))
-        return [model]
+        return [Model(label, "", settings, folder, config, BEST, _best_step(folder), sha256_of(files), str(folder))]
     if which != ALL:
         path, _ = saved_weights(folder, which if isinstance(which, int) else None, "RUN")
         return [_at_checkpoint(label, settings, folder, config, path, True)]
@@ -171,6 +170,15 @@ def _of_run(folder: Path, config: Config, settings: BackboneSettings, which: int
     if not complete:
         raise UserError(f"{folder} has no complete checkpoint")
     return [_at_checkpoint(label, settings, folder, config, path, path == complete[-1]) for path in complete]
+
+
+def _best_step(folder: Path) -> int | None:
+    """Updates of a run's best checkpoint, as the run wrote them down beside it."""
+    try:
+        step = json.loads((folder / BEST / "evaluation.json").read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def _at_checkpoint(
@@ -200,7 +208,7 @@ def _told_apart(models: Sequence[Model]) -> list[Model]:
         # Another checkpoint is another set of pictures, whatever the run is called.
         if model.weights:
             slug += f"-{model.weights[:8]}"
-        found.append(Model(**(vars(model) | {"label": label, "place": slug, "group": group})))
+        found.append(replace(model, label=label, place=slug, group=group))
     return found
 
 

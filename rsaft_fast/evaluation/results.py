@@ -53,13 +53,15 @@ class Results:
 
     Attributes:
         prompts: of every picture.
-        trained: columns that some run was trained on; the first is what runs are compared at.
+        trained: columns that some run was trained on.
+        climbed: the one that every run was trained on, at which they are compared; "" where there is none.
         missing: what is still to be measured.
     """
 
     rows: Sequence[Row]
     prompts: Sequence[str]
     trained: Sequence[str]
+    climbed: str = ""
     missing: Sequence[str] = ()
 
     @property
@@ -88,9 +90,9 @@ class Results:
     def at_equal_reward(self) -> tuple[float, dict[str, AtLevel]] | None:
         """Every run at the highest trained reward that all runs reach; None without checkpoints to tell by."""
         curves: dict[str, list[Checkpoint]] = {}
-        if not self.trained:
+        if not self.climbed:
             return None
-        trained, first = self.trained[0], self.rows[0]
+        trained, first = self.climbed, self.rows[0]
         for row in self.rows:
             if row.group and row.step is not None and trained in row.columns:
                 start = [Checkpoint(0, first.columns)] if trained in first.columns else []
@@ -166,7 +168,7 @@ def equal_reward_cells(results: Results) -> tuple[str, list[str], list[list[str]
         if run is not first:
             gains = [difference(first.columns[name], run.columns[name], results.prompts) for name in names]
             rows.append([f"less {first_label}", "", *(_gain(gain) for gain in gains)])
-    title = f"At equal trained reward: where the mean of {results.trained[0]} first reaches {level:.4f}"
+    title = f"At equal trained reward: where the mean of {results.climbed} first reaches {level:.4f}"
     return title, ["run", "updates", *_starred(results, names)], rows
 
 
@@ -247,7 +249,7 @@ def as_json(results: Results) -> dict[str, Any]:
     if found is not None:
         level, runs = found
         equal = {
-            "column": results.trained[0],
+            "column": results.climbed,
             "level": level,
             "runs": {
                 label: {"step": run.step}

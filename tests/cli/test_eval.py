@@ -223,6 +223,7 @@ def test_full_training_and_the_best_checkpoint(tiny, tmp_path, capsys):
     assert says("best", run / "best", "STEP").search(capsys.readouterr().err)
     # What is exported of a checkpoint is what the run exports at its end.
     shutil.copytree(outcome.export, run / "best" / outcome.export.name)
+    (run / "best" / "evaluation.json").write_text('{"step": 2, "score": "held_out/a", "value": 1.0}')
     draw = ["sample", "--run", str(run), "--prompts", *PROMPTS[:2], "--output"]
     assert main([*draw, str(tmp_path / "best"), "--checkpoint", "best"]) == 0
     assert main([*draw, str(tmp_path / "first"), "--checkpoint", "1"]) == 0
@@ -235,7 +236,7 @@ def test_full_training_and_the_best_checkpoint(tiny, tmp_path, capsys):
     assert evaluate(output, run, *prompts, "--checkpoint", "best", "--s1", 0) == 0
     found = json.loads((output / "evaluation.json").read_text())
     assert [row["label"] for row in found["rows"]] == ["base", "+ DRaFT-1"]
-    assert found["protocol"]["models"][1]["checkpoint"] == "best"
+    assert found["protocol"]["models"][1]["checkpoint"] == "best" and found["rows"][1]["step"] == 2
 
 
 def test_the_best_checkpoint_of_a_lora(tiny, runs, tmp_path):

@@ -46,11 +46,14 @@ def test_the_table_pairs_pictures_of_the_runs():
     base = Row("base", "", None, {"proxy": [0.0, 2.0, 1.0], "held": [5.0, 7.0, 6.0]})
     ends = {"fast": ([4.0, 6.0, 5.0], [4.0, 6.0, 5.5]), "slow": ([2.0, 4.0, 3.0], [7.0, 8.0, 9.0])}
     rows = [Row(f"+ {name}", f"+ {name}", 10, dict(zip(("proxy", "held"), columns))) for name, columns in ends.items()]
-    results = Results([base, *rows], ["a", "b", "c"], ["proxy"])
+    results = Results([base, *rows], ["a", "b", "c"], ["proxy"], "proxy")
     title, head, cells = equal_reward_cells(results)
     assert "proxy" in title and "3.0" in title and head == ["run", "updates", "proxy*", "held"]
     fast, slow, less = cells
     assert fast[:2] == ["+ fast", "5.0"] and slow[:2] == ["+ slow", "10.0"]
     # Held-out differences at the level: 7 - 4.5, 8 - 6.5, 9 - 5.75: mean 2.4167, deviation 0.87797, t(2) 4.30265.
     assert less[0] == "less + fast" and less[3] == "+2.4167 ±2.1810"
-    assert equal_reward_cells(Results([base, rows[0]], ["a", "b", "c"], ["proxy"])) is None  # nobody to compare with
+    assert equal_reward_cells(Results([base, rows[0]], ["a", "b", "c"], ["proxy"], "proxy")) is None  # no other run
+    assert (
+        equal_reward_cells(Results([base, *rows], ["a", "b", "c"], ["proxy", "held"])) is None
+    )  # of different rewards
