@@ -10,6 +10,7 @@ import re
 from collections import Counter as Counts
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -246,20 +247,16 @@ class Drawing:
         """List the batches of which some picture is not there: a batch is drawn again whole, to the same bits."""
         folder = self.folder(model)
         there = set(os.listdir(folder)) if folder.is_dir() else set()
+        return [batch for batch in self._batches() if any(picture.name not in there for picture in batch)]
+
+    def _batches(self) -> list[list[Wanted]]:
+        """Split the pictures: a batch has one seed, so that none reaches from one to the next."""
         size = self.arguments.batch_size
-        own = [self.wanted[first : first + size] for seed in self._seeds() for first in self._starts(seed, size)]
-        return [batch for batch in own if any(picture.name not in there for picture in batch)]
-
-    def _seeds(self) -> range:
-        return range(len(self.wanted) // self._per_seed)
-
-    @property
-    def _per_seed(self) -> int:
-        return sum(picture.seed == self.wanted[0].seed for picture in self.wanted)
-
-    def _starts(self, seed: int, size: int) -> range:
-        # A batch has one seed: none reaches from one to the next.
-        return range(seed * self._per_seed, (seed + 1) * self._per_seed, size)
+        found = []
+        for _, same in groupby(self.wanted, key=lambda picture: picture.seed):
+            own = list(same)
+            found += [own[first : first + size] for first in range(0, len(own), size)]
+        return found
 
     def count(self) -> int:
         """Count the pictures that are there, of all models."""

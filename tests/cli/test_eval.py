@@ -133,7 +133,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_figures(tiny, runs, whole, judg
     arguments = arguments_of(tiny, runs, judge)
     total = 5 * 2 * len(PROMPTS)
     left = random.randrange(1, total)
-    save, write = eval_models.save_png, eval_models.write_atomically
+    save = eval_models.save_png
 
     def interrupted(image, path):
         nonlocal left
@@ -149,7 +149,6 @@ def test_stopped_anywhere_it_goes_on_to_the_same_figures(tiny, runs, whole, judg
     assert says("interrupted", total, output, "same command").search(said) and not (output / "evaluation.json").exists()
     assert len(list(output.glob("pictures/*/*.png"))) == drawn
     monkeypatch.setattr(eval_models, "save_png", save)
-    monkeypatch.setattr(eval_models, "write_atomically", write)
 
     # The next stop is within the second reward.
     from rsaft_fast.commands import eval as command
@@ -188,6 +187,20 @@ def test_killed_it_goes_on_to_the_same_figures(tiny, runs, whole, judge, tmp_pat
     done = run_cli(command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert figures(output) == figures(whole)
+
+
+@pytest.mark.slow  # six runs
+def test_a_run_of_each_method(tiny, tmp_path):
+    methods = {"refl": "ReFL", "draft": "DRaFT-1", "draft_lv": "DRaFT-LV", "alignprop": "AlignProp"}
+    methods |= {"drtune": "DRTune", "flow_grpo": "Flow-GRPO"}
+    for name in methods:
+        more = {"data__group_size": 2} if name == "flow_grpo" else {}
+        train(config(tiny, tmp_path / name, method={"name": name}, max_steps=1, smoothing=CALM, **more))
+    output = tmp_path / "out"
+    assert evaluate(output, *(tmp_path / name for name in methods), "--prompts", tiny.prompts, "--s1", 0) == 0
+    rows = json.loads((output / "evaluation.json").read_text())["rows"]
+    assert [row["label"] for row in rows] == ["base", *(f"+ {label}" for label in methods.values())]
+    assert all("less_first" in row["scores"]["clip"] for row in rows[1:])
 
 
 def test_distances_are_those_of_the_named_network(tiny, runs, whole, judge, tmp_path):
