@@ -228,9 +228,10 @@ class Evaluation:
             load_reward(settings, device="cpu")
 
     def _note_overlap(self) -> None:
-        for config in {id(m.config): m.config for m in self.models if m.config is not None}.values():
+        trained_on = {(m.config.data.prompts, m.config.data.column) for m in self.models if m.config is not None}
+        for place, column in sorted(trained_on, key=str):
             try:
-                training = load_prompts(config.data.prompts, config.data.column)
+                training = load_prompts(place, column)
             except UserError:
                 continue  # its prompts have gone since; nothing depends on them
             if note := overlap_note(training, self.prompts, self.source):

@@ -76,7 +76,7 @@ def equal_reward(curves: Mapping[str, Sequence[Checkpoint]], trained: str) -> tu
 
 def _between(curve: Sequence[Checkpoint], index: int, part: float) -> AtLevel:
     first, second = curve[index], curve[min(index + 1, len(curve) - 1)]
-    columns = {
-        name: [a + part * (b - a) for a, b in zip(first.columns[name], second.columns[name])] for name in first.columns
-    }
+    # Of an evaluation that was stopped, some checkpoints have been scored by more rewards than others.
+    names = [name for name in first.columns if name in second.columns]
+    columns = {name: [a + part * (b - a) for a, b in zip(first.columns[name], second.columns[name])] for name in names}
     return AtLevel(first.step + part * (second.step - first.step), columns)

@@ -30,7 +30,7 @@ LICENCES: dict[str, dict[str, str]] = {
     "stabilityai/stable-diffusion-xl-base-1.0": {"license": "openrail++"},
     **{
         f"stabilityai/stable-diffusion-{name}": {"license": "other", "license_name": "stabilityai-ai-community"}
-        for name in ("3-medium-diffusers", "3.5-medium", "3.5-large")
+        for name in ("3.5-medium", "3.5-large")
     },
     "black-forest-labs/FLUX.1-dev": {"license": "other", "license_name": "flux-1-dev-non-commercial-license"},
     "black-forest-labs/FLUX.1-schnell": {"license": "apache-2.0"},
