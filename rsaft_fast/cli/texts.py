@@ -97,7 +97,7 @@ examples:
   rsaft-fast eval runs/plain runs/smoothed --prompts my.txt --rewards imagereward=PATH     base, + method, + RSA-FT
   rsaft-fast eval runs/plain runs/smoothed --checkpoint all --prompts my.txt               and at equal trained reward
   rsaft-fast eval runs/a --protocol drawbench --rewards imagereward=PATH --features facebook/dinov2-large
-  rsaft-fast eval runs/a --protocol geneval=evaluation_metadata.jsonl --rewards geneval=PATH,image_tower=PATH
+  rsaft-fast eval runs/a --protocol geneval=tasks.jsonl --rewards geneval-hf=PATH,metadata=tasks.jsonl,credit=benchmark
   rsaft-fast eval path/to/sd15 path/to/other --prompts my.txt --rewards pickscore=PATH     models without any run
 
 The first row is the runs' own pipeline, untrained. The reward that a run was trained on is always measured and has a
@@ -108,11 +108,12 @@ features of --features; without it in small thumbnails, on the playground in tho
 With --checkpoint all every kept checkpoint is drawn, and runs are compared where the trained reward first reaches the
 highest level that all of them reach: the ends of two runs do not compare where one has climbed further.
 
-A picture depends on its prompt's text, its seed and the model, not on other prompts. Everything is kept in --output:
-after Ctrl-C, a kill or an error the same command goes on, to the same figures; more rewards, runs or checkpoints cost
-what they add. Writes evaluation.md (the table), scores.csv (a row a picture) and evaluation.json (all figures, and
-every choice behind them: prompts, seeds, sampler, hashes of the weights, versions), marked as partial until all is
-measured. Scores are those of `rsaft-fast score` on the same folder.
+Steps, guidance, size and dtype are those of the first run named, for all of them; without a run those that sample takes
+without one. A picture depends on its prompt's text, its seed and the model, not on other prompts. Everything is kept in
+--output: after Ctrl-C, a kill or an error the same command goes on, to the same figures; more rewards, runs or
+checkpoints cost what they add. Writes evaluation.md (the table), scores.csv (a row a picture) and evaluation.json (all
+figures, and every choice behind them: prompts, seeds, sampler, hashes of the weights, versions), marked as partial
+until all is measured. Scores are those of `rsaft-fast score` on the same folder.
 """
 
 SHARPNESS = """\

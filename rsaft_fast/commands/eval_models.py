@@ -279,6 +279,9 @@ class Drawing:
         config = next((model.config for model in models if model.config is not None), None)
         shapes = load_shapes(first.settings, DTYPES[first.settings.dtype], self.device)
         sampler = self._sampler(config, shapes, first.settings.path)
+        for model in {model.run: model for model in models if model.config is not None}.values():
+            if model.config is not None and config is not None and model.config.sampler != config.sampler:
+                log(f"{model.run} was trained with another sampler than the first run, whose all are drawn with here")
         for model in models:
             self._identify(model, sampler, shapes)
         todo = [model for model in models if self.missing(model)]
@@ -359,6 +362,7 @@ class Drawing:
             "width": shapes.width,
             "height": shapes.height,
             "dtype": settings.dtype,
+            "quantize": settings.quantize,
             "device": self.device.type,
             "software": describe_software(),
         }

@@ -31,7 +31,7 @@ PROTOCOLS = {
     "hpdv2-400": Protocol("hpdv2-400", 1, "HPSv2.1, PickScore, ImageReward, UnifiedReward (FlowBP)"),
     "hpdv2-3200": Protocol("hpdv2", 1, "HPSv2 or HPSv2.1, four styles (the HPSv2 benchmark)"),
     "partiprompts": Protocol("partiprompts", 1, "preference rewards"),
-    "geneval": Protocol("geneval", 4, "a detector's tasks (reward geneval is a re-implementation)"),
+    "geneval": Protocol("geneval", 4, "a detector's tasks (reward geneval-hf is a re-implementation)"),
     "geneval2": Protocol("geneval2", 1, "Soft-TIFA by a vision-language model, which is not here: pictures only"),
     "dpg-bench": Protocol("dpg-bench", 4, "mPLUG's answers, which is not here: pictures only"),
     "unigenbench": Protocol("unigenbench", 4, "a vision-language judge, which is not here: pictures only"),
