@@ -20,10 +20,17 @@ from typing import Any
 
 import torch
 
+from rsaft_fast.commands.eval_inputs import (
+    THUMBNAIL,
+    TruePreference,
+    chosen_prompts,
+    chosen_rewards,
+    knows_truth,
+    thumbnails,
+)
 from rsaft_fast.commands.eval_models import Drawing, Model, find_models, wanted_pictures
 from rsaft_fast.commands.output import hold
 from rsaft_fast.commands.pictures import FIXED, log
-from rsaft_fast.commands.reward_options import parse_judges
 from rsaft_fast.commands.score import score_pictures
 from rsaft_fast.commands.score_journal import Journal, digest
 from rsaft_fast.data.picture_lists import Picture, find_pictures
@@ -32,8 +39,7 @@ from rsaft_fast.data.prompt_sets import overlap_note
 from rsaft_fast.data.prompts import load_prompts
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.distances import Estimate, frechet_distance, kernel_distance, spread, spread_within
-from rsaft_fast.evaluation.known_preference import TRUTH, truth_of
-from rsaft_fast.evaluation.protocols import SEED, protocol_prompts
+from rsaft_fast.evaluation.known_preference import TRUTH
 from rsaft_fast.evaluation.results import (
     DIVERSITY,
     FID,
@@ -52,14 +58,12 @@ from rsaft_fast.progress import Counter, tell
 from rsaft_fast.recipe.check import check_device, check_path
 from rsaft_fast.recipe.config import PLAYGROUND
 from rsaft_fast.rewards import Combination, Reward, RewardSettings, load_reward
-from rsaft_fast.rewards.base import PictureReward, RewardSpec, unit
+from rsaft_fast.rewards.base import RewardSpec, unit
 from rsaft_fast.rewards.features import Features, load_features
 from rsaft_fast.smoothing.sharpness import sharpness
 
 FORMAT = "rsaft-fast evaluation 1"
 JSON, CSV, PAGE = "evaluation.json", "scores.csv", "evaluation.md"
-THUMBNAIL = "thumbnail"
-_SIDE = 16
 FEATURES_OF_THE_PLAYGROUND = "playground/fair"
 
 
@@ -69,72 +73,11 @@ def run(arguments: argparse.Namespace) -> int:
     if not 0 <= arguments.s1 < math.inf:
         raise UserError(f"--s1 {arguments.s1:g}: the radius must be 0 (none) or larger, and finite")
     models = find_models(arguments)
-    source, prompts, pictures, seed = _prompts(arguments, models)
-    rewards, trained = _rewards(arguments, models)
+    source, prompts, pictures, seed = chosen_prompts(arguments, models)
+    rewards, trained = chosen_rewards(arguments, models)
     evaluation = Evaluation(arguments, models, rewards, trained, source, prompts, pictures, seed)
     with hold(evaluation.output):
         return evaluation.run()
-
-
-def _prompts(arguments: argparse.Namespace, models: Sequence[Model]) -> tuple[str, list[str], int, int]:
-    """The name of the prompts, themselves, pictures of each, and the first seed."""
-    if arguments.protocol is None:
-        source = arguments.prompts or next((PLAYGROUND for m in models if m.settings.path == PLAYGROUND), None)
-        if source is None:
-            raise UserError("eval needs --prompts FILE (or a set), or --protocol NAME")
-        prompts = load_prompts(source, held_out=True)
-        return source, prompts[: arguments.count], arguments.pictures or 1, arguments.seed or SEED
-    for option in ("count", "pictures", "seed"):
-        if getattr(arguments, option) is not None:
-            raise UserError(
-                f"--{option} beside --protocol {arguments.protocol}: a protocol fixes it; leave it out, or name the "
-                "prompts by --prompts"
-            )
-    name, protocol, prompts = protocol_prompts(arguments.protocol)
-    log(f"protocol {name}: {len(prompts)} prompts, {protocol.pictures} pictures of each; judged by {protocol.judged}")
-    return name, prompts, protocol.pictures, SEED
-
-
-def _rewards(
-    arguments: argparse.Namespace, models: Sequence[Model]
-) -> tuple[dict[str, RewardSettings], dict[str, RewardSettings]]:
-    """Every reward by its column, and of those what some run was trained on."""
-    configs = [model.config for model in models if model.config is not None]
-    asked = parse_judges(arguments.rewards, "--rewards") if arguments.rewards else {}
-    if not asked:
-        asked = {name: reward for config in configs for name, reward in config.judges.items()}
-    trained: dict[str, RewardSettings] = {}
-    for config in configs:
-        known = {**asked, **trained}
-        name = next((name for name, own in known.items() if own == config.reward), None)
-        if name is None:
-            stem = config.reward.path.removeprefix(f"{PLAYGROUND}/") if _is_shipped(config.reward) else ""
-            name = stem or config.reward.name
-            while name in known or name in (*FIXED, "model", TRUTH):
-                name += "'"
-        trained[name] = config.reward
-    if taken := next((name for name in asked if name in (*FIXED, "model", TRUTH)), None):
-        raise UserError(f"--rewards {taken}: a column is called so already; give LABEL:NAME=PATH")
-    found = {**trained, **asked}
-    if not found and not any(model.settings.path == PLAYGROUND for model in models):
-        raise UserError("eval needs --rewards NAME=PATH ...: nothing says by what the pictures are judged")
-    return found, trained
-
-
-def _is_shipped(reward: RewardSettings) -> bool:
-    return str(getattr(reward, "path", "")).startswith(f"{PLAYGROUND}/")
-
-
-class TruePreference(PictureReward):
-    """The playground's known preference r*, as one more reward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.spec = RewardSpec(TRUTH, PLAYGROUND)
-
-    def score_inputs(self, inputs: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Preference of pictures (B, 3, 32, 32) for what their prompts say, (B,), 0 to 1."""
-        return truth_of(inputs.cpu(), prompts)[TRUTH].float()
 
 
 class Evaluation:
@@ -165,20 +108,8 @@ class Evaluation:
         self.specs: dict[str, dict[str, Any]] = {}
         self.in_domain: list[str] = []
         self.features = ""
-        self.truth = self._knows_truth()
+        self.truth = knows_truth(models, prompts)
         self.missing = [*rewards, *([TRUTH] if self.truth else []), "distances"]
-
-    def _knows_truth(self) -> bool:
-        if any(model.settings.path != PLAYGROUND for model in self.models):
-            return False
-        from rsaft_fast.playground.scenes import parse
-
-        try:
-            for prompt in self.prompts:
-                parse(prompt)
-        except ValueError:
-            return False
-        return True
 
     def run(self) -> int:
         """Draw, score and write; 0, or the code of the signal that stopped it.
@@ -324,7 +255,7 @@ class Evaluation:
 
     def _measure_distances(self) -> None:
         embed, spec = self._features()
-        self.features = spec.name if spec.name == THUMBNAIL else f"{spec.name} ({spec.source})"
+        self.features = f"{spec.name} ({spec.source})" if spec.source else spec.name
         self.specs["features"] = asdict(spec)
         prompts = [picture.prompt for picture in self.wanted]
         groups = list(zip(prompts, self._occurrences(prompts)))
@@ -361,12 +292,12 @@ class Evaluation:
             path = FEATURES_OF_THE_PLAYGROUND
         if path is None:
             log(
-                f"no --features: FID, KID and diversity are measured in {THUMBNAIL}s (pictures of {_SIDE}x{_SIDE}), "
-                "which see colour and layout alone; give --features facebook/dinov2-large"
+                f"no --features: FID, KID and diversity are measured in {THUMBNAIL.name}s, which see colour and layout "
+                "alone; give --features facebook/dinov2-large"
             )
-            return thumbnails, RewardSpec(THUMBNAIL, preprocessing={"size": _SIDE, "filter": "area", "less": 0.5})
+            return thumbnails, THUMBNAIL
         network: Features = load_features(path, device=self.device, checkpoint=False)
-        return network, network.spec
+        return network.raw, network.spec
 
     @torch.no_grad()
     def _embed(self, embed: Any, model: Model) -> torch.Tensor:
@@ -464,12 +395,6 @@ class Evaluation:
 def _identity(files: Sequence[Path], prompts: Sequence[str]) -> str:
     """A digest of pictures by name and length, wherever the folder lies; what they are of is in its drawn.json."""
     return digest([[file.name, file.stat().st_size, prompt] for file, prompt in zip(files, prompts)])
-
-
-def thumbnails(images: torch.Tensor) -> torch.Tensor:
-    """Reduce pictures (B, 3, H, W), 0 to 1, to (B, 3 * 16 * 16): area means less 0.5."""
-    small = torch.nn.functional.adaptive_avg_pool2d(images.float(), _SIDE)
-    return small.flatten(1) - 0.5
 
 
 def _times(found: Estimate, factor: float) -> Estimate:
