@@ -16,6 +16,10 @@ class NonFiniteRewardError(UserError):
     """The reward returned NaN or infinity; weights are as they were before the step."""
 
 
+class UnreachableError(UserError):
+    """A server that is waited for no longer; what was asked of it can be asked again when it is back."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's text, or the name of its type where it has none.
 

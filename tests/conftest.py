@@ -1,6 +1,7 @@
 """Shared by all tests: GPU tests need a GPU; the `backend` fixture runs a test on each way to compute."""
 
 import atexit
+import fcntl
 import gc
 import os
 import shutil
@@ -14,6 +15,7 @@ import torch
 
 from rsaft_fast.ops import library
 
+ROOT = Path(__file__).parents[1]
 INTERPRETER = "triton-interpreter"
 
 # Tiny tensors: a second thread costs more than it brings, many times so on a busy machine.
@@ -27,7 +29,25 @@ os.environ["XDG_CACHE_HOME"] = _CACHE
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 
 
+LONGEST = """
+triton_kernels/test_interpreter.py test_package.py triton_kernels/test_compile.py experiments/test_run.py
+cli/test_interruptions.py speed/test_regional.py train/test_steering.py train/test_loop.py estimate/test_recipes.py
+rewards/test_full_size.py algorithms/test_variants.py cli/test_estimate.py benchmarks/test_suite.py
+ops/test_images.py ops/test_sam.py benchmarks/test_gpu_memory.py cli/test_demo.py playground/test_build.py
+optim/test_distributed.py examples/test_ddp.py
+"""
+"""Files of ten seconds and more, which begin first: at the end they would leave the other workers without any."""
+
+
+def pytest_configure(config):
+    # xdist would begin with the files of most tests.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(config, items):
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST.split())}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     kept, dropped = [], []
     for item in items:
@@ -50,31 +70,61 @@ def pytest_unconfigure(config):
         gc.callbacks[:] = [call for call in gc.callbacks if not module(call).startswith("hypothesis.")]
 
 
+def _built_once(request, name, build):
+    """Folder that `build` fills, once for all workers of a run."""
+    base = request.getfixturevalue("tmp_path_factory").getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        base = base.parent  # the run's own, in which each worker has a folder
+    folder, unfinished = base / name, base / f"{name}.tmp"
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            build(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
-def host_library(tmp_path_factory):
+def host_library(request):
     """csrc/ compiled by the C++ compiler: the kernels of the CUDA library, walking host memory thread by thread."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
-    path = tmp_path_factory.mktemp("library") / "librsaft.so"
-    csrc = Path(__file__).parents[1] / "csrc"
+    csrc = ROOT / "csrc"
     sources = [csrc / name for name in (csrc / "sources.txt").read_text().split()]
     options = "-x c++ -O1 -std=c++17 -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas -fPIC -shared".split()
-    subprocess.run([compiler, *options, *sources, "-o", path], check=True)
-    return path
+
+    def build(folder):
+        subprocess.run([compiler, *options, *sources, "-o", folder / "librsaft.so"], check=True)
+
+    return _built_once(request, "host-library", build) / "librsaft.so"
 
 
 @pytest.fixture(scope="session")
-def cpu_libraries(tmp_path_factory):
-    """Folder of csrc/ compiled for the CPU as setup.py compiles it, from the sources as they are."""
-    compiler = shutil.which("c++")
-    if compiler is None:
+def cpu_libraries(request):
+    """Folder of csrc/ compiled for the CPU as setup.py compiles it, from the sources as they are: what an installation
+    left in the checkout where that is newer than they are."""
+    if shutil.which("c++") is None:
         pytest.skip("needs c++")
-    folder = tmp_path_factory.mktemp("cpu")
-    environment = os.environ | {"RSAFT_CUDA": "0", "RSAFT_CPU": "1"}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder / "temp"]
-    subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, check=True)
-    return folder / "rsaft_fast"
+
+    def build(folder):
+        sources = [ROOT / "setup.py", *(ROOT / "csrc").iterdir()]
+        newest = max(source.stat().st_mtime for source in sources)
+        installed = list((ROOT / "rsaft_fast").glob("librsaft_cpu*.so"))
+        if installed and min(path.stat().st_mtime for path in installed) > newest:
+            for path in installed:
+                shutil.copy2(path, folder)
+            return
+        environment = os.environ | {"RSAFT_CUDA": "0", "RSAFT_CPU": "1"}
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder]
+        command += ["--build-temp", folder / "temp"]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+        for path in (folder / "rsaft_fast").glob("*.so"):
+            path.rename(folder / path.name)
+
+    return _built_once(request, "cpu-libraries", build)
 
 
 GPU = pytest.mark.gpu

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import torch
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.smoothing.objective import ParameterSmoothing
+from rsaft_fast.smoothing.settings import ParameterSmoothing
 
 MEAN_GRADIENT, DIRECTION = "gradient_mean", "direction"
 """What is kept between updates, each a tensor for every parameter: a running mean (fp32), a direction."""

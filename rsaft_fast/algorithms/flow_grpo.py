@@ -31,7 +31,7 @@ from rsaft_fast.sampling import LinearStep, Schedule, call_backward, derive_rng,
 from rsaft_fast.sampling.policy import cps_schedule, is_flow, log_prob, log_prob_slope, residual, sde_schedule
 from rsaft_fast.sampling.protocol import Backbone, Conditioning
 from rsaft_fast.sampling.rollout import guided_prediction
-from rsaft_fast.smoothing.objective import ImageSmoothing
+from rsaft_fast.smoothing.settings import ImageSmoothing
 
 
 class FlowGRPO(GroupPolicy):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from rsaft_fast.algorithms.experience import Experience, Part
 from rsaft_fast.algorithms.gate_signals import lengthening, lengthening_cotangent, lengthening_penalty
 from rsaft_fast.algorithms.groups import full_batches, gather, group_advantages, spread, zero_spread
 from rsaft_fast.algorithms.reward_gradient import PART
-from rsaft_fast.algorithms.scoring import Scores, on_host, score
+from rsaft_fast.algorithms.scoring import Scores, begin_scoring, on_host, score
+from rsaft_fast.background import Background
 from rsaft_fast.data.batches import Batches, MicroBatch
 from rsaft_fast.distributed import World
 from rsaft_fast.errors import UserError
@@ -33,7 +35,7 @@ from rsaft_fast.rewards.combine import Combination
 from rsaft_fast.rewards.features import Features
 from rsaft_fast.sampling import Schedule, derive_rng
 from rsaft_fast.sampling.protocol import Backbone
-from rsaft_fast.smoothing.objective import ImageSmoothing
+from rsaft_fast.smoothing.settings import ImageSmoothing
 
 FEW_STEPS = 8
 """A model whose usual pictures take no more is distilled."""
@@ -112,24 +114,29 @@ class GroupPolicy(Algorithm[Part]):
         """Note what needs the collecting weights before the first update moves them."""
 
     def collect(self, batches: Batches) -> Experience:
-        """Sample the iteration's pictures, and score them."""
+        """Sample the iteration's pictures, and score them: beside the sampling, where the device has no part in it."""
         schedule, calls, keep = self.plan(batches)
         kept: dict[int, list[torch.Tensor]] = {call: [] for call in keep}
         scores: list[Scores] = []
         chunks = batches.of(self._common.collect_batch or batches.batch_size)
         compared = self.auxiliaries if self.gardo and self.gardo.gate and self.gardo.gate.signals.agreement else ()
-        for chunk in watched(chunks, "batches of the iteration's pictures", len(chunks), "batch"):
-            end, latents = self.sample(batches, chunk, schedule, kept)
-            latents[len(schedule)] = end
-            for call, found in kept.items():
-                found.append(on_host(latents[call]))
-            # Decoded as many at a time as the update takes: sampling needs less a picture than the decoder.
-            for rows in range(0, len(end), batches.batch_size):
-                part = slice(rows, rows + batches.batch_size)
-                prompts = chunk.prompts[part]
-                scores.append(
-                    score(self.backbone, self.reward, end[part], prompts, self.probe, self.features, compared)
-                )
+        overlaps = self.reward.elsewhere and len(chunks) > 1
+        with Background("scoring", most_waiting=1) as beside:
+            for chunk in watched(chunks, "batches of the iteration's pictures", len(chunks), "batch"):
+                end, latents = self.sample(batches, chunk, schedule, kept)
+                latents[len(schedule)] = end
+                for call, found in kept.items():
+                    found.append(on_host(latents[call]))
+                # Decoded as many at a time as the update takes: sampling needs less a picture than the decoder.
+                rows = [slice(first, first + batches.batch_size) for first in range(0, len(end), batches.batch_size)]
+                pairs = [(end[part], chunk.prompts[part]) for part in rows]
+                if not overlaps:
+                    more = (self.probe, self.features, compared)
+                    scores += [score(self.backbone, self.reward, *pair, *more) for pair in pairs]
+                    continue
+                begun = [begin_scoring(self.backbone, self.reward, *pair, self.features) for pair in pairs]
+                beside.flush()  # one batch is scored while the next is sampled, no more
+                beside.submit(partial(scores.extend, (finish() for finish in begun)))
         joined = {call: torch.cat(found) for call, found in kept.items()}
         return Experience(batches, schedule, calls, joined, Scores.cat(scores))
 

@@ -32,7 +32,7 @@ from rsaft_fast.rewards.features import Features
 from rsaft_fast.sampling import Schedule, call_backward, sample_chain
 from rsaft_fast.sampling.protocol import Backbone, Conditioning
 from rsaft_fast.sampling.rollout import guided_prediction
-from rsaft_fast.smoothing.objective import ImageSmoothing
+from rsaft_fast.smoothing.settings import ImageSmoothing
 
 OLD = "old"
 """Name of the copy that collects."""

@@ -28,14 +28,8 @@ from rsaft_fast.rewards.base import Reward
 from rsaft_fast.sampling import GradientPlan, Schedule, Trajectory, backpropagate, derive_rng, rollout
 from rsaft_fast.sampling.protocol import Backbone
 from rsaft_fast.smoothing.image import Around, observe_around, perturb_around, rewards_around
-from rsaft_fast.smoothing.objective import (
-    ImageSmoothing,
-    Observation,
-    Smoothing,
-    image_perturbation,
-    latent_gradient,
-    observe,
-)
+from rsaft_fast.smoothing.objective import Observation, image_perturbation, latent_gradient, observe
+from rsaft_fast.smoothing.settings import ImageSmoothing, Smoothing
 
 PART = "reward/"
 """Before the name of each reward that a combination is made of, in the figures."""
@@ -190,7 +184,7 @@ class RewardGradient(Algorithm[PlannedBatch]):
         figures = {"reward": reward, _AT_THETA: reward}
         if image:
             figures[_AT_THETA] = self._mean_perturbed(part, observations, deltas, image)
-            if image.per_sample:
+            if image.per_sample == "s1":
                 figures[_NOMINAL_S1] = self._mean(part, [s1 for _, s1 in perturbed if s1 is not None])
         if self.probe is not None:
             lowest = figures[_AT_THETA]
@@ -331,7 +325,7 @@ class RewardGradient(Algorithm[PlannedBatch]):
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the running mean of S1, where pictures have radii of their own."""
-        if self.smoothing.image is None or self.smoothing.image.per_sample is None:
+        if self.smoothing.image is None or self.smoothing.image.per_sample != "s1":
             return {}
         usual = math.nan if self.usual_s1 is None else self.usual_s1
         return {_USUAL_S1: torch.tensor(usual, dtype=torch.float64)}

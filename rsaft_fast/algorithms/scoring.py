@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,13 +14,8 @@ from rsaft_fast.rewards.base import Reward
 from rsaft_fast.rewards.combine import Combination
 from rsaft_fast.rewards.features import Features
 from rsaft_fast.sampling.protocol import Backbone
-from rsaft_fast.smoothing.objective import (
-    ImageSmoothing,
-    image_perturbation,
-    observe,
-    perturbed_rewards,
-    require_finite,
-)
+from rsaft_fast.smoothing.objective import image_perturbation, observe, perturbed_rewards, require_finite
+from rsaft_fast.smoothing.settings import ImageSmoothing
 
 
 @dataclass
@@ -73,17 +68,57 @@ def score(
         rewards, parts = reward.score_parts(images, prompts)
         rewards = on_host(rewards.detach()).double()
         require_finite(rewards, prompts)
-        others = {}
+        others: dict[str, torch.Tensor] = {}
     else:
         seen = observe(backbone, reward, latents, prompts, space=probe.space)
         delta = image_perturbation(backbone, seen, probe)
         lowest = perturbed_rewards(backbone, reward, seen, prompts, delta, probe.space)
         rewards, parts, images = on_host(seen.rewards).double(), seen.parts, seen.images
         others = {"s1": rewards - on_host(lowest).double()}
-    others |= {PART + name: on_host(values.detach()).double() for name, values in parts.items()}
+    others |= _parts(parts)
     if compared:
         others["disagreement"] = on_host(_disagreement(reward, images, prompts, compared))
     return Scores(rewards, others, None if features is None else on_host(features(images)))
+
+
+@phase(SCORING)
+@torch.no_grad()
+def begin_scoring(
+    backbone: Backbone, reward: Reward, latents: torch.Tensor, prompts: Sequence[str], features: Features | None = None
+) -> Callable[[], Scores]:
+    """Decode clean latents, score them as far as the device does it, and return what is left to do.
+
+    What is left touches the host alone, so that another thread may do it while the device samples on. Both together
+    give what `score` gives; a combination is put together on the host.
+
+    Args:
+        reward: `elsewhere`, or a combination with such parts.
+        latents, features: see `score`.
+    """
+    images = backbone.decode(latents)
+    rewards = [part.reward for part in reward.parts] if isinstance(reward, Combination) else [reward]
+    known = [None if one.elsewhere else on_host(one.score(images, prompts)) for one in rewards]
+    seen = None if features is None else on_host(features(images))
+    pictures = on_host(images)
+
+    @phase(SCORING)
+    @torch.no_grad()
+    def finish() -> Scores:
+        own = [one.score(pictures, prompts) if found is None else found for one, found in zip(rewards, known)]
+        if isinstance(reward, Combination):
+            total, parts = reward.combine(own, prompts), {part.name: found for part, found in zip(reward.parts, own)}
+        else:
+            (total,), parts = own, {}
+        total = total.double()
+        require_finite(total, prompts)
+        return Scores(total, _parts(parts), seen)
+
+    return finish
+
+
+def _parts(parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Scores of a combination's parts by the names of the log."""
+    return {PART + name: on_host(values.detach()).double() for name, values in parts.items()}
 
 
 def _disagreement(

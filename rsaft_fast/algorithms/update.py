@@ -67,6 +67,8 @@ def update(
         figures += [algorithm.backward(part, At.FIRST) for part in parts]
         world.sum_gradients(parameters_of(optimizer))
         first = gradients_of(optimizer) if compare_gradients else None
+        if first is not None and getattr(optimizer, "backup", "own") == "gradient":
+            first = [None if g is None else g.clone() for g in first]  # their memory is about to hold the weights
         if ascent is not None:
             ascent.turn()
         at = At.SECOND

@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     experiment.add_argument("--list", action="store_true", help="show the sets and their runs, done or not, and end")
     experiment.add_argument("--report", action="store_true", help="run nothing: tables and pictures of what is there")
     experiment.add_argument("--seeds", nargs="+", type=_natural, metavar="N", help="in place of the sets' own")
+    experiment.add_argument("--proxies", nargs="+", metavar="NAME", help="runs on these rewards alone")
     experiment.add_argument("--jobs", type=_positive, metavar="N", help="runs at a time (default: GPUs, or cores)")
     experiment.add_argument("--budget", type=_positive, metavar="MINUTES", help="begin no new run after this long")
     experiment.add_argument("--output", type=_path, metavar="FOLDER", help="of the results (default: as above)")

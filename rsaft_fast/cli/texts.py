@@ -212,6 +212,7 @@ examples:
   rsaft-fast experiment --full --budget 120               all sets, for two hours; then the same again
   rsaft-fast experiment --set select --set core           radii chosen on some seeds, reported on others
   rsaft-fast experiment --set core --seeds 20 21 22       other seeds
+  rsaft-fast experiment --set core --proxies brittle      one reward
   rsaft-fast experiment --report --page docs/does-it-work.md
 
 Results lie in benchmarks/results/playground/experiment of a checkout, else in runs/experiment; those of --quick in

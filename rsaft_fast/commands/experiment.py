@@ -34,13 +34,13 @@ def run(arguments: argparse.Namespace) -> int:
     for page in filter(None, (arguments.page, arguments.readme)):
         read_page(Path(page))  # before hours of training, not after them
     if arguments.list:
-        print("\n".join(_listed(folder, arguments.seeds)))
+        print("\n".join(_listed(folder, arguments.seeds, arguments.proxies)))
         return 0
     if arguments.report:
         _report(arguments, folder)
         return 0
     for name in names:
-        require_rows(rows_of(name, choices_in(folder), arguments.seeds)[0])
+        require_rows(rows_of(name, choices_in(folder), arguments.seeds, arguments.proxies)[0])
     check_writable(folder, "--output")
     with ExitStack() as held:
         with refuse_io_errors(f"--output {folder}", "made", "give another folder"):
@@ -77,7 +77,7 @@ def _run_sets(arguments: argparse.Namespace, names: list[str], folder: Path) -> 
     remaining = None if arguments.budget is None else 60 * arguments.budget
     endings: list[Ended] = []
     for name in names:
-        rows, waiting = rows_of(name, choices_in(folder), arguments.seeds)
+        rows, waiting = rows_of(name, choices_in(folder), arguments.seeds, arguments.proxies)
         require_rows(rows)
         if waiting:
             missing = ", ".join(sorted({row.key for row in waiting}))
@@ -117,10 +117,10 @@ def _link(picture: Path, page: Path) -> str:
     return Path(os.path.relpath(picture, page.parent)).as_posix()
 
 
-def _listed(folder: Path, seeds: list[int] | None) -> list[str]:
+def _listed(folder: Path, seeds: list[int] | None, proxies: list[str] | None) -> list[str]:
     choices, lines = choices_in(folder), []
     for name, question in SETS.items():
-        rows, waiting = rows_of(name, choices, seeds)
+        rows, waiting = rows_of(name, choices, seeds, proxies)
         done = {row.name for row in rows if is_done(row, folder)}
         lines.append(f"{name}: {question.about} ({len(done)} of {len(rows) + len(waiting)} done)")
         lines += [f"  {row.name}{'  done' if row.name in done else ''}  {' '.join(row.overrides)}" for row in rows]

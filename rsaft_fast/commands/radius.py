@@ -24,8 +24,8 @@ from rsaft_fast.recipe.agreement import AgreementSettings
 from rsaft_fast.recipe.check import check_keys, check_machine, check_model
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.recipe.load import load_config
-from rsaft_fast.smoothing.objective import ImageSmoothing
 from rsaft_fast.smoothing.search import LEAST_FIXED, MOST_FIXED, RadiusSearch
+from rsaft_fast.smoothing.settings import ImageSmoothing
 from rsaft_fast.train.assemble import Assembly, FileLoaders, assemble
 from rsaft_fast.train.inputs import Inputs
 

@@ -25,14 +25,14 @@ class AccountedOptimizer:
     The kernels write in place and make nothing besides; so does this.
 
     Attributes:
-        release_gradients: as the optimizer's.
+        release_gradients, backup: as the optimizer's.
         held: what it keeps between updates, by name. host_bytes: of state that is on the host instead.
     """
 
     def __init__(self, optimizer: SAMAdamW, earlier: bool, between: Callable[[], None]):
         """`earlier`: gradients of earlier micro-batches are there when a pass begins. `between`: called when the first
         pass over the last micro-batch is done."""
-        self.release_gradients = optimizer.release_gradients
+        self.release_gradients, self.backup = optimizer.release_gradients, optimizer.backup
         self.param_groups = optimizer.param_groups
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         self.earlier, self.between = earlier, between

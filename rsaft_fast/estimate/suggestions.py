@@ -136,6 +136,8 @@ def _of_full_training(config: Config) -> Iterator[dict[str, Any]]:
         yield {"optimizer.state_bits": 8}
     if config.backbone.dtype == "bf16" and not optimizer.stochastic_rounding:
         yield {"optimizer.stochastic_rounding": True}
+    if config.logging.diagnostics and config.smoothing.parameters is not None and not optimizer.release_gradients:
+        yield {"logging.diagnostics": False}  # it keeps the first pass's gradient
     if not optimizer.release_gradients:
         yield {"optimizer.release_gradients": True}
         if optimizer.backup == "own":

@@ -25,15 +25,9 @@ from rsaft_fast.rewards.base import Reward
 from rsaft_fast.sampling import NoiseSource, Trajectory, backpropagate, derive_rng, rollout
 from rsaft_fast.sampling.pictures import SAMPLE_STEP
 from rsaft_fast.sampling.protocol import Backbone
-from rsaft_fast.smoothing.objective import (
-    ImageSmoothing,
-    Observation,
-    image_perturbation,
-    latent_gradient,
-    observe,
-    require_finite,
-)
+from rsaft_fast.smoothing.objective import Observation, image_perturbation, latent_gradient, observe, require_finite
 from rsaft_fast.smoothing.search import GradientSpace
+from rsaft_fast.smoothing.settings import ImageSmoothing
 
 FIXED_STEP = SAMPLE_STEP - 1
 """Keyed like an update that no run reaches, and not like the sample grids."""

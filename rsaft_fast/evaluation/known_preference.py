@@ -9,7 +9,7 @@ import torch
 
 from rsaft_fast.playground.preference import true_terms
 from rsaft_fast.rewards.base import Reward
-from rsaft_fast.smoothing.objective import ImageSmoothing
+from rsaft_fast.smoothing.settings import ImageSmoothing
 from rsaft_fast.smoothing.sharpness import sharpness
 
 TRUTH = "r*"

@@ -16,7 +16,7 @@ import torch
 
 from rsaft_fast.evaluation.agreement import Agreement, half_width, jackknife
 from rsaft_fast.figures.tables import aligned
-from rsaft_fast.smoothing.objective import ImageSmoothing
+from rsaft_fast.smoothing.settings import ImageSmoothing
 
 LEVEL = 0.95
 ALIKE = 0.95

@@ -22,7 +22,7 @@ from rsaft_fast.experiments.table import Row, config_of
 from rsaft_fast.files import remove_tree, replace_file
 from rsaft_fast.rewards import Reward, load_reward
 from rsaft_fast.sampling.pictures import sample_images
-from rsaft_fast.smoothing.objective import ImageSmoothing
+from rsaft_fast.smoothing.settings import ImageSmoothing
 from rsaft_fast.train.assemble import FileLoaders
 from rsaft_fast.train.loop import train
 from rsaft_fast.train.trainer import Trainer

@@ -246,6 +246,7 @@ class Waiting:
     """A row that cannot be made yet: a number in it has not been chosen."""
 
     name: str
+    proxy: str
     key: str
 
 
@@ -272,7 +273,7 @@ def _row(
     try:
         filled = tuple(Template(text).substitute(known) for text in (*METHODS[method], *variant.overrides))
     except KeyError as missing:
-        return Waiting(f"{set_name}/{proxy}-{method}-{name}-s{seed}", str(missing.args[0]))
+        return Waiting(f"{set_name}/{proxy}-{method}-{name}-s{seed}", proxy, str(missing.args[0]))
     updates, every = size.updates * variant.longer, size.every * variant.longer
     return Row(*place, updates, every, size.pictures, filled, variant.scales)
 
@@ -355,20 +356,25 @@ SETS: dict[str, Question] = {
 }
 
 
-def rows_of(name: str, choices: Choices, seeds: Sequence[int] | None = None) -> tuple[list[Row], list[Waiting]]:
+def rows_of(
+    name: str, choices: Choices, seeds: Sequence[int] | None = None, only: Sequence[str] | None = None
+) -> tuple[list[Row], list[Waiting]]:
     """Return a set's rows, and those that wait for a choice.
 
     Args:
         name: of the set.
         choices: what was chosen so far.
         seeds: in place of the set's own.
+        only: the proxies whose rows are wanted; None for all.
 
     Raises:
-        UserError: there is no such set.
+        UserError: there is no such set, or no such proxy.
     """
     if name not in SETS:
         raise UserError(f"--set {name}: there is no such set; there are {', '.join(SETS)}")
-    found = list(SETS[name].rows(choices, seeds))
+    if unknown := [proxy for proxy in only or () if proxy not in proxies()]:
+        raise UserError(f"--proxies {unknown[0]}: nothing is trained on it; there are {', '.join(proxies())}")
+    found = [row for row in SETS[name].rows(choices, seeds) if only is None or row.proxy in only]
     return [row for row in found if isinstance(row, Row)], [row for row in found if isinstance(row, Waiting)]
 
 

@@ -23,16 +23,23 @@ def _check_image(config: Config) -> None:
         raise UserError(
             "sharpness takes radius, norm and space: S1 is measured by one step; move other keys to smoothing.image"
         )
-    if image is None or image.only_where is None:
+    if image is None:
         return
-    if config.reward.name not in ("combination", "python"):
+    if image.only_where is not None and config.reward.name not in ("combination", "python"):
         raise UserError(
             f"smoothing.image.only_where is {image.only_where:g}, and reward.name {config.reward.name} has one part, "
             "which cannot disagree; take reward.name=combination, or leave only_where out"
         )
-    if config.data.batch_size < 2:
+    uncertain = image.per_sample == "uncertainty"
+    if uncertain and not any(getattr(part, "weight", 1) == 0 for part in getattr(config.reward, "parts", ())):
         raise UserError(
-            f"smoothing.image.only_where compares the pictures of a micro-batch, and data.batch_size is "
+            f"smoothing.image.per_sample is uncertainty, and reward {config.reward.shown} has no part of weight 0 to "
+            "compare with; add one to a reward.name=combination, or take per_sample s1"
+        )
+    compares = "only_where" if image.only_where is not None else "per_sample uncertainty" if uncertain else None
+    if compares is not None and config.data.batch_size < 2:
+        raise UserError(
+            f"smoothing.image.{compares} compares the pictures of a micro-batch, and data.batch_size is "
             f"{config.data.batch_size}; give at least 2"
         )
 

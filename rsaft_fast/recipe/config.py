@@ -15,8 +15,8 @@ from rsaft_fast.methods.losses import Loss
 from rsaft_fast.recipe.agreement import AgreementSettings
 from rsaft_fast.rewards import RewardSettings
 from rsaft_fast.settings import Settings, UserPath, UserPlace
-from rsaft_fast.smoothing.objective import ImageSmoothing, Smoothing
 from rsaft_fast.smoothing.search import AUTO, RadiusSearch
+from rsaft_fast.smoothing.settings import ImageSmoothing, Smoothing
 from rsaft_fast.speed.settings import SpeedSettings
 
 PLAYGROUND = "playground"
@@ -163,7 +163,8 @@ class OptimizerSettings(Settings):
         stochastic_rounding: trained bf16 weights are rounded so that small changes arrive in expectation, without the
             fp32 master: saves 2 bytes a parameter (4 for the master less 2 for the backup), costs noise.
         backup: where the weights wait while they are perturbed, if they have no master: own keeps 2 bytes a bf16
-            parameter for it, gradient takes the memory of the first pass's gradient.
+            parameter for it, gradient takes the memory of the first pass's gradient (logging.diagnostics keeps a copy
+            of that gradient, and then nothing is saved).
         release_gradients: the update runs inside the second backward pass and frees each gradient as it arrives: saves
             the second pass's gradients, 2 bytes a bf16 parameter. Clipping then uses the first pass's norm, and the
             second's is not logged. One backward pass an update: accumulate 1, one graded call, guidance off or uncond

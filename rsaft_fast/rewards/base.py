@@ -47,10 +47,13 @@ class Reward(nn.Module):
 
     Attributes:
         differentiable: whether scores carry a gradient to the images.
+        elsewhere: whether the host's processor or another process computes them, so that the device is free meanwhile.
+            They are without gradient then, and pictures may be handed over on the host.
         spec: what produced the scores.
     """
 
     differentiable: bool = True
+    elsewhere: bool = False
     spec: RewardSpec
 
     @property
@@ -120,6 +123,19 @@ class PictureReward(Reward):
     def score_picture(self, pixels: torch.Tensor, prompt: str) -> float:
         """Score of one picture (3, H, W), 0 to 1, finite."""
         raise NotImplementedError
+
+
+class OffDevice(PictureReward):
+    """In the memory estimate, a reward that another process or the host computes: the device has the pictures alone."""
+
+    def __init__(self, spec: RewardSpec):
+        super().__init__()
+        self.spec = spec
+        self.eval()
+
+    def score_picture(self, pixels: torch.Tensor, prompt: str) -> float:
+        """0: of shapes there is nothing to judge."""
+        return 0.0
 
 
 class TowerOptions(TypedDict, total=False):

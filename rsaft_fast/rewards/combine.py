@@ -126,6 +126,7 @@ class Combination(Reward):
         self.parts, self.how, self.penalty, self.unit_gradients = tuple(parts), how, penalty, unit_gradients
         self.rewards = nn.ModuleList(part.reward for part in parts)
         self.differentiable = how != "rank" and all(part.reward.differentiable for part in parts)
+        self.elsewhere = any(part.reward.elsewhere for part in parts)
         self.spec = _spec(parts, how, penalty, (facts or {}) | ({"unit_gradients": True} if unit_gradients else {}))
         self.eval()
 

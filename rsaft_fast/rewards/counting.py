@@ -6,7 +6,7 @@ Counted by colour in the playground's scenes, by a detector in other pictures; n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.playground import scenes
-from rsaft_fast.rewards.base import PictureReward, RewardSpec
+from rsaft_fast.rewards.base import PictureReward, Reward, RewardSpec
 from rsaft_fast.rewards.detection import Detector, load_mask2former
 from rsaft_fast.rewards.geneval_tasks import COUNTING_CONFIDENCE, Task, kept, load_tasks
 from rsaft_fast.rewards.settings import RewardSettings, register
@@ -158,3 +158,7 @@ class CountingSettings(RewardSettings):
         facts = {"detector": {"size": detector.sizes, **detector.options}, "confidence": COUNTING_CONFIDENCE}
         tasks = load_tasks(self.metadata, detector.names)
         return CountingReward(DetectorEye(detector, tasks), self.spec(files, facts, "see the detector's card"))
+
+    def shapes(self, log: Callable[[str], None]) -> Reward:
+        """Of the playground nothing is loaded; a detector is not estimated."""
+        return self.load() if self.path == PLAYGROUND else super().shapes(log)

@@ -6,6 +6,7 @@ Read by RapidOCR's models, which are PaddleOCR's; no gradient.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -14,7 +15,7 @@ import torch
 from pydantic import Field
 
 from rsaft_fast.errors import UserError, first_line
-from rsaft_fast.rewards.base import PictureReward, RewardSpec
+from rsaft_fast.rewards.base import OffDevice, PictureReward, RewardSpec
 from rsaft_fast.rewards.settings import OptionalPlace, RewardSettings, register
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class OcrReward(PictureReward):
     Attributes:
         engine: RapidOCR's detector and recogniser, on the CPU.
     """
+
+    elsewhere = True
 
     def __init__(self, engine: RapidOCR, spec: RewardSpec, *, substring: bool = True, repeat_penalty: float = 0.0):
         super().__init__()
@@ -146,6 +149,10 @@ class OcrSettings(RewardSettings):
         options = {"substring": self.substring, "repeat_penalty": self.repeat_penalty}
         facts |= {"rapidocr": version("rapidocr"), **options}
         return OcrReward(engine, self.spec(list(models.values()), facts, "Apache-2.0"), **options)
+
+    def shapes(self, log: Callable[[str], None]) -> OffDevice:
+        """The reader runs on the CPU."""
+        return OffDevice(RewardSpec(self.name))
 
 
 def _model(folder: Path, part: str) -> Path:

@@ -8,16 +8,16 @@ import logging
 import os
 import ssl
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 from urllib.parse import quote
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from rsaft_fast.errors import UserError, describe_error, printable
+from rsaft_fast.errors import UnreachableError, UserError, describe_error, printable
 from rsaft_fast.rewards import wire
-from rsaft_fast.rewards.base import Reward, RewardSpec, check_prompts
+from rsaft_fast.rewards.base import OffDevice, Reward, RewardSpec, check_prompts
 from rsaft_fast.rewards.exchange import Oversized, exchange, parse_address
 from rsaft_fast.rewards.settings import RewardSettings, register
 
@@ -44,6 +44,7 @@ class RemoteReward(Reward):
     """
 
     differentiable = False
+    elsewhere = True
 
     def __init__(self, url: str, token: str, *, timeout: float = 60.0, patience: float = 120.0):
         """Ask the server what it serves.
@@ -86,8 +87,8 @@ class RemoteReward(Reward):
         """Scores (B,) of images (B, 3, H, W) in the served reward's score dtype, on the images' device.
 
         Raises:
-            UserError: prompts that are not one string an image, a server that is gone, that refuses, or that answers
-                nonsense.
+            UnreachableError: a server that is gone.
+            UserError: prompts that are not one string an image, a server that refuses, or that answers nonsense.
         """
         check_prompts(prompts, len(images))
         wire.check_images(images)
@@ -159,7 +160,7 @@ class RemoteReward(Reward):
             tries += 1
             waited = time.monotonic() - began
             if waited + wait > self.patience:
-                raise UserError(
+                raise UnreachableError(
                     f"the reward server {self.url} did not answer in {tries} tries over {waited:.1f} s ({problem}); "
                     "see whether rsaft-fast serve still runs there, and give the address that it printed; "
                     f"reward.patience, {self.patience:g} s, is how long it is waited for"
@@ -251,6 +252,10 @@ class RemoteSettings(RewardSettings):
             )
         wire.check_token(token, f"the environment variable {self.token_variable}")
         return RemoteReward(self.path, token, timeout=self.timeout, patience=self.patience)
+
+    def shapes(self, log: Callable[[str], None]) -> OffDevice:
+        """Another process computes it."""
+        return OffDevice(RewardSpec(self.name))
 
 
 def check_token_variable(name: str) -> None:

@@ -16,18 +16,12 @@ import torch
 from rsaft_fast import ops
 from rsaft_fast.errors import UserError
 from rsaft_fast.rewards.base import Reward
-from rsaft_fast.rewards.ensemble import win_rates
+from rsaft_fast.rewards.combine import Combination
+from rsaft_fast.rewards.ensemble import uncertainty, win_rates
 from rsaft_fast.sampling import NoiseSource
 from rsaft_fast.sampling.protocol import Backbone
-from rsaft_fast.smoothing.objective import (
-    ImageSmoothing,
-    Observation,
-    Space,
-    image_perturbation,
-    observe,
-    perturbed_rewards,
-    space_gradient,
-)
+from rsaft_fast.smoothing.objective import Observation, image_perturbation, observe, perturbed_rewards, space_gradient
+from rsaft_fast.smoothing.settings import ImageSmoothing, Space
 from rsaft_fast.smoothing.worst import worst_delta
 
 NARROWEST, WIDEST = 0.5, 2.0
@@ -97,7 +91,8 @@ def perturb_around(
         the perturbations, and S1 of each picture (B,) at the common radius where a picture's own follows from it.
 
     Raises:
-        UserError: `only_where` and a reward of one part, or `lowpass` in latents that are no pictures.
+        UserError: `only_where` and a reward of one part, `per_sample` uncertainty and no part of weight 0, or `lowpass`
+            in latents that are no pictures.
         NonFiniteRewardError: a score is NaN or infinite.
     """
     factor = radius_factor(image, progress)
@@ -118,6 +113,8 @@ def perturb_around(
     if image.per_sample == "s1":
         s1 = seen.rewards - perturbed_rewards(backbone, reward, seen, prompts, delta, image.space)
         delta = delta * _wide(own_factor(s1, usual_s1), delta)
+    elif image.per_sample == "uncertainty":
+        delta = delta * _wide(1 + uncertainty(seen.rewards, _auxiliary_scores(reward, seen)), delta)
     if image.only_where is not None:
         delta = delta * _wide(disagreement(seen.parts) >= image.only_where, delta)
     return (delta,), s1
@@ -136,6 +133,18 @@ def own_factor(s1: torch.Tensor, usual: float | None) -> torch.Tensor:
     """Return each picture's factor on the radius, (B,): its S1 over the usual one, from `NARROWEST` to `WIDEST`."""
     usual_s1 = s1.mean() if usual is None else s1.new_tensor(usual)
     return torch.where(usual_s1 > 0, (s1 / usual_s1).clamp(NARROWEST, WIDEST), torch.ones_like(s1))
+
+
+def _auxiliary_scores(reward: Reward, seen: Observation) -> torch.Tensor:
+    """Scores of the parts of weight 0, (K, B)."""
+    parts = reward.parts if isinstance(reward, Combination) else ()
+    scores = [seen.parts[part.name].double() for part in parts if part.weight == 0]
+    if not scores:
+        raise UserError(
+            "smoothing.image.per_sample uncertainty compares the reward with parts of weight 0, and there are 0 of "
+            "them: add one to a reward.name=combination, or take per_sample s1"
+        )
+    return torch.stack(scores)
 
 
 def disagreement(parts: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from rsaft_fast.errors import UserError
 from rsaft_fast.phases import CHECKING, phase
 from rsaft_fast.rewards.base import Reward, TowerReward
-from rsaft_fast.smoothing.objective import ImageSmoothing
+from rsaft_fast.smoothing.settings import ImageSmoothing
 from rsaft_fast.smoothing.sharpness import Space, sharpness
 
 # Relative error of S1 from which the reward has to compute in float32.

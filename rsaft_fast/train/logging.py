@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from rsaft_fast.background import Background
 from rsaft_fast.errors import UserError, describe_error
 from rsaft_fast.figures.grids import save_png
 from rsaft_fast.files import describe_io_error, io_errors_of, refuse_io_errors, write_atomically
-from rsaft_fast.train.background import BackgroundWriter
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
@@ -44,7 +44,7 @@ class RunLog:
         self._log = log
         self._metrics: Any = None
         self._board = None
-        self._writer = BackgroundWriter()
+        self._writer = Background("writer")
         self._failed: set[str] = set()
         self._hook: Any = None
 

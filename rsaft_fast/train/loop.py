@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rsaft_fast.errors import UserError
+from rsaft_fast.errors import UnreachableError, UserError
 from rsaft_fast.figures.grids import compose_grid
 from rsaft_fast.files import check_writable, describe_io_error, mend_of
 from rsaft_fast.lock import sole_writer
@@ -258,10 +258,19 @@ class _Run:
             self._log_grid({"before": self.baseline}, 0)
 
     def iterate(self) -> None:
-        """Make an iteration's updates, and note each."""
+        """Make an iteration's updates, and note each.
+
+        Raises:
+            UnreachableError: a reward server is gone; what was trained before it went is saved.
+        """
         try:
             for record in self.trainer.iterate():
                 self.note(record)
+        except UnreachableError as error:
+            # Pictures are scored before an iteration's first update: the weights are those between two iterations.
+            if self.trainer.step > self.saved:
+                self.save()
+            raise UnreachableError(f"{error}; {self.what_is_safe()}; {self.how_to_go_on()}") from error
         except BaseException:
             if self.trainer.optimizer.half_stepped:
                 self.roll_back()

@@ -13,9 +13,13 @@ from typing import Any
 from rsaft_fast.backbones import Backbone, PipelineBackbone
 from rsaft_fast.backbones.lora_formats import KOHYA_FILE, save_kohya
 from rsaft_fast.hub import is_hub_id, is_on_hub
+from rsaft_fast.methods import PythonMethod
+from rsaft_fast.paths import user_path, user_place
 from rsaft_fast.recipe.config import PLAYGROUND, Config
 from rsaft_fast.rewards.base import RewardSpec
+from rsaft_fast.rewards.settings import RewardSettings
 from rsaft_fast.sampling.protocol import LORA_FILE
+from rsaft_fast.settings import Settings
 from rsaft_fast.yaml_text import dump_yaml
 
 CARD = "README.md"
@@ -79,11 +83,12 @@ def model_card(config: Config, backbone: Backbone, steps: int, reward: RewardSpe
     """
     lora = config.parameters.train == "lora"
     base = public_name(config.backbone.path)
+    smooths = config.smoothing.image is not None or config.smoothing.parameters is not None
+    how = "with Reward Sharpness-Aware Fine-Tuning (RSA-FT, arXiv 2603.21175) " if smooths else ""
     sections = [
         _front_matter(base, lora),
         f"# {'LoRA' if lora else 'Fine-tuned ' + backbone.denoiser_name} for {_plain(base)}",
-        "Fine-tuned against a reward model with Reward Sharpness-Aware Fine-Tuning (RSA-FT, arXiv 2603.21175) by "
-        "rsaft_fast. It needs no trigger word.",
+        f"Fine-tuned against a reward model {how}by rsaft_fast. It needs no trigger word.",
         _table(_facts(config, backbone, steps, base) + _reward_facts(reward)),
         "## Licence",
         f"The weights derive from {_link(base)} and from the scores of the reward named above; the licence of the base "
@@ -125,13 +130,18 @@ def _front_matter(base: str, lora: bool) -> str:
 
 def _facts(config: Config, backbone: Backbone, steps: int, base: str) -> list[tuple[str, str]]:
     sampler, parameters, smoothing = config.sampler, config.parameters, config.smoothing
-    smoothed = []
+    balls = []
     if smoothing.image is not None:
         image = smoothing.image
-        radius = image.radius if isinstance(image.radius, str) else f"{image.radius:g}"
-        smoothed.append(f"pictures (rho {radius}, {image.norm} in {image.space})")
+        ball = f"rho {_told(image.radius)}, {image.norm} in {image.space}"
+        balls.append(f"pictures ({', '.join([ball, *unusual(image, but=('radius', 'norm', 'space'))])})")
     if smoothing.parameters is not None:
-        smoothed.append(f"weights (rho {smoothing.parameters.rho:g})")
+        ball = f"rho {smoothing.parameters.rho:g}"
+        balls.append(f"weights ({', '.join([ball, *unusual(smoothing.parameters, but=('rho',))])})")
+    smoothed = [" and ".join(balls), *unusual(smoothing, but=("image", "parameters"))] if balls else ["none"]
+    # Of a method of the user's own, where it lies and what it is given are not for others.
+    method = [] if isinstance(config.method, PythonMethod) else unusual(config.method, but=("name",))
+    beside = {"agreement": config.agreement, "regularize": config.regularize}
     trained = "all weights of the denoiser"
     if parameters.train == "lora":
         trained = f"LoRA of rank {parameters.lora.rank}, alpha {parameters.lora.scale * parameters.lora.rank:g}"
@@ -140,8 +150,9 @@ def _facts(config: Config, backbone: Backbone, steps: int, base: str) -> list[tu
     return [
         ("base model", base),
         ("trained", trained),
-        ("method", config.method.name),
-        ("smoothing", " and ".join(smoothed) or "none"),
+        ("method", ", ".join([config.method.name, *method])),
+        ("smoothing", ", ".join(smoothed)),
+        *[(key, ", ".join(unusual(settings))) for key, settings in beside.items() if settings is not None],
         ("prompts", public_name(config.data.prompts)),
         ("updates", f"{steps} of {config.pictures_per_update} pictures"),
         ("seed", str(config.seed)),
@@ -150,6 +161,34 @@ def _facts(config: Config, backbone: Backbone, steps: int, base: str) -> list[tu
         *([("negative prompt", sampler.negative_prompt)] if sampler.negative_prompt else []),
         *([("weights", f"running mean, decay {config.ema.decay:g}")] if config.ema is not None else []),
     ]
+
+
+def unusual(settings: Settings, but: Sequence[str] = ()) -> list[str]:
+    """Name the keys whose values are not the defaults, as a recipe calls them; `but` are left out."""
+    found = []
+    for key, field in type(settings).model_fields.items():
+        value = getattr(settings, key)
+        if key in but or value == field.get_default(call_default_factory=True):
+            continue
+        if any(getattr(checked, "func", None) in (user_path, user_place) for checked in field.metadata):
+            value = public_name(value)
+        found.append(f"{key} {_told(value)}")
+    return found
+
+
+def _told(value: Any) -> str:
+    """A value in a few words that can be published."""
+    if isinstance(value, RewardSettings):
+        return f"{value.name} of {public_name(value.path)}" if value.path else value.name
+    if isinstance(value, Settings):
+        return f"({', '.join(unusual(value)) or 'as usual'})"
+    if isinstance(value, dict):
+        return f"({', '.join(f'{name} {_told(one)}' for name, one in value.items())})"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_told, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _reward_facts(reward: RewardSpec) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.optim import SAMAdamW
 from rsaft_fast.optim.moments import MOMENTS
 from rsaft_fast.recipe.config import OptimizerSettings
-from rsaft_fast.smoothing.objective import ParameterSmoothing
+from rsaft_fast.smoothing.settings import ParameterSmoothing
 
 
 def build_optimizer(

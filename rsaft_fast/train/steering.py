@@ -36,8 +36,9 @@ from rsaft_fast.progress import watched
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards.base import Reward
 from rsaft_fast.sampling import Trajectory
-from rsaft_fast.smoothing.objective import ImageSmoothing, Observation
+from rsaft_fast.smoothing.objective import Observation
 from rsaft_fast.smoothing.search import AUTO, RadiusSearch
+from rsaft_fast.smoothing.settings import ImageSmoothing
 
 PREFIX = "steering."
 """Before the names of a checkpoint's tensors that are the steering's."""

@@ -19,7 +19,7 @@ from rsaft_fast.methods.losses import Loss
 from rsaft_fast.recipe.check import check_keys
 from rsaft_fast.rewards import RewardSettings, load_reward
 from rsaft_fast.sampling import rollout
-from rsaft_fast.smoothing.objective import Smoothing
+from rsaft_fast.smoothing.settings import Smoothing
 
 T, B, GUIDANCE, WEIGHT = 4, 2, 2.5, 0.7
 METHODS = {

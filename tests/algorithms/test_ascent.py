@@ -15,7 +15,7 @@ from rsaft_fast.algorithms.ascent import needs_ascent
 from rsaft_fast.algorithms.update import update
 from rsaft_fast.errors import UserError
 from rsaft_fast.optim import SAM, SAMAdamW
-from rsaft_fast.smoothing.objective import ParameterSmoothing
+from rsaft_fast.smoothing.settings import ParameterSmoothing
 
 RHO, LR, UPDATES = 0.3, 0.05, 7
 INPUTS = torch.randn(UPDATES, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

@@ -16,7 +16,7 @@ from rsaft_fast.optim import SAM
 from rsaft_fast.rewards import Combination, Reward, RewardSettings, RewardSpec, load_reward
 from rsaft_fast.rewards.combine import Part
 from rsaft_fast.sampling import sample_chain
-from rsaft_fast.smoothing.objective import ImageSmoothing, ParameterSmoothing, Smoothing
+from rsaft_fast.smoothing.settings import ImageSmoothing, ParameterSmoothing, Smoothing
 
 STEPS = 3
 BALL = ImageSmoothing(radius=0.7)

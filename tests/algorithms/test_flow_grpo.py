@@ -366,6 +366,31 @@ def test_a_gate_weighs_each_samples_penalty(sd3):
     assert 0.01 < relative_error(found[0], found[2]) < 2
 
 
+def test_long_predictions_cost_where_norm_weight_says_so(sd3):
+    gardo = {"gate": None, "diversity": None, "kl_weight": 0.0, "norm_weight": 0.7, "reference": None}
+    algorithm, experience = prepared(sd3, gardo=gardo)
+    parts = list(algorithm.parts(experience, 0))
+    moved(sd3, 0.2, 3)
+    with_it, sums = gradient_of(algorithm, parts)
+    algorithm.norm_weight = 0.0
+    without, plain = gradient_of(algorithm, parts)
+    here = {n: p.detach().clone() for n, p in sd3.trainable_parameters.items()}
+    inputs = [(part, call) for part in parts for call in experience.calls]
+    seen = [(experience.latent(call, part), sd3.schedule(T)[call]) for part, call in inputs]
+    branches = [experience.batches.conditioning(part.places).positive for part, _ in inputs]
+    put(sd3, sd3.at_first)
+    with torch.no_grad():
+        first = [sd3.predict(x, step, branch) for (x, step), branch in zip(seen, branches)]
+    put(sd3, here)
+    penalty, total = 0.0, sum(len(part.places) for part in parts) * len(experience.calls)
+    for (x, step), branch, reference in zip(seen, branches, first):
+        ratio = sd3.predict(x, step, branch).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
+        penalty = penalty + 0.7 * (ratio - 1).clamp(min=0).sum() / total
+    assert float(penalty.detach()) > 0
+    assert relative_error({n: with_it[n] - without[n] for n in with_it}, autograd_of(sd3, penalty)) < 1e-8
+    assert sums["loss"] - plain["loss"] == pytest.approx(float(penalty.detach()))
+
+
 @pytest.mark.parametrize("host", [False, True])
 def test_copies_come_and_go_by_value(host):
     weights = {"w": torch.nn.Parameter(torch.tensor([1.0, 2.0])), "v": torch.nn.Parameter(torch.tensor([0.1]))}

@@ -1,5 +1,8 @@
 """GARDO's parts against computations by hand and against a loop written from the paper or the released code."""
 
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -21,8 +24,11 @@ from rsaft_fast.algorithms.gate_signals import (
     lengthening_cotangent,
     lengthening_penalty,
 )
+from rsaft_fast.algorithms.scoring import score
 from rsaft_fast.errors import NonFiniteRewardError, UserError
 from rsaft_fast.methods.gardo import AdaptiveReference, AdaptiveShare, Gardo, Gate, Signals
+from rsaft_fast.rewards import Combination, Reward, RewardSpec
+from rsaft_fast.rewards.combine import Part
 
 F64 = torch.float64
 GROUPS = torch.arange(3).repeat_interleave(8)
@@ -236,6 +242,33 @@ def test_gradient_disagreement():
     assert gradient_disagreement(g, [with_first, with_second]).tolist() == pytest.approx(expected)
     with pytest.raises(UserError, match=says("gradients", "auxiliary")):
         gradient_disagreement(g, [])
+
+
+class Bowl(Reward):
+    """-|x - middle|^2, whose gradient is 2 (middle - x)."""
+
+    def __init__(self, middle):
+        super().__init__()
+        self.middle, self.spec = middle, RewardSpec("bowl")
+
+    def score(self, images, prompts):
+        return -(images - self.middle).square().sum((1, 2, 3))
+
+
+def test_disagreement_is_scored_beside_the_rewards():
+    middles, pictures = random(12, 3, 1, 3, 2, 2), random(13, 4, 3, 2, 2)
+    names = ("proxy", "more", "light")
+    parts = [Part(name, Bowl(m), weight) for name, m, weight in zip(names, middles, (0.7, 0.2, 0.0))]
+    backbone = SimpleNamespace(decode=lambda latents: latents)
+    found = score(backbone, Combination(parts, "weighted"), pictures, [""] * 4, compared=("light",))
+    for index, picture in enumerate(pictures):
+        proxy, more, light = ((2 * (m[0] - picture)).flatten().tolist() for m in middles)
+        whole = [0.7 * a + 0.2 * b for a, b in zip(proxy, more)]
+        cosine = sum(a * b for a, b in zip(whole, light)) / (math.hypot(*whole) * math.hypot(*light))
+        assert float(found.others["disagreement"][index]) == pytest.approx(-cosine, abs=1e-12)
+    assert found.rewards.tolist() == pytest.approx(
+        [sum(w * float(-(p - m[0]).square().sum()) for w, m in zip((0.7, 0.2), middles)) for p in pictures]
+    )
 
 
 def test_the_penalty_on_long_predictions_and_its_derivative():

@@ -300,6 +300,20 @@ def test_gardo_trains_and_resumes_to_the_same_bits(tmp_path, method, capfd):
         assert f'"{figure}": ' in lines
 
 
+@pytest.mark.parametrize("kind, settings", [(NFT, Settings), (FlowGRPO, GRPOSettings)])
+def test_rewards_that_are_all_equal_change_nothing_under_a_gate(kind, settings):
+    backbone = toy()
+    algorithm, experience = prepared(backbone, settings(gardo={"diversity": None}), kind, proxy_and_auxiliary())
+    experience.scores.rewards[:] = 0.5
+    algorithm.judge(experience, World())
+    before = {n: p.detach().clone() for n, p in backbone.trainable_parameters.items()}
+    optimizer = SAM(backbone.trainable_parameters.values(), torch.optim.SGD, rho=0.1, lr=1.0)
+    figures, _ = update(algorithm, optimizer, algorithm.parts(experience, 0), perturbs=True)
+    algorithm.after_update(figures)
+    assert (figures["equal_groups"], figures["advantage_std"], figures["loss"]) == (2, 0, None)
+    assert all(torch.equal(before[n], p) for n, p in backbone.trainable_parameters.items())
+
+
 def test_a_gate_needs_something_to_go_by():
     backbone = toy()
     for settings, reward, parts in (

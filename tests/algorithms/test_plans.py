@@ -7,7 +7,7 @@ from rsaft_fast.data.batches import MicroBatch
 from rsaft_fast.methods import AlignProp
 from rsaft_fast.methods.losses import Loss
 from rsaft_fast.sampling import NoiseSource
-from rsaft_fast.smoothing.objective import Smoothing
+from rsaft_fast.smoothing.settings import Smoothing
 
 
 def plans(count, scope, step=3, **sizes):

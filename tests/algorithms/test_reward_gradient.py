@@ -17,7 +17,8 @@ from rsaft_fast.methods.losses import Loss
 from rsaft_fast.optim import SAM, SAMAdamW
 from rsaft_fast.rewards import RewardSettings, load_reward
 from rsaft_fast.sampling import NoiseSource
-from rsaft_fast.smoothing.objective import ImageSmoothing, ParameterSmoothing, Smoothing, image_perturbation, observe
+from rsaft_fast.smoothing.objective import image_perturbation, observe
+from rsaft_fast.smoothing.settings import ImageSmoothing, ParameterSmoothing, Smoothing
 
 T, B, GUIDANCE = 4, 4, 2.5
 LINEAR = Loss()
@@ -318,6 +319,20 @@ def test_realised_drop_tends_to_one_as_the_ball_shrinks(backbone, reward):
     assert report.optimizer["gradient_cosine"] > 0.99 and report.optimizer["gradient_change"] < 0.1
     assert report.optimizer["eps_norm"] == pytest.approx(1e-4, rel=1e-9)
     assert report.optimizer["projection"] == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("backup", ["own", "gradient"])
+def test_how_far_the_gradient_turned_wherever_the_weights_wait(reward, tmp_path, backup):
+    backbone = make_backbone("sd3", tmp_path)
+    batches = make_batches(backbone, DRaFT(), sizes=(2, 2))
+    first, _ = step(backbone, reward, BALLS["neither"], batches)
+    second, _ = step(backbone, reward, BALLS["parameters"], batches)
+    a, b = (torch.cat([g.double().flatten() for g in of.values()]) for of in (first, second))
+    optimizer = SAMAdamW(backbone.trainable_parameters.values(), rho=PARAMETERS.rho, lr=1e-4, backup=backup)
+    how = dict(smoothing=BALLS["parameters"], loss=LINEAR, compare_gradients=True)
+    stats = rsaft_step(backbone, reward, backbone.schedule(T), batches, optimizer, **how).optimizer
+    assert stats["gradient_change"] == pytest.approx(float((b - a).norm() / a.norm()), rel=1e-3)
+    assert stats["gradient_cosine"] == pytest.approx(float(a @ b / (a.norm() * b.norm())), rel=1e-3)
 
 
 def test_s1_of_the_probe(backbone, reward):

@@ -9,12 +9,18 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPi
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from numpy import linspace
 
+from rsaft_fast.algorithms.flow_grpo import FlowGRPO
+from rsaft_fast.algorithms.nft import NFT
 from rsaft_fast.backbones import load_backbone
 from rsaft_fast.backbones.flow import dynamic_shift
 from rsaft_fast.data.encoded import EncodedPrompts
 from rsaft_fast.errors import UserError
+from rsaft_fast.methods import NFT as NFTSettings
 from rsaft_fast.methods import DRaFT
+from rsaft_fast.methods import FlowGRPO as Settings
 from rsaft_fast.recipe.config import SamplerSettings
+from rsaft_fast.rewards import RewardSpec
+from rsaft_fast.rewards.python import FunctionReward
 from rsaft_fast.sampling import flow_schedule, rollout
 
 STEPS = 3
@@ -146,3 +152,10 @@ def test_lora_reaches_both_kinds_of_blocks(dev, tmp_path):
     names = backbone.trainable_parameters
     assert any(name.startswith("transformer_blocks.0.attn.add_q_proj") for name in names)
     assert any(name.startswith("single_transformer_blocks.0.attn.to_q") for name in names)
+
+
+@pytest.mark.parametrize("policy, settings", [(FlowGRPO, Settings()), (NFT, NFTSettings())])
+def test_a_policy_gradient_warns_about_a_distilled_model(schnell, dev, policy, settings):
+    reward = FunctionReward(lambda images, prompts: images.mean((1, 2, 3)), RewardSpec("mean"), differentiable=False)
+    notes = {folder: policy(load(folder), reward, settings, 4).notes for folder in (schnell, dev)}
+    assert says(4, "distilled").search(notes[schnell][0]) and not notes[dev]

@@ -16,7 +16,7 @@ from rsaft_fast.methods.losses import Loss
 from rsaft_fast.optim import SAMAdamW
 from rsaft_fast.rewards import load_reward
 from rsaft_fast.sampling import derive_rng
-from rsaft_fast.smoothing.objective import ImageSmoothing, ParameterSmoothing, Smoothing
+from rsaft_fast.smoothing.settings import ImageSmoothing, ParameterSmoothing, Smoothing
 
 PROMPTS = ["a red circle", "two blue squares"]
 STEPS = 3

@@ -71,6 +71,13 @@ class Child:
         return self
 
     @property
+    def running(self) -> bool:
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    @property
     def calls(self) -> int:
         return int(self.log.with_suffix(".calls").read_text())
 

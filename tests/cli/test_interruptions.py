@@ -1,52 +1,60 @@
-"""A run killed, terminated and interrupted as a process of its own."""
+"""A run killed, terminated and interrupted as a process of its own: the command line's, or a fork of one that has
+everything imported."""
 
 from __future__ import annotations
 
 import random
 import re
 import signal
-import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from builders.fork_server import ForkServer
 from builders.messages import says
-from builders.recipes import Tiny, recipe, run_cli, start_cli, write_recipe
+from builders.recipes import Tiny, recipe, start_cli, write_recipe
 from safetensors.torch import load_file
 
 from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train.logging import read_metrics
 
-pytestmark = pytest.mark.slow  # eight runs, each a process of its own
+pytestmark = pytest.mark.slow  # nine runs
 
 STEPS = 8
 
 
-def start(tiny: Tiny, tmp_path: Path, name: str, **overrides) -> tuple[Path, Path, subprocess.Popen]:
-    """Run folder, recipe and process of a run."""
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = ForkServer(tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()
+
+
+def prepare(tiny: Tiny, tmp_path: Path, name: str, **overrides) -> tuple[Path, Path]:
+    """Folder and recipe of a run."""
     out = tmp_path / name
     raw = recipe(tiny, out, max_steps=STEPS, checkpoint_every=2, keep_checkpoints=2, ema={"decay": 0.9}, **overrides)
-    file = write_recipe(tmp_path / f"{name}.yaml", raw)
-    return out, file, start_cli(["train", file], cwd=tmp_path)
+    return out, write_recipe(tmp_path / f"{name}.yaml", raw)
 
 
-def wait_for_update(process: subprocess.Popen, out: Path, step: int) -> None:
+def wait_for_update(running: Callable[[], bool], out: Path, step: int) -> None:
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         records = read_metrics(out)
         if records and records[-1]["step"] >= step:
             return
-        assert process.poll() is None, process.communicate()[1]
+        assert running(), f"ended before update {step}"
         time.sleep(0.005)
     raise AssertionError(f"update {step} did not come")
 
 
 @pytest.fixture(scope="module")
-def unbroken(tiny, tmp_path_factory) -> Path:
-    """The run that nothing disturbs, in a process like the others."""
-    out, _, process = start(tiny, tmp_path_factory.mktemp("unbroken"), "run")
-    error = process.communicate(timeout=300)[1]
-    assert process.returncode == 0, error
+def unbroken(server, tiny, tmp_path_factory) -> Path:
+    """The run that nothing disturbs."""
+    out, file = prepare(tiny, tmp_path_factory.mktemp("unbroken"), "run")
+    done = server.run(["train", file])
+    assert done.code == 0, done.said
     return out
 
 
@@ -62,22 +70,23 @@ def assert_same_end(out: Path, unbroken: Path) -> None:
     assert logs[0] == logs[1] and [record["step"] for record in logs[0]] == list(range(1, STEPS + 1))
 
 
-def test_killed_at_a_random_moment_and_resumed_it_ends_with_the_same_bits(tiny, tmp_path, unbroken):
-    out, file, process = start(tiny, tmp_path, "killed")
-    wait_for_update(process, out, random.SystemRandom().randint(1, STEPS - 1))
+def test_killed_at_a_random_moment_and_resumed_it_ends_with_the_same_bits(server, tiny, tmp_path, unbroken):
+    out, file = prepare(tiny, tmp_path, "killed")
+    child = server.start(["train", file])
+    wait_for_update(lambda: child.running, out, random.SystemRandom().randint(1, STEPS - 1))
     time.sleep(random.SystemRandom().uniform(0, 0.3))
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL or (out / "lora").is_dir()
-    done = run_cli(["train", file, "resume=auto"], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    child.send_signal(signal.SIGKILL)
+    assert child.wait().code == -signal.SIGKILL or (out / "lora").is_dir()
+    done = server.run(["train", file, "resume=auto"])
+    assert done.code == 0, done.said
     assert_same_end(out, unbroken)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(tiny, tmp_path, unbroken, number, code):
-    out, file, process = start(tiny, tmp_path, "stopped")
-    wait_for_update(process, out, 2)
+def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(server, tiny, tmp_path, unbroken, number, code):
+    out, file = prepare(tiny, tmp_path, "stopped")
+    process = start_cli(["train", file], cwd=tmp_path)
+    wait_for_update(lambda: process.poll() is None, out, 2)
     process.send_signal(number)
     error = process.communicate(timeout=120)[1]
     assert process.returncode == code
@@ -88,17 +97,18 @@ def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(tiny, tmp_path
     assert re.search(rf"rsaft-fast: {number.name}: finishing update \d, then saving; again to stop", error), error
     said = error.strip().splitlines()[-1]
     assert said == (f"rsaft-fast: stopped by {number.name} after update {stopped} of {STEPS}; go on with resume={out}")
-    done = run_cli(["train", file, f"resume={out}"], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert says(folder, f"update {stopped}").search(done.stderr)
+    done = server.run(["train", file, f"resume={out}"])
+    assert done.code == 0, done.said
+    assert says(folder, f"update {stopped}").search(done.said)
     assert_same_end(out, unbroken)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_second_signal_ends_at_once_and_leaves_whole_checkpoints(tiny, tmp_path, number, code):
     # Updates long enough to be caught inside, which is where the one after a checkpoint is.
-    out, _, process = start(tiny, tmp_path, "aborted", sampler={"steps": 150})
-    wait_for_update(process, out, 2)
+    out, file = prepare(tiny, tmp_path, "aborted", sampler={"steps": 150})
+    process = start_cli(["train", file], cwd=tmp_path)
+    wait_for_update(lambda: process.poll() is None, out, 2)
     while checkpoints.newest(out / "checkpoints")[0] is None:
         time.sleep(0.01)
     time.sleep(0.1)

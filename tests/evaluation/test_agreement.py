@@ -13,7 +13,7 @@ from rsaft_fast.methods import DRaFT
 from rsaft_fast.methods.losses import Loss
 from rsaft_fast.recipe.config import SamplerSettings
 from rsaft_fast.rewards import RewardSettings, load_reward
-from rsaft_fast.smoothing.objective import ImageSmoothing, Smoothing
+from rsaft_fast.smoothing.settings import ImageSmoothing, Smoothing
 
 STEPS, GUIDANCE, PICTURES = 3, 2.0, 6
 BALL = ImageSmoothing(radius=0.7)

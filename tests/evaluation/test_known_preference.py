@@ -11,7 +11,7 @@ from rsaft_fast import playground
 from rsaft_fast.evaluation.known_preference import TERMS, TRUTH, means, score_of, sharpness_of, truth_of
 from rsaft_fast.playground.preference import true_terms
 from rsaft_fast.rewards import Reward, RewardSpec
-from rsaft_fast.smoothing.objective import ImageSmoothing
+from rsaft_fast.smoothing.settings import ImageSmoothing
 
 
 class Slope(Reward):

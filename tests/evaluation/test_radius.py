@@ -16,7 +16,7 @@ from rsaft_fast.methods import DRaFT
 from rsaft_fast.methods.losses import Loss
 from rsaft_fast.recipe.config import SamplerSettings
 from rsaft_fast.rewards.base import Reward, RewardSpec
-from rsaft_fast.smoothing.objective import ImageSmoothing, Smoothing
+from rsaft_fast.smoothing.settings import ImageSmoothing, Smoothing
 
 RADII, BEST = (30.0, 140.0, 900.0), 140.0
 

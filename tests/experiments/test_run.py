@@ -78,11 +78,12 @@ def test_what_was_killed_goes_on_with_the_same_bits_and_a_failure_stops_nobody_e
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", [name for name in BASELINES if name not in ("kl", "lora")])  # those train above
 def test_every_baseline_trains(tmp_path, name):
     choices = {proxy: {grid.key: grid.values[0] for grid in GRIDS} for proxy in playground.REWARDS}
     row = next(row for row in rows_of("baselines", choices, [1])[0] if row.variant == name)
-    short = Row(**vars(row) | {"updates": 1, "every": 1, "pictures": 2})
+    small = {"updates": 1, "every": 1, "pictures": 2, "overrides": (*row.overrides, "data.batch_size=2")}
+    short = Row(**vars(row) | small)
     run = read_record(run_row(short, tmp_path, tmp_path / "work"))
     assert run.points[1].weights_distance > 0
     assert all(torch.tensor(list(point.means.values())).isfinite().all() for point in run.points)

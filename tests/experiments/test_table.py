@@ -78,3 +78,12 @@ def test_what_cannot_be_run_is_named_before_anything_is():
         require_rows([row])
     with pytest.raises(UserError, match=says("--set", "cores", "core", "baselines")):
         rows_of("cores", {})
+    with pytest.raises(UserError, match=says("--proxies", "honest", "brittle", "fair")):
+        rows_of("core", CHOICES, only=["brittle", "honest"])
+
+
+def test_rows_of_some_proxies_are_those_of_all():
+    everything = rows_of("core", {"brittle": {"image": 0.3}}, [1])
+    some = rows_of("core", {"brittle": {"image": 0.3}}, [1], ["brittle", "mixed"])
+    for all_of_a_kind, kept in zip(everything, some, strict=True):
+        assert kept == [row for row in all_of_a_kind if row.proxy in ("brittle", "mixed")] != []

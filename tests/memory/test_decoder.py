@@ -29,7 +29,7 @@ from rsaft_fast.playground import pipeline_path, reward_path
 from rsaft_fast.recipe.load import load_config
 from rsaft_fast.rewards import RewardSettings, load_reward
 from rsaft_fast.sampling import derive_rng
-from rsaft_fast.smoothing.objective import ParameterSmoothing, Smoothing
+from rsaft_fast.smoothing.settings import ParameterSmoothing, Smoothing
 
 MIB = 2**20
 GIB = 2**30

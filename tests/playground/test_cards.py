@@ -19,7 +19,7 @@ from rsaft_fast.playground.build.settings import Examination, Settings
 from rsaft_fast.rewards import RewardSettings, load_reward
 from rsaft_fast.rewards.python import FunctionReward
 from rsaft_fast.sampling import derive_rng
-from rsaft_fast.smoothing.objective import Smoothing
+from rsaft_fast.smoothing.settings import Smoothing
 from rsaft_fast.smoothing.sharpness import sharpness
 
 FEW = replace(

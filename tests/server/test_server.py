@@ -12,7 +12,7 @@ import pickle
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 
 import numpy as np
@@ -302,8 +302,9 @@ def flaky(url, refusals):
             threading.Thread(target=pump, args=(upstream, client), daemon=True).start()
 
     def pump(source, sink):
-        while data := source.recv(65536):
-            sink.sendall(data)
+        with suppress(OSError):  # the other direction has closed its sink, which is this one's source
+            while data := source.recv(65536):
+                sink.sendall(data)
         sink.close()
 
     thread = threading.Thread(target=relay)
@@ -318,16 +319,17 @@ def flaky(url, refusals):
 
 def test_a_lost_answer_is_asked_for_again(server, local):
     with flaky(server, refusals=3) as (url, seen):
-        remote = RemoteReward(f"{url}/clip", TOKEN, patience=QUICK)
+        remote = RemoteReward(f"{url}/clip", TOKEN, patience=60)  # four tries on a busy machine, too
         assert len(seen) == 4
         images = torch.rand(1, 3, 18, 18)
         assert torch.equal(remote.score(images, ["x"]), local.score(images, ["x"]).detach())
     with flaky(server, refusals=9) as (url, seen):
-        with pytest.raises(UserError, match=says("4 tries", "reward.patience", 0.75)) as caught:
+        with pytest.raises(UserError, match=says("reward.patience", 0.75)) as caught:
             RemoteReward(f"{url}/clip", TOKEN, patience=QUICK)
         # Whether the end of the connection or its reset arrives first is the system's to say.
         assert any(word in str(caught.value) for word in ("RemoteDisconnected", "ConnectionResetError"))
-        assert len(seen) == 4
+        # Four, or fewer where others hold the cores.
+        assert 2 <= len(seen) <= 4 and says(f"{len(seen)} tries").search(str(caught.value))
 
 
 def test_a_server_that_dies_is_one_clear_line(local):

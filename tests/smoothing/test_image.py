@@ -17,7 +17,8 @@ from rsaft_fast.rewards import Combination, Reward, RewardSpec
 from rsaft_fast.rewards.combine import Part
 from rsaft_fast.sampling import NoiseSource
 from rsaft_fast.smoothing.image import lowpass, observe_around, perturb_around, radius_factor, rewards_around
-from rsaft_fast.smoothing.objective import ImageSmoothing, observe
+from rsaft_fast.smoothing.objective import observe
+from rsaft_fast.smoothing.settings import ImageSmoothing
 
 NOISE = NoiseSource(seed=4, step=7, samples=(0, 1, 2))
 # What decodes latents that are pictures already.
@@ -197,6 +198,25 @@ def test_only_pictures_that_the_parts_disagree_on_are_perturbed(pictures):
         assert torch.equal(there[0][index], expected)
     with pytest.raises(UserError, match=says("smoothing.image.only_where", "parts", 0)):
         around_of(Wave(), pictures, ImageSmoothing(only_where=0.5))
+
+
+def test_a_pictures_own_radius_follows_its_uncertainty(pictures):
+    """Win rates of three pictures by counting; only the parts of weight 0 are compared with."""
+    parts = [Part("main", Wave(1)), Part("other", Wave(2), 0.5), Part("a", Wave(3), 0.0), Part("b", Wave(4), 0.0)]
+    reward = Combination(parts, "weighted")
+    rows = {part.name: part.reward.score(pictures, PROMPTS) for part in parts}
+    rows["whole"] = rows["main"] + 0.5 * rows["other"]
+    wins = {name: [sum(mine > other for other in row) / 2 for mine in row] for name, row in rows.items()}
+    factors = [1 + w - (a + b) / 2 for w, a, b in zip(wins["whole"], wins["a"], wins["b"])]
+    assert len(set(factors)) > 1 and sum(factors) == 3
+    plain, _, _ = around_of(reward, pictures, ImageSmoothing(radius=0.3))
+    own, s1, _ = around_of(reward, pictures, ImageSmoothing(radius=0.3, per_sample="uncertainty"))
+    expected = plain[0] * torch.tensor(factors, dtype=torch.float64).reshape(3, 1, 1, 1)
+    torch.testing.assert_close(own[0], expected, rtol=1e-12, atol=0)
+    assert s1 is None
+    for one in (Wave(), Combination(parts[:2], "weighted")):
+        with pytest.raises(UserError, match=says("per_sample uncertainty", "weight 0", 0)):
+            around_of(one, pictures, ImageSmoothing(per_sample="uncertainty"))
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def assert_close(ours: dict, truth: dict) -> None:
     [
         ("sd3", False),
         ("flux", True),
-        # Some ten seconds each, mostly of compiling.
-        *(pytest.param(family, False, marks=pytest.mark.slow) for family in ("sd15", "sdxl", "flux")),
+        # Some ten seconds each, mostly of compiling: of UNets, too, one as it is and one under checkpointing.
+        pytest.param("sd15", False, marks=pytest.mark.slow),
         pytest.param("sdxl", True, marks=pytest.mark.slow),
     ],
 )
@@ -73,10 +73,9 @@ def test_compiled_blocks_compute_the_same_and_compile_once(family, checkpointed,
     assert not counters["graph_break"] and not counters["recompiles"]
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3"])
-def test_weights_that_change_in_place_are_seen(family, tmp_path):
+def test_weights_that_change_in_place_are_seen(tmp_path):
     """As a perturbation changes them between the passes of every update."""
-    backbone = make_backbone(family, tmp_path)
+    backbone = make_backbone("sd3", tmp_path)
     calls = Calls(backbone)
     compiled(backbone, with_gradient=False)
     before, count = calls.sample(1), compilations()

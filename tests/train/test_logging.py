@@ -10,10 +10,10 @@ from builders.messages import says
 from builders.recipes import config
 from PIL import Image
 
+from rsaft_fast.background import Background
 from rsaft_fast.errors import UserError
 from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train import loop
-from rsaft_fast.train.background import BackgroundWriter
 from rsaft_fast.train.logging import RunLog, read_metrics
 from rsaft_fast.train.loop import train
 
@@ -95,7 +95,7 @@ def test_a_tensorboard_that_cannot_be_written_ends_nothing(out):
 
 @pytest.mark.parametrize("call", ["submit", "flush", "close"])
 def test_an_error_in_the_background_is_raised_by_the_next_call_and_once(call):
-    writer = BackgroundWriter()
+    writer = Background("writer")
     writer.submit(broken)
     writer._jobs.join()
     with pytest.raises(OSError, match="no space left"):
@@ -114,7 +114,7 @@ def test_what_ends_a_run_is_not_hidden_by_the_log(out):
 
 
 def test_the_queue_is_bounded():
-    writer, release, done = BackgroundWriter(most_waiting=2), threading.Event(), []
+    writer, release, done = Background("writer", most_waiting=2), threading.Event(), []
     for _ in range(3):  # one runs, two wait
         writer.submit(lambda: release.wait(60))
     fourth = threading.Thread(target=lambda: (writer.submit(lambda: None), done.append(1)))

@@ -121,22 +121,33 @@ def test_grids_of_a_resumed_run_show_the_untrained_model_too(tiny, tmp_path):
         assert (runs[0] / "samples" / name).read_bytes() == (runs[1] / "samples" / name).read_bytes()
 
 
-def test_a_resumed_log_has_each_update_once_also_after_a_torn_line(tiny, out):
-    train(config(tiny, out, max_steps=2, checkpoint_every=2))
-    with (out / "metrics.jsonl").open("a") as stream:
+@pytest.fixture(scope="module")
+def original(tiny, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("original") / "run"
+    train(config(tiny, out))
+    return out
+
+
+@pytest.fixture
+def ran(original, out) -> Path:
+    """A finished run of two updates, a copy."""
+    return Path(shutil.copytree(original, out))
+
+
+def test_a_resumed_log_has_each_update_once_also_after_a_torn_line(tiny, ran):
+    with (ran / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 3, "reward": 1.0}\n{"step": 4, "rew')
-    train(config(tiny, out, max_steps=4, resume=str(out)))
-    assert [record["step"] for record in read_metrics(out)] == [1, 2, 3, 4]
-    assert all(set(record) >= KEYS for record in read_metrics(out))
+    train(config(tiny, ran, max_steps=4, resume=str(ran)))
+    assert [record["step"] for record in read_metrics(ran)] == [1, 2, 3, 4]
+    assert all(set(record) >= KEYS for record in read_metrics(ran))
 
 
-def test_a_run_can_go_on_in_another_folder(tiny, out, tmp_path):
-    train(config(tiny, out, max_steps=2, checkpoint_every=2))
-    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+def test_a_run_can_go_on_in_another_folder(tiny, ran, tmp_path):
+    before = {p: p.read_bytes() for p in ran.rglob("*") if p.is_file()}
     other = tmp_path / "other"
-    train(config(tiny, other, max_steps=3, resume=str(out)))
+    train(config(tiny, other, max_steps=3, resume=str(ran)))
     assert [record["step"] for record in read_metrics(other)] == [1, 2, 3]
-    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert before == {p: p.read_bytes() for p in ran.rglob("*") if p.is_file()}
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_aloud(tiny, out):
@@ -151,10 +162,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(tiny, out):
     assert weights.read_bytes() == good
 
 
-def test_what_changed_since_the_checkpoint_is_said(tiny, out):
-    train(config(tiny, out))
+def test_what_changed_since_the_checkpoint_is_said(tiny, ran):
     said = []
-    train(config(tiny, out, max_steps=3, resume="auto", optimizer__lr=5e-3), log=said.append)
+    train(config(tiny, ran, max_steps=3, resume="auto", optimizer__lr=5e-3), log=said.append)
     assert len(notes(said)) == 2 and says("optimizer.lr", 0.01, 0.005).search(notes(said)[1])
 
 
@@ -166,19 +176,17 @@ def test_what_changed_since_the_checkpoint_is_said(tiny, out):
         ({"parameters": {"train": "full"}}, says("resume", "weights", "parameters")),
     ],
 )
-def test_a_checkpoint_of_another_model_is_refused(tiny, out, overrides, line):
-    train(config(tiny, out))
-    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+def test_a_checkpoint_of_another_model_is_refused(tiny, ran, overrides, line):
+    before = {p: p.read_bytes() for p in ran.rglob("*") if p.is_file()}
     with pytest.raises(UserError, match=line):
-        train(config(tiny, out, max_steps=3, resume="auto", **overrides))
-    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        train(config(tiny, ran, max_steps=3, resume="auto", **overrides))
+    assert before == {p: p.read_bytes() for p in ran.rglob("*") if p.is_file()}
 
 
-def test_a_finished_run_says_so_and_changes_nothing_but_the_export(tiny, out):
-    train(config(tiny, out))
-    shutil.rmtree(out / "lora")
-    outcome = train(config(tiny, out, resume="auto"))
-    assert says(2, "updates").search(outcome.message) and (out / "lora").is_dir()
+def test_a_finished_run_says_so_and_changes_nothing_but_the_export(tiny, ran):
+    shutil.rmtree(ran / "lora")
+    outcome = train(config(tiny, ran, resume="auto"))
+    assert says(2, "updates").search(outcome.message) and (ran / "lora").is_dir()
 
 
 def test_resume_auto_without_a_run_starts_one(tiny, out):
@@ -196,26 +204,24 @@ def test_resume_auto_of_a_run_without_a_checkpoint_starts_over_says_so_and_keeps
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_2"]
 
 
-def test_resume_auto_never_replaces_a_run_whose_only_checkpoint_is_damaged(tiny, out):
-    train(config(tiny, out))
-    with (out / "checkpoints/step_2/weights.safetensors").open("ab") as stream:
+def test_resume_auto_never_replaces_a_run_whose_only_checkpoint_is_damaged(tiny, ran):
+    with (ran / "checkpoints/step_2/weights.safetensors").open("ab") as stream:
         stream.write(b"x")
-    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    before = {p: p.read_bytes() for p in ran.rglob("*") if p.is_file()}
     with pytest.raises(UserError, match=says("resume", "step_2", "weights.safetensors", "output_dir")):
-        train(config(tiny, out, max_steps=3, resume="auto"))
-    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        train(config(tiny, ran, max_steps=3, resume="auto"))
+    assert before == {p: p.read_bytes() for p in ran.rglob("*") if p.is_file()}
 
 
-def test_a_comment_in_the_copied_config_makes_no_checkpoint_worthless(tiny, out):
-    train(config(tiny, out))
-    copied = out / "checkpoints/step_2/config.yaml"
+def test_a_comment_in_the_copied_config_makes_no_checkpoint_worthless(tiny, ran):
+    copied = ran / "checkpoints/step_2/config.yaml"
     copied.write_text("# the good one\n" + copied.read_text())
     said = []
-    assert train(config(tiny, out, max_steps=3, resume="auto"), log=said.append).step == 3
-    assert notes(said) == [f"resuming from {out / 'checkpoints/step_2'}, after update 2"]
-    copied = out / "checkpoints/step_3/config.yaml"
+    assert train(config(tiny, ran, max_steps=3, resume="auto"), log=said.append).step == 3
+    assert notes(said) == [f"resuming from {ran / 'checkpoints/step_2'}, after update 2"]
+    copied = ran / "checkpoints/step_3/config.yaml"
     copied.write_text("{")
-    assert train(config(tiny, out, max_steps=4, resume="auto"), log=said.append).step == 4
+    assert train(config(tiny, ran, max_steps=4, resume="auto"), log=said.append).step == 4
     assert any("config.yaml" in line for line in said)
 
 

@@ -15,9 +15,10 @@ from safetensors import safe_open
 
 from rsaft_fast.backbones import FLUX, SD15
 from rsaft_fast.backbones.lora_formats import KOHYA_FILE
+from rsaft_fast.rewards import RewardSpec
 from rsaft_fast.sampling.protocol import LORA_FILE
 from rsaft_fast.train.loop import train
-from rsaft_fast.train.model_card import CARD, _front_matter, _loading, public_name
+from rsaft_fast.train.model_card import CARD, _front_matter, _loading, model_card, public_name
 
 FULL = {"parameters": {"train": "full"}}
 
@@ -105,6 +106,37 @@ def test_a_folder_named_like_a_hub_id_is_that_folder(tmp_path, monkeypatch):
 def test_only_a_hub_id_is_a_base_model(base, named):
     head = front_matter(_front_matter(base, lora=True) + "\n")
     assert head.get("base_model") == (base if named else None) and ("base_model_relation" in head) == named
+
+
+def facts_of(config):
+    backbone = SimpleNamespace(width=8, height=8, denoiser_name="unet")
+    card = model_card(config, backbone, 1, RewardSpec("toy"), "unet", kohya=False)
+    return dict(re.findall(r"^\| ([\w ]+) \| (.*) \|$", card, re.MULTILINE)), card
+
+
+def test_the_card_names_every_setting_that_is_not_the_usual_one(tiny, tmp_path):
+    """What the recipe says and the defaults do not; of places their last names alone."""
+    gardo = {"gate": {"share": 0.2, "signals": {"s1": 0.5}}, "diversity": {"features": "/home/alice/dino"}}
+    method = {"name": "flow_grpo", "kl_weight": 0.01, "window": {}, "gardo": gardo | {"reference": None}}
+    weights = {"rho": 0.1, "direction": "friendly", "groups": [{"match": "attn", "rho": 0.5}]}
+    smoothing = {"image": None, "parameters": weights}
+    facts, card = facts_of(config(tiny, tmp_path / "run", method=method, smoothing=smoothing, data__group_size=2))
+    assert facts["method"] == (
+        "flow\\_grpo, window (as usual), kl\\_weight 0.01, gardo (gate (share 0.2, signals (s1 0.5)), reference null, "
+        "diversity (features dino))"
+    )
+    assert facts["smoothing"] == "weights (rho 0.1, groups \\[(match attn, rho 0.5)\\], direction friendly)"
+    assert "alice" not in card and "Sharpness-Aware" in card and "agreement" not in facts
+    agreement = {"judges": {"other": {"name": "pickscore", "path": "/home/alice/pick"}}, "control": "stop"}
+    smoothing = {"image": {"radius": 0.3, "steps": 2}, "parameters": None, "resample": "graded_only"}
+    keys = {"agreement": agreement, "regularize": {"kl_to_base": 0.25}, "smoothing": smoothing}
+    facts, card = facts_of(config(tiny, tmp_path / "run", **keys))
+    assert facts["smoothing"] == "pictures (rho 0.3, l2 in pixel01, steps 2), resample graded\\_only"
+    assert facts["agreement"] == "judges (other pickscore of pick), control stop" and "alice" not in card
+    assert facts["regularize"] == "kl\\_to\\_base 0.25"
+    none = {"image": None, "parameters": None}
+    facts, card = facts_of(config(tiny, tmp_path / "run", smoothing=none, method={"name": "draft"}))
+    assert (facts["smoothing"], facts["method"]) == ("none", "draft") and "Sharpness-Aware" not in card
 
 
 def test_the_code_samples_as_the_training_did(tiny, tmp_path):

@@ -12,7 +12,7 @@ from torch import nn
 from rsaft_fast.algorithms.copies import EMA
 from rsaft_fast.errors import UserError
 from rsaft_fast.recipe.config import OptimizerSettings
-from rsaft_fast.smoothing.objective import ParameterGroup, ParameterSmoothing
+from rsaft_fast.smoothing.settings import ParameterGroup, ParameterSmoothing
 from rsaft_fast.train.optimizer import build_optimizer, learning_rate
 
 

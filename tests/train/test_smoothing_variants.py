@@ -97,6 +97,8 @@ def test_estimates_know_what_is_kept(tiny, out):
     [
         (smoothing({"only_where": 0.5}), ("only_where", "clip", "combination")),
         ({**smoothing({"only_where": 0.5}), "reward": None, "data__batch_size": 1}, ("only_where", "batch_size", 1)),
+        (smoothing({"per_sample": "uncertainty"}), ("per_sample", "uncertainty", "weight 0")),
+        ({**smoothing({"per_sample": "uncertainty"}), "reward": None}, ("per_sample", "uncertainty", "weight 0")),
         ({"sharpness": {"radius": 1.0, "steps": 3}}, ("sharpness", "smoothing.image")),
         ({**smoothing(None, {"space": "full"}), "parameters": {"train": "full"}}, ("space", "parameters.train full")),
         (
@@ -115,6 +117,16 @@ def test_keys_that_do_not_go_together_are_refused(tiny, out, keys, said):
         keys = keys | {"reward": combination(tiny)}
     with pytest.raises(UserError, match=says(*said)):
         check_keys(config(tiny, out, **keys))
+
+
+def test_an_auxiliary_reward_that_agrees_leaves_the_radius_as_it_is(tiny, out):
+    """The auxiliary part is the reward itself: then it is the plain method, to the bit."""
+    reward = combination(tiny)
+    reward["parts"][1]["weight"] = 0.0
+    options = {"max_steps": 2, "reward": reward, "sharpness": None, "data__batch_size": 3}
+    train(config(tiny, out, "sd3", **options, **smoothing({"radius": 0.3, "per_sample": "uncertainty"})))
+    train(config(tiny, out / "plain", "sd3", **options, **smoothing({"radius": 0.3})))
+    same_files(out / "checkpoints/step_2", out / "plain/checkpoints/step_2", ["weights"])
 
 
 def test_pictures_that_parts_disagree_on_alone_are_perturbed(tiny, out):
