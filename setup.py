@@ -152,7 +152,7 @@ setup(
     package_dir={f"rsaft_fast.{name}": name for name in BESIDE},
     package_data={
         "rsaft_fast": ["playground/assets/**/*", "backbones/specs/*.json", "py.typed"],
-        "rsaft_fast.recipes": ["*.yaml", "*.txt"],
+        "rsaft_fast.recipes": ["*.yaml", "*.txt", "paper/*.yaml"],
         "rsaft_fast.benchmarks": ["shapes.json", "goals.txt"],
     },
     ext_modules=libraries,

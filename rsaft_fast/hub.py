@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,6 +76,47 @@ def reach(what: str, repository: str, fetch: Callable[[Any], Answer]) -> Answer:
         raise
     except Exception as error:
         raise UserError(f"{what} {repository!r} {_reason(error, repository)}") from error
+
+
+def publish(repository: str, files: Mapping[str, Path | bytes], message: str, private: bool) -> str:
+    """Put files into a model repository of the hub, made if need be, as one commit; return the commit's address.
+
+    Args:
+        files: by their path in the repository.
+        private: of a repository that is made.
+
+    Raises:
+        UserError: not logged in, not allowed, not reachable: each told apart.
+    """
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    operations = [
+        huggingface_hub.CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+        for name, content in files.items()
+    ]
+    try:
+        api.create_repo(repository, private=private or None, exist_ok=True)
+        return api.create_commit(repository, operations, commit_message=message).commit_url
+    except Exception as error:
+        raise UserError(f"{repository!r} could not be pushed to: {_reason_of_push(error)}") from error
+
+
+def _reason_of_push(error: Exception) -> str:
+    from huggingface_hub import errors
+
+    if _cause(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set; unset it"
+    token = "log in with hf auth login, or set HF_TOKEN, with a token that may write there"
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return f"you are not logged in; {token}"
+    if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
+        code = error.response.status_code
+        mend = token if code in (401, 403, 404) else "try again later"
+        return f"the hub answered with HTTP {code} ({first_line(error)}); {mend}"
+    if _is_of_network(error):
+        return f"the hub cannot be reached: offline? ({describe_error(error)}); check the connection"
+    return f"{describe_error(error)}; try again"
 
 
 def _reason(error: Exception, repository: str) -> str:

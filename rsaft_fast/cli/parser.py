@@ -74,7 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     trained.add_argument("--lora", type=_path, metavar="PATH", help="a LoRA in diffusers' format, file or folder")
     sample.add_argument("--untrained", action="store_true", help="with --run: its settings, without its training")
-    sample.add_argument("--checkpoint", type=_natural, metavar="STEP", help="with --run: the weights of that step")
+    sample.add_argument(
+        "--checkpoint", type=_checkpoint, metavar="STEP", help="with --run: best, or the weights of that step"
+    )
     prompts = sample.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompts", nargs="+", metavar="TEXT", help="prompts, each in quotes")
     prompts.add_argument(
@@ -82,18 +84,13 @@ def build_parser() -> argparse.ArgumentParser:
         type=_place,
         metavar="FILE",
         help=".txt, .csv, .tsv, .json, .jsonl, .parquet, starter, playground, or a set: drawbench, hpdv2, hpdv2-photo, "
-        "partiprompts, geneval, ocr, pickapic, or NAME=PATH",
+        "hpdv2-400, partiprompts, geneval, geneval2, dpg-bench, unigenbench, ocr, pickapic, or NAME=PATH",
     )
     sample.add_argument(
         "--seeds", nargs="+", type=_natural, default=[0], metavar="N", help="a picture each (default: 0)"
     )
-    sample.add_argument("--steps", type=_positive, metavar="N", help="network calls (default: the run's, or as above)")
-    sample.add_argument("--guidance", type=float, metavar="W", help="guidance scale (default: the run's, or as above)")
     sample.add_argument("--negative", metavar="TEXT", help="negative prompt (default: the run's, else none)")
-    sample.add_argument("--eta", type=float, metavar="X", help="DDIM's noise, 0 to 1 (default: the run's, else 0)")
-    sample.add_argument("--height", type=_positive, metavar="PIXELS", help="default: the run's, else the pipeline's")
-    sample.add_argument("--width", type=_positive, metavar="PIXELS", help="default: the run's, else the pipeline's")
-    sample.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the run's, else fp32")
+    _add_sampling(sample)
     _add_device(sample)
     _add_batch_size(sample)
     sample.add_argument("--output", type=_path, metavar="FOLDER", help="default: samples, or the next free one")
@@ -108,6 +105,52 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_device(score)
     _add_batch_size(score)
+
+    evaluate = add("eval", "compare models and runs on prompts, by every reward asked for", texts.EVAL)
+    evaluate.add_argument(
+        "models",
+        nargs="+",
+        type=_place,
+        metavar="RUN|MODEL",
+        help="run folders, and pipelines as sample takes them; a run's own pipeline is compared with by itself",
+    )
+    asked = evaluate.add_mutually_exclusive_group()
+    asked.add_argument("--prompts", type=_place, metavar="FILE|SET", help="as sample's --prompts-file")
+    asked.add_argument(
+        "--protocol",
+        type=_place,
+        metavar="NAME[=PATH]",
+        help="a frozen set with its number of pictures: drawbench, hpdv2-400, hpdv2-3200, partiprompts, geneval, "
+        "geneval2, dpg-bench, unigenbench; from the hub, or at PATH",
+    )
+    evaluate.add_argument(
+        "--rewards",
+        nargs="+",
+        action="extend",
+        metavar="NAME=PATH",
+        help="as radius's --judges; what the runs were trained on is always there, with a star (default: their judges)",
+    )
+    evaluate.add_argument(
+        "--checkpoint",
+        type=_checkpoint_or_all,
+        metavar="STEP",
+        help="of every run: last (default), best, all, or a number of updates; all compares runs at equal reward",
+    )
+    evaluate.add_argument("--count", type=_positive, metavar="N", help="the first N prompts alone")
+    evaluate.add_argument("--pictures", type=_positive, metavar="N", help="of each prompt (default: 1)")
+    evaluate.add_argument("--seed", type=_natural, metavar="N", help="of each prompt's first picture (default: 0)")
+    evaluate.add_argument(
+        "--features", type=_place, metavar="PATH", help="DINOv2 or DINOv3, for FID, KID and diversity: folder or hub id"
+    )
+    evaluate.add_argument(
+        "--s1", type=float, default=0.3, metavar="R", help="L2 radius of the sharpness S1; 0 leaves it out (0.3)"
+    )
+    _add_sampling(evaluate)
+    _add_device(evaluate)
+    _add_batch_size(evaluate)
+    evaluate.add_argument(
+        "--output", type=_path, metavar="FOLDER", help="new, or begun (default: RUN/evaluation/PROMPTS)"
+    )
 
     sharpness = add("sharpness", "say how sharp reward models are at pictures", texts.SHARPNESS)
     _add_pictures(sharpness)
@@ -139,6 +182,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_device(sharpness)
     _add_batch_size(sharpness)
+
+    push = add("push", "publish what a run trained on the Hugging Face hub, with a model card", texts.PUSH)
+    push.add_argument("run", type=_path, metavar="RUN", help="a run folder")
+    push.add_argument("--repo", required=True, metavar="OWNER/NAME", help="the model repository, made if need be")
+    push.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which export (default: last)")
+    push.add_argument(
+        "--license",
+        metavar="ID",
+        help="as the hub calls it, such as apache-2.0 (default: the base model's, where known)",
+    )
+    push.add_argument(
+        "--evaluation", type=_path, metavar="FOLDER", help="of eval, for the card (default: the run's newest)"
+    )
+    push.add_argument("--private", action="store_true", help="a repository that is made is private")
+    push.add_argument("--dry-run", action="store_true", help="send nothing: show the files and the card")
 
     serve = add("serve", "serve reward models to other processes, over HTTP", texts.SERVE)
     _add_reward(serve)
@@ -234,6 +292,15 @@ def _add_reward(command: argparse.ArgumentParser) -> None:
         metavar="NAME=PATH[,key=value]",
         help="once for each reward; or a recipe's file",
     )
+
+
+def _add_sampling(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--steps", type=_positive, metavar="N", help="network calls (default: the run's, or as above)")
+    command.add_argument("--guidance", type=float, metavar="W", help="guidance scale (default: the run's, or as above)")
+    command.add_argument("--eta", type=float, metavar="X", help="DDIM's noise, 0 to 1 (default: the run's, else 0)")
+    command.add_argument("--height", type=_positive, metavar="PIXELS", help="default: the run's, else the pipeline's")
+    command.add_argument("--width", type=_positive, metavar="PIXELS", help="default: the run's, else the pipeline's")
+    command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the run's, else fp32")
 
 
 def _add_device(command: argparse.ArgumentParser) -> None:
@@ -378,6 +445,18 @@ def _radii(text: str) -> tuple[float, ...]:
     if not radii - {0.0}:
         raise argparse.ArgumentTypeError(f"{text[:60]!r} has no radius above 0; write 0.1,0.3,1")
     return tuple(sorted(radii - {0.0}))
+
+
+def _checkpoint(text: str, words: tuple[str, ...] = ("best",)) -> int | str:
+    if text in words:
+        return text
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is neither {' nor '.join(words)} nor a number of updates")
+    return _natural(text)
+
+
+def _checkpoint_or_all(text: str) -> int | str:
+    return _checkpoint(text, ("last", "best", "all"))
 
 
 def _natural(text: str) -> int:

@@ -10,7 +10,9 @@ Fine-tunes diffusion models by reward gradient, smoothed against reward hacking 
   rsaft-fast train recipe.yaml             fine-tune your own model
   rsaft-fast sample --run RUN              look at what came out
   rsaft-fast score PICTURES --reward R=P   what reward models say of pictures
+  rsaft-fast eval RUN --prompts FILE       is it better than it was, by rewards that were not trained on
   rsaft-fast sharpness PICTURES ...        how much a reward falls right beside a picture
+  rsaft-fast push RUN --repo OWNER/NAME    publish it on the hub, with a model card
   rsaft-fast serve --reward R=P            reward models for other processes, over HTTP
   rsaft-fast convert FILE FOLDER           a reward's published pickle as safetensors, once
   rsaft-fast estimate recipe.yaml          will it fit, and what would make it fit
@@ -49,6 +51,7 @@ examples:
   rsaft-fast sample --run runs/playground --prompts-file playground --output after
   rsaft-fast sample --run runs/playground --prompts-file playground --output before --untrained
   rsaft-fast sample --run runs/playground --prompts-file playground --checkpoint 40
+  rsaft-fast sample --run runs/playground --prompts-file playground --checkpoint best
   rsaft-fast sample path/to/sd3 --lora runs/a/lora --prompts-file prompts.txt --steps 28 --guidance 4.5
 
 Without --run, steps and guidance are those of diffusers' pipelines, or of the model's authors: SD1.5 50 and 7.5, SDXL
@@ -83,6 +86,36 @@ reward lies on these pictures and how wide: a recipe's reward.calibration, by wh
 different scales.
 """
 
+EVAL = """\
+Compare a model with what was trained from it, on prompts, by rewards that were not trained on: draw the same prompts
+from the same noise with each, score every picture, and print a table with 95 % intervals, each model's paired
+difference to the first, and how far its pictures have moved.
+
+examples:
+  rsaft-fast eval runs/playground                                        the playground's held-out scenes, and r*
+  rsaft-fast eval runs/a --prompts my.txt --rewards imagereward=THUDM/ImageReward clip=openai/clip-vit-large-patch14
+  rsaft-fast eval runs/plain runs/smoothed --prompts my.txt --rewards imagereward=PATH     base, + method, + RSA-FT
+  rsaft-fast eval runs/plain runs/smoothed --checkpoint all --prompts my.txt               and at equal trained reward
+  rsaft-fast eval runs/a --protocol drawbench --rewards imagereward=PATH --features facebook/dinov2-large
+  rsaft-fast eval runs/a --protocol geneval=tasks.jsonl --rewards geneval-hf=PATH,metadata=tasks.jsonl,credit=benchmark
+  rsaft-fast eval path/to/sd15 path/to/other --prompts my.txt --rewards pickscore=PATH     models without any run
+
+The first row is the runs' own pipeline, untrained. The reward that a run was trained on is always measured and has a
+star: it rises whether or not the pictures are better. S1 says how much a reward falls right beside the pictures. FID
+and KID are distances to the first row's pictures, and diversity is the mean cosine distance between pictures, all in
+features of --features; without it in small thumbnails, on the playground in those of a shipped reward.
+
+With --checkpoint all every kept checkpoint is drawn, and runs are compared where the trained reward first reaches the
+highest level that all of them reach: the ends of two runs do not compare where one has climbed further.
+
+Steps, guidance, size and dtype are those of the first run named, for all of them; without a run those that sample takes
+without one. A picture depends on its prompt's text, its seed and the model, not on other prompts. Everything is kept in
+--output: after Ctrl-C, a kill or an error the same command goes on, to the same figures; more rewards, runs or
+checkpoints cost what they add. Writes evaluation.md (the table), scores.csv (a row a picture) and evaluation.json (all
+figures, and every choice behind them: prompts, seeds, sampler, hashes of the weights, versions), marked as partial
+until all is measured. Scores are those of `rsaft-fast score` on the same folder.
+"""
+
 SHARPNESS = """\
 Say how sharp reward models are at pictures: S1, how much a reward falls at the worst picture within a ball around each
 one. High S1 at a radius that nobody sees means that the reward can be climbed there without a better picture. It is
@@ -100,6 +133,22 @@ Pictures and prompts are read as score reads them. Writes a CSV with a row a pic
 the gap and S1 over the reward's own spread between pictures, and a PNG of S1 against the radius. Figures wait in
 OUTPUT.partial until then: after a failure or Ctrl-C, the same command goes on from there. A radius, picture and step of
 the search costs a forward and backward pass of the reward.
+"""
+
+PUSH = """\
+Publish what a run trained on the Hugging Face hub: its LoRA (or its denoiser) and a model card that says what it is of,
+which reward, method and radii made it, what it scores by rewards that it was not trained on, and under which licence.
+Nothing is sent before you name the repository; --dry-run shows what would be.
+
+examples:
+  rsaft-fast push runs/a --repo me/sd15-rsaft --dry-run
+  rsaft-fast push runs/a --repo me/sd15-rsaft --private
+  rsaft-fast push runs/a --repo me/sd15-rsaft --checkpoint best --license creativeml-openrail-m
+  rsaft-fast push runs/a --repo me/sd15-rsaft --evaluation runs/a/evaluation/drawbench
+
+Log in first (hf auth login, or HF_TOKEN), with a token that may write. The scores are those that `rsaft-fast eval`
+found of the same weights. The licence of the base model binds you; where it is not known here, --license must say it.
+Of local paths only the last name is shown.
 """
 
 SERVE = """\

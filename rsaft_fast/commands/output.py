@@ -51,5 +51,17 @@ def _hold(held: ExitStack, folder: Path) -> None:
         held.enter_context(sole_writer(folder, "--output", tell))
 
 
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Hold an output folder, new or begun, against other commands.
+
+    Raises:
+        UserError: another process writes there, or it cannot be made.
+    """
+    with ExitStack() as held:
+        _hold(held, folder)
+        yield
+
+
 def _is_empty(folder: Path) -> bool:
     return all(path.name == LOCK for path in folder.iterdir())

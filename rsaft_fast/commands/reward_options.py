@@ -17,8 +17,8 @@ from rsaft_fast.rewards import RewardSettings
 _RECIPES = (".yaml", ".yml")
 
 
-def parse_judges(texts: Sequence[str]) -> dict[str, RewardSettings]:
-    """What each of `--judges` names: a reward that ships, code of the user's own, or what `--reward` takes.
+def parse_judges(texts: Sequence[str], option: str = "--judges") -> dict[str, RewardSettings]:
+    """What each of an option such as `--judges` names: a reward that ships, the user's own, or what `--reward` takes.
 
     playground/NAME and python:module:name stand for themselves. LABEL:REWARD gives a name of one's own.
 
@@ -26,24 +26,25 @@ def parse_judges(texts: Sequence[str]) -> dict[str, RewardSettings]:
         UserError: one that cannot be read, or a name twice.
     """
     # A name is a part of a key, and a recipe's file may be called anything.
-    named = [(re.sub(r"[^\w.\-]", "_", name)[:60], judge) for name, judge in map(_parse_judge, texts)]
+    parsed = [_parse_judge(text, option) for text in texts]
+    named = [(re.sub(r"[^\w.\-]", "_", name)[:60], judge) for name, judge in parsed]
     found = dict(named)
     if len(found) < len(named):
         names = [name for name, _ in named]
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"--judges has {twice!r} twice; give each once, or name one of them: LABEL:{twice}=PATH")
+        raise UserError(f"{option} has {twice!r} twice; give each once, or name one of them: LABEL:{twice}=PATH")
     return found
 
 
-def _parse_judge(text: str) -> tuple[str, RewardSettings]:
+def _parse_judge(text: str, option: str) -> tuple[str, RewardSettings]:
     label = re.match(r"([\w.\-]{1,60}):(?!//)(?=.*=|playground/|python:)", text)
     if label is not None and label[1] != "python":
-        return label[1], _parse_judge(text[label.end() :])[1]
+        return label[1], _parse_judge(text[label.end() :], option)[1]
     if text.startswith("python:") and "=" not in text.partition(",")[0]:
         text = text.replace("python:", "python=", 1)
     elif text.startswith("playground/") and "=" not in text.partition(",")[0]:
-        return text.partition(",")[0].removeprefix("playground/"), parse_reward(f"clip={text}", "--judges")[1]
-    name, settings = parse_reward(text, "--judges")
+        return text.partition(",")[0].removeprefix("playground/"), parse_reward(f"clip={text}", option)[1]
+    name, settings = parse_reward(text, option)
     return re.split(r"[,=]", name)[0], settings
 
 

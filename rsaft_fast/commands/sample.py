@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from rsaft_fast.algorithms.copies import MEAN
-from rsaft_fast.backbones import Backbone, add_lora
+from rsaft_fast.backbones import Backbone, add_lora, traits_of
 from rsaft_fast.backbones.lora_files import has_text_part, load_lora
 from rsaft_fast.commands.output import output_folder
 from rsaft_fast.data.encoded import EncodedPrompts, negative_texts
@@ -40,6 +41,9 @@ from rsaft_fast.train.assemble import prepare_backbone
 from rsaft_fast.train.logging import CONFIG
 
 Group = TypeVar("Group", bound=Settings)
+
+BEST = "best"
+"""Stands for the checkpoint that a run's held-out score liked most, and is the name of its folder."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -132,33 +136,37 @@ def _read_run(folder: str) -> Config:
 
 def _sampler(arguments: argparse.Namespace, trained: Config | None, shapes: Backbone, path: str) -> SamplerSettings:
     """The options given, over the run's settings, over those that are usual for the model."""
-    if trained is not None:
-        base = trained.sampler
-    elif path == PLAYGROUND:
-        base = load_config(find_recipe(PLAYGROUND)).sampler
-    else:
-        steps, guidance = shapes.usual_sampling
-        base = SamplerSettings(steps=steps, guidance_scale=guidance)
+    base = usual_sampler(trained, shapes, path)
     given = {
         "steps": arguments.steps,
         "eta": arguments.eta,
         "guidance_scale": arguments.guidance,
         "negative_prompt": arguments.negative,
     }
-    sampler = _with_options(base, given)
+    sampler = with_options(base, given)
     if arguments.negative and sampler.guidance_scale == sampler.true_cfg_scale == 1:
         raise UserError("--negative does nothing at guidance scale 1; raise --guidance, or leave it out")
     return sampler
+
+
+def usual_sampler(trained: Config | None, shapes: Backbone, path: str) -> SamplerSettings:
+    """Give a run's sampler settings, or those that are usual for the model."""
+    if trained is not None:
+        return trained.sampler
+    if path == PLAYGROUND:
+        return load_config(find_recipe(PLAYGROUND)).sampler
+    steps, guidance = shapes.usual_sampling
+    return SamplerSettings(steps=steps, guidance_scale=guidance)
 
 
 def _backbone(arguments: argparse.Namespace, trained: Config | None) -> BackboneSettings:
     path = arguments.pipeline or trained.backbone.path
     base = trained.backbone if trained else BackboneSettings(path=path)
     given = {"height": arguments.height, "width": arguments.width, "dtype": arguments.dtype}
-    return _with_options(base, {"path": path, "checkpoint": ()} | given)
+    return with_options(base, {"path": path, "checkpoint": ()} | given)
 
 
-def _with_options(base: Group, given: Mapping[str, Any]) -> Group:
+def with_options(base: Group, given: Mapping[str, Any]) -> Group:
     """Settings with the options that were given, each within the limits that it has in a recipe."""
     given = {name: value for name, value in given.items() if value is not None}
     try:
@@ -168,18 +176,52 @@ def _with_options(base: Group, given: Mapping[str, Any]) -> Group:
 
 
 @torch.no_grad()
-def load_trained(backbone: Backbone, config: Config, folder: Path, step: int | None = None) -> None:
-    """Put a run's newest weights, or those of a step, into the backbone: their running mean where it kept one.
+def load_trained(backbone: Backbone, config: Config, folder: Path, step: int | str | None = None) -> None:
+    """Put a run's newest weights, those of a step, or its `BEST` into the backbone.
+
+    They are the running mean of the weights where the run kept one.
 
     Raises:
-        UserError: no complete checkpoint, or one of another model.
+        UserError: no complete checkpoint, or one of another model; a run that kept no best.
     """
+    if step == BEST:
+        _load_best(backbone, config, folder)
+        return
+    assert not isinstance(step, str)
     path, weights = saved_weights(folder, step)
     if config.parameters.train == "lora":
         add_lora(backbone, config.parameters.lora, config.seed)
     else:
         backbone.train_all_parameters()
     take_weights(backbone, path, weights, config.backbone.path)
+
+
+def best_folder(config: Config, folder: Path) -> Path:
+    """Find what a run exported of its best checkpoint: its LoRA's folder, or its denoiser's.
+
+    Raises:
+        UserError: the run kept none.
+    """
+    name = "lora" if config.parameters.train == "lora" else traits_of(config.backbone.path).denoiser_name
+    place = folder / BEST / name
+    if not os.path.isdir(place):
+        raise UserError(
+            f"--checkpoint {BEST}: {place} does not exist; a run keeps its best checkpoint where its recipe's "
+            "evaluation section names a reward to judge by; give --checkpoint STEP, or leave it out for the newest"
+        )
+    return place
+
+
+def _load_best(backbone: Backbone, config: Config, folder: Path) -> None:
+    place = best_folder(config, folder)
+    if config.parameters.train == "lora":
+        load_lora(backbone, place)
+        return
+    state = {name: tensor for file in sorted(place.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    own = dict(backbone.denoiser.named_parameters())
+    if not own.keys() <= state.keys() or any(own[name].shape != state[name].shape for name in own):
+        raise UserError(f"the weights of {place} do not fit this pipeline; the run trained {config.backbone.path}")
+    backbone.denoiser.load_state_dict(state, strict=False)
 
 
 def saved_weights(folder: Path, step: int | None = None, option: str = "--run") -> tuple[Path, dict[str, torch.Tensor]]:
@@ -242,7 +284,7 @@ def _pictures(
             drawn = []
             for first in range(0, len(prompts), arguments.batch_size):
                 batch = prompts[first : first + arguments.batch_size]
-                images = sample_images(backbone, schedule, encoded(batch), seed, len(batch), same_noise=True)
+                images = sample_images(backbone, schedule, encoded(batch), seed, len(batch), samples=[0] * len(batch))
                 for index, (prompt, image) in enumerate(zip(batch, images), first):
                     name = f"{index:04d}_seed_{seed}.png"
                     save_png(to_picture(image), output / name)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rsaft_fast import hub
+from rsaft_fast.data.pictures import natural_key
 from rsaft_fast.errors import UserError
 
 HPDV2_STYLES = ("anime", "concept-art", "paintings", "photo")
@@ -23,12 +24,16 @@ class PromptSet:
         count: prompts in all, duplicates included.
         hub: id of the dataset on the Hugging Face hub; "" where it is not there.
         home: where it is published otherwise.
+        column: of the prompt, where it has a name of its own; None for one of the usual.
+        one_a_file: every file of the pattern is one prompt.
     """
 
     files: tuple[str, ...]
     count: int
     hub: str = ""
     home: str = ""
+    column: str | None = None
+    one_a_file: bool = False
 
     @property
     def place(self) -> str:
@@ -45,8 +50,15 @@ SETS = {
     "drawbench": PromptSet(_TABLES, 200, hub="sayakpaul/drawbench"),
     "hpdv2": _hpdv2(*HPDV2_STYLES),
     **{f"hpdv2-{style}": _hpdv2(style) for style in HPDV2_STYLES},
+    # The prompts that the preference data set's own test split was rated on; FlowBP (arXiv 2606.11075) reports on them.
+    "hpdv2-400": PromptSet(("test.json",), 400, hub="zhwang/HPDv2"),
     "partiprompts": PromptSet(("PartiPrompts.tsv",), 1632, hub="nateraw/parti-prompts"),
     "geneval": PromptSet(("prompts/evaluation_metadata.jsonl",), 553, home="github.com/djghosh13/geneval"),
+    "geneval2": PromptSet(("geneval2_data.jsonl",), 800, home="github.com/facebookresearch/GenEval2"),
+    "dpg-bench": PromptSet(("dpg_bench/prompts/*.txt",), 1065, home="github.com/TencentQQGYLab/ELLA", one_a_file=True),
+    "unigenbench": PromptSet(
+        ("data/test_prompts_en.csv",), 600, home="github.com/CodeGoat24/UniGenBench", column="prompt_en"
+    ),
     "ocr": PromptSet(("dataset/ocr/test.txt",), 1018, home="github.com/yifan123/flow_grpo"),
     "pickapic": PromptSet(("data/test_unique-*.parquet",), 500, hub="yuvalkirstain/pickapic_v1_no_images"),
 }
@@ -98,12 +110,12 @@ def _found(name: str, folder: Path, wanted: PromptSet) -> list[Path]:
         return files
     found = []
     for pattern in wanted.files:
-        matches = sorted(folder.glob(pattern)) or sorted(folder.glob(Path(pattern).name))
-        if len(matches) != 1:
+        matches = list(folder.glob(pattern)) or list(folder.glob(Path(pattern).name))
+        if not matches or (len(matches) > 1 and not wanted.one_a_file):
             raise UserError(
                 f"prompts {name}: {str(folder)!r} holds {len(matches)} files {pattern}; download {wanted.place}"
             )
-        found += matches
+        found += sorted(matches, key=lambda file: natural_key(file.name))
     return found
 
 

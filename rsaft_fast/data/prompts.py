@@ -16,6 +16,7 @@ from typing import Any
 from rsaft_fast.data.prompt_sets import SETS, named_set, set_files
 from rsaft_fast.errors import UserError
 from rsaft_fast.paths import require_text
+from rsaft_fast.progress import watched
 from rsaft_fast.reading import open_regular, read_text
 from rsaft_fast.settings import LONGEST_TEXT
 
@@ -58,8 +59,18 @@ def load_prompts(source: str | Path, column: str | None = None, held_out: bool =
     if str(source) == STARTER:
         return _from_file(Path(str(resources.files("rsaft_fast.recipes") / f"{STARTER}.txt")), column, STARTER)
     if (named := named_set(str(source))) is not None:
-        return [prompt for file in set_files(*named) for prompt in _from_file(file, column, str(file))]
+        return _from_set(*named, column)
     return _from_file(Path(source), column, str(source))
+
+
+def _from_set(name: str, path: str, column: str | None) -> list[str]:
+    wanted, files = SETS[name], set_files(name, path)
+    if wanted.one_a_file and not os.path.isfile(path):
+        return [
+            checked_prompt(read_text(file, WHAT, MAX_FILE_BYTES), f"prompt file {str(file)!r}")
+            for file in watched(files, f"reading {name}", len(files), "file")
+        ]
+    return [prompt for file in files for prompt in _from_file(file, column or wanted.column, str(file))]
 
 
 def _nearest_set(source: str) -> str:

@@ -101,15 +101,15 @@ def difference(first: Sequence[float], second: Sequence[float], prompts: Sequenc
     """
     differences = [b - a for a, b in zip(first, second)]
     mean = fmean(differences)
-    half = _half_width(differences, prompts if len(set(prompts)) > 1 else range(len(prompts)))
+    half = half_width(differences, prompts if len(set(prompts)) > 1 else range(len(prompts)))
     wins = fmean((d > 0) + 0.5 * (d == 0) for d in differences)
     return Difference(mean, mean - half, mean + half, wins)
 
 
-def _half_width(values: Sequence[float], groups: Sequence[Hashable]) -> float:
-    """Compute the half-width of the mean's interval, from the sums of the groups' residuals.
+def half_width(values: Sequence[float], groups: Sequence[Hashable]) -> float:
+    """Compute half the width of the mean's 95 % interval, from the sums of the groups' residuals.
 
-    Of single values it is the usual standard error's.
+    Of single values it is the usual standard error's; of a single group it is infinite.
     """
     mean, sums = fmean(values), defaultdict(float)
     for value, group in zip(values, groups):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from rsaft_fast.evaluation.comparison import student_quantile
+from rsaft_fast.evaluation.equal_reward import crossing
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,11 @@ def at_level(levels: Sequence[float], values: Sequence[float], level: float) -> 
     Returns:
         None where it is never reached.
     """
-    for index, (here, value) in enumerate(zip(levels, values)):
-        if here < level:
-            continue
-        if index == 0 or here == level:
-            return value
-        before, earlier = levels[index - 1], values[index - 1]
-        return earlier + (value - earlier) * (level - before) / (here - before)
-    return None
+    place = crossing(levels, level)
+    if place is None:
+        return None
+    index, part = place
+    return values[index] if part == 0 else values[index] + part * (values[index + 1] - values[index])
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:

@@ -20,6 +20,9 @@ from rsaft_fast.recipe.schema import explain, shown, text_kinds
 from rsaft_fast.settings import Settings
 from rsaft_fast.yaml_text import LARGEST_FILE, YAMLTextError, dump_yaml, parse_yaml
 
+PAPER = "paper"
+"""Folder of the shipped recipes that repeat a paper's settings."""
+
 _OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)=(.*)", re.DOTALL)
 
 
@@ -85,15 +88,19 @@ def find_recipe(recipe: str | Path) -> Path:
     if os.path.isfile(path):
         return path
     shipped = resources.files("rsaft_fast.recipes")
-    names = sorted(entry.name for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
-    for name in (path.name, f"{path.name}.yaml"):
+    names = [
+        *sorted(entry.name for entry in shipped.iterdir() if entry.name.endswith(".yaml")),
+        *sorted(f"{PAPER}/{e.name}" for e in (shipped / PAPER).iterdir() if e.name.endswith(".yaml")),
+    ]
+    for name in (path.as_posix().removeprefix("recipes/"), f"{path.as_posix().removeprefix('recipes/')}.yaml"):
         # A path that names a folder of its own and is not there is a typing error, not a shipped recipe.
-        if not os.path.exists(path) and name in names and path.parent in (Path("."), Path("recipes")):
+        if not os.path.exists(path) and name in names:
             return Path(str(shipped / name))
     if os.path.exists(path) and not os.path.isdir(path):
         return path  # a pipe or device, which the reader refuses by its kind
     kind = "a folder" if os.path.isdir(path) else "not a file"
     near = difflib.get_close_matches(path.name, names, 1, cutoff=0.75)
+    near = near or difflib.get_close_matches(path.as_posix(), names, 1, cutoff=0.75)
     hint = f"; did you mean {near[0]}?" if near else ""
     listed = ", ".join(names)
     raise UserError(f"the recipe {str(recipe)!r} is {kind}{hint}; give a YAML file or a shipped one: {listed}")

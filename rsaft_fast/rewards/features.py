@@ -89,13 +89,18 @@ class Features(nn.Module):
         """Stays in `eval()`: stochastic depth would make features noise."""
         return super().train(False)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W), nominally 0 to 1, to features (B, D), rows of length 1."""
+    def raw(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W), nominally 0 to 1, to features (B, D) as the network gives them, of any length."""
         inputs = self.prepare(images.double() if self.model.dtype == torch.float64 else images)
         if len(inputs) == 0:
             return inputs.new_zeros(0, self.width)
         with without_autocast(images.device):
-            return unit(self.embed(inputs.to(self.model.dtype)))
+            return self.embed(inputs.to(self.model.dtype))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W), nominally 0 to 1, to features (B, D), rows of length 1."""
+        with without_autocast(images.device):
+            return unit(self.raw(images))
 
 
 class DinoFeatures(Features):

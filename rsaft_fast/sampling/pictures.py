@@ -25,7 +25,7 @@ def sample_images(
     seed: int,
     batch_size: int = 8,
     stop: Callable[[], bool] = lambda: False,
-    same_noise: bool = False,
+    samples: Sequence[int] | None = None,
     watch: Callable[[Sequence[int]], Iterable[int]] = iter,
     seen: Callable[[torch.Tensor], object] | None = None,
 ) -> torch.Tensor | None:
@@ -33,7 +33,7 @@ def sample_images(
 
     None when `stop` says so.
 
-    Picture i depends on (seed, i) and its prompt alone, whatever the batch size; with `same_noise` on (seed, prompt).
+    Picture i depends on (seed, i) and its prompt alone, whatever the batch size; with `samples`, on (seed, samples[i]).
     `watch` goes through the indices of the batches' first pictures, and may tell how far it is;
     `seen` is shown the guided prediction of every call, (b, *latent_shape), batch by batch.
     """
@@ -42,7 +42,8 @@ def sample_images(
         if stop():
             return None
         rows = range(first, min(first + batch_size, len(conditioning)))
-        noise = NoiseSource(seed, SAMPLE_STEP, (0,) * len(rows) if same_noise else tuple(rows))
+        numbers = tuple(rows) if samples is None else tuple(samples[row] for row in rows)
+        noise = NoiseSource(seed, SAMPLE_STEP, numbers)
         latents = backbone.initial_latents(noise)
         part = conditioning.select(slice(rows.start, rows.stop))
         x, _ = sample_chain(backbone, schedule, latents, part, noise, seen=seen)

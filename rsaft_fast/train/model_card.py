@@ -6,7 +6,7 @@ People publish that folder. Of a local path only the last name is shown, of a re
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,21 @@ from rsaft_fast.yaml_text import dump_yaml
 CARD = "README.md"
 # A repository in the hub's cache: models--OWNER--NAME/snapshots/REVISION.
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
+
+
+_UNLICENSED = "# license: that of the base model, which is not known here"
+_FILL_IN = "Fill in `license` at the top of this file before you do."
+LICENCES: dict[str, dict[str, str]] = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": {"license": "creativeml-openrail-m"},
+    "stabilityai/stable-diffusion-xl-base-1.0": {"license": "openrail++"},
+    **{
+        f"stabilityai/stable-diffusion-{name}": {"license": "other", "license_name": "stabilityai-ai-community"}
+        for name in ("3.5-medium", "3.5-large")
+    },
+    "black-forest-labs/FLUX.1-dev": {"license": "other", "license_name": "flux-1-dev-non-commercial-license"},
+    "black-forest-labs/FLUX.1-schnell": {"license": "apache-2.0"},
+}
+"""What the hub's front matter says of base models that recipes name."""
 
 
 def describe_export(
@@ -77,12 +92,28 @@ def model_card(config: Config, backbone: Backbone, steps: int, reward: RewardSpe
         _table(_facts(config, backbone, steps, base) + _reward_facts(reward)),
         "## Licence",
         f"The weights derive from {_link(base)} and from the scores of the reward named above; the licence of the base "
-        "model binds whoever publishes them. Fill in `license` at the top of this file before you do.",
+        f"model binds whoever publishes them. {_FILL_IN}",
     ]
     if isinstance(backbone, PipelineBackbone):
         sections += ["## diffusers", _code(_loading(config, backbone, base, folder, lora))]
         sections += _lora_sections(backbone, kohya) if lora else _full_sections(backbone)
     return "\n\n".join(sections) + "\n"
+
+
+def published_card(card: str, folder: str, repository: str, licence: Mapping[str, str], scores: str) -> str:
+    """Make of an export's card that of the repository it is published in.
+
+    Args:
+        card: as `model_card` wrote it.
+        folder: name of the folder that it speaks of.
+        licence: keys of the hub's front matter.
+        scores: a section on what the weights were judged by, in Markdown; "" for none.
+    """
+    named = licence.get("license_name", licence["license"])
+    card = card.replace(_UNLICENSED, dump_yaml(dict(licence)).rstrip("\n"), 1)
+    card = card.replace(_FILL_IN, f"These are published under {_plain(named)}.", 1)
+    card = card.replace(f'"{folder}"', f'"{repository}"')
+    return card.replace("\n## Licence\n", f"\n{scores}\n\n## Licence\n", 1) if scores else card
 
 
 def _front_matter(base: str, lora: bool) -> str:
@@ -94,7 +125,7 @@ def _front_matter(base: str, lora: bool) -> str:
         "tags": ["text-to-image", "diffusers", *(["lora"] if lora else []), "rsa-ft", "reward-fine-tuning"],
     }
     text = dump_yaml(content)
-    return f"---\n{text}# license: that of the base model, which is not known here\n---"
+    return f"---\n{text}{_UNLICENSED}\n---"
 
 
 def _facts(config: Config, backbone: Backbone, steps: int, base: str) -> list[tuple[str, str]]:

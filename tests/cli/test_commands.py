@@ -27,8 +27,8 @@ from rsaft_fast.commands import doctor
 from rsaft_fast.train.loop import train
 from rsaft_fast.train.signals import StopSignals
 
-COMMANDS = ("train", "demo", "experiment", "radius", "sharpness", "sample", "score", "serve", "convert", "estimate")
-COMMANDS += ("bench", "doctor")
+COMMANDS = ("train", "demo", "experiment", "radius", "sharpness", "sample", "score", "eval", "push", "serve", "convert")
+COMMANDS += ("estimate", "bench", "doctor")
 
 
 def test_help_needs_nothing_heavy_and_is_immediate(tmp_path):

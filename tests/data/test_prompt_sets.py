@@ -68,6 +68,30 @@ def test_every_set_reads_its_published_columns(tmp_path, cache):
     assert load_prompts(f"ocr={tmp_path}") == [quoted]
 
 
+def test_sets_of_later_benchmarks_read_their_published_layouts(tmp_path, cache):
+    rated = {"prompt": "a cow", "image_path": ["1.jpg"], "rank": [1], "raw_annotation": []}
+    (cache("zhwang/HPDv2") / "test.json").write_text(json.dumps([rated]))
+    assert load_prompts("hpdv2-400") == ["a cow"]
+    task = {"prompt": "four cows", "atom_count": 2, "vqa_list": [["How many?", "four"]], "skills": ["count"]}
+    (tmp_path / "geneval2_data.jsonl").write_text(json.dumps(task) + "\n")
+    assert load_prompts(f"geneval2={tmp_path}") == ["four cows"]
+    (tmp_path / "data").mkdir()
+    row = '7,"A fox, and a hen","{""Testpoints"": [""Style""]}"\n'
+    (tmp_path / "data" / "test_prompts_en.csv").write_text("index,prompt_en,sub_dims_en\n" + row)
+    assert load_prompts(f"unigenbench={tmp_path}") == ["A fox, and a hen"]
+    prompts = tmp_path / "ELLA" / "dpg_bench" / "prompts"
+    prompts.mkdir(parents=True)
+    for name, text in (("10", "ten\nof a kind\n"), ("2", "two"), ("COCO_1", "a street")):
+        (prompts / f"{name}.txt").write_text(text)
+    for place in (tmp_path / "ELLA", prompts):
+        assert load_prompts(f"dpg-bench={place}") == ["two", "ten\nof a kind", "a street"]
+    (prompts / "2.txt").write_text(" \n")
+    with pytest.raises(UserError, match=says("2.txt", "empty")):
+        load_prompts(f"dpg-bench={prompts}")
+    (tmp_path / "all.jsonl").write_text('"one"\n"two"\n')
+    assert load_prompts(f"dpg-bench={tmp_path}/all.jsonl") == ["one", "two"]
+
+
 def test_parquet(tmp_path, cache, monkeypatch):
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

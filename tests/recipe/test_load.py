@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from importlib import resources
 from pathlib import Path
 
@@ -16,9 +18,8 @@ from rsaft_fast.recipe.check import check_keys
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.recipe.load import find_recipe, load_config, parse_override, read_yaml, to_yaml, validate
 
-SHIPPED = sorted(
-    entry.name for entry in resources.files("rsaft_fast.recipes").iterdir() if entry.name.endswith(".yaml")
-)
+RECIPES = Path(str(resources.files("rsaft_fast.recipes")))
+SHIPPED = sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.yaml"))
 
 
 @pytest.fixture
@@ -156,6 +157,10 @@ def test_a_shipped_recipe_is_found_by_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name in ("playground", "playground.yaml", "recipes/playground.yaml"):
         assert find_recipe(name).name == "playground.yaml"
+    for name in ("paper/rsaft-sd15", "recipes/paper/rsaft-sd15.yaml"):
+        assert find_recipe(name).name == "rsaft-sd15.yaml"
+    with pytest.raises(UserError, match=says("paper/rsaft-sd15.yaml?")):
+        find_recipe("paper/rsaft-sd51")
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -163,6 +168,29 @@ def test_every_shipped_recipe_is_valid_and_its_method_fits_its_sampler(name):
     check_keys(load_config(find_recipe(name)))
     first = find_recipe(name).read_text().splitlines()[0]
     assert first.startswith(f"# rsaft-fast {'demo' if name == 'playground.yaml' else f'train {name}'}")
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "paper").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_papers_recipes_hold_with_every_override_that_they_name(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    text = "\n".join(line.lstrip("# ") for line in lines if line.startswith("#"))
+    commands = re.findall(r"rsaft-fast train \S+ ?(.*)", text)
+    assert len(commands) >= 2
+    for command in commands:
+        config = load_config(path, shlex.split(command.replace("=FILE", "=file.txt")))
+        check_keys(config)
+        assert config.smoothing.image is None or config.smoothing.image.radius == 1e-2
+        assert config.pictures_per_iteration in (32, 48 * 24)
+
+
+def test_the_papers_other_methods_hold_too():
+    """What the header of GARDO's recipe names beside its commands."""
+    nft = "method={name: nft, gardo: {kl_weight: 0.04, reference: {kl_threshold: 0.15}}}"
+    flux = ["method.noise_level=0.9", "method.gardo.kl_weight=0.01", "parameters.lora.rank=64", "sampler.steps=6"]
+    text = find_recipe("paper/gardo-sd35").read_text(encoding="utf-8")
+    for overrides in ([nft, "sampler.guidance_scale=1"], flux, ["method.gardo.gate_convention=code"]):
+        assert all(override in text for override in overrides), overrides
+        check_keys(load_config("paper/gardo-sd35.yaml", overrides))
 
 
 def test_every_key_says_what_it_does():
