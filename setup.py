@@ -151,7 +151,7 @@ setup(
     packages=[*find_packages(include=["rsaft_fast", "rsaft_fast.*"]), *(f"rsaft_fast.{name}" for name in BESIDE)],
     package_dir={f"rsaft_fast.{name}": name for name in BESIDE},
     package_data={
-        "rsaft_fast": ["playground/assets/**/*", "backbones/specs/*.json", "py.typed"],
+        "rsaft_fast": ["playground/assets/**/*", "backbones/specs/*.json", "report/pages/*", "py.typed"],
         "rsaft_fast.recipes": ["*.yaml", "*.txt", "paper/*.yaml"],
         "rsaft_fast.benchmarks": ["shapes.json", "goals.txt"],
     },

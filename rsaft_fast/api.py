@@ -13,6 +13,7 @@ from rsaft_fast.estimate.forecast import announce
 from rsaft_fast.progress import tell
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.recipe.load import load_config, raw_recipe
+from rsaft_fast.report.page import write_run_report
 from rsaft_fast.rewards import Reward
 from rsaft_fast.rewards.python import Score, handed_over
 from rsaft_fast.sampling.protocol import Backbone
@@ -65,6 +66,7 @@ def finetune(
     # What a model of one's own needs is not known from files.
     forecast: dict[str, Any] = {"forecast": announce} if reward is None and backbone is None else {}
     loaders = partial(FileLoaders, own_reward=reward, own_backbone=backbone)
+    options.setdefault("report", write_run_report)
     return train(load_config(raw, overrides), log=log, loaders=loaders, **forecast, **options)
 
 

@@ -60,6 +60,30 @@ def build_parser() -> argparse.ArgumentParser:
     experiment.add_argument("--readme", type=_path, metavar="FILE", help="also write the main one between FILE's")
     experiment.add_argument("--alarms", type=_path, metavar="FILE", help="also write how often monitors would warn")
 
+    report = add("report", "show a run, several runs or an experiment in one HTML page", texts.REPORT)
+    report.add_argument(
+        "runs", nargs="+", type=_path, metavar="RUN", help="run folders, a folder of them, or an experiment's folder"
+    )
+    report.add_argument(
+        "-o", "--output", type=_path, metavar="FILE", help="default: report.html in the folder; of several, here"
+    )
+
+    compare = add("compare", "set runs side by side: the demo's picture and the report of your own", texts.COMPARE)
+    compare.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="run folders, or a folder of them")
+    compare.add_argument(
+        "-o", "--output", type=_path, metavar="FOLDER", help="new (default: runs/comparison, or the next free one)"
+    )
+
+    ab = add("ab", "a page on which people compare two sets of pictures, blindly", texts.AB)
+    ab.add_argument("sets", nargs="*", type=_path, metavar="PICTURES", help="two folders of pictures, or two runs")
+    ab.add_argument("-o", "--output", type=_path, default="ab.html", metavar="FILE", help="the page (default: ab.html)")
+    ab.add_argument("--prompts", type=_place, metavar="FILE", help="a file or set, as sample's --prompts-file")
+    ab.add_argument("--seed", type=_natural, default=0, metavar="N", help="of order and sides (default: 0)")
+    ab.add_argument(
+        "--side", type=_positive, default=768, metavar="PIXELS", help="longest side of a picture (default: 768)"
+    )
+    ab.add_argument("--read", nargs="+", type=_path, metavar="CSV", help="count exported answers instead")
+
     sample = add("sample", "draw pictures with a pipeline or a run", texts.SAMPLE)
     sample.add_argument(
         "pipeline",

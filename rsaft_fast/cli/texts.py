@@ -8,9 +8,12 @@ Fine-tunes diffusion models by reward gradient, smoothed against reward hacking 
   rsaft-fast demo                          watch it work in three minutes, on any machine
   rsaft-fast experiment                    does it work? over seeds, with intervals
   rsaft-fast train recipe.yaml             fine-tune your own model
+  rsaft-fast report RUN                    see what it learned, and whether it hacked: one HTML page
+  rsaft-fast compare RUN RUN               runs side by side
   rsaft-fast sample --run RUN              look at what came out
   rsaft-fast score PICTURES --reward R=P   what reward models say of pictures
   rsaft-fast eval RUN --prompts FILE       is it better than it was, by rewards that were not trained on
+  rsaft-fast ab BEFORE AFTER               which of two sets people prefer, asked blindly
   rsaft-fast sharpness PICTURES ...        how much a reward falls right beside a picture
   rsaft-fast push RUN --repo OWNER/NAME    publish it on the hub, with a model card
   rsaft-fast serve --reward R=P            reward models for other processes, over HTTP
@@ -37,8 +40,53 @@ examples:
   rsaft-fast train --help-config optimizer                          the keys of one section, or one key
 
 The run folder holds metrics.jsonl (one object an update), config.yaml as resolved, samples/, tensorboard/,
-checkpoints/, and in the end lora/ (or the whole denoiser) for diffusers. Ctrl-C and SIGTERM finish the update,
-save, and exit with 130 and 143; a second Ctrl-C exits at once. Something wrong with the input exits with 2.
+checkpoints/, and in the end lora/ (or the whole denoiser) for diffusers, and report.html, which shows all of it.
+Ctrl-C and SIGTERM finish the update, save, and exit with 130 and 143; a second Ctrl-C exits at once. Something wrong
+with the input exits with 2.
+"""
+
+REPORT = """\
+Show a run, several runs or an experiment in one HTML file that holds all it needs: curves to zoom into, held-out
+rewards against the trained one, pictures with a slider over the updates, alarms, S1, time and memory by phase, recipe
+and versions. It opens without a network, on a phone, in dark mode, by keyboard; without scripts it shows pictures.
+
+examples:
+  rsaft-fast report runs/a                              runs/a/report.html, which train writes at its end, too
+  rsaft-fast report runs/a runs/b -o both.html          two runs, in two colours
+  rsaft-fast report runs/demo                           every run in that folder
+  rsaft-fast report benchmarks/results/playground/experiment -o experiment.html
+
+How to read it. The trained reward rises in every run that learns, hacked or not. Look at what was held out: where it
+falls while the trained reward rises, the reward is being hacked, and the curve of one against the other bends down. At
+equal trained reward, the run with the higher held-out one is better. A run still going may be looked at as well.
+"""
+
+COMPARE = """\
+Set runs side by side: prints what each changed, draws the demo's picture of them (before, then each run's newest
+pictures, curves beside), and writes the report of all.
+
+examples:
+  rsaft-fast compare runs/plain runs/smoothed
+  rsaft-fast compare runs/plain runs/smoothed runs/lora -o runs/three
+
+Their sample grids show the same prompts and noise where samples and seed are alike in the recipes.
+"""
+
+AB = """\
+Make a page on which people say which of two pictures they prefer without knowing which is whose: pairs of the same
+prompt and seed, in random order, sides at random. It is one HTML file, to be sent to whoever should judge; answers
+stay in their browser until they export a CSV. The page ends with who is preferred and the 95 % interval (Wilson's) of
+the share; --read counts the exported answers of everybody together.
+
+examples:
+  rsaft-fast sample --run runs/a --prompts-file drawbench --untrained --output before
+  rsaft-fast sample --run runs/a --prompts-file drawbench --output after
+  rsaft-fast ab before after -o ab.html
+  rsaft-fast ab runs/plain runs/smoothed                two runs: the newest pictures of their sample grids
+  rsaft-fast ab --read anna.csv ben.csv                 what they said
+
+Keys: left and right arrow choose, down arrow cannot tell, Backspace goes back. The interval counts pairs as
+independent: give many prompts rather than many pictures of a few.
 """
 
 SAMPLE = """\
@@ -190,8 +238,9 @@ The folder is made if need be. Files in it that would be replaced stop the comma
 
 DEMO = """\
 Fine-tune the shipped tiny pipeline on scenes whose true preference is known exactly, with DRaFT-1 plain and with
-RSA-FT, from the same seeds; print what the proxy reward, the true preference and the sharpness did, and draw it.
-Two CPU cores are enough: under three minutes.
+RSA-FT, from the same seeds; print what the proxy reward, the true preference and the sharpness did, draw it, and write
+one page, report.html, with curves to zoom into and a slider over the updates. Two CPU cores are enough: under three
+minutes.
 
 examples:
   rsaft-fast demo

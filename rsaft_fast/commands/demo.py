@@ -19,8 +19,11 @@ from rsaft_fast.evaluation.known_preference import TRUTH as R_STAR
 from rsaft_fast.evaluation.known_preference import score_of, sharpness_of, truth_of
 from rsaft_fast.figures.curves import Curve, Panel, comparison_figure
 from rsaft_fast.figures.tables import summary_table
+from rsaft_fast.files import write_atomically
 from rsaft_fast.recipe.config import Config, SampleSettings
 from rsaft_fast.recipe.load import find_recipe, load_config
+from rsaft_fast.report.page import REPORT, report_of
+from rsaft_fast.report.sources import ERROR, HELD_OUT, REWARD, S1, add_evaluations, read_run
 from rsaft_fast.train.loop import Outcome, train
 from rsaft_fast.train.trainer import Trainer
 
@@ -29,6 +32,9 @@ BEFORE, PLAIN, SMOOTHED = "before", "plain", "RSA-FT"
 EVALUATIONS = 6  # along each run, beside the one before it
 SHOWN = 6  # prompts in the figure
 PROXY, TRUTH, SHARPNESS = QUANTITIES = ("proxy reward", "true preference r*", "sharpness S1")
+NAMES = {PROXY: REWARD, TRUTH: f"{HELD_OUT}{R_STAR}", SHARPNESS: S1}
+"""Names of the same in a run's evaluations."""
+
 TITLES = {
     PROXY: ("Proxy reward", "what both runs climb"),
     TRUTH: ("True preference r*", "how well the picture is what its prompt says, 0 to 1"),
@@ -66,6 +72,16 @@ class Measured:
         self.scores[SHARPNESS].append(sharpness_of(trainer.reward, images, prompts, ball))
         self.steps.append(step)
         self.images = [*self.images[:1], images]
+
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """The same as a run's evaluations.jsonl has it: updates to means and their standard errors."""
+        found: dict[int, dict[str, float]] = {}
+        for index, step in enumerate(self.steps):
+            found[step] = {}
+            for name, key in NAMES.items():
+                values = self.scores[name][index]
+                found[step] |= {key: float(values.mean()), key + ERROR: float(values.std()) / len(values) ** 0.5}
+        return found
 
     def curve(self, name: str) -> list[float]:
         """The mean over pictures at each evaluation."""
@@ -105,7 +121,9 @@ def _compare(arguments: argparse.Namespace, output: Path) -> int:
         print(line)
     _record(output / "comparison.json", config, runs)
     figure = _draw(output / "comparison.png", config, runs)
+    page = _report(output / REPORT, config, runs)
     print(f"rsaft-fast: {figure} ({time.perf_counter() - started:.0f} s; the two runs are beside it)")
+    print(f"rsaft-fast: all of it on one page, with a slider over the updates: {page}")
     return 0
 
 
@@ -226,6 +244,16 @@ def _draw(path: Path, config: Config, runs: dict[str, Measured]) -> Path:
         title=f"Plain reward fine-tuning and RSA-FT on the {config.reward.path} proxy",
         subtitle=f"seed {config.seed}; curves: means over {len(runs[PLAIN].images[0])} held-out prompts, same noise",
     )
+
+
+def _report(path: Path, config: Config, runs: dict[str, Measured]) -> Path:
+    """Write the page of both runs; what only a toy world has, r*, goes with the runs' own evaluations."""
+    for label, measured in runs.items():
+        add_evaluations(path.parent / label.lower(), measured.evaluations())
+    sources = [read_run(path.parent / label.lower(), label) for label in runs]
+    title = f"Plain reward fine-tuning and RSA-FT on the {config.reward.path} proxy"
+    write_atomically(path, report_of(sources, title, [line for line in _verdict(runs) if line]))
+    return path
 
 
 def _captions(measured: Measured, index: int) -> list[str]:

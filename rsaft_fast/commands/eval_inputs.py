@@ -64,7 +64,7 @@ def chosen_rewards(
     configs = [model.config for model in models if model.config is not None]
     asked = parse_judges(arguments.rewards, "--rewards") if arguments.rewards else {}
     if not asked:
-        asked = {name: reward for config in configs for name, reward in config.judges.items()}
+        asked = {name: reward for config in configs for name, reward in config.held_out.items()}
     trained: dict[str, RewardSettings] = {}
     for config in configs:
         known = {**asked, **trained}

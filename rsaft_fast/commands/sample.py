@@ -38,12 +38,9 @@ from rsaft_fast.settings import Settings
 from rsaft_fast.speed import SpeedSettings, apply_speed
 from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train.assemble import prepare_backbone
-from rsaft_fast.train.logging import CONFIG
+from rsaft_fast.train.logging import BEST, CONFIG
 
 Group = TypeVar("Group", bound=Settings)
-
-BEST = "best"
-"""Stands for the checkpoint that a run's held-out score liked most, and is the name of its folder."""
 
 
 def run(arguments: argparse.Namespace) -> int:

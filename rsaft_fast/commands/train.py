@@ -10,12 +10,14 @@ from rsaft_fast.estimate.forecast import announce
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.recipe.load import load_config
 from rsaft_fast.recipe.schema import help_text
+from rsaft_fast.report.page import write_run_report
 from rsaft_fast.train.loop import train
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `rsaft-fast train`."""
-    outcome = train(load_config(arguments.recipe, arguments.overrides), forecast=announce)
+    config = load_config(arguments.recipe, arguments.overrides)
+    outcome = train(config, forecast=announce, report=write_run_report)
     for line in (outcome.message, *outcome.further):
         print(f"rsaft-fast: {line}", file=sys.stderr if outcome.stopped_by else sys.stdout)
     return outcome.exit_code

@@ -252,6 +252,15 @@ def draw(sets: Sets, folder: Path) -> dict[str, Path]:
     return drawn
 
 
+def panels_of(sets: Sets) -> dict[str, list[BandPanel]]:
+    """Make the over-optimisation curves of every set and proxy, by a heading."""
+    return {
+        f"{name}: the {proxy} proxy": _panels(proxy, _of_proxy(found, proxy))
+        for name, found in sets.items()
+        for proxy in _proxies(found)
+    }
+
+
 def _panels(proxy: str, found: Mapping[Key, Seeds]) -> list[BandPanel]:
     several = len({key[1] for key in found}) > 1
     labelled = {f"{key[1]} {key[2]}" if several else key[2]: list(seeds.values()) for key, seeds in found.items()}

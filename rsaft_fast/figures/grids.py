@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from rsaft_fast.errors import UserError, printable
 from rsaft_fast.files import replacing
@@ -22,6 +24,8 @@ RUN_COLOURS = ("#7A7A7A", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00",
 # Sides of a displayed picture in pixels: smaller ones are enlarged by a whole factor, larger ones reduced.
 LEAST_SIDE, GREATEST_SIDE = 160, 512
 _PROMPT_LINES = 6
+_PLACES = "rsaft_fast.grid"
+"""Of a PNG's text: where the pictures of a grid lie."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,9 @@ def compose_grid(
         columns: run label to images (len(prompts), 3, H, W), nominally 0 to 1, of equal size.
         captions: run label to a short text under each of its pictures.
 
+    Returns:
+        the grid; its `info` says where each picture lies, for `cut_grid`, and `save_png` writes that, too.
+
     Raises:
         UserError: no prompt or column, or images that do not fit the prompts or each other.
     """
@@ -79,18 +86,23 @@ def compose_grid(
     canvas = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(canvas)
     regular, bold = font(layout.text), font(layout.text, bold=True)
+    lefts = {label: layout.gap * (column + 2) + layout.label + column * width for column, label in enumerate(columns)}
+    tops = [layout.header + row * row_height for row in range(len(prompts))]
+    factor = max(1, width // shape[1])
+    places = {"prompts": list(prompts), "columns": lefts, "tops": tops, "size": [width, height], "factor": factor}
+    canvas.info[_PLACES] = json.dumps(places)
     for row, prompt in enumerate(prompts):
         lines = wrap(prompt, layout.label - layout.gap, layout.text, min(_PROMPT_LINES, height // layout.line))
-        middle = layout.header + row * row_height + height // 2
+        middle = tops[row] + height // 2
         draw.multiline_text((layout.gap, middle), "\n".join(lines), INK, regular, anchor="lm", spacing=layout.text // 4)
     for column, (label, images) in enumerate(columns.items()):
-        left = layout.gap + layout.label + column * (layout.gap + width) + layout.gap
+        left = lefts[label]
         title = wrap(label, width, layout.text, 1, bold=True)[0]
         draw.text((left, layout.gap), title, INK, bold, anchor="la")
         bar = layout.header - layout.gap // 2
         draw.rectangle((left, bar - 3, left + width - 1, bar), run_colour(column))
         for row in range(len(prompts)):
-            top = layout.header + row * row_height
+            top = tops[row]
             canvas.paste(to_picture(images[row], (width, height)), (left, top))
             if captions and label in captions:
                 text = wrap(captions[label][row], width, layout.text, 1)[0]
@@ -109,12 +121,54 @@ def save_grid(
 
 
 def save_png(image: Image.Image, path: str | Path) -> Path:
-    """Write a PNG, whole or not at all."""
+    """Write a PNG, whole or not at all; of a grid also where its pictures lie."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    told = PngInfo()
+    if _PLACES in image.info:
+        told.add_itxt(_PLACES, image.info[_PLACES])
     with replacing(path, alone=True) as temporary, temporary.open("wb") as stream:
-        image.save(stream, format="PNG")
+        image.save(stream, format="PNG", pnginfo=told)
     return path
+
+
+@dataclass(frozen=True)
+class CutGrid:
+    """Pictures of a grid, cut out again.
+
+    Attributes:
+        prompts: of the rows.
+        columns: run label to its pictures, one a prompt, in the size in which they were drawn.
+        factor: by how much each pixel was enlarged; 1 where it was not.
+    """
+
+    prompts: list[str]
+    columns: dict[str, list[Image.Image]]
+    factor: int
+
+
+def cut_grid(image: Image.Image) -> CutGrid | None:
+    """Cut the pictures out of a grid that `compose_grid` made, also of one read from a PNG that `save_png` wrote.
+
+    Pictures that were enlarged come back in their own size, pixel for pixel. None where the image does not say where
+    its pictures lie: another picture, or a grid of an earlier version.
+    """
+    try:
+        places = json.loads(image.info[_PLACES])
+        (width, height), factor = places["size"], places["factor"]
+        columns = {
+            label: [_cut(image, (left, top, left + width, top + height), factor) for top in places["tops"]]
+            for label, left in places["columns"].items()
+        }
+        return CutGrid(list(places["prompts"]), columns, factor)
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def _cut(image: Image.Image, box: tuple[int, int, int, int], factor: int) -> Image.Image:
+    picture = image.crop(box)
+    small = (picture.width // factor, picture.height // factor)
+    return picture if factor == 1 else picture.resize(small, Image.Resampling.NEAREST)
 
 
 def displayed_size(width: int, height: int) -> tuple[int, int]:

@@ -252,16 +252,25 @@ class RegularizeSettings(Settings):
     kl_to_base: float = Field(gt=0, le=1e6)
 
 
+Tracker = Literal["tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"]
+"""What accelerate.tracking speaks to."""
+
+
 class LogSettings(Settings):
     """metrics.jsonl is always written.
 
     Attributes:
         tensorboard: write event files, with the sample grids, under <output_dir>/tensorboard.
+        trackers: where figures and sample grids go beside that, through accelerate.tracking: a list of tensorboard,
+            wandb, trackio, comet_ml, aim, mlflow, clearml, dvclive and swanlab. Each needs its package, and most an
+            account, which their own variables name (WANDB_MODE=offline writes to the disk alone). Their project is
+            called rsaft_fast.
         diagnostics: log every figure that the optimizer reports, not only the norms, and how far the second pass's
             gradient turned from the first's: one more copy of the gradient, which only full fine-tuning feels.
     """
 
     tensorboard: bool = True
+    trackers: tuple[Tracker, ...] = ()
     diagnostics: bool = True
 
 
@@ -301,6 +310,7 @@ class Config(Settings):
         denoising: the pre-training loss on pictures of your own; null trains by reward alone.
         regularize: what holds the model near the one that it began as; null leaves it free.
         logging: what is logged beside metrics.jsonl.
+        report: whether the finished run is shown in one page, <output_dir>/report.html.
     """
 
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -327,6 +337,7 @@ class Config(Settings):
     denoising: DenoisingSettings | None = None
     regularize: RegularizeSettings | None = None
     logging: LogSettings = LogSettings()
+    report: bool = True
 
     @property
     def training_loss(self) -> Loss:

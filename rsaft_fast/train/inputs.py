@@ -18,6 +18,7 @@ from rsaft_fast.recipe.check import check_keys, check_machine, check_model
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train.logging import BEST, CHECKPOINTS, CONFIG, EVALUATIONS, METRICS, SAMPLES, TENSORBOARD
+from rsaft_fast.train.trackers import require_trackers
 
 TF32_ROUNDING = 2.0**-11
 """Half a unit in the last of TF32's 10 bits."""
@@ -57,6 +58,7 @@ def check_config(config: Config, own: Backbone | None = None) -> Inputs:
     check_machine(config, own is not None)
     check_model(config, plan, own)
     checkpoint, notes = _find_checkpoint(config, own)
+    require_trackers(config.logging.trackers)
     notes += _drowned_radii(config)
     for reward in (config.reward, *(config.evaluation.rewards.values() if config.evaluation else ())):
         reward.check_files()

@@ -1,4 +1,4 @@
-"""The run folder's log: metrics.jsonl, config.yaml, sample grids, TensorBoard."""
+"""The run folder's log: metrics.jsonl, config.yaml, sample grids, TensorBoard, and other trackers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from rsaft_fast.background import Background
 from rsaft_fast.errors import UserError, describe_error
 from rsaft_fast.figures.grids import save_png
 from rsaft_fast.files import describe_io_error, io_errors_of, refuse_io_errors, write_atomically
+from rsaft_fast.train.trackers import Tracker
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -44,8 +46,17 @@ class RunLog:
     in a thread beside the next updates, and is not worth a run: what fails there is said once.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool, log: Callable[[str], None] = lambda line: None):
+    def __init__(
+        self,
+        folder: Path,
+        tensorboard: bool,
+        log: Callable[[str], None] = lambda line: None,
+        trackers: Mapping[str, Callable[[], Tracker]] = MappingProxyType({}),
+    ):
+        """`trackers`: further ones by name, each made when the log is opened."""
         self.folder = folder
+        self._wanted_trackers = trackers
+        self._trackers: dict[str, Tracker] = {}
         self._wants_tensorboard = tensorboard
         self._log = log
         self._metrics: Any = None
@@ -57,6 +68,7 @@ class RunLog:
 
     @property
     def is_open(self) -> bool:
+        """Whether it was opened; a log that was closed again stays so."""
         return self._metrics is not None
 
     def open(
@@ -77,6 +89,8 @@ class RunLog:
             write_atomically(self.folder / EVALUATIONS, "".join(_line(record) for record in evaluations))
         if self._wants_tensorboard:
             self._aside("TensorBoard", lambda: self._open_board(step))
+        for name, make in self._wanted_trackers.items():
+            self._aside(name, lambda name=name, make=make: self._trackers.update({name: make()}))
 
     def _open_board(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -97,6 +111,8 @@ class RunLog:
             self._metrics.flush()
         if self._board is not None:
             self._writer.submit(lambda: self._aside("TensorBoard", lambda: self._plot(record)))
+        if self._trackers:
+            self._writer.submit(lambda: self._track(lambda tracker: tracker.log(record)))
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """What an evaluation found; on the disk's cache before this returns.
@@ -109,11 +125,12 @@ class RunLog:
                 self._evaluations = (self.folder / EVALUATIONS).open("a", encoding="utf-8")
             self._evaluations.write(_line(record))
             self._evaluations.flush()
+        values = {f"evaluation/{name}": value for name, value in record["values"].items()}
+        plotted = values | {"step": record["step"]}
         if self._board is not None:
-            plotted = {f"evaluation/{name}": value for name, value in record["values"].items()} | {
-                "step": record["step"]
-            }
             self._writer.submit(lambda: self._aside("TensorBoard", lambda: self._plot(plotted)))
+        if self._trackers:
+            self._writer.submit(lambda: self._track(lambda tracker: tracker.log(plotted)))
 
     def samples(self, draw: Callable[[], Image.Image], step: int) -> None:
         """A sample grid, drawn and written as PNG, then to TensorBoard, in the background."""
@@ -142,6 +159,8 @@ class RunLog:
             self._writer.close()
         finally:
             self._aside("TensorBoard", lambda: self._board and self._board.close())
+            self._track(lambda tracker: tracker.finish())
+            self._trackers = {}
             if self._hook is not None:
                 threading.excepthook, self._hook = self._hook, None
             for stream in (self._metrics, self._evaluations):
@@ -168,6 +187,13 @@ class RunLog:
                 lambda: self._board.add_image("samples", np.asarray(drawn[0]), step, dataformats="HWC"),
             )
 
+        if drawn:
+            self._track(lambda tracker: tracker.picture(drawn[0], step))
+
+    def _track(self, job: Callable[[Tracker], object]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            self._aside(name, lambda tracker=tracker: job(tracker))
+
     def _grid(self, step: int) -> Path:
         return self.folder / SAMPLES / f"step_{step}.png"
 
@@ -178,6 +204,7 @@ class RunLog:
         except Exception as error:
             if what == "TensorBoard":
                 self._board = None  # its own thread has ended, too
+            self._trackers.pop(what, None)
             if what not in self._failed:
                 self._failed.add(what)
                 reason = describe_io_error(error) if isinstance(error, OSError) else describe_error(error)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from signal import Signals
 from typing import Any
 
 import torch
 
-from rsaft_fast.errors import UnreachableError, UserError
+from rsaft_fast.errors import UnreachableError, UserError, describe_error
 from rsaft_fast.evaluation.monitors import Drawn
 from rsaft_fast.figures.grids import compose_grid
 from rsaft_fast.files import check_writable, describe_io_error, mend_of
@@ -38,8 +39,11 @@ from rsaft_fast.train.logging import (
     read_metrics,
     set_aside,
 )
+from rsaft_fast.train.meter import RUN, Meter
 from rsaft_fast.train.signals import Interrupted, StopSignals
-from rsaft_fast.train.trainer import Trainer
+from rsaft_fast.train.trackers import TENSORBOARD as BOARD
+from rsaft_fast.train.trackers import Tracker
+from rsaft_fast.train.trainer import Trainer, describe_software
 
 Log = Callable[[str], None]
 Forecaster = Callable[[Config, Log], Callable[[str], str | None]]
@@ -80,6 +84,7 @@ def train(
     title: str | None = None,
     forecast: Forecaster = lambda config, log: lambda phase: None,
     loaders: Callable[[Config, Log, Log], Loaders] = FileLoaders,
+    report: Callable[[Path], list[str]] | None = None,
 ) -> Outcome:
     """Fine-tune as the recipe says.
 
@@ -93,6 +98,7 @@ def train(
         title: of the progress bar.
         forecast: says what the run will need, and returns what lowers the need of a phase that ran out of memory.
         loaders: makes where models come from, of the recipe, `log`, and what takes a line about each stage.
+        report: writes the page of a finished run's folder, where the recipe has `report`, and returns lines about it.
 
     Raises:
         UserError: something is wrong with the recipe, its inputs, a reward, memory or a disk, or another process trains
@@ -103,9 +109,14 @@ def train(
     with StopSignals() as stop, _in_one_line(run := _Run(config, log, title, forecast, loaders)):
         stop.finishing = None
         try:
-            with sole_writer(config.run_folder, "output_dir", log), run:
-                run.load()
-                return _train(config, run, stop, on_samples)
+            with sole_writer(config.run_folder, "output_dir", log):
+                with run:
+                    run.load()
+                    with run.meter.running():
+                        outcome = _train(config, run, stop, on_samples)
+                # Now all is on the disk.
+                stop.finishing = "the report is being written"
+                return run.reported(outcome, report if config.report else None)
         except Interrupted as interrupted:
             if stop.finishing is not None:
                 raise
@@ -153,7 +164,7 @@ def _train(config: Config, run: _Run, stop: StopSignals, on_samples: Callable) -
         return Outcome(config.run_folder, 0, None, f"ended before the first update: {trainer.halted}")
     stop.finishing = "the model is being written"
     export = trainer.export(config.run_folder)
-    return Outcome(config.run_folder, trainer.step, export, run.result(export), further=tuple(run.further()))
+    return Outcome(config.run_folder, trainer.step, export, run.result(export), further=tuple(run.changes()))
 
 
 @contextmanager
@@ -185,7 +196,13 @@ class _Run:
         self.baseline: torch.Tensor | None = None
         self.latest: torch.Tensor | None = None
         self.evaluations = Evaluations(config, log)
-        self.run_log = RunLog(self.folder, config.logging.tensorboard, log)
+        tensorboard = config.logging.tensorboard or BOARD in config.logging.trackers
+        keys = config.model_dump(mode="json")
+        trackers: dict[str, Callable[[], Tracker]] = {
+            name: partial(Tracker, name, self.folder, keys) for name in config.logging.trackers if name != BOARD
+        }
+        self.run_log = RunLog(self.folder, tensorboard, log, trackers)
+        self.meter: Meter = None  # pyrefly: ignore[bad-assignment]  # from `load` on
         self.progress: Progress = None  # pyrefly: ignore[bad-assignment]  # from `begin` on, unless stopped before it
         self.start = self.saved = 0
         self.complete: Path | None = None
@@ -230,6 +247,7 @@ class _Run:
         self.trainer = Trainer(config, inputs, self.log, self.stage, loaders)
         self.trainer.advise = advise
         self.evaluations.watch(self.trainer)
+        self.meter = Meter(self.trainer.device, describe_software())
         if self._saved is not None and self.resumed is not None:
             self.trainer.check_fit(self._saved)
             self.log(f"resuming from {self.resumed}, after update {self.start}")
@@ -272,7 +290,7 @@ class _Run:
         if self.resumed is None and has_run(self.folder):
             # What a run left that was ended before its first checkpoint.
             exports = ("lora", self.trainer.backbone.denoiser_name)
-            aside = set_aside(self.folder, (METRICS, EVALUATIONS, BEST, CONFIG, SAMPLES, TENSORBOARD, *exports))
+            aside = set_aside(self.folder, (METRICS, EVALUATIONS, BEST, CONFIG, SAMPLES, TENSORBOARD, RUN, *exports))
         elif in_place and self._has_gaps:
             aside = set_aside(self.folder, (METRICS,))
         if aside is not None:
@@ -424,15 +442,36 @@ class _Run:
             )
         return f"{self.trainer.step} updates; the model is in {export}"
 
-    def further(self) -> list[str]:
-        """What the run changed, and what to look at next."""
+    def changes(self) -> list[str]:
+        """What the run changed."""
         lines = []
         if self.baseline is not None and self.latest is not None:
             with suppress(UserError):  # the model is trained and written, whatever its pictures' scores are
                 before, after = (self.trainer.grid_reward(images) for images in (self.baseline, self.latest))
                 shown = f"the {len(self.latest)} pictures of {self.folder / SAMPLES}"
                 lines.append(f"reward of {shown}: {before:.4g} before, {after:.4g} after")
-        lines += self.evaluations.further(self.trainer)
-        lines.append(f"next: rsaft-fast sample --run {self.folder} --prompts-file FILE --output after")
-        lines.append("      rsaft-fast score after --reward NAME=PATH    by a reward that was not trained on")
-        return lines
+        return lines + self.evaluations.further(self.trainer)
+
+    def reported(self, outcome: Outcome, report: Callable[[Path], list[str]] | None) -> Outcome:
+        """Write what the run says of itself, and its page; that they cannot be written is not worth a finished run."""
+        if not self.run_log.is_open:
+            return outcome
+        lines: list[str] = []
+        try:
+            self.meter.write(self.folder / RUN, resumed=self.resumed is not None)
+            if report is not None and outcome.export is not None:
+                lines = report(self.folder)
+        except Exception as error:
+            reason = describe_io_error(error) if isinstance(error, OSError) else describe_error(error)
+            self.log(f"warning: the report of the run cannot be written ({reason}); the run itself is whole")
+        return replace(outcome, further=(*outcome.further, *lines, *(self._next() if outcome.export else ())))
+
+    def _next(self) -> list[str]:
+        """What to do next."""
+        sample = f"rsaft-fast sample --run {self.folder} --prompts-file FILE"
+        return [
+            f"next: rsaft-fast eval {self.folder} --prompts FILE --rewards NAME=PATH    is it better than it was?",
+            f"      {sample} --output after",
+            f"      {sample} --output before --untrained",
+            "      rsaft-fast ab before after    is it better, by your own eyes?",
+        ]

@@ -28,7 +28,7 @@ from rsaft_fast.train.loop import train
 from rsaft_fast.train.signals import StopSignals
 
 COMMANDS = ("train", "demo", "experiment", "radius", "sharpness", "sample", "score", "eval", "push", "serve", "convert")
-COMMANDS += ("estimate", "bench", "doctor")
+COMMANDS += ("estimate", "bench", "doctor", "report", "compare", "ab")
 
 
 def test_help_needs_nothing_heavy_and_is_immediate(tmp_path):

@@ -12,6 +12,7 @@ from PIL import Image
 from rsaft_fast.cli import main
 from rsaft_fast.commands.demo import PROXY, QUANTITIES, RECIPE, SHARPNESS, TRUTH, Measured, _verdict
 from rsaft_fast.recipe.load import find_recipe, load_config
+from rsaft_fast.report.sources import find_runs
 from rsaft_fast.train.logging import read_metrics
 
 
@@ -76,6 +77,11 @@ def test_the_demo_trains_twice_from_one_start_and_reports_both(tmp_path, capsys)
     assert logs[0][0]["reward"] == logs[1][0]["reward"]
     rho = load_config(find_recipe(RECIPE)).smoothing.parameters.rho
     assert logs[0][0]["eps_norm"] == 0 and logs[1][0]["eps_norm"] == pytest.approx(rho, rel=1e-4)
+    # The page of both, and the runs themselves, have the true preference as a held-out reward.
+    assert str(folder / "report.html") in text and "Held out: r*" in (folder / "report.html").read_text()
+    for source in find_runs([str(folder)]):
+        values = record["runs"]["plain" if source.label == "plain" else "RSA-FT"]
+        assert source.evaluated("held_out/r*").values == values[TRUTH] and source.evaluated("s1").steps == [0, 1, 2]
     image = Image.open(folder / "comparison.png")
     assert image.width > 800 and image.height > 600
     assert main(["demo", "--steps", "1", "--output", str(folder)]) == 2

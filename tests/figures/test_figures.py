@@ -16,6 +16,7 @@ from rsaft_fast.figures.curves import Curve, Panel, comparison_figure
 from rsaft_fast.figures.grids import (
     GREATEST_SIDE,
     compose_grid,
+    cut_grid,
     displayed_size,
     font,
     run_colour,
@@ -208,3 +209,20 @@ def test_bands_that_do_not_fit_are_refused(tmp_path):
 
 def test_a_markdown_table_keeps_bars_within_their_cells():
     assert markdown(["a|b", "n"], [["x", "1"]]).split("\n") == [r"| a\|b | n |", "| --- | ---: |", "| x | 1 |"]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (7, 19), (160, 100), (511, 333)])
+def test_pictures_are_cut_out_of_a_saved_grid_as_they_went_in(tmp_path, size):
+    prompts = ["a", NASTY[1], NASTY[4]]
+    columns = {name: torch.rand(len(prompts), 3, *size) for name in ("before", "after $3")}
+    grid = compose_grid(prompts, columns, {"before": ["x", "y", "z"]})
+    save_png(grid, tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as image:
+        cut = cut_grid(image)
+    assert cut.prompts == prompts and list(cut.columns) == list(columns)
+    for name, images in columns.items():
+        for image, picture in zip(images, cut.columns[name]):
+            assert np.array_equal(np.asarray(picture), (image.permute(1, 2, 0) * 255).round().byte().numpy())
+    assert cut_grid(Image.new("RGB", (9, 9))) is None
+    grid.info["rsaft_fast.grid"] = '{"prompts": 3}'
+    assert cut_grid(grid) is None

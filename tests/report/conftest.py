@@ -1,0 +1,1 @@
+from builders.fixtures import out, tiny  # noqa: F401
