@@ -14,6 +14,7 @@ import tomllib
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from builders.messages import says
@@ -150,9 +151,13 @@ def test_sample_draws_what_a_run_trained(tiny, trained, tmp_path):
     names = {f"{index:04d}_seed_{seed}.png" for index in (0, 1) for seed in (3, 4)}
     assert set(run) == names | {"grid.png"}
     assert all(run[name].size == (32, 32) for name in names)
-    # The exported LoRA and the checkpoint are the same model, and not the untrained one.
-    assert all(run[name].tobytes() == lora[name].tobytes() for name in names)
-    assert any(run[name].tobytes() != base[name].tobytes() for name in names)
+
+    # The exported LoRA and the checkpoint are the same model, and not the untrained one. A loader multiplies factors
+    # in another order than training: a pixel on the edge between two of the 256 levels may fall to the other side.
+    def apart(one, other):
+        return max(int(np.abs(np.int16(one[name]) - np.int16(other[name])).max()) for name in names)
+
+    assert apart(run, lora) <= 1 and apart(run, base) > 8
     assert base["0000_seed_3.png"].tobytes() != base["0000_seed_4.png"].tobytes()
     listed = json.loads((tmp_path / "drawn/run/pictures.json").read_text())
     assert {entry["file"] for entry in listed} == names and listed[0]["prompt"] == "a red circle"
