@@ -149,10 +149,10 @@ HOSTILE_FILES = {
 def test_a_recipe_file_that_would_hang_or_crash_its_reader_is_one_line(tmp_path, words):
     path = tmp_path / "recipe.yaml"
     HOSTILE_FILES[words](path)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(UserError) as raised:
         load_config(path)
-    assert time.perf_counter() - started < 3
+    assert time.process_time() - started < 3
     line = str(raised.value)
     assert line.isprintable() and words in line and "recipe.yaml" in line and len(line) < 1000
 
