@@ -186,8 +186,10 @@ _ALONE = ("reward={path: playground/brittle}",)
         (("method.gardo.gate.auxiliaries=[lightt]",), says("method.gardo.gate.auxiliaries", "'lightt'", "light")),
         (("sharpness=null", "method.gardo.gate.signals={s1: 1}"), says("method.gardo.gate.signals.s1", "`sharpness`")),
         (
-            ("reward.how=rank", "reward.parts[1].weight=1", "method.gardo.gate={auxiliaries: [light]}")
-            + ("method.gardo.gate.signals={agreement: 1}",),
+            (
+                "reward={name: combination, parts: [{name: counting, path: playground}, {path: x, weight: 0}]}",
+                "method.gardo.gate.signals={agreement: 1}",
+            ),
             says("method.gardo.gate.signals.agreement", "gradients"),
         ),
     ],
