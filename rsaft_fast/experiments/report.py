@@ -14,7 +14,7 @@ from rsaft_fast.experiments.groups import Key, Seeds, Summary
 from rsaft_fast.experiments.records import PROXY, S1, Run
 from rsaft_fast.experiments.selection import RULE, choices_in
 from rsaft_fast.experiments.statistics import Interval, interval
-from rsaft_fast.experiments.table import BRITTLE, COUNTING, DRAFT, PLAIN, POLICIES, SMOOTHINGS
+from rsaft_fast.experiments.table import BRITTLE, COUNTED, COUNTED_BESIDE, COUNTING, DRAFT, PLAIN, POLICIES, SMOOTHINGS
 from rsaft_fast.figures.bands import Band, BandPanel, band_figure
 from rsaft_fast.figures.tables import aligned, markdown
 from rsaft_fast.files import replace_between, write_atomically
@@ -123,7 +123,7 @@ def verdicts(sets: Sets) -> list[str]:
         for proxy in _proxies(sets.get(name, {})):
             lines.append(_verdict(f"{name}, {proxy}", _of_proxy(sets[name], proxy), proxy, DRAFT))
     for method in POLICIES:
-        own = {key: seeds for key, seeds in sets.get(COUNTING, {}).items() if key[1] == method}
+        own = {key: seeds for key, seeds in _in_order(sets.get(COUNTING, {})).items() if key[1] == method}
         lines += [_verdict(f"{COUNTING}, {method}", own, key[0], method) for key in list(own)[:1]]
     return lines
 
@@ -146,6 +146,7 @@ def _verdict(title: str, own: Mapping[Key, Seeds], proxy: str, method: str) -> s
 
 def _counting(found: Mapping[Key, Seeds]) -> Table:
     """The base model, which every run begins with, and each kind after its last update."""
+    found = _in_order(found)
     runs = [run for seeds in found.values() for run in seeds.values()]
     radius = _radius_of(runs[0])
     columns = (TRUTH + FEW, TRUTH + MORE, EXACT + FEW, EXACT + MORE, DIVERSITY, radius)
@@ -162,6 +163,13 @@ def _counting(found: Mapping[Key, Seeds]) -> Table:
         ends = [run.points[-1] for run in seeds.values()]
         rows.append([f"{method} {variant}", str(len(seeds)), *cells(ends, gains)])
     return COUNTING_HEAD, rows
+
+
+def _in_order(found: Mapping[Key, Seeds]) -> dict[Key, Seeds]:
+    """Kinds of the counting task as the table of runs has them."""
+    order = [(method, name) for kinds in (COUNTED, COUNTED_BESIDE) for method in kinds for name in kinds[method]]
+    place = lambda key: order.index(key[1:]) if key[1:] in order else len(order)  # noqa: E731
+    return {key: found[key] for key in sorted(found, key=place)}
 
 
 def _radius_of(run: Run) -> str:
@@ -315,7 +323,9 @@ def draw(sets: Sets, folder: Path) -> dict[str, Path]:
 def _counting_panels(found: Mapping[Key, Seeds]) -> list[list[BandPanel]]:
     """Curves of the kinds that have several seeds, over updates, and r* over the proxy."""
     most = max(len(seeds) for seeds in found.values())
-    kinds = {f"{key[1]} {key[2]}": list(seeds.values()) for key, seeds in found.items() if len(seeds) == most}
+    kinds = {
+        f"{key[1]} {key[2]}": list(seeds.values()) for key, seeds in _in_order(found).items() if len(seeds) == most
+    }
     steps: Callable[[measure.Point], float] = lambda point: point.step  # noqa: E731
 
     def panel(x: str, of_x: Callable[[measure.Point], float], name: str) -> BandPanel:
