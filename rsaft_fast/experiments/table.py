@@ -251,7 +251,7 @@ def _gardo(kl_weight: float, kl_threshold: float) -> str:
 
 
 # Weights at which the penalty's gradient has grown as long as the policy's after some three updates, and a KL that is
-# reached before: what runs on other seeds showed. With three times the weight the first update's distance is never left.
+# reached before: what runs on other seeds showed. With three times the weight the first update's distance is all.
 _GARDO, _NFT_GARDO = _gardo(0.1, 0.02), _gardo(0.3, 0.15)
 _SAM = "smoothing={image: null, parameters: {rho: 0.02}}"
 _MEASURED = "sharpness={radius: 0.3}"
