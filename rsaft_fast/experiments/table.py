@@ -25,7 +25,7 @@ SEEDS = (10, 11, 12, 13, 14)
 """Of what is reported: nobody chose anything on them."""
 
 QUICK_SEEDS = (10, 11, 12)
-COUNTING_SEEDS = (20, 21, 22)
+COUNTING_SEEDS = (30, 31, 32)
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ COUNTED_BESIDE: dict[str, dict[str, tuple[str, ...]]] = {
         "gardo-agreement": (_GARDO, "method.gardo.gate.signals={win_rate: 0, agreement: 1}"),
         "gardo-norm": (_GARDO, "method.gardo.norm_weight=0.1"),
     },
-    "nft": {"sam": (_SAM,)},
+    "nft": {"gardo-no-diversity": (_NFT_GARDO, "method.gardo.diversity=null"), "sam": (_SAM,)},
 }
 """GARDO without each of its parts, and what neither paper has: one seed each."""
 
@@ -428,7 +428,7 @@ def _counted(kinds: Mapping[str, Mapping[str, tuple[str, ...]]], seeds: Sequence
     for seed, (method, variants) in itertools.product(seeds, kinds.items()):
         for name, overrides in variants.items():
             place = (COUNTING, "loose-counter", method, name, seed)
-            yield CountingRow(*place, 12, 6, 96, (POLICIES[method], *overrides))
+            yield CountingRow(*place, 24, 6, 96, (POLICIES[method], *overrides))
 
 
 def _counting(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
