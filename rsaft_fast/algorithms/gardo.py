@@ -79,7 +79,8 @@ def judge(
         if features is None:
             raise UserError("gardo.diversity is set, and no features were computed; diversity=null turns it off")
         nearest = nearest_within(features, groups)
-        advantages = advantages * diversity_weights(advantages, nearest, groups, settings.gate_convention)
+        convention = settings.diversity.convention or settings.gate_convention
+        advantages = advantages * diversity_weights(advantages, nearest, groups, convention)
     return Judged(advantages, flagged, found, used, nearest)
 
 

@@ -25,9 +25,8 @@ from rsaft_fast.algorithms.scoring import Scores, begin_scoring, on_host, score
 from rsaft_fast.background import Background
 from rsaft_fast.data.batches import Batches, MicroBatch
 from rsaft_fast.distributed import World
-from rsaft_fast.errors import UserError
 from rsaft_fast.methods import NFT, FlowGRPO
-from rsaft_fast.methods.gardo import Gardo
+from rsaft_fast.methods.gardo import Gardo, compared_rewards
 from rsaft_fast.phases import SAMPLING, phase
 from rsaft_fast.progress import watched
 from rsaft_fast.rewards.base import Reward
@@ -286,19 +285,5 @@ def _auxiliaries(settings: Gardo | None, reward: Reward, probe: ImageSmoothing |
     if settings is None or settings.gate is None:
         return ()
     parts = reward.parts if isinstance(reward, Combination) else ()
-    named = settings.gate.auxiliaries
-    found = tuple(part.name for part in parts if (part.name in named if named else part.weight == 0))
-    signals = settings.gate.signals
-    if missing := set(named) - set(found):
-        known = ", ".join(part.name for part in parts) or "none"
-        raise UserError(f"method.gardo.gate.auxiliaries names {min(missing)!r}; the parts of reward are {known}")
-    if not found and (signals.win_rate or signals.agreement):
-        raise UserError(
-            "method.gardo.gate compares the reward with auxiliary ones, and reward has none: make it a combination "
-            "with parts of weight 0, or set method.gardo.gate null"
-        )
-    if signals.s1 and probe is None:
-        raise UserError("method.gardo.gate.signals.s1 needs `sharpness`, and a reward with a gradient; 0 leaves it out")
-    if signals.agreement and not reward.differentiable:
-        raise UserError("method.gardo.gate.signals.agreement needs gradients of all parts of reward; 0 leaves it out")
-    return found
+    weights = {part.name: part.weight for part in parts}
+    return compared_rewards(settings.gate, weights, differentiable=reward.differentiable, probed=probe is not None)

@@ -263,10 +263,12 @@ examples:
   rsaft-fast experiment --set core --seeds 20 21 22       other seeds
   rsaft-fast experiment --set core --proxies brittle      one reward
   rsaft-fast experiment --report --page docs/does-it-work.md
+  rsaft-fast experiment --set counting --jobs 2           policy gradients and GARDO, for a proxy that is hacked
+  rsaft-fast experiment --set counting --report --page docs/gardo.md
 
 Results lie in benchmarks/results/playground/experiment of a checkout, else in runs/experiment; those of --quick in
 runs/quick-experiment. What was made is written between <!-- experiment:begin --> and <!-- experiment:end --> of a page.
-What it is, and what it cannot show: docs/does-it-work.md.
+What it is, and what it cannot show: docs/does-it-work.md and, of counting, docs/gardo.md.
 """
 
 BENCH = """\

@@ -10,10 +10,10 @@ from pathlib import Path
 from rsaft_fast.experiments.campaign import Ended, run_all
 from rsaft_fast.experiments.groups import load_sets
 from rsaft_fast.experiments.records import is_done
-from rsaft_fast.experiments.report import as_alarms, as_page, as_readme, as_text, draw, read_page, write_page
+from rsaft_fast.experiments.report import Sets, as_alarms, as_page, as_readme, as_text, draw, read_page, write_page
 from rsaft_fast.experiments.run import require_rows
 from rsaft_fast.experiments.selection import choices_in, update_choices
-from rsaft_fast.experiments.table import SETS, rows_of
+from rsaft_fast.experiments.table import COUNTING, SETS, rows_of
 from rsaft_fast.files import check_writable, refuse_io_errors
 from rsaft_fast.lock import sole_writer
 from rsaft_fast.progress import tell
@@ -96,7 +96,7 @@ def _run_sets(arguments: argparse.Namespace, names: list[str], folder: Path) -> 
 
 def _report(arguments: argparse.Namespace, folder: Path) -> None:
     """Print the tables; draw, and write the pages, where there is anything."""
-    sets = load_sets(folder, tell)
+    sets = _asked(arguments.set, load_sets(folder, tell))
     print(as_text(sets))
     if not sets:
         return
@@ -111,6 +111,14 @@ def _report(arguments: argparse.Namespace, folder: Path) -> None:
         if page is not None:
             write_page(Path(page), said(Path(page)))
             tell(f"rsaft-fast: {page}")
+
+
+def _asked(names: list[str] | None, sets: Sets) -> Sets:
+    """What a report is on. Counting has a page of its own, and is there where it is asked for; of smoothing's sets all
+    are, since they are compared with each other."""
+    counting = [name for name in names or [] if name.startswith(COUNTING)]
+    smoothing = not names or len(counting) < len(names)
+    return {name: found for name, found in sets.items() if (counting if name == COUNTING else smoothing)}
 
 
 def _link(picture: Path, page: Path) -> str:

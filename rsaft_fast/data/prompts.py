@@ -20,7 +20,7 @@ from rsaft_fast.progress import watched
 from rsaft_fast.reading import open_regular, read_text
 from rsaft_fast.settings import LONGEST_TEXT
 
-PLAYGROUND = "playground"
+PLAYGROUND, COUNTING = "playground", "playground-counting"
 STARTER = "starter"
 # Names of the prompt column in the public sets (PartiPrompts, GenEval, DrawBench, HPDv2), in order of preference.
 COLUMNS = ("prompt", "prompts", "text", "caption")
@@ -43,8 +43,9 @@ def load_prompts(source: str | Path, column: str | None = None, held_out: bool =
             a file: .txt (one prompt a line, empty lines skipped), .csv or .tsv (with a header, and every row as many
             fields), .json (a list of strings or objects, or an object whose `column` is such a list), .jsonl (a string
             or an object a line), or .parquet (needs pyarrow); or "playground", the scenes that its
-            pipeline is trained on, or "starter", varied ones for real models.
-        held_out: of the playground, the scenes that it is judged on.
+            pipeline is trained on, "playground-counting", those of one or two objects of a kind, or "starter", varied
+            ones for real models.
+        held_out: of the playground, the scenes that it is judged on; of the counting ones, three or four objects.
         column: header or key of the prompt; without it the first of `COLUMNS` that is there, in any case. Objects all
             have the key that the first one has.
 
@@ -56,6 +57,10 @@ def load_prompts(source: str | Path, column: str | None = None, held_out: bool =
         from rsaft_fast import playground
 
         return playground.eval_prompts() if held_out else playground.train_prompts()
+    if str(source) == COUNTING:
+        from rsaft_fast import playground
+
+        return playground.counting_prompts(held_out)
     if str(source) == STARTER:
         return _from_file(Path(str(resources.files("rsaft_fast.recipes") / f"{STARTER}.txt")), column, STARTER)
     if (named := named_set(str(source))) is not None:
@@ -74,7 +79,7 @@ def _from_set(name: str, path: str, column: str | None) -> list[str]:
 
 
 def _nearest_set(source: str) -> str:
-    near = difflib.get_close_matches(source.partition("=")[0], (PLAYGROUND, STARTER, *SETS), 1, cutoff=0.75)
+    near = difflib.get_close_matches(source.partition("=")[0], (PLAYGROUND, COUNTING, STARTER, *SETS), 1, cutoff=0.75)
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -218,10 +218,11 @@ def identity_of(row: Row) -> str:
 
     Not the software: a figure of another version is still a figure, and the file says which version it was.
     """
-    named = {row.proxy, *(name for text in row.overrides for name in _FOLDER_OF_REWARD.findall(text))}
+    keys = keys_of(row)
+    named = {row.proxy} & set(playground.REWARDS) | set(_FOLDER_OF_REWARD.findall(json.dumps(keys)))
     models = [pipeline_hash()]
     models += [_assets_hash(str(playground.reward_path(name))) for name in sorted(named)]
-    content = [asdict(row), keys_of(row), models]
+    content = [asdict(row), keys, models]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

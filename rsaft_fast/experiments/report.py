@@ -10,11 +10,12 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.known_preference import TRUTH
 from rsaft_fast.experiments import alarms
 from rsaft_fast.experiments import groups as measure
+from rsaft_fast.experiments.counting import DIVERSITY, EXACT, FEW, MORE
 from rsaft_fast.experiments.groups import Key, Seeds, Summary
-from rsaft_fast.experiments.records import S1, Run
+from rsaft_fast.experiments.records import PROXY, S1, Run
 from rsaft_fast.experiments.selection import RULE, choices_in
 from rsaft_fast.experiments.statistics import Interval, interval
-from rsaft_fast.experiments.table import BRITTLE, DRAFT, PLAIN, SMOOTHINGS
+from rsaft_fast.experiments.table import BRITTLE, COUNTED, COUNTED_BESIDE, COUNTING, DRAFT, PLAIN, POLICIES, SMOOTHINGS
 from rsaft_fast.figures.bands import Band, BandPanel, band_figure
 from rsaft_fast.figures.tables import aligned, markdown
 from rsaft_fast.files import replace_between, write_atomically
@@ -34,6 +35,27 @@ LEGEND = (
     "r*: true preference, 0 to 1; best: its highest evaluation, on average at that update; at equal proxy: r* less "
     "plain's, where the proxy first reaches the highest level that both reach. Means over seeds, with 95 % "
     "t-intervals; differences are paired by seed. A star: the interval does not hold 0."
+)
+
+
+COUNTING_HEAD = (
+    "run",
+    "seeds",
+    "proxy",
+    "r*",
+    "r* less plain",
+    "r* at equal proxy",
+    "r*, few",
+    "r*, more",
+    "exact, few",
+    "exact, more",
+    "diversity",
+    "S1",
+)
+COUNTING_LEGEND = (
+    "After the last update, of all pictures; few: one and two objects, which are trained; more: three and four, which "
+    "are not. Exact: share of pictures with just as many objects as the prompt says; diversity: cosine distance to the "
+    "prompt's other picture; S1: of the proxy, at radius "
 )
 
 
@@ -73,6 +95,8 @@ def sections(sets: Sets) -> list[tuple[str, Table]]:
     for name in ("baselines", "variants"):
         if name in sets:
             made.append((f"{name}: the {BRITTLE} proxy, DRaFT-1", _beside_core(sets, name)))
+    if COUNTING in sets:
+        made.append((f"{COUNTING}: few objects are trained, more are judged too", _counting(sets[COUNTING])))
     for name in ("quick", "core"):
         for proxy in _proxies(sets.get(name, {})):
             own = _of_proxy(sets[name], proxy)
@@ -98,18 +122,61 @@ def verdicts(sets: Sets) -> list[str]:
     lines = []
     for name in ("quick", "core"):
         for proxy in _proxies(sets.get(name, {})):
-            own = _of_proxy(sets[name], proxy)
-            plain = measure.plain_of(own, proxy, DRAFT)
-            found = {key[2]: measure.summary(key[2], seeds, plain) for key, seeds in own.items() if key[2] != PLAIN}
-            start = next(iter(next(iter(own.values())).values())).points[0].truth
-            said = [f"{name}, {proxy}: r* is {start:.3f} before any update"]
-            for what, gain in (
-                ("at equal proxy", lambda one: one.level_gain),
-                ("at the end", lambda one: one.end_gain),
-            ):
-                said += [f"{what} {_in_words({label: gain(one) for label, one in found.items()})}"] if found else []
-            lines.append("; ".join(said) + ".")
+            lines.append(_verdict(f"{name}, {proxy}", _of_proxy(sets[name], proxy), proxy, DRAFT))
+    for method in POLICIES:
+        own = {key: seeds for key, seeds in _in_order(sets.get(COUNTING, {})).items() if key[1] == method}
+        lines += [_verdict(f"{COUNTING}, {method}", own, key[0], method) for key in list(own)[:1]]
     return lines
+
+
+def _verdict(title: str, own: Mapping[Key, Seeds], proxy: str, method: str) -> str:
+    plain = measure.plain_of(own, proxy, method)
+    found = {key[2]: measure.summary(key[2], seeds, plain) for key, seeds in own.items() if key[2] != PLAIN}
+    start = next(iter(next(iter(own.values())).values())).points[0].truth
+    said = [f"{title}: r* is {start:.3f} before any update"]
+    if plain:
+        end = measure.summary(PLAIN, plain, None)
+        said += [f"at the end of plain runs {end.end.mean:.3f}"] if method in POLICIES else []
+    for what, gain in (
+        ("at equal proxy", lambda one: one.level_gain),
+        ("at the end", lambda one: one.end_gain),
+    ):
+        said += [f"{what} {_in_words({label: gain(one) for label, one in found.items()})}"] if found else []
+    return "; ".join(said) + "."
+
+
+def _counting(found: Mapping[Key, Seeds]) -> Table:
+    """The base model, which every run begins with, and each kind after its last update."""
+    found = _in_order(found)
+    runs = [run for seeds in found.values() for run in seeds.values()]
+    radius = _radius_of(runs[0])
+    columns = (TRUTH + FEW, TRUTH + MORE, EXACT + FEW, EXACT + MORE, DIVERSITY, radius)
+
+    def cells(points: Sequence[measure.Point], gains: Sequence[str]) -> list[str]:
+        mean = lambda name: shown(interval([point.means[name] for point in points]))  # noqa: E731
+        return [mean(PROXY), mean(TRUTH), *gains, *map(mean, columns)]
+
+    rows = [["base", NONE, *cells([runs[0].points[0]], [NONE, NONE])]]
+    for (proxy, method, variant), seeds in found.items():
+        plain = None if variant == PLAIN else measure.plain_of(found, proxy, method)
+        own = measure.summary(variant, seeds, plain)
+        gains = [shown(own.end_gain, sign=True), shown(own.level_gain, sign=True)]
+        ends = [run.points[-1] for run in seeds.values()]
+        rows.append([f"{method} {variant}", str(len(seeds)), *cells(ends, gains)])
+    return COUNTING_HEAD, rows
+
+
+def _in_order(found: Mapping[Key, Seeds]) -> dict[Key, Seeds]:
+    """Kinds of the counting task as the table of runs has them."""
+    order = [(method, name) for kinds in (COUNTED, COUNTED_BESIDE) for method in kinds for name in kinds[method]]
+    place = lambda key: order.index(key[1:]) if key[1:] in order else len(order)  # noqa: E731
+    return {key: found[key] for key in sorted(found, key=place)}
+
+
+def _radius_of(run: Run) -> str:
+    """The middle one of the radii at which S1 is measured."""
+    radii = measure.radii_of(run)
+    return radii[len(radii) // 2]
 
 
 def _in_words(gains: Mapping[str, Interval | None]) -> str:
@@ -186,7 +253,7 @@ def as_text(sets: Sets) -> str:
     if not sets:
         return NOTHING
     blocks = [f"{title}\n" + "\n".join(aligned([head, *rows])) for title, (head, rows) in sections(sets)]
-    return "\n\n".join([*blocks, "\n".join(verdicts(sets)), LEGEND])
+    return "\n\n".join([*blocks, "\n".join(verdicts(sets)), *_legends(sets)])
 
 
 def as_page(sets: Sets, folder: Path, pictures: Mapping[str, str]) -> str:
@@ -198,8 +265,10 @@ def as_page(sets: Sets, folder: Path, pictures: Mapping[str, str]) -> str:
     """
     if not sets:
         return NOTHING
-    blocks = ["\n".join(f"- {line}" for line in verdicts(sets)), LEGEND, *_chosen(folder)]
-    blocks += [f"![{name}: r* against proxy, distance and updates]({place})" for name, place in pictures.items()]
+    blocks = ["\n".join(f"- {line}" for line in verdicts(sets)), *_legends(sets)]
+    if set(sets) - {COUNTING}:
+        blocks += _chosen(folder)
+    blocks += [f"![{name}: r* and what goes with it]({place})" for name, place in pictures.items()]
     blocks += [f"### {_capital(title)}\n\n{markdown(head, rows)}" for title, (head, rows) in sections(sets)]
     return "\n\n".join(blocks)
 
@@ -213,6 +282,13 @@ def as_alarms(sets: Sets) -> str:
 def _all_runs(sets: Sets) -> list[Run]:
     runs = [run for kinds in sets.values() for seeds in kinds.values() for run in seeds.values()]
     return alarms.trained_alone(runs)
+
+
+def _legends(sets: Sets) -> list[str]:
+    if COUNTING not in sets:
+        return [LEGEND]
+    run = next(iter(next(iter(sets[COUNTING].values())).values()))
+    return [LEGEND, f"{COUNTING_LEGEND}{_radius_of(run).removeprefix(S1)}."]
 
 
 def as_readme(sets: Sets) -> str:
@@ -249,6 +325,10 @@ def draw(sets: Sets, folder: Path) -> dict[str, Path]:
         if name in ("quick", "core", "methods"):
             rows = [_panels(proxy, _of_proxy(found, proxy)) for proxy in _proxies(found)]
             drawn[name] = band_figure(folder / f"{name}.png", rows, f"{name}: mean over seeds, 95 % interval")
+        if name == COUNTING:
+            drawn[name] = band_figure(
+                folder / f"{name}.png", _counting_panels(found), f"{name}: mean over seeds, 95 % interval"
+            )
     return drawn
 
 
@@ -259,6 +339,25 @@ def panels_of(sets: Sets) -> dict[str, list[BandPanel]]:
         for name, found in sets.items()
         for proxy in _proxies(found)
     }
+
+
+def _counting_panels(found: Mapping[Key, Seeds]) -> list[list[BandPanel]]:
+    """Curves of the kinds that have several seeds, over updates, and r* over the proxy."""
+    most = max(len(seeds) for seeds in found.values())
+    kinds = {
+        f"{key[1]} {key[2]}": list(seeds.values()) for key, seeds in _in_order(found).items() if len(seeds) == most
+    }
+    steps: Callable[[measure.Point], float] = lambda point: point.step  # noqa: E731
+
+    def panel(x: str, of_x: Callable[[measure.Point], float], name: str) -> BandPanel:
+        of_y = lambda point: point.means[name]  # noqa: E731
+        return BandPanel(name, x, name, {label: _band(runs, of_x, of_y) for label, runs in kinds.items()})
+
+    rows = [(PROXY, TRUTH, TRUTH + MORE), (EXACT + FEW, EXACT + MORE, DIVERSITY)]
+    panels = [[panel("updates", steps, name) for name in names] for names in rows]
+    panels[0].append(panel("proxy", lambda point: point.proxy, TRUTH))
+    panels[1].append(panel("updates", steps, _radius_of(next(iter(kinds.values()))[0])))
+    return panels
 
 
 def _panels(proxy: str, found: Mapping[Key, Seeds]) -> list[BandPanel]:
@@ -275,9 +374,13 @@ def _panels(proxy: str, found: Mapping[Key, Seeds]) -> list[BandPanel]:
     ]
 
 
-def _band(runs: Sequence[Run], x: Callable[[measure.Point], float]) -> Band:
+def _band(
+    runs: Sequence[Run],
+    x: Callable[[measure.Point], float],
+    y: Callable[[measure.Point], float] = lambda point: point.truth,
+) -> Band:
     moments = list(zip(*(run.points for run in runs)))
-    across = [interval([point.truth for point in points]) for points in moments]
+    across = [interval([y(point) for point in points]) for points in moments]
     middles = [interval([x(point) for point in points]) for points in moments]
     return Band(
         [one.mean for one in middles if one], [one.mean for one in across if one], [one.half for one in across if one]

@@ -18,12 +18,14 @@ from rsaft_fast.algorithms.copies import replaced
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.alarms import IMAGE, drift_of, fall_of
 from rsaft_fast.evaluation.image_statistics import image_statistics
-from rsaft_fast.evaluation.known_preference import score_of, sharpness_of, truth_of
+from rsaft_fast.evaluation.known_preference import TRUTH, score_of, sharpness_of, truth_of
+from rsaft_fast.experiments.counting import counting_values
 from rsaft_fast.experiments.records import JUDGE, PROXY, S1, Evaluation, pipeline_hash, write_record
-from rsaft_fast.experiments.table import Row, config_of
+from rsaft_fast.experiments.table import FEATURES, CountingRow, Row, config_of
 from rsaft_fast.files import remove_tree, replace_file
 from rsaft_fast.recipe.evaluation import REWARD
 from rsaft_fast.rewards import Reward, load_reward
+from rsaft_fast.rewards.features import Features, load_features
 from rsaft_fast.sampling.pictures import sample_images
 from rsaft_fast.smoothing.settings import ImageSmoothing
 from rsaft_fast.train.assemble import FileLoaders
@@ -100,13 +102,14 @@ class Observer:
 
     def __init__(self, row: Row, starts: Path):
         self.row, self.starts = row, starts
-        self.prompts = playground.eval_prompts(row.pictures)
+        self.prompts = row.prompts
         self.evaluations: list[Evaluation] = []
         self.seconds = 0.0
         self._trainer: Trainer | None = None
         self._weights: dict[str, torch.Tensor] = {}
         self._pictures = torch.empty(0)
-        self._rewards: dict[str, Reward] = {}
+        self._rewards: dict[str, Reward] = {}  # by the quantity, the proxy first
+        self._features: Features | None = None  # of pictures, where the task measures their diversity
         self._watched: list[dict[str, Any]] = []
 
     def __call__(self, trainer: Trainer, images: torch.Tensor, step: int) -> None:
@@ -145,16 +148,21 @@ class Observer:
     def _begin(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._weights = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+        self._rewards = {PROXY: load_reward(*self.row.proxy_reward, device=trainer.device)}
         for name in playground.REWARDS:
-            self._rewards[name] = load_reward("clip", f"playground/{name}", device=trainer.device)
-            self._rewards[name].keep_prompts(self.prompts)
+            if name != self.row.proxy:
+                self._rewards[JUDGE + name] = load_reward("clip", f"playground/{name}", device=trainer.device)
+        for reward in self._rewards.values():
+            reward.keep_prompts(self.prompts)
+        if isinstance(self.row, CountingRow):
+            self._features = load_features(FEATURES, device=trainer.device)
         self._pictures = _kept(self.starts, self._start_key(trainer), lambda: self._draw(trainer))
 
     def _start_key(self, trainer: Trainer) -> str:
         """What the untrained model's pictures follow from; adapters of every seed begin as no change at all."""
         config = trainer.config
         settings = [part.model_dump(mode="json") for part in (config.backbone, config.sampler, config.parameters)]
-        content = [pipeline_hash(), settings, self.row.pictures, NOISE_SEED, str(trainer.device)]
+        content = [pipeline_hash(), settings, self.prompts, NOISE_SEED, str(trainer.device)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _draw(self, trainer: Trainer) -> torch.Tensor:
@@ -173,12 +181,13 @@ class Observer:
 
     def _evaluate(self, images: torch.Tensor, step: int, scale: float, weights_distance: float) -> None:
         values = truth_of(images, self.prompts)
+        if self._features is not None:
+            values |= counting_values(images, self.prompts, values[TRUTH], self._features)
         for name, reward in self._rewards.items():
-            key = PROXY if name == self.row.proxy else JUDGE + name
-            values[key] = score_of(reward, images, self.prompts)
+            values[name] = score_of(reward, images, self.prompts)
         for radius in RADII:
             ball = ImageSmoothing(radius=radius)
-            values[f"{S1}{radius:g}"] = sharpness_of(self._rewards[self.row.proxy], images, self.prompts, ball)
+            values[f"{S1}{radius:g}"] = sharpness_of(self._rewards[PROXY], images, self.prompts, ball)
         moved = float((images.double() - self._pictures.double()).square().mean())
         watched = self._watch(step, values, image_statistics(images)) if scale == 1 else {}
         self.evaluations.append(Evaluation(step, scale, weights_distance, moved, values, watched))

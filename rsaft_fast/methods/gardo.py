@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field, model_validator
 
+from rsaft_fast.errors import UserError
 from rsaft_fast.settings import Settings, UserPlace
 
 Convention = Literal["paper", "code"]
@@ -140,9 +142,13 @@ class Diversity(Settings):
     Attributes:
         features: where pictures are compared: folder or hub id of a DINOv2 or DINOv3 checkpoint, or playground/fair or
             playground/brittle for that reward's image encoder. The paper's DINOv3 is gated on the hub.
+        convention: paper weighs a good sample by its distance to the nearest other, a number well below 1: where the
+            features put a prompt's pictures close together, good samples hardly count. code divides by the prompt's
+            mean distance, so that good samples count as much as bad ones on average; null follows gate_convention.
     """
 
     features: UserPlace = "facebook/dinov3-vitl16-pretrain-lvd1689m"
+    convention: Convention | None = None
 
 
 class Gardo(Settings):
@@ -204,3 +210,33 @@ class Gardo(Settings):
         adapt = (self.gate and self.gate.adapt) or AdaptiveShare()
         least, most = self.usual.bounds
         return (least if adapt.least is None else adapt.least, most if adapt.most is None else adapt.most)
+
+
+def compared_rewards(
+    gate: Gate, weights: Mapping[str, float], *, differentiable: bool, probed: bool
+) -> tuple[str, ...]:
+    """Return the names of the rewards that the gate compares the proxy with.
+
+    Args:
+        weights: of the parts of the recipe's combination, by name; empty where the reward is none.
+        differentiable: whether the reward has a gradient.
+        probed: whether its sharpness is measured.
+
+    Raises:
+        UserError: there is none, or not one that the gate names; or a signal that nothing measures.
+    """
+    signals, named = gate.signals, gate.auxiliaries
+    found = tuple(name for name, weight in weights.items() if (name in named if named else weight == 0))
+    if missing := set(named) - set(found):
+        known = ", ".join(weights) or "none"
+        raise UserError(f"method.gardo.gate.auxiliaries names {min(missing)!r}; the parts of reward are {known}")
+    if not found and (signals.win_rate or signals.agreement):
+        raise UserError(
+            "method.gardo.gate compares the reward with auxiliary ones, and reward has none: make it a combination "
+            "with parts of weight 0, or set method.gardo.gate null"
+        )
+    if signals.s1 and not probed:
+        raise UserError("method.gardo.gate.signals.s1 needs `sharpness`, and a reward with a gradient; 0 leaves it out")
+    if signals.agreement and not differentiable:
+        raise UserError("method.gardo.gate.signals.agreement needs gradients of all parts of reward; 0 leaves it out")
+    return found

@@ -54,6 +54,16 @@ def eval_prompts(n: int = 32) -> list[str]:
     return [prompt for prompt in prompts(600, seed=1) if prompt not in trained][:n]
 
 
+def counting_prompts(held_out: bool = False) -> list[str]:
+    """Give the 24 prompts of the counting task: one or two objects of a kind, or held out three or four."""
+    from rsaft_fast.playground.scenes import COLOURS, SHAPES
+
+    kinds = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    if held_out:
+        return [f"{number} {kind}s" for number in ("three", "four") for kind in kinds]
+    return [f"a {kind}" for kind in kinds] + [f"two {kind}s" for kind in kinds]
+
+
 def true_preference(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Compute the true preference (B,) in [0, 1] of images (B, 3, 32, 32), nominally 0 to 1, for prompts.
 

@@ -14,11 +14,13 @@ from rsaft_fast.dtypes import DTYPES
 from rsaft_fast.errors import UserError
 from rsaft_fast.hub import is_hub_id
 from rsaft_fast.methods import NFT, FlowGRPO, GradientMethod
+from rsaft_fast.methods.gardo import compared_rewards
 from rsaft_fast.ops import backends
 from rsaft_fast.recipe.check_agreement import check_judges
 from rsaft_fast.recipe.check_evaluation import check_evaluation
 from rsaft_fast.recipe.check_smoothing import check_smoothing
 from rsaft_fast.recipe.config import MOST_PICTURES, PLAYGROUND, Config
+from rsaft_fast.rewards.combine import CombinationSettings
 from rsaft_fast.sampling import GradientPlan, derive_rng
 from rsaft_fast.sampling.protocol import Traits
 from rsaft_fast.speed import check as speed
@@ -229,6 +231,7 @@ def _check_groups(config: Config) -> None:
                 f"smoothing.image with method.name {method.name}: it perturbs pictures along the reward's gradient, "
                 "which this method does not follow; set smoothing.image null (or smoothing null for none at all)"
             )
+        _check_gate(config, method)
     if isinstance(method, FlowGRPO):
         method.trained_calls(config.sampler.steps, config.sampler.steps, derive_rng(config.seed, 0, "plan"))
     if data.prompts_per_iteration is None:
@@ -258,6 +261,16 @@ def _check_groups(config: Config) -> None:
             f"max_steps is {config.max_steps}, and an iteration of method {method.name} makes {updates} updates; give "
             "a multiple of that"
         )
+
+
+def _check_gate(config: Config, method: FlowGRPO | NFT) -> None:
+    """GARDO's gate needs rewards to compare with. A reward in Python may be a combination: it says so when it loads."""
+    gate, reward = method.gardo.gate if method.gardo else None, config.reward
+    if gate is None or reward.name == "python":
+        return
+    weights = {part.column: part.weight for part in reward.parts} if isinstance(reward, CombinationSettings) else {}
+    probed = config.sharpness is not None and reward.differentiable
+    compared_rewards(gate, weights, differentiable=reward.differentiable, probed=probed)
 
 
 def _check_true_cfg(config: Config, model: Traits | None = None) -> None:

@@ -108,9 +108,9 @@ class DataSettings(Settings):
         prompts: .txt file with one prompt a line, .csv, .tsv, .json, .jsonl or .parquet; a published set by name
             (drawbench, hpdv2, hpdv2-anime, -concept-art, -paintings, -photo, -400, partiprompts, geneval, geneval2,
             dpg-bench, unigenbench, ocr, pickapic) from the hub, or NAME=PATH where it lies here; or what ships with the
-            package: "starter", 96 varied ones, or "playground", the scenes of its pipeline. Each epoch is a new
-            permutation of all of them, derived from the seed. Training on a set that results are reported on is said
-            aloud.
+            package: "starter", 96 varied ones, "playground", the scenes of its pipeline, or "playground-counting",
+            those of one or two objects. Each epoch is a new permutation of all of them, derived from the seed. Training
+            on a set that results are reported on is said aloud.
         column: of a table or key of an object that holds the prompt; null finds prompt, text or caption.
         batch_size: pictures that go through the network together.
         accumulate: micro-batches of one update; their gradients add up to that of the whole batch. The paper's batch

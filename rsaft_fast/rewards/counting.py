@@ -116,12 +116,23 @@ class CountingReward(PictureReward):
 
 def component_areas(mask: torch.Tensor) -> torch.Tensor:
     """Areas in pixels, ascending, of the connected parts of a mask (H, W), bool; diagonal neighbours are connected."""
-    own = torch.arange(1, mask.numel() + 1, device=mask.device, dtype=torch.float64).view(mask.shape) * mask
+    own = component_labels(mask[None])[0]
+    return own[mask].unique(return_counts=True)[1].sort()[0]
+
+
+def component_labels(masks: torch.Tensor) -> torch.Tensor:
+    """Number the connected parts of masks (B, H, W), bool; diagonal neighbours are connected.
+
+    Returns:
+        (B, H, W) int64: 0 outside, inside a number that no other part of the same mask has, at most H times W.
+    """
+    numbers = torch.arange(1, masks[0].numel() + 1, device=masks.device, dtype=torch.float64)
+    own = numbers.view(masks.shape[1:]) * masks
     while True:
         # Every pixel takes the highest label around it, until none changes.
-        spread = F.max_pool2d(own[None], 3, stride=1, padding=1)[0] * mask
+        spread = F.max_pool2d(own, 3, stride=1, padding=1) * masks
         if torch.equal(spread, own):
-            return own[mask].unique(return_counts=True)[1].sort()[0]
+            return own.long()
         own = spread
 
 

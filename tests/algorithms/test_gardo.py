@@ -210,6 +210,11 @@ def test_diversity_weighs_good_samples_by_hand():
     assert diversity_weights(advantages, same, groups, "code").tolist() == [1] * 6
     judged = judge(Gardo(gate=None), None, advantages, advantages, {}, groups, features=features)
     assert judged.advantages.tolist() == pytest.approx([0.5 * near, -0.5, 0.25 * far, 0, 0, -1], abs=1e-12)
+    own = Gardo(gate=None, diversity={"convention": "code"})
+    judged = judge(own, None, advantages, advantages, {}, groups, features=features)
+    assert judged.advantages.tolist() == pytest.approx(
+        [0.5 * near / mean, -0.5, 0.25 * far / mean, 0, 0, -1], abs=1e-12
+    )
 
 
 def test_signals_add_up():

@@ -51,3 +51,14 @@ def test_what_cannot_end_well_is_refused_before_anything_is_trained(tmp_path, ca
     assert main(["experiment", "--quick", "--readme", str(tmp_path / "none"), *new]) == 2
     assert says("none", BEGIN).search(capsys.readouterr().err)
     assert not (tmp_path / "new").exists()
+
+
+def test_counting_is_reported_where_it_is_asked_for(tmp_path, capsys):
+    rows, _ = rows_of("quick", {}, [10])
+    for row in rows:
+        finish(row, tmp_path, [0.4, 0.5, 0.3], [0, 1, 2])
+    asked = ["experiment", "--report", "--output", str(tmp_path)]
+    assert main([*asked, "--set", "counting"]) == 0
+    assert capsys.readouterr().out.strip() == NOTHING
+    assert main([*asked, "--set", "counting", "--set", "quick"]) == 0
+    assert "quick: the brittle proxy" in capsys.readouterr().out

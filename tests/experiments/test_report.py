@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from builders.experiment_runs import run
 from builders.messages import says
@@ -120,3 +122,63 @@ def test_curves_are_drawn(tmp_path):
     assert list(drawn) == ["core"]
     image = Image.open(drawn["core"])
     assert image.width > 1000 and image.height > 300 and len(image.convert("RGB").getcolors(2**20)) > 20
+
+
+def counted(method, variant, truths, proxies, seeds=(0, 1, 2)):
+    """Runs of the counting task: exact counts of few rise and of more fall by a tenth at each evaluation."""
+    runs = {}
+    for seed in seeds:
+        one = run(truths, [p + 0.1 * seed for p in proxies], seed=seed, variant=variant, set_name="counting")
+        for index, point in enumerate(one.points):
+            of_parts = {
+                "r*, few": 0.7,
+                "r*, more": 0.6,
+                "exact, few": 0.8 + index / 10,
+                "exact, more": 0.5 - index / 10,
+            }
+            sharp = {f"S1@{radius}": float(radius) for radius in ("0.1", "0.3", "1")}
+            point.means.update(of_parts | sharp | {"diversity": 0.25})
+        runs[seed] = dataclasses.replace(one, method=method)
+    return {("loose-counter", method, variant): runs}
+
+
+COUNTED = {
+    "counting": counted("grpo", "gardo", [0.7, 0.69, 0.68], [0.7, 0.8, 0.9])
+    | counted("grpo", "plain", [0.7, 0.68, 0.5], [0.7, 0.9, 1.1])
+    | counted("nft", "plain", [0.7, 0.6, 0.4], [0.7, 1.0, 1.3])
+    | counted("nft", "sam", [0.7, 0.6, 0.5], [0.7, 0.9, 1.2], seeds=[0])
+}
+
+
+def test_counting_stands_beside_the_base_and_its_own_plain_runs():
+    text = as_text(COUNTED)
+    cells = lambda label: [cell.strip() for cell in rows_of(text, label)[0] if cell.strip()]  # noqa: E731
+    assert cells("base") == [
+        "base",
+        "-",
+        "0.700",
+        "0.700",
+        "-",
+        "-",
+        "0.700",
+        "0.600",
+        "0.800",
+        "0.500",
+        "0.250",
+        "0.300",
+    ]
+    # Proxies of seeds differ by 0.1: half-width 4.303 * 0.1 / sqrt 3 = 0.248.
+    gardo = ["grpo gardo", "3", "1.000 ±0.248", "0.680 ±0.000", "+0.180 ±0.000*", "+0.000 ±0.000"]
+    assert cells("grpo gardo")[:6] == gardo
+    assert cells("grpo plain")[4:6] == ["-", "-"] and cells("grpo gardo")[8:10] == ["1.000 ±0.000", "0.300 ±0.000"]
+    assert cells("nft sam")[1] == "1" and cells("nft sam")[4] == "+0.100"  # to nft's plain run, not to grpo's
+    grpo, nft = verdicts(COUNTED)
+    assert "grpo" in grpo and "0.500" in grpo and "at the end gardo higher than plain" in grpo
+    assert "nft" in nft and "at the end sam not told apart from plain" in nft  # one seed tells nothing
+
+
+def test_counting_is_drawn_and_stands_on_a_page(tmp_path):
+    drawn = draw(COUNTED, tmp_path)
+    assert list(drawn) == ["counting"] and Image.open(drawn["counting"]).width > 1000
+    page = as_page(COUNTED, tmp_path, {"counting": "counting.png"})
+    assert "](counting.png)" in page and "| base |" in page and "few" in page

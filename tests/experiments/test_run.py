@@ -11,7 +11,7 @@ from rsaft_fast import playground
 from rsaft_fast.experiments.campaign import run_all
 from rsaft_fast.experiments.records import is_done, read_record
 from rsaft_fast.experiments.run import run_row
-from rsaft_fast.experiments.table import BASELINES, GRIDS, OFF, Row, rows_of
+from rsaft_fast.experiments.table import BASELINES, GRIDS, OFF, CountingRow, Row, rows_of
 
 FULL = Row("quick", "brittle", "draft", "plain", 7, 2, 1, 4, (OFF,), (0.0,))
 LORA = ("parameters.train=lora", "parameters.lora.rank=2", "optimizer.lr=1.0e-3")
@@ -100,3 +100,17 @@ def test_every_baseline_trains(tmp_path, name):
     run = read_record(run_row(short, tmp_path, tmp_path / "work"))
     assert run.points[1].weights_distance > 0
     assert all(torch.tensor(list(point.means.values())).isfinite().all() for point in run.points)
+
+
+@pytest.mark.slow
+def test_a_counting_run_is_judged_by_what_it_did_not_train_on(tmp_path):
+    (gardo,) = (row for row in rows_of("counting", {}, [7])[0] if (row.method, row.variant) == ("grpo", "gardo"))
+    row = CountingRow(**vars(gardo) | {"updates": 1, "every": 1})
+    path = run_row(row, tmp_path, tmp_path / "work")
+    assert is_done(row, tmp_path) and not is_done(gardo, tmp_path)
+    start, end = read_record(path).points
+    judged = {f"judge/{name}" for name in playground.REWARDS}
+    assert set(end.means) >= judged | {"r*", "proxy", "exact, few", "exact, more", "r*, more", "diversity", "S1@0.3"}
+    assert end.weights_distance > 0 and 0.1 < start.means["exact, more"] <= start.means["exact, few"] <= 1
+    halves = (start.means["r*, few"] + start.means["r*, more"]) / 2
+    assert halves == pytest.approx(start.truth, abs=1e-5)

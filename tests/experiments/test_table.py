@@ -9,6 +9,7 @@ import pytest
 from builders.messages import says
 
 from rsaft_fast import playground
+from rsaft_fast.data.prompts import load_prompts
 from rsaft_fast.errors import UserError
 from rsaft_fast.experiments import table
 from rsaft_fast.experiments.run import require_rows
@@ -87,3 +88,25 @@ def test_rows_of_some_proxies_are_those_of_all():
     some = rows_of("core", {"brittle": {"image": 0.3}}, [1], ["brittle", "mixed"])
     for all_of_a_kind, kept in zip(everything, some, strict=True):
         assert kept == [row for row in all_of_a_kind if row.proxy in ("brittle", "mixed")] != []
+
+
+def test_counting_trains_few_objects_and_judges_more():
+    rows = [row for name in ("counting", "counting-more") for row in rows_of(name, {})[0]]
+    assert max(Counter(row.path(Path("x")) for row in rows).values()) == 1 and {row.set for row in rows} == {"counting"}
+    seeds = {kind: {row.seed for row in rows if (row.method, row.variant) == kind} for kind in _kinds(rows)}
+    assert set(map(frozenset, seeds.values())) == {frozenset(table.COUNTING_SEEDS)}
+    first, _ = rows_of("counting", {})
+    main = {("grpo", "plain"), ("grpo", "kl"), ("grpo", "gardo"), ("nft", "plain"), ("nft", "gardo")}
+    assert {kind for kind in _kinds(first) if len([r for r in first if (r.method, r.variant) == kind]) == 3} == main
+    row = next(row for row in first if row.variant == "gardo-no-gate")
+    config = config_of(row, Path("run"))
+    assert config.method.gardo.gate is None and config.method.gardo.diversity.features == table.FEATURES
+    trained = load_prompts(config.data.prompts)
+    assert len(trained) == 24 and all(text.startswith(("a ", "two ")) for text in trained)
+    assert len(row.prompts) == row.pictures and set(row.prompts[:24]) == set(trained)
+    assert {text.split()[0] for text in set(row.prompts) - set(trained)} == {"three", "four"}
+    assert [part.weight for part in config.reward.parts] == [1, 0, 0]
+
+
+def _kinds(rows):
+    return {(row.method, row.variant) for row in rows}

@@ -202,3 +202,40 @@ def test_the_help_lists_every_key():
     text = schema.help_text(Config)
     for key, _, _ in schema.keys(Config):
         assert f"{key.rpartition('.')[2]}:" in text
+
+
+_ALONE = ("reward={path: playground/brittle}",)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (_ALONE, says("method.gardo.gate", "weight 0", "null")),
+        (("method.gardo.gate.auxiliaries=[lightt]",), says("method.gardo.gate.auxiliaries", "'lightt'", "light")),
+        (("sharpness=null", "method.gardo.gate.signals={s1: 1}"), says("method.gardo.gate.signals.s1", "`sharpness`")),
+        (
+            (
+                "reward={name: combination, parts: [{name: counting, path: playground}, {path: x, weight: 0}]}",
+                "method.gardo.gate.signals={agreement: 1}",
+            ),
+            says("method.gardo.gate.signals.agreement", "gradients"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["playground-gardo", "playground-nft"])
+def test_a_gate_with_nothing_to_go_by_is_refused_before_anything_is_loaded(name, overrides, line):
+    with pytest.raises(UserError, match=line):
+        check_keys(load_config(find_recipe(name), list(overrides)))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (*_ALONE, "method.gardo.gate=null"),
+        (*_ALONE, "method.gardo=null"),
+        (*_ALONE, "sharpness={radius: 0.3}", "method.gardo.gate.signals={win_rate: 0, s1: 1}"),
+        ("reward={name: python, path: 'mine:combined'}",),  # it may be a combination: only loading it tells
+    ],
+)
+def test_a_gate_that_may_have_something_to_go_by_is_not_refused(overrides):
+    check_keys(load_config(find_recipe("playground-gardo"), list(overrides)))
