@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 
+from rsaft_fast.distributed.launch import find_place, launched
+from rsaft_fast.distributed.world import PeerError
+from rsaft_fast.errors import UserError
 from rsaft_fast.estimate.forecast import announce
+from rsaft_fast.recipe.check import check_several
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.recipe.load import load_config
 from rsaft_fast.recipe.schema import help_text
@@ -15,8 +20,21 @@ from rsaft_fast.train.loop import train
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `rsaft-fast train`."""
-    outcome = train(load_config(arguments.recipe, arguments.overrides), forecast=announce)
-    for line in (outcome.message, *outcome.further):
+    place = find_place(os.environ)
+    try:
+        config = load_config(arguments.recipe, arguments.overrides)
+        if place is not None:
+            check_several(config, place.size)
+    except UserError:
+        if place is not None and place.local_rank:
+            return 2  # the first process of each machine says it
+        raise
+    try:
+        with launched(place, config.backbone.device, config.distributed.timeout) as world:
+            outcome = train(config, forecast=announce, world=world)
+    except PeerError:
+        return 2
+    for line in (outcome.message, *outcome.further) if world.is_first else ():
         print(f"rsaft-fast: {line}", file=sys.stderr if outcome.stopped_by else sys.stdout)
     return outcome.exit_code
 

@@ -27,8 +27,9 @@ def sample_images(
     stop: Callable[[], bool] = lambda: False,
     same_noise: bool = False,
     watch: Callable[[Sequence[int]], Iterable[int]] = iter,
+    only: range | None = None,
 ) -> torch.Tensor | None:
-    """Draw images (B, 3, H, W), nominally 0 to 1, onto the host: one for each row of `conditioning`.
+    """Draw images (B, 3, H, W), nominally 0 to 1, onto the host: one for each row of `conditioning`, or of `only` some.
 
     None when `stop` says so.
 
@@ -36,10 +37,11 @@ def sample_images(
     `watch` goes through the indices of the batches' first pictures, and may tell how far it is.
     """
     pictures = []
-    for first in watch(range(0, len(conditioning), batch_size)):
+    only = range(len(conditioning)) if only is None else only
+    for first in watch(range(only.start - only.start % batch_size, only.stop, batch_size)):
         if stop():
             return None
-        rows = range(first, min(first + batch_size, len(conditioning)))
+        rows = range(max(first, only.start), min(first + batch_size, only.stop))
         noise = NoiseSource(seed, SAMPLE_STEP, (0,) * len(rows) if same_noise else tuple(rows))
         latents = backbone.initial_latents(noise)
         part = conditioning.select(slice(rows.start, rows.stop))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from rsaft_fast.distributed import World
 from rsaft_fast.errors import UserError
 from rsaft_fast.figures.grids import compose_grid
 from rsaft_fast.files import check_writable, describe_io_error, mend_of
@@ -67,6 +68,7 @@ def train(
     title: str | None = None,
     forecast: Forecaster = lambda config, log: lambda phase: None,
     loaders: Callable[[Config, Log, Log], Loaders] = FileLoaders,
+    world: World | None = None,
 ) -> Outcome:
     """Fine-tune as the recipe says.
 
@@ -80,18 +82,21 @@ def train(
         title: of the progress bar.
         forecast: says what the run will need, and returns what lowers the need of a phase that ran out of memory.
         loaders: makes where models come from, of the recipe, `log`, and what takes a line about each stage.
+        world: this rank among those that train together, each of which calls this; rank 0 alone writes and talks.
 
     Raises:
         UserError: something is wrong with the recipe, its inputs, a reward, memory or a disk, or another process trains
             in the run folder.
+        PeerError, LostRankError: another rank could not go on.
         Interrupted: a second signal, at once.
     """
-    check_writable(config.run_folder)
-    with StopSignals() as stop, _in_one_line(run := _Run(config, log, title, forecast, loaders)):
+    world = world or World()
+    log = log if world.is_first else lambda line: None
+    with StopSignals(world) as stop, _in_one_line(run := _Run(config, log, title, forecast, loaders, world)):
         stop.finishing = None
         try:
-            with sole_writer(config.run_folder, "output_dir", log), run:
-                run.load()
+            with ExitStack() as stack:
+                world.together(lambda: run.load(stack))
                 return _train(config, run, stop, on_samples)
         except Interrupted as interrupted:
             if stop.finishing is not None:
@@ -105,8 +110,8 @@ def _train(config: Config, run: _Run, stop: StopSignals, on_samples: Callable) -
     stop.finishing = "finishing the batch of pictures"
     # Drawn before a checkpoint is loaded: every grid shows what the model drew before any training.
     run.baseline = run.sample(stop, "the grid of the untrained model")
-    if not stop:
-        trainer.check_reward(run.baseline)
+    if not stop.agree():
+        run.world.together(lambda: trainer.check_reward(run.baseline))
     if run.baseline is not None:
         on_samples(trainer, run.baseline, 0)
     run.begin(stop)
@@ -116,7 +121,7 @@ def _train(config: Config, run: _Run, stop: StopSignals, on_samples: Callable) -
         if images is not None:
             run.log_samples(images)
             on_samples(trainer, images, trainer.step)
-    while trainer.step < config.max_steps and not stop and trainer.halted is None:
+    while trainer.step < config.max_steps and not stop.agree() and trainer.halted is None:
         stop.finishing = f"finishing update {trainer.step + trainer.algorithm.updates}, then saving"
         run.iterate()
         if trainer.halted is not None:
@@ -128,10 +133,12 @@ def _train(config: Config, run: _Run, stop: StopSignals, on_samples: Callable) -
             run.save()
     if trainer.step > run.saved:
         run.save()
-    if stop.received is not None and trainer.step < config.max_steps:
+    if stop and stop.received is not None and trainer.step < config.max_steps:
         return Outcome(config.run_folder, trainer.step, None, run.farewell(stop.received), stop.received)
     if trainer.halted is not None and trainer.step == 0:
         return Outcome(config.run_folder, 0, None, f"ended before the first update: {trainer.halted}")
+    if not run.world.is_first:
+        return Outcome(config.run_folder, trainer.step, None, "rank 0 writes the model")
     stop.finishing = "the model is being written"
     export = trainer.export(config.run_folder)
     return Outcome(config.run_folder, trainer.step, export, run.result(export), further=tuple(run.further()))
@@ -158,8 +165,10 @@ class _Run:
         title: str | None = None,
         forecast: Forecaster = lambda config, log: lambda phase: None,
         loaders: Callable[[Config, Log, Log], Loaders] = FileLoaders,
+        world: World | None = None,
     ):
         self.config, self.log, self.title, self.forecast, self.loaders = config, log, title, forecast, loaders
+        self.world = world or World()
         self.folder = config.run_folder
         self.trainer: Trainer = None  # pyrefly: ignore[bad-assignment]  # from `load` on
         self.resumed: Path | None = None
@@ -189,13 +198,20 @@ class _Run:
         """Say what begins now, and when."""
         self.log(f"[{time.monotonic() - self._began:4.0f} s] {what}")
 
-    def load(self) -> None:
+    def load(self, stack: ExitStack) -> None:
         """Check the recipe, find what to go on from, load everything.
+
+        Args:
+            stack: holds the run folder, and closes what is written there.
 
         Raises:
             UserError: something is wrong with one of them.
         """
         config = self.config
+        check_writable(config.run_folder)
+        if self.world.is_first:
+            stack.enter_context(sole_writer(config.run_folder, "output_dir", self.log))
+        stack.enter_context(self)
         loaders = self.loaders(config, self.log, self.stage)
         inputs = check_config(config, loaders.own_backbone)
         for note in inputs.notes:
@@ -206,8 +222,8 @@ class _Run:
             self._saved = checkpoints.read(self.resumed, verify=False)
             self.start = self.saved = self._saved.step
             self._read_earlier(self.resumed)
-        advise = self.forecast(config, self.log)
-        self.trainer = Trainer(config, inputs, self.log, self.stage, loaders)
+        advise = self.forecast(config, self.log) if self.world.is_first else lambda phase: None
+        self.trainer = Trainer(config, inputs, self.log, self.stage, loaders, self.world)
         self.trainer.advise = advise
         if self._saved is not None and self.resumed is not None:
             self.trainer.check_fit(self._saved)
@@ -224,10 +240,11 @@ class _Run:
 
     def begin(self, stop: StopSignals) -> None:
         """Go on from the checkpoint, if there is one; the first update is next."""
+        self.world.together(lambda: self._agree_on_the_start(self.world.of_first(self.resumed)))
         if self._saved is not None:
             self.trainer.load(self._saved)
             self._saved = None
-        if self.trainer.step < self.config.max_steps and not stop:
+        if self.world.is_first and self.trainer.step < self.config.max_steps and not stop:
             self.stage(
                 f"update {self.trainer.step + 1} of {self.config.max_steps} begins; shown are means over up to 20 "
                 f"updates, every figure of each is in {self.folder / METRICS} (eps_norm: length of the weight "
@@ -237,6 +254,13 @@ class _Run:
             latest = steering.shown if steering is not None else {}
             self.progress = Progress(
                 self.trainer.step, self.config.max_steps, self.title, self.log, self._earlier, shown, latest
+            )
+
+    def _agree_on_the_start(self, of_first: Path | None) -> None:
+        if self.resumed != of_first:
+            raise UserError(
+                f"resume: this rank goes on from {self.resumed}, and rank 0 from {of_first}: put output_dir on a file "
+                "system that all machines share"
             )
 
     def open(self) -> None:
@@ -269,6 +293,8 @@ class _Run:
 
     def note(self, record: dict[str, Any]) -> None:
         """One update's figures, to the log and beside the bar; the first one makes the run folder."""
+        if not self.world.is_first:
+            return
         self.open()
         self.run_log.metrics(record)
         self.progress.update(record)
@@ -282,7 +308,9 @@ class _Run:
     def owes_a_grid(self) -> bool:
         """Whether the grid after the update that the run goes on from was due and is not there."""
         step = self.trainer.step
-        return step > 0 and self.is_due(self.config.samples.every) and not self.run_log.has_samples(step)
+        return self.world.of_first(
+            step > 0 and self.is_due(self.config.samples.every) and not self.run_log.has_samples(step)
+        )
 
     def sample(self, stop: StopSignals, what: str | None = None) -> torch.Tensor | None:
         """The sample grid's pictures; None without a grid, or when a signal came meanwhile."""
@@ -293,6 +321,8 @@ class _Run:
         return self.trainer.sample(stop.__bool__)
 
     def log_samples(self, images: torch.Tensor) -> None:
+        if not self.world.is_first:
+            return
         self.open()
         self.latest = images
         columns = {"before": self.baseline, f"after {self.trainer.step} updates": images}
@@ -302,14 +332,15 @@ class _Run:
         self.run_log.samples(lambda: compose_grid(self.trainer.sample_prompts, columns), step)
 
     def save(self) -> None:
-        self.complete = checkpoints.write(
-            self.folder / CHECKPOINTS,
-            self.trainer.checkpoint(),
-            to_yaml(self.config),
-            self._finish_checkpoint,
-            self.config.keep_checkpoints,
-            self.log,
-        )
+        if self.world.is_first:
+            self.complete = checkpoints.write(
+                self.folder / CHECKPOINTS,
+                self.trainer.checkpoint(),
+                to_yaml(self.config),
+                self._finish_checkpoint,
+                self.config.keep_checkpoints,
+                self.log,
+            )
         self.saved = self.trainer.step
 
     def _finish_checkpoint(self, folder: Path) -> None:
