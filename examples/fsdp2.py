@@ -1,8 +1,8 @@
 """Sharded parameters (FSDP2's `fully_shard`): SAM on the joint batch, each rank on its own shards.
 
 The optimizer sees that the parameters are DTensors. A pass sends one number beside what FSDP sends itself: the squared
-norm, summed over ranks. Old weights, moments and masters are of the shard alone. The checkpoint in the middle is that of
-`torch.distributed.checkpoint`, and loads on any number of ranks.
+norm, summed over ranks. Old weights, moments and masters are of the shard alone. The checkpoint in the middle is
+torch's (`torch.distributed.checkpoint`), and loads on any number of ranks.
 
 python examples/fsdp2.py     torchrun --nproc_per_node 2 examples/fsdp2.py
 """

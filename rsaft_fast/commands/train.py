@@ -10,6 +10,7 @@ import sys
 from rsaft_fast.distributed.launch import find_place, launched
 from rsaft_fast.distributed.world import PeerError
 from rsaft_fast.errors import UserError
+from rsaft_fast.estimate.estimate import one_rank
 from rsaft_fast.estimate.forecast import announce
 from rsaft_fast.recipe.check import check_several
 from rsaft_fast.recipe.config import Config
@@ -31,7 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise
     try:
         with launched(place, config.backbone.device, config.distributed.timeout) as world:
-            outcome = train(config, forecast=announce, world=world)
+            outcome = train(
+                config, forecast=lambda config, log: announce(one_rank(config, world.size), log), world=world
+            )
     except PeerError:
         return 2
     for line in (outcome.message, *outcome.further) if world.is_first else ():

@@ -147,6 +147,11 @@ class PromptBatches:
                 "that, or start fewer"
             )
 
+    @property
+    def largest_share(self) -> int:
+        """Pictures of an iteration that one rank takes at most."""
+        return -(-self.groups // self.world.size) * self.settings.group_size
+
     def texts(self, step: int) -> list[str]:
         """Return the prompts of one iteration, of all ranks, in order: each of a group's samples has its own entry."""
         order = epoch_order(self.seed, len(self.prompts), step * self.groups, self.groups)

@@ -189,7 +189,7 @@ class Trainer(Assembly):
         self, prompts: list[str], stop: Callable[[], bool] = lambda: False, only: range | None = None
     ) -> torch.Tensor | None:
         seed = self.config.seed if self.config.samples.seed is None else self.config.samples.seed
-        batch_size = self.config.data.batch_size
+        batch_size = min(self.config.data.batch_size, self.batches.largest_share)
         watch = lambda firsts: watched(firsts, "batches of the grid", len(firsts), "batch")  # noqa: E731
         return sample_images(
             self.backbone, self.schedule, self.encoded(prompts), seed, batch_size, stop, watch=watch, only=only
