@@ -96,13 +96,22 @@ def train(
         stop.finishing = None
         try:
             with ExitStack() as stack:
-                world.together(lambda: run.load(stack))
+                world.together(lambda: _begin(config, run, stack))
                 return _train(config, run, stop, on_samples)
         except Interrupted as interrupted:
             if stop.finishing is not None:
                 raise
             # While it was loading: there was nothing to finish.
             return Outcome(config.run_folder, run.start, None, run.farewell(interrupted.signal), interrupted.signal)
+
+
+def _begin(config: Config, run: _Run, stack: ExitStack) -> None:
+    """Take the run folder, for as long as `stack` is open, and load everything."""
+    check_writable(config.run_folder)
+    if run.world.is_first:
+        stack.enter_context(sole_writer(config.run_folder, "output_dir", run.log))
+    stack.enter_context(run)
+    run.load()
 
 
 def _train(config: Config, run: _Run, stop: StopSignals, on_samples: Callable) -> Outcome:
@@ -198,20 +207,13 @@ class _Run:
         """Say what begins now, and when."""
         self.log(f"[{time.monotonic() - self._began:4.0f} s] {what}")
 
-    def load(self, stack: ExitStack) -> None:
+    def load(self) -> None:
         """Check the recipe, find what to go on from, load everything.
-
-        Args:
-            stack: holds the run folder, and closes what is written there.
 
         Raises:
             UserError: something is wrong with one of them.
         """
         config = self.config
-        check_writable(config.run_folder)
-        if self.world.is_first:
-            stack.enter_context(sole_writer(config.run_folder, "output_dir", self.log))
-        stack.enter_context(self)
         loaders = self.loaders(config, self.log, self.stage)
         inputs = check_config(config, loaders.own_backbone)
         for note in inputs.notes:
