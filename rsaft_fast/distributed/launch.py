@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -121,6 +122,9 @@ def launched(place: Place | None, device: str, timeout: float) -> Iterator[World
     try:
         yield world
     except LostRankError as error:
+        if threading.current_thread() is threading.main_thread():
+            # The launcher has noticed too, and ends what is left; first it is said why.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise _who_is_lost(world, str(error)) from error
     except PeerError:
         raise
