@@ -137,7 +137,16 @@ def launched(place: Place | None, device: str, timeout: float) -> Iterator[World
     finally:
         dist.destroy_process_group()
         heart.stop()
+        _leave(notes, rank, size)
         time.sleep(_FAREWELL)
+
+
+def _leave(notes: dist.Store, rank: int, size: int) -> None:
+    """Go last where this process keeps the notes that the others may still read; torchrun keeps them itself."""
+    with suppress(RuntimeError):
+        notes.set(f"left/{rank}", "")
+        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            notes.wait([f"left/{other}" for other in range(size)], timedelta(seconds=2 * PATIENCE))
 
 
 def _check_device(place: Place, device: str, on_gpu: bool) -> None:

@@ -15,6 +15,7 @@ from builders.ranks import command, trained
 from builders.recipes import config, recipe, write_recipe
 from safetensors.torch import load_file
 
+from rsaft_fast.distributed import launch
 from rsaft_fast.distributed.launch import Place, find_place
 from rsaft_fast.errors import UserError
 from rsaft_fast.recipe.check import check_several
@@ -186,7 +187,8 @@ def test_what_is_wrong_on_all_ranks_is_said_once(tiny, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1, 2])
-def test_a_rank_that_is_killed_ends_the_others_and_nothing_is_lost(tiny, tmp_path, killed):
+def test_a_rank_that_is_killed_ends_the_others_and_nothing_is_lost(tiny, tmp_path, killed, monkeypatch):
+    monkeypatch.setattr(launch, "PATIENCE", 4.0)
     run, path = tmp_path / "run", written(tiny, tmp_path, data__accumulate=3, distributed={"timeout": 60})
     ranks = command(3, tmp_path / "first", "train", path)
     wait_for_a_checkpoint(run, ranks)
