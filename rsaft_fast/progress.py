@@ -15,13 +15,26 @@ Item = TypeVar("Item")
 INTERVAL = 10.0
 """Seconds between two lines in a file."""
 
+_silent = False
+
+
+def silence() -> None:
+    """Say nothing from now on: another process of the same run talks for all."""
+    global _silent
+    _silent = True
+
+
+def is_silent() -> bool:
+    """Tell whether another process talks for this one."""
+    return _silent
+
 
 def tell(line: str) -> None:
     """Print a line for the user, above the bar where there is one.
 
     A terminal that has gone, or a log file on a full disk, is no reason to end a run: from then on it runs silently.
     """
-    if sys.stderr is None:
+    if sys.stderr is None or _silent:
         return
     try:
         tqdm.write(line, file=sys.stderr)
@@ -33,7 +46,7 @@ def tell(line: str) -> None:
 def on_terminal() -> bool:
     """Tell whether somebody may be watching."""
     try:
-        return sys.stderr is not None and sys.stderr.isatty()
+        return not _silent and sys.stderr is not None and sys.stderr.isatty()
     except ValueError:  # closed
         return False
 

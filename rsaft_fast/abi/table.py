@@ -175,7 +175,7 @@ class TensorTable:
         moved = {}
         for name, tensors in lists.items():
             try:
-                addresses = [None if t is None else t.data_ptr() for t in tensors]
+                addresses = [None if t is None else _address(t) for t in tensors]
             except RuntimeError:  # no storage: a sparse tensor, say. The check finds the words for it.
                 self._check(name, tensors)
                 raise
@@ -207,7 +207,7 @@ class TensorTable:
 
     def holds(self, name: str, index: int, tensor: torch.Tensor | None) -> bool:
         """Tell whether entry `index` of a list has this tensor's address."""
-        return tensor is not None and self._bound[name][index] == tensor.data_ptr()
+        return tensor is not None and self._bound[name][index] == _address(tensor)
 
     def places(self, name: str) -> list[int | None]:
         """Give the addresses of a list as uploaded last; another list object once they have moved."""
@@ -315,6 +315,11 @@ class TensorTable:
                 f"{what} has strides {tensor.stride()}, its weight {self.strides[index]}: "
                 "give it the weight's layout (torch.empty_like(weight).copy_(tensor))"
             )
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where a tensor lies; 1 where it has no elements, and so no memory: 0 would say that it is absent."""
+    return tensor.data_ptr() or int(tensor.numel() == 0)
 
 
 def _allowed_dtypes(weight: torch.dtype) -> dict[str, tuple[torch.dtype, ...]]:

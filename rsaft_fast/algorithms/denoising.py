@@ -21,6 +21,7 @@ from rsaft_fast.data.batches import epoch_order
 from rsaft_fast.data.encoded import EncodedPrompts
 from rsaft_fast.data.pictures import ENDINGS, check_pictures, open_rgb, passed_over, picture_files
 from rsaft_fast.data.prompts import MAX_FILE_BYTES, checked_prompt, json_lines
+from rsaft_fast.distributed import World
 from rsaft_fast.errors import UserError
 from rsaft_fast.optim import SAMAdamW
 from rsaft_fast.phases import DENOISING, phase
@@ -141,8 +142,17 @@ def regression_target(step: LinearStep, clean: torch.Tensor, noise: torch.Tensor
 class DenoisingLoss:
     """Mean squared error of the network's prediction at random noise levels of the user's pictures."""
 
-    def __init__(self, backbone: Backbone, settings: DenoisingSettings, items: Sequence[Captioned], seed: int):
+    def __init__(
+        self,
+        backbone: Backbone,
+        settings: DenoisingSettings,
+        items: Sequence[Captioned],
+        seed: int,
+        world: World | None = None,
+    ):
+        """`world`: whose ranks share the pictures of an update."""
         self.backbone, self.settings, self.items, self.seed = backbone, settings, items, seed
+        self.world = world or World()
         # The sampler's own spacing (SD3's shift included): the levels that sampling will visit.
         try:
             self.levels = backbone.schedule(settings.levels)
@@ -153,16 +163,19 @@ class DenoisingLoss:
     def backward(self, encoded: EncodedPrompts, step: int) -> float:
         """Accumulate the loss's gradient for update `step`, one picture after the other; return the loss.
 
-        Each picture has a noise level of its own, and a network call takes one.
+        Each picture has a noise level of its own, and a network call takes one. Of several ranks each takes its share
+        of the pictures, and its share of the loss.
         """
         settings, update = self.settings, step // self.settings.every
         rng = derive_rng(self.seed, step, "denoising")
         order = epoch_order(self.seed, len(self.items), update * settings.batch_size, settings.batch_size, _STREAM)
-        total = 0.0
+        own, total = self.world.share(settings.batch_size), 0.0
         for sample, index in enumerate(order):
             item = self.items[index]
             level = self.levels[rng.integers(len(self.levels))]
             caption = "" if rng.random() < settings.drop_caption else item.caption
+            if sample not in own:
+                continue
             image = item.read(self.backbone.height, self.backbone.width)[None]
             clean = self.backbone.encode_images(image)
             noise = NoiseSource(self.seed, step, (sample,)).draw(
@@ -183,5 +196,6 @@ class DenoisingLoss:
             return None
         optimizer.zero_grad()
         loss = self.backward(encoded, step)
+        self.world.sum_gradients(p for group in optimizer.param_groups for p in group["params"])
         optimizer.step(plain=True)
-        return loss
+        return float(self.world.sum(torch.tensor(loss, dtype=torch.float64)))

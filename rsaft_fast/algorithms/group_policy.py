@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from rsaft_fast.algorithms.base import Algorithm
 from rsaft_fast.algorithms.copies import REFERENCE, Copies
 from rsaft_fast.algorithms.experience import Experience, Part
 from rsaft_fast.algorithms.gate_signals import lengthening, lengthening_cotangent, lengthening_penalty
-from rsaft_fast.algorithms.groups import full_batches, gather, group_advantages, spread, zero_spread
+from rsaft_fast.algorithms.groups import full_batches, group_advantages, spread, zero_spread
 from rsaft_fast.algorithms.reward_gradient import PART
 from rsaft_fast.algorithms.scoring import Scores, begin_scoring, on_host, score
 from rsaft_fast.background import Background
@@ -141,18 +142,21 @@ class GroupPolicy(Algorithm[Part]):
 
     @phase(SAMPLING)
     def judge(self, experience: Experience, world: World) -> None:
-        """Compute advantages and gates, and deal the samples into updates."""
+        """Compute advantages and gates, and deal the samples into updates.
+
+        Every rank does so for the samples of all, from the same numbers, and keeps its own.
+        """
         batches = experience.batches
         if self.rule is not None and self.rule.begin_iteration():
             self.copies.take(REFERENCE)
-        shared = self.backbone.device if world.size > 1 else torch.device("cpu")
-        rewards = experience.scores.rewards.to(shared).view(-1, batches.group_size)
+        whole = replace(experience, scores=Scores.cat(world.gathered(experience.scores)))
+        rewards = whole.scores.rewards.view(-1, batches.group_size)
         equal = zero_spread(rewards)
-        advantages = group_advantages(rewards, self.advantage_std, None, world).flatten()
-        experience.advantages, experience.gate = advantages.cpu(), torch.ones(len(advantages), dtype=torch.float64)
+        whole.advantages = group_advantages(rewards, self.advantage_std, None).flatten()
+        whole.gate = torch.ones(len(whole.advantages), dtype=torch.float64)
         self.judged = {}
-        self.shape(experience, world)
-        experience.advantages = self.clipped(experience.advantages)
+        self.shape(whole)
+        whole.advantages = self.clipped(whole.advantages)
         dropped = equal.repeat_interleave(batches.group_size).tolist()
         if not self._common.drop_equal_groups:
             dropped = [False] * len(dropped)
@@ -160,46 +164,39 @@ class GroupPolicy(Algorithm[Part]):
         left_out = [place for place, drop in enumerate(dropped) if drop]
         rng = derive_rng(batches.source.seed, batches.step, "shuffle")
         dealt = full_batches(kept, left_out, batches.batch_size, self.updates, rng)
-        counts = torch.tensor([float(sum(map(len, update))) for update in dealt], device=shared)
-        totals = [int(total) for total in world.sum(counts).tolist()]
-        experience.updates = [
-            [Part(experience, places, total) for places in update] for update, total in zip(dealt, totals)
-        ]
+        totals = [sum(map(len, update)) for update in dealt]
         if self.gardo is not None:
-            flagged = experience.gate > 0
-            for part in (part for update in experience.updates for part in update):
-                rows = list(part.places)
-                shares = gardo.kl_shares(flagged[rows], part.total, self.gardo.gate_convention)
-                experience.gate[rows] = shares * part.total
-        self._note(experience, experience.advantages.to(shared), equal, world)
+            flagged = whole.gate > 0
+            for update, total in zip(dealt, totals):
+                for rows in map(list, update):
+                    shares = gardo.kl_shares(flagged[rows], total, self.gardo.gate_convention)
+                    whole.gate[rows] = shares * total
+        self._note(whole, equal)
+        first, count = batches.samples.start, len(batches.samples)
+        own = slice(first, first + count)
+        experience.advantages, experience.gate, experience.updates = whole.advantages[own], whole.gate[own], []
+        for update, total in zip(dealt, totals):
+            mine = [place - first for places in update for place in places if 0 <= place - first < count]
+            cuts = range(0, len(mine), batches.batch_size)
+            parts = [Part(experience, tuple(mine[cut : cut + batches.batch_size]), total) for cut in cuts]
+            experience.updates.append(parts)
         self.prepare(experience)
 
-    def shape(self, experience: Experience, world: World) -> None:
-        """Change `advantages` and `gate`, before samples are dealt into updates: here GARDO's place.
-
-        All ranks judge all samples, and keep their own.
-        """
-        settings, scores, own = self.gardo, experience.scores, experience.advantages
+    def shape(self, experience: Experience) -> None:
+        """Change `advantages` and `gate` of all ranks' samples, before they are dealt into updates: GARDO's place."""
+        settings, scores = self.gardo, experience.scores
         if settings is None:
             return
-        shared = self.backbone.device if world.size > 1 else torch.device("cpu")
-
-        def everyones(values: torch.Tensor) -> torch.Tensor:
-            return gather(values.to(shared), world).cpu()
-
-        def measured(values: torch.Tensor | None) -> torch.Tensor | None:
-            return None if values is None else everyones(values)
-
         judged = gardo.judge(
             settings,
             self.share,
-            everyones(own),
-            everyones(scores.rewards),
-            {name: everyones(scores.others[PART + name]) for name in self.auxiliaries},
-            torch.arange(len(own) * world.size) // experience.batches.group_size,
-            features=measured(scores.features),
-            s1=measured(scores.others.get("s1")),
-            disagreement=measured(scores.others.get("disagreement")),
+            experience.advantages,
+            scores.rewards,
+            {name: scores.others[PART + name] for name in self.auxiliaries},
+            torch.arange(len(scores.rewards)) // experience.batches.group_size,
+            features=scores.features,
+            s1=scores.others.get("s1"),
+            disagreement=scores.others.get("disagreement"),
         )
         if judged.uncertainty is not None:
             self.judged |= {
@@ -211,21 +208,13 @@ class GroupPolicy(Algorithm[Part]):
             self.judged["diversity"] = float(judged.nearest.mean())
         if self.rule is not None:
             self.judged |= {"reference_age": float(self.rule.age), "reference_resets": float(self.rule.resets)}
-        mine = world.share(len(own))
-        rows = slice(mine.start, mine.stop)
-        experience.advantages, experience.gate = judged.advantages[rows], judged.flagged[rows].double()
+        experience.advantages, experience.gate = judged.advantages, judged.flagged.double()
 
-    def _note(self, experience: Experience, advantages: torch.Tensor, equal: torch.Tensor, world: World) -> None:
+    def _note(self, experience: Experience, equal: torch.Tensor) -> None:
         """The iteration's figures, over all ranks."""
         means = {"reward": experience.scores.rewards} | experience.scores.others
-        rows = [
-            torch.stack([values.sum(dtype=torch.float64), values.new_tensor(len(values)).double()])
-            for values in means.values()
-        ]
-        rows.append(torch.stack([equal.double().sum(), equal.new_tensor(len(equal), dtype=torch.float64)]).cpu())
-        sums = world.sum(torch.stack(rows).to(advantages.device)).cpu()
-        self.judged |= {name: float(total / count) for name, (total, count) in zip(means, sums)}
-        self.judged |= {"equal_groups": float(sums[-1, 0]), "advantage_std": float(spread(advantages, world))}
+        self.judged |= {name: float(values.sum(dtype=torch.float64) / len(values)) for name, values in means.items()}
+        self.judged |= {"equal_groups": float(equal.sum()), "advantage_std": float(spread(experience.advantages))}
 
     def parts(self, experience: Experience, index: int) -> list[Part]:
         return experience.updates[index]

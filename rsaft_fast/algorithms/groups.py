@@ -7,8 +7,6 @@ from typing import Literal
 import numpy as np
 import torch
 
-from rsaft_fast.distributed import World
-
 Spread = Literal["none", "group", "global"]
 
 LEAST_STD = 1e-4
@@ -20,42 +18,27 @@ def zero_spread(rewards: torch.Tensor) -> torch.Tensor:
     return rewards.amax(1) == rewards.amin(1)
 
 
-def group_advantages(
-    rewards: torch.Tensor, std: Spread = "group", clip: float | None = 5.0, world: World | None = None
-) -> torch.Tensor:
+def group_advantages(rewards: torch.Tensor, std: Spread = "group", clip: float | None = 5.0) -> torch.Tensor:
     """Compute A = (r - mean of the group) / (std + 1e-4), float64, clipped to +-clip.
 
     Args:
         rewards: (P, G), a row a prompt.
         std: of each group (Flow-GRPO's paper), of all rewards of the iteration (its released configurations), or none:
             A = r - mean (GARDO, Dr. GRPO). Population standard deviations, as the released code takes.
-        world: whose rewards "global" is over; None is this process alone.
     """
     rewards = rewards.double()
     advantages = rewards - rewards.mean(1, keepdim=True)
     if std == "group":
         advantages = advantages / (rewards.std(1, correction=0, keepdim=True) + LEAST_STD)
     elif std == "global":
-        advantages = advantages / (spread(rewards, world) + LEAST_STD)
+        advantages = advantages / (spread(rewards) + LEAST_STD)
     return advantages if clip is None else advantages.clamp(-clip, clip)
 
 
-def spread(values: torch.Tensor, world: World | None = None) -> torch.Tensor:
-    """Compute the population standard deviation of all values of all ranks, a float64 scalar."""
-    world = world or World()
+def spread(values: torch.Tensor) -> torch.Tensor:
+    """Compute the population standard deviation of all values, a float64 scalar."""
     values = values.double()
-    count, total = world.sum(torch.stack([values.new_tensor(values.numel()), values.sum()]))
-    return (world.sum((values - total / count).square().sum()) / count).sqrt()
-
-
-def gather(values: torch.Tensor, world: World) -> torch.Tensor:
-    """Return the values (N, ...) of all ranks, one after the other; the same on each."""
-    if world.size == 1:
-        return values
-    everyones = values.new_zeros(world.size * len(values), *values.shape[1:])
-    mine = world.share(len(values))
-    everyones[mine.start : mine.stop] = values
-    return world.sum(everyones)
+    return ((values - values.sum() / values.numel()).square().sum() / values.numel()).sqrt()
 
 
 def full_batches(

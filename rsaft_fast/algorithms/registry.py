@@ -9,7 +9,6 @@ from rsaft_fast.algorithms.base import Algorithm
 from rsaft_fast.algorithms.flow_grpo import FlowGRPO
 from rsaft_fast.algorithms.nft import NFT
 from rsaft_fast.algorithms.reward_gradient import RewardGradient
-from rsaft_fast.distributed import World
 from rsaft_fast.errors import UserError
 from rsaft_fast.importing import load_callable, make, makes
 from rsaft_fast.methods import NFT as NFTSettings
@@ -23,9 +22,7 @@ from rsaft_fast.sampling import Schedule
 from rsaft_fast.sampling.protocol import Backbone
 
 
-def build_algorithm(
-    config: Config, backbone: Backbone, reward: Reward, schedule: Schedule, world: World | None = None
-) -> Algorithm:
+def build_algorithm(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule) -> Algorithm:
     """Build the algorithm that the recipe's `method` names.
 
     Args:
@@ -36,12 +33,10 @@ def build_algorithm(
         UserError: an algorithm of the user's own cannot be imported or made.
     """
     build = next(build for kind, build in BUILDERS.items() if isinstance(config.method, kind))
-    return build(config, backbone, reward, schedule, world or World())
+    return build(config, backbone, reward, schedule)
 
 
-def _reward_gradient(
-    config: Config, backbone: Backbone, reward: Reward, schedule: Schedule, world: World
-) -> RewardGradient:
+def _reward_gradient(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule) -> RewardGradient:
     method = config.method
     assert isinstance(method, GradientMethod)
     return RewardGradient(
@@ -53,13 +48,12 @@ def _reward_gradient(
         method=method,
         plan_scope=config.data.plan_scope,
         probe=config.sharpness,
-        world=world,
         anchor=DistanceToBase(backbone, config.regularize.kl_to_base) if config.regularize else None,
         max_steps=config.max_steps,
     )
 
 
-def _flow_grpo(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule, world: World) -> FlowGRPO:
+def _flow_grpo(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule) -> FlowGRPO:
     method = config.method
     assert isinstance(method, FlowGRPOSettings)
     return FlowGRPO(
@@ -72,7 +66,7 @@ def _flow_grpo(config: Config, backbone: Backbone, reward: Reward, schedule: Sch
     )
 
 
-def _nft(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule, world: World) -> NFT:
+def _nft(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule) -> NFT:
     method = config.method
     assert isinstance(method, NFTSettings)
     return NFT(
@@ -93,7 +87,7 @@ def _features(gardo: Gardo | None, backbone: Backbone) -> Features | None:
     return load_features(gardo.diversity.features, device=backbone.device)
 
 
-def _own(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule, world: World) -> Algorithm:
+def _own(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule) -> Algorithm:
     method = config.method
     assert isinstance(method, PythonMethod)
     found = load_callable(method.call, "method.call")
@@ -106,7 +100,7 @@ def _own(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule,
     return make(found, Algorithm, f"method.call {method.call!r}", **given | method.arguments)
 
 
-BUILDERS: dict[type[Method], Callable[[Config, Backbone, Reward, Schedule, World], Algorithm]] = {
+BUILDERS: dict[type[Method], Callable[[Config, Backbone, Reward, Schedule], Algorithm]] = {
     GradientMethod: _reward_gradient,
     FlowGRPOSettings: _flow_grpo,
     NFTSettings: _nft,

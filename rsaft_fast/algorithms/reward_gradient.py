@@ -19,7 +19,6 @@ from rsaft_fast.algorithms.ascent import Ascent, needs_ascent
 from rsaft_fast.algorithms.base import Algorithm, At, Figures, no_check
 from rsaft_fast.algorithms.update import update
 from rsaft_fast.data.batches import Batches, MicroBatch
-from rsaft_fast.distributed import World
 from rsaft_fast.errors import UserError
 from rsaft_fast.methods import GradientMethod
 from rsaft_fast.methods.losses import Loss
@@ -94,7 +93,6 @@ class RewardGradient(Algorithm[PlannedBatch]):
         method: GradientMethod | None = None,
         plan_scope: Literal["batch", "micro-batch"] = "batch",
         probe: ImageSmoothing | None = None,
-        world: World | None = None,
         anchor: DistanceToBase | None = None,
         max_steps: int | None = None,
     ):
@@ -117,14 +115,15 @@ class RewardGradient(Algorithm[PlannedBatch]):
         self.usual_s1: float | None = None
         self.backbone, self.reward, self.schedule = backbone, reward, schedule
         self.smoothing, self.loss, self.probe = smoothing, loss, probe
-        self.method, self.plan_scope, self.world = method, plan_scope, world or World()
+        self.method, self.plan_scope = method, plan_scope
 
     def collect(self, batches: Iterable[MicroBatch]) -> list[PlannedBatch]:
         """Draw the plans; sampling belongs to the passes, which see different weights."""
         if self.method is None:
             raise ValueError("RewardGradient was made without a method, which draws the plans")
+        total = batches.total if isinstance(batches, Batches) else None
         batches = list(batches)  # made once: the passes go through them again
-        total = sum(len(batch.prompts) for batch in batches) * self.world.size
+        total = sum(len(batch.prompts) for batch in batches) if total is None else total
         return [PlannedBatch(batch, self._draw(self.method, batch), total) for batch in batches]
 
     def _draw(self, method: GradientMethod, batch: MicroBatch) -> GradientPlan:

@@ -103,9 +103,7 @@ def _report(
     for shares in figures:
         for name, share in shares.items():
             sums[name] = sums[name] + share if name in sums else share
-    # All at once: each reading of its own would wait for the device.
-    values = world.sum(torch.stack(list(sums.values()))).tolist() if sums else []
-    return algorithm.figures(dict(zip(sums, values)), stats), stats
+    return algorithm.figures(world.sum_named(sums), stats), stats
 
 
 def _check_one_backward(algorithm: Algorithm[Any], parts: Sequence[Any], compare_gradients: bool) -> None:

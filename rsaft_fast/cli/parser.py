@@ -262,6 +262,9 @@ def build_parser() -> argparse.ArgumentParser:
     estimate.add_argument(
         "--card", type=_gigabytes, metavar="GB", help="memory of the card to compare with (default: the one here)"
     )
+    estimate.add_argument(
+        "--gpus", type=_positive, default=1, metavar="N", help="the peak of one of N that share the run"
+    )
     estimate.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
 
     radius = add("radius", "find the image radius to smooth with, from rewards that are not trained on", texts.RADIUS)

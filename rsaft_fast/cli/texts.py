@@ -36,6 +36,7 @@ examples:
   rsaft-fast train my.yaml method.name=drtune method.k=3            another method, with its own keys
   rsaft-fast train my.yaml resume=auto                              go on where output_dir stopped, or start
   rsaft-fast train my.yaml resume=runs/a max_steps=400              go on with that run
+  torchrun --nproc-per-node 8 -m rsaft_fast train my.yaml           the same run on eight GPUs
   rsaft-fast train --help-config                                    every key, its default and what it does
   rsaft-fast train --help-config optimizer                          the keys of one section, or one key
 
@@ -298,6 +299,7 @@ examples:
   rsaft-fast estimate my.yaml data.batch_size=1                     keys replaced, as for train
   rsaft-fast estimate my.yaml backbone.checkpoint=[]                what checkpointing saves
   rsaft-fast estimate my.yaml --card 12                             will it fit into a card with 12 GB
+  rsaft-fast estimate my.yaml --gpus 8                              the peak of one of eight that share the run
   rsaft-fast estimate my.yaml --quick                               the table alone, in a third of the time
   rsaft-fast estimate my.yaml --json | jq .peak                     bytes, for scripts
 

@@ -8,7 +8,8 @@ import sys
 
 import torch
 
-from rsaft_fast.estimate.estimate import GIB, NOT_COUNTED, RESERVED, Estimate, as_dict, estimate, spare
+from rsaft_fast.distributed.world import FLAT
+from rsaft_fast.estimate.estimate import GIB, NOT_COUNTED, RESERVED, Estimate, as_dict, estimate, one_rank, spare
 from rsaft_fast.estimate.suggestions import Suggestion, fitting, suggest
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.recipe.load import load_config
@@ -18,7 +19,7 @@ _WIDTH = 44
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `rsaft-fast estimate`."""
-    config = load_config(arguments.recipe, arguments.overrides)
+    config = one_rank(load_config(arguments.recipe, arguments.overrides), arguments.gpus)
     found = estimate(config, log=_log)
     card = round(arguments.card * GIB) if arguments.card is not None else card_memory(config)
     if arguments.json:
@@ -29,6 +30,11 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"\n{verdict(found, card)}", flush=True)
     for note in found.notes:
         print(f"note: {note}")
+    if arguments.gpus > 1:
+        print(
+            f"note: of one of {arguments.gpus} GPUs, each with all weights; summing gradients takes up to "
+            f"{_short(FLAT * 4)} GiB between the passes, and NCCL its own buffers"
+        )
     print("not counted: " + ";\n             ".join(NOT_COUNTED))
     if not arguments.quick:
         print("\n" + "\n".join(_advice(config, found, card)), flush=True)

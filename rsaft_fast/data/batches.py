@@ -50,7 +50,11 @@ class MicroBatch:
 class Batches(Sequence[MicroBatch]):
     """One rank's micro-batches of one iteration, each made when it is asked for: its conditioning needs memory.
 
-    Samples are counted from 0 on each rank here, and through all ranks in their random draws.
+    Samples are counted from 0 on each rank here, and through all ranks in their random draws. A micro-batch is this
+    rank's part of one that the samples of all are cut into: what is drawn for it does not depend on the ranks.
+
+    Attributes:
+        total: samples of all ranks.
     """
 
     def __init__(
@@ -61,10 +65,12 @@ class Batches(Sequence[MicroBatch]):
         step: int,
         samples: range,
         batch_size: int,
+        total: int | None = None,
     ):
-        """`samples`: this rank's, numbered through all ranks."""
+        """`samples`: this rank's, numbered through all ranks; `total`: of all ranks, None where these are all."""
         self.source, self.backbone, self.encoded = source, backbone, encoded
         self.step, self.samples, self.batch_size = step, samples, batch_size
+        self.total = len(samples) if total is None else total
         texts = source.texts(step)
         self.prompts = [texts[i] for i in samples]
 
@@ -80,7 +86,8 @@ class Batches(Sequence[MicroBatch]):
     def of(self, batch_size: int, count: int | None = None) -> Batches:
         """Give micro-batches of another size, of the first `count` samples or all; the last may be smaller."""
         samples = self.samples if count is None else self.samples[:count]
-        return Batches(self.source, self.backbone, self.encoded, self.step, samples, batch_size)
+        total = self.total if count is None else None
+        return Batches(self.source, self.backbone, self.encoded, self.step, samples, batch_size, total)
 
     def conditioning(self, places: Sequence[int]) -> Conditioning:
         """Give the conditioning of these samples, on the backbone's device."""
@@ -98,7 +105,7 @@ class Batches(Sequence[MicroBatch]):
         return self.backbone.initial_latents(noise)
 
     def __len__(self) -> int:
-        return -(-len(self.samples) // self.batch_size)
+        return -(-self.samples.stop // self.batch_size) - self.samples.start // self.batch_size
 
     @overload
     def __getitem__(self, index: int) -> MicroBatch: ...
@@ -109,8 +116,9 @@ class Batches(Sequence[MicroBatch]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(f"micro-batch {index} of {len(self)}")
-        places = range(index * self.batch_size, min((index + 1) * self.batch_size, len(self.samples)))
-        number = self.samples[places[0]] // self.batch_size
+        first, number = self.samples.start, self.samples.start // self.batch_size + index
+        bounds = (number * self.batch_size - first, (number + 1) * self.batch_size - first)
+        places = range(max(bounds[0], 0), min(bounds[1], len(self.samples)))
         prompts = self.prompts[places.start : places.stop]
         return MicroBatch(prompts, self.conditioning(places), self.initial_latents(places), self.noise(places), number)
 
@@ -121,19 +129,28 @@ class PromptBatches:
     def __init__(self, settings: DataSettings, prompts: Sequence[str], seed: int, world: World | None = None):
         """
         Args:
-            world: each rank takes as many samples as the others, numbered through all ranks; groups stay whole.
+            world: each rank takes its share of the samples, numbered through all ranks; groups stay whole, and shares
+                differ by one of them at most.
 
         Raises:
-            UserError: the iteration's prompts do not go evenly among the ranks.
+            UserError: there are fewer prompts in an iteration than ranks.
         """
         self.settings, self.prompts, self.seed, self.world = settings, prompts, seed, world or World()
-        self.groups = settings.groups(self.world.size)
+        self.groups = settings.groups()
         self.size = self.groups * settings.group_size
-        if self.groups % self.world.size or self.size % (self.world.size * settings.batch_size):
+        if self.groups < self.world.size:
+            keys = "data.batch_size times data.accumulate, over data.group_size"
+            if settings.prompts_per_iteration is not None:
+                keys = "data.prompts_per_iteration"
             raise UserError(
-                f"data.prompts_per_iteration {self.groups} times data.group_size {settings.group_size} does not go "
-                f"evenly among {self.world.size} processes of data.batch_size {settings.batch_size}; change one of them"
+                f"an iteration has {self.groups} prompts ({keys}), too few for {self.world.size} processes; raise "
+                "that, or start fewer"
             )
+
+    @property
+    def largest_share(self) -> int:
+        """Pictures of an iteration that one rank takes at most."""
+        return -(-self.groups // self.world.size) * self.settings.group_size
 
     def texts(self, step: int) -> list[str]:
         """Return the prompts of one iteration, of all ranks, in order: each of a group's samples has its own entry."""
@@ -148,5 +165,6 @@ class PromptBatches:
 
     def __call__(self, backbone: Backbone, encoded: EncodedPrompts, step: int) -> Batches:
         """Return this rank's micro-batches of iteration `step`."""
-        samples = self.world.share(self.size // self.world.size)
-        return Batches(self, backbone, encoded, step, samples, self.settings.batch_size)
+        groups, each = self.world.share(self.groups), self.settings.group_size
+        samples = range(groups.start * each, groups.stop * each)
+        return Batches(self, backbone, encoded, step, samples, self.settings.batch_size, self.size)

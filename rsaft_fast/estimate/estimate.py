@@ -9,6 +9,7 @@ micro-batches of an update the last one is run, with what the others leave behin
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -19,6 +20,8 @@ import torch
 from rsaft_fast.algorithms.update import update
 from rsaft_fast.backbones import Backbone
 from rsaft_fast.backbones.turns import encode_in_turns
+from rsaft_fast.data.batches import PromptBatches
+from rsaft_fast.distributed import World
 from rsaft_fast.dtypes import DTYPES
 from rsaft_fast.errors import UserError
 from rsaft_fast.estimate.live import CUDA_BLOCK, LiveBytes, Peak, shapes_alone
@@ -26,7 +29,7 @@ from rsaft_fast.estimate.reward_skeleton import skeleton_reward
 from rsaft_fast.estimate.skeleton import skeleton_backbone
 from rsaft_fast.estimate.states import AccountedOptimizer
 from rsaft_fast.phases import ENCODING, GRID, KEEPING, SAMPLING, phase
-from rsaft_fast.recipe.check import check_path, check_settings
+from rsaft_fast.recipe.check import check_path, check_settings, check_several
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards.base import Reward, TowerReward
 from rsaft_fast.rewards.features import Features
@@ -112,6 +115,25 @@ def estimate(config: Config, cuda: bool = True, log: Callable[[str], None] = lam
             here and is not a published one.
     """
     return _Walk(config, cuda, log).estimate()
+
+
+def one_rank(config: Config, gpus: int) -> Config:
+    """Give the recipe of what the busiest of so many GPUs does: the largest share of an iteration's pictures.
+
+    Raises:
+        UserError: an iteration has fewer prompts than there are GPUs, or a key does not go with several.
+    """
+    if gpus == 1:
+        return config
+    check_several(config, gpus)
+    data = config.data
+    share = PromptBatches(data, [_PROMPT], config.seed, World(0, gpus)).largest_share
+    batch = min(data.batch_size, share)
+    # As many as fill micro-batches: more of them need no more memory.
+    whole = math.lcm(batch * config.method.updates_per_iteration, data.group_size)
+    prompts = -(-share // whole) * whole // data.group_size
+    own = {"batch_size": batch, "accumulate": 1, "prompts_per_iteration": prompts}
+    return config.model_copy(update={"data": data.model_copy(update=own)})
 
 
 class ShapeLoaders:

@@ -10,6 +10,7 @@ import torch
 from rsaft_fast import ops
 from rsaft_fast.abi.table import LayoutError, check_overlap
 from rsaft_fast.ops import TensorTable
+from rsaft_fast.optim.shards import local, local_gradient
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -37,7 +38,8 @@ class Bucket:
     """Parameters that one launch can update, their table, and the storage that restoring needs.
 
     Args:
-        params: trainable parameters of one dtype on one device. groups: the group index of each.
+        params: trainable parameters of one dtype on one device, of DTensors this rank's part. groups: the group index
+            of each.
         indices: the index of each in the optimizer. adaptive: ASAM. storage: how they are kept.
     """
 
@@ -47,14 +49,19 @@ class Bucket:
         self.params = params
         self.storage = storage
         self.table = TensorTable(
-            params, group=groups, adaptive=adaptive, parameter=indices, rounding_seed=storage.rounding_seed
+            self.weights, group=groups, adaptive=adaptive, parameter=indices, rounding_seed=storage.rounding_seed
         )
         self._backup: list[torch.Tensor | None] | None = None
         self._samples = _one_of_each_kind(params)
         self._passes = 0
-        self.versions = [p._version for p in params]
+        self.versions = [weight._version for weight in self.weights]
         self._states: list[dict[str, torch.Tensor]] = []
         self._state_lists: dict[str, list[torch.Tensor]] = {}
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """The parameters as kernels see them."""
+        return [local(param) for param in self.params]
 
     def bind(self) -> None:
         """Attach the weights and gradients as they are now; moved addresses are uploaded.
@@ -72,19 +79,19 @@ class Bucket:
 
         Of a gradient in another layout a copy is bound, as kernels walk both in memory order.
         """
-        gradients = [p.grad for p in self.params]
+        gradients = [local_gradient(p) for p in self.params]
         try:
             self._bind(gradients, as_backup)
         except LayoutError:
             if self.storage.static:  # a copy would not stay where it is
                 raise
-            gradients = [in_layout_of(p, p.grad) for p in self.params]
+            gradients = [in_layout_of(weight, grad) for weight, grad in zip(self.weights, gradients)]
             self._bind(gradients, as_backup)
         return gradients
 
     def _bind(self, gradients: list[torch.Tensor | None], as_backup: bool) -> None:
         backup = {"backup": gradients} if as_backup else {}
-        self.table.bind(weight=self.params, grad=gradients, **backup)
+        self.table.bind(weight=self.weights, grad=gradients, **backup)
 
     def bind_to_perturb(self) -> None:
         """Attach weights, gradients and a place for the old bits, in one upload.
@@ -101,7 +108,7 @@ class Bucket:
         else:
             self._backup = gradients = self._bind_gradients(as_backup=True)
             try:
-                _check_can_hold(self.params, gradients)
+                _check_can_hold(self.weights, gradients)
             except ValueError:
                 self.drop_backup()
                 raise
@@ -122,18 +129,19 @@ class Bucket:
         Raises:
             ValueError: a weight has another shape now. No weight has been written then.
         """
-        indices = range(len(self.params)) if indices is None else list(indices)
+        weights = self.weights
+        indices = range(len(weights)) if indices is None else list(indices)
         for index in indices:
-            if self.params[index].shape != self.table.shapes[index]:
+            if weights[index].shape != self.table.shapes[index]:
                 raise ValueError(
-                    f"weight {index} has shape {tuple(self.params[index].shape)}, and had "
+                    f"weight {index} has shape {tuple(weights[index].shape)}, and had "
                     f"{tuple(self.table.shapes[index])} when it was perturbed: give it that shape to restore it"
                 )
         for index in indices:
-            param, old = self.params[index], self._old_weight(index)
+            weight, old = weights[index], self._old_weight(index)
             if old is not None:
-                intact = (norm.found_inf == 0).to(param.device)
-                param.copy_(torch.where(intact, old.to(param.device, param.dtype), param))
+                intact = (norm.found_inf == 0).to(weight.device)
+                weight.copy_(torch.where(intact, old.to(weight.device, weight.dtype), weight))
 
     def _old_weight(self, index: int) -> torch.Tensor | None:
         """Give a perturbed weight's old value; None if it was never perturbed."""
@@ -205,7 +213,7 @@ class Bucket:
                     "stats()['projection'])",
                     stacklevel=7,
                 )
-            self._backup = [torch.empty_like(p, requires_grad=False) for p in self.params]
+            self._backup = [torch.empty_like(weight, requires_grad=False) for weight in self.weights]
         return self._backup
 
     def _sampled(self) -> list[int]:
@@ -219,10 +227,10 @@ class Bucket:
     def _spot_check(self) -> None:
         self._passes += 1
         for index in self._sampled():
-            param = self.params[index]
-            if not self.table.suits(index, param) or not self.table.holds("weight", index, param):
-                self.table.bind(weight=self.params)
-            if not self.table.holds("grad", index, param.grad):
+            weight = local(self.params[index])
+            if not self.table.suits(index, weight) or not self.table.holds("weight", index, weight):
+                self.table.bind(weight=self.weights)
+            if not self.table.holds("grad", index, local_gradient(self.params[index])):
                 raise RuntimeError(
                     f"the gradient of parameter {index} moved, and static_gradients=True promised that none does: "
                     "clear gradients with zero_grad(set_to_none=False), or leave the promise out"
@@ -236,7 +244,7 @@ class Bucket:
     def remember_versions(self) -> None:
         """Remember the tensors' versions after own writes; one that differs later means that somebody else wrote."""
         if self.storage.master:
-            self.versions = [p._version for p in self.params]
+            self.versions = [weight._version for weight in self.weights]
 
 
 def make_buckets(
@@ -279,9 +287,9 @@ def check_weights_apart(buckets: list[Bucket]) -> None:
     """Raise ValueError if parameters of different buckets share memory; a table looks at its own."""
     if len(buckets) > 1:
         check_overlap(
-            (f"weight {index}", param)
+            (f"weight {index}", weight)
             for bucket in buckets
-            for index, param in zip(bucket.table.parameters, bucket.params)
+            for index, weight in zip(bucket.table.parameters, bucket.weights)
         )
 
 

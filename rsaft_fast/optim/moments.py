@@ -119,6 +119,15 @@ def with_strides(state: dict) -> dict:
     return {**state, STRIDES: tuple(codes.stride())}
 
 
+def decoded_state(state: Mapping) -> dict:
+    """Give a parameter's state with float32 moments in place of 8-bit ones; 8 bits again round them once more."""
+    decoded = {name: value for name, value in state.items() if name not in ABSMAX}
+    for name in MOMENTS:
+        if name in state and state[name].dtype is torch.uint8:
+            decoded[name] = _decoded(state[name], state[name + "_absmax"], name)
+    return decoded
+
+
 def load_moments(state: dict[str, torch.Tensor], saved: Mapping, eight_bit: bool) -> None:
     """Write the moments of a checkpoint into `state`, whatever held them: float32 or 8 bits (see `named_state`).
 

@@ -162,13 +162,13 @@ class OffloadedBucket(Bucket):
             names: of the lists. states: of each parameter; their tensors become views of the host buffers.
         """
         self.staging = staging
-        for param, state in zip(self.params, states):
+        for param, state in zip(self.weights, states):
             if any(name in state for name in names):
                 fit_state(param, state, self.storage.master, self.storage.eight_bit, "cpu")
         self.parts = []
         shapes = [
             [empty_state(torch.empty_like(p, device="meta"), name, self.storage.eight_bit) for name in names]
-            for p in self.params
+            for p in self.weights
         ]
         for members in split([Packing(tensors).nbytes for tensors in shapes], PART):
             packing = Packing(shapes[index][i] for i in range(len(names)) for index in members)
@@ -176,7 +176,7 @@ class OffloadedBucket(Bucket):
             part = Part(members, table, packing, names, host_buffer(packing.nbytes, self.table.device))
             for index, name, view in part.host_views():
                 value = states[index].get(name)
-                view.copy_(empty_state(self.params[index], name, self.storage.eight_bit) if value is None else value)
+                view.copy_(empty_state(self.weights[index], name, self.storage.eight_bit) if value is None else value)
                 states[index][name] = view
             self.parts.append(part)
             self._part_of |= dict.fromkeys(members, part)
@@ -256,7 +256,7 @@ class OffloadedBucket(Bucket):
 
     def _bind_part(self, part: Part, gradients: bool) -> None:
         own = slice(part.members.start, part.members.stop)
-        lists: dict[str, Any] = part.staged_lists() | {"weight": self.params[own]}
+        lists: dict[str, Any] = part.staged_lists() | {"weight": self.weights[own]}
         if gradients:
             lists["grad"] = self.table["grad"][own]  # in the weights' layout, whatever p.grad has
         if self._backup is not None:

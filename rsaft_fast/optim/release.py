@@ -84,7 +84,7 @@ class GradientRelease:
         try:
             for bucket, indices in zip(self.buckets, left):
                 if indices:
-                    bucket.table.bind(weight=bucket.params)
+                    bucket.table.bind(weight=bucket.weights)
         except WeightsChangedError:
             for bucket, indices in zip(self.buckets, left):
                 bucket.restore_changed(self.norm, indices)

@@ -8,6 +8,7 @@ import torch
 
 from rsaft_fast import ops
 from rsaft_fast.optim.buckets import Bucket
+from rsaft_fast.optim.shards import local
 from rsaft_fast.optim.sharpness import IDLE, PERTURBED, SharpnessAware
 from rsaft_fast.optim.workers import Replicas
 
@@ -32,8 +33,9 @@ class SAM(SharpnessAware):
         base_optimizer: its class, with `kwargs` for it; absent when `params` is an instance. It makes its step from
             gradients that are there: none that needs a closure (LBFGS), makes two passes, or takes sparse gradients.
         rho: radius of the perturbation, > 0.
-        process_group: the squared gradient norm is summed over its ranks, for parameters sharded over them. None: each
-            worker perturbs by its own gradient, as in the paper (m-sharpness).
+        process_group: the squared gradient norm is summed over its ranks, for parameters sharded over them. None: those
+            of DTensors (FSDP2) are known; otherwise each worker perturbs by its own gradient, as in the paper
+            (m-sharpness).
         replicas: ranks that hold the same weights (DDP: `torch.distributed.group.WORLD`); a non-finite first pass on
             one makes all of them skip. None: no other worker. False: the same, and no warning where there are workers.
 
@@ -148,7 +150,7 @@ class SAM(SharpnessAware):
 
     def _update(self, buckets: list[Bucket]) -> None:
         tables = [bucket.table for bucket in buckets]
-        ops.global_norm(tables, self._no_rho, plain=True, out=self._second, process_group=self.process_group)
+        ops.global_norm(tables, self._no_rho, plain=True, out=self._second, process_group=self._norm_group())
         if self._phase == PERTURBED:
             for table in tables:
                 ops.sam_restore_(table, self._first)
@@ -174,7 +176,7 @@ class SAM(SharpnessAware):
         elif not skip.item():
             if grad_scale is None:
                 return self.base.step()
-            grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            grads = [local(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
             torch._foreach_div_(grads, grad_scale)
             try:
                 self.base.step()

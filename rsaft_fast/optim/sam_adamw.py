@@ -7,9 +7,19 @@ import torch
 from rsaft_fast import ops
 from rsaft_fast.abi.quantize import MIN_SIZE
 from rsaft_fast.optim.buckets import LOW_PRECISION, Bucket, Storage
-from rsaft_fast.optim.moments import check_shapes, fit_state, load_moments, named_state, state_names, with_strides
+from rsaft_fast.optim.moments import (
+    MOMENTS,
+    check_shapes,
+    decoded_state,
+    fit_state,
+    load_moments,
+    named_state,
+    state_names,
+    with_strides,
+)
 from rsaft_fast.optim.offload import OffloadedBucket, Staging
 from rsaft_fast.optim.release import GradientRelease
+from rsaft_fast.optim.shards import is_sharded, like, local, part_of, shard_number
 from rsaft_fast.optim.sharpness import IDLE, PERTURBED, SharpnessAware, upload
 from rsaft_fast.optim.workers import Replicas, refuse_several_workers
 
@@ -53,8 +63,9 @@ class SAMAdamW(SharpnessAware):
         lr: a float, or a scalar tensor (on the device, for CUDA graphs).
         rho: radius of the perturbation, > 0. adaptive: ASAM (arXiv 2102.11600).
         max_grad_norm: clip the second pass's gradient to this global norm, as `torch.nn.utils.clip_grad_norm_`.
-        process_group: the squared gradient norm is summed over its ranks, for parameters sharded over them. None: each
-            worker perturbs by its own gradient, as in the paper (m-sharpness).
+        process_group: the squared gradient norm is summed over its ranks, for parameters sharded over them. None: those
+            of DTensors (FSDP2) are known; otherwise each worker perturbs by its own gradient, as in the paper
+            (m-sharpness).
         state_bits: 32, or 8 for block-quantised moments in bitsandbytes' layout (arXiv 2110.02861): `exp_avg` and
             `exp_avg_sq` hold uint8 codes, `exp_avg_absmax`... a float32 for each 256 elements. Checkpoints of
             either kind, and bitsandbytes', load into either.
@@ -149,7 +160,7 @@ class SAMAdamW(SharpnessAware):
             bucket.reserve()
         tables = [bucket.table for bucket in buckets]
         ops.global_norm(
-            tables, self._no_rho, plain=True, out=self._second, process_group=self.process_group, inputs=inputs
+            tables, self._no_rho, plain=True, out=self._second, process_group=self._norm_group(), inputs=inputs
         )
         self._stepping = True
         for bucket in buckets:
@@ -253,11 +264,16 @@ class SAMAdamW(SharpnessAware):
         return Storage(
             master=master,
             eight_bit=self.state_bits == 8 and param.numel() >= self.min_8bit_size,
-            rounding_seed=self.seed if self.stochastic_rounding and param.dtype is torch.bfloat16 else None,
+            rounding_seed=self._rounding_seed(param),
             backup=self.backup,
             static=self.static_gradients,
             offload=self.offload == "state",
         )
+
+    def _rounding_seed(self, param: torch.Tensor) -> int | None:
+        if not self.stochastic_rounding or param.dtype is not torch.bfloat16:
+            return None
+        return (self.seed + shard_number(param)) % 2**64  # elements are counted within a shard: others, other bits
 
     def _kind_of(self, storage: Storage) -> type[Bucket]:
         return OffloadedBucket if storage.offload else Bucket
@@ -299,11 +315,11 @@ class SAMAdamW(SharpnessAware):
         if not bucket.storage.master:
             return
         self._follow_state(bucket)
-        for index, (param, version) in enumerate(zip(bucket.params, bucket.versions)):
-            moved = not bucket.table.holds("weight", index, param)
-            if (moved or param._version != version) and bucket.table.suits(index, param):
+        for index, (param, weight, version) in enumerate(zip(bucket.params, bucket.weights, bucket.versions)):
+            moved = not bucket.table.holds("weight", index, weight)
+            if (moved or weight._version != version) and bucket.table.suits(index, weight):
                 self._wait_for_host_state()
-                _refreshed_master(self.state[param]["master"], param)
+                _refreshed_master(self.state[param]["master"], weight)
         bucket.remember_versions()
 
     def _follow_state(self, bucket: Bucket) -> None:
@@ -324,11 +340,11 @@ class SAMAdamW(SharpnessAware):
                 self._staging = Staging(table.device)
             bucket.bind_state(names, states, self._staging)
         else:
-            for param, state in zip(bucket.params, states):
-                fit_state(param, state, master, eight_bit)
+            for weight, state in zip(bucket.weights, states):
+                fit_state(weight, state, master, eight_bit)
         if master and not perturbed:
-            for param, state in zip(bucket.params, states):  # loaded, perhaps, before the weights were
-                _refreshed_master(state["master"], param)
+            for weight, state in zip(bucket.weights, states):  # loaded, perhaps, before the weights were
+                _refreshed_master(state["master"], weight)
         steps = [torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=table.device) for state in states]
         table.steps.copy_(torch.stack(steps))
         for state, step in zip(states, table.steps.unbind()):
@@ -340,16 +356,26 @@ class SAMAdamW(SharpnessAware):
     def state_dict(self) -> dict:
         """Give a state dict as `torch.optim.AdamW`'s, with `master` beside the moments and the count of skipped steps.
 
+        Of DTensor parameters it holds DTensors, parted alike, which `torch.distributed.checkpoint` saves and loads
+        on any number of ranks. 8-bit moments are float32 there, for their blocks end where a
+        shard does, and are rounded once more when they are loaded.
+
         Raises:
             RuntimeError: the weights are perturbed.
         """
         self._wait_for_host_state()
         saved = super().state_dict()
+        params = [param for group in self.param_groups for param in group["params"]]
         # Step counts are views of one tensor here; formats that refuse shared memory (safetensors) want them apart.
         saved["state"] = {
-            key: with_strides({**state, "step": state["step"].clone()}) for key, state in saved["state"].items()
+            key: _whole_state(params[key], {**state, "step": state["step"].clone()})
+            for key, state in saved["state"].items()
         }
         return saved
+
+    def allocate_state(self) -> None:
+        """Make the state that a first step would make, of zeros: what loads a sharded checkpoint wants it there."""
+        self._built()
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a state dict in place, so that a captured graph stays valid.
@@ -363,8 +389,9 @@ class SAMAdamW(SharpnessAware):
         params = [param for group in self.param_groups for param in group["params"]]
         states = [named_state(state_dict["state"].get(index, {})) for index in saved]
         if len(saved) == len(params):  # else the loader below finds the words
+            states = [_local_state(param, state) for param, state in zip(params, states)]
             for param, state in zip(params, states):
-                check_shapes(param, state)
+                check_shapes(local(param), state)
         own = self.state
         # torch's own loader would cast moments and master to the weight's dtype: it gets the groups only.
         super().load_state_dict({**self._with_defaults(state_dict), "state": {}})
@@ -380,12 +407,12 @@ class SAMAdamW(SharpnessAware):
         state = self.state[param] if saved else self.state.get(param, {})
         if not saved and not state:
             return
-        storage = self._storage_of(param)
-        fit_state(param, state, storage.master, storage.eight_bit, "cpu" if storage.offload else None)
+        storage, weight = self._storage_of(param), local(param)
+        fit_state(weight, state, storage.master, storage.eight_bit, "cpu" if storage.offload else None)
         load_moments(state, saved, storage.eight_bit)
         if storage.master:
-            state["master"].copy_(saved.get("master", param.detach()))
-        state.setdefault("step", torch.zeros((), device=param.device)).copy_(torch.as_tensor(saved.get("step", 0.0)))
+            state["master"].copy_(saved.get("master", weight.detach()))
+        state.setdefault("step", torch.zeros((), device=weight.device)).copy_(torch.as_tensor(saved.get("step", 0.0)))
 
     def __getstate__(self) -> dict:
         self._wait_for_host_state()
@@ -406,6 +433,26 @@ _OPTIONS = (
     "offload",
 )
 """What a copied optimizer keeps besides its groups and state."""
+
+
+def _whole_state(param: torch.Tensor, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give a parameter's state for a checkpoint: tensors of its shape as the DTensor that it is."""
+    if not is_sharded(param):
+        return with_strides(state)
+    return {
+        name: like(param, value) if name in (*MOMENTS, "master") else value
+        for name, value in decoded_state(state).items()
+    }
+
+
+def _local_state(param: torch.Tensor, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give this rank's part of a parameter's state from a checkpoint, of DTensors or of a single process."""
+    if not is_sharded(param):
+        return state
+    return {
+        name: part_of(param, value) if name in (*MOMENTS, "master") else value
+        for name, value in decoded_state(state).items()
+    }
 
 
 def _refreshed_master(master: torch.Tensor, weight: torch.Tensor) -> None:

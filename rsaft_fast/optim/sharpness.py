@@ -53,7 +53,7 @@ class SharpnessAware(TabledOptimizer):
         buckets = self._bound("bind_to_perturb")
         try:
             self._upload_rho()
-            ops.global_norm([b.table for b in buckets], self._rho, out=self._first, process_group=self.process_group)
+            ops.global_norm([b.table for b in buckets], self._rho, out=self._first, process_group=self._norm_group())
             self._agree_with_replicas()
             self._perturb_all(buckets)
         except BaseException:
@@ -91,7 +91,7 @@ class SharpnessAware(TabledOptimizer):
         """Restore all weights, wherever they lie now."""
         try:
             for bucket in self._buckets:
-                bucket.table.bind(weight=bucket.params)
+                bucket.table.bind(weight=bucket.weights)
         except WeightsChangedError:
             for bucket in self._buckets:
                 bucket.restore_changed(self._first)
@@ -287,10 +287,14 @@ class SharpnessAware(TabledOptimizer):
 
     def _agree_with_replicas(self) -> None:
         """Skip a first pass that is non-finite on one worker on all: else their weights would part."""
-        if self.replicas is None and self.process_group is None:
+        if self.replicas is None and self._norm_group() is None:
             warn_if_several_workers(stacklevel=4)
         elif self.replicas:
             dist.all_reduce(self._first.found_inf, dist.ReduceOp.MAX, group=self.replicas)
+
+    def _norm_group(self) -> dist.ProcessGroup | None:
+        """Over whose ranks squared norms are summed: those that were named, or that hold parts of the parameters."""
+        return self._shard_group if self.process_group is None else self.process_group
 
     def _perturb_all(self, buckets: list[Bucket]) -> None:
         done = []

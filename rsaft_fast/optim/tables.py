@@ -9,6 +9,7 @@ import torch
 from rsaft_fast import ops
 from rsaft_fast.abi.table import WeightsChangedError
 from rsaft_fast.optim.buckets import Bucket, Storage, check_weights_apart, make_buckets
+from rsaft_fast.optim.shards import shard_group
 
 
 class TabledOptimizer(torch.optim.Optimizer):
@@ -36,6 +37,7 @@ class TabledOptimizer(torch.optim.Optimizer):
     def _reset(self) -> None:
         self._buckets: list[Bucket] = []
         self._outdated = True
+        self._shard_group: torch.distributed.ProcessGroup | None = None
         self._frozen: list[torch.Tensor] = []
         self._known_groups: list[tuple[list[torch.Tensor], bool]] = []
         self._skipped_before = 0
@@ -110,6 +112,7 @@ class TabledOptimizer(torch.optim.Optimizer):
                 "parameters joined or changed, and a captured CUDA graph owns the tables: build a new optimizer"
             )
         params = [param for group in self.param_groups for param in group["params"]]
+        self._shard_group = shard_group(param for param in params if param.requires_grad)
         buckets = make_buckets(self.param_groups, self._storage_of, self._kind_of)
         if not buckets:
             raise RuntimeError("no parameter requires a gradient: nothing to optimize")

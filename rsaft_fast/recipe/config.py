@@ -112,9 +112,10 @@ class DataSettings(Settings):
             those of one or two objects. Each epoch is a new permutation of all of them, derived from the seed. Training
             on a set that results are reported on is said aloud.
         column: of a table or key of an object that holds the prompt; null finds prompt, text or caption.
-        batch_size: pictures that go through the network together.
+        batch_size: pictures that go through the network together; of several GPUs each takes its share of the update's
+            pictures, at most so many at a time.
         accumulate: micro-batches of one update; their gradients add up to that of the whole batch. The paper's batch
-            is 32 pictures.
+            is 32 pictures. batch_size * accumulate is the update's, on one GPU and on many.
         group_size: pictures of each prompt, which stay together: what a policy gradient compares. Flow-GRPO and GARDO
             take 24; with 12 or 6 Flow-GRPO's authors saw it collapse.
         prompts_per_iteration: prompts of one iteration, through all GPUs (48 in the papers); how many micro-batches
@@ -140,11 +141,11 @@ class DataSettings(Settings):
     plan_scope: Literal["batch", "micro-batch"] = "batch"
     encoding_cache: UserPath | None = AUTO
 
-    def groups(self, ranks: int = 1) -> int:
+    def groups(self) -> int:
         """Prompts of one iteration, of all ranks together."""
         if self.prompts_per_iteration is not None:
             return self.prompts_per_iteration
-        return self.batch_size * self.accumulate * ranks // self.group_size
+        return self.batch_size * self.accumulate // self.group_size
 
 
 class OptimizerSettings(Settings):
@@ -274,6 +275,21 @@ class LogSettings(Settings):
     diagnostics: bool = True
 
 
+class DistributedSettings(Settings):
+    """Several processes, one a GPU, that make the same run together: `torchrun --nproc-per-node 8 -m rsaft_fast train`.
+
+    Everything else in a recipe means the same on one GPU and on many, and nothing here changes what is computed.
+
+    Attributes:
+        strategy: replicate keeps all weights on every GPU and sums gradients. auto is replicate. shard, which would
+            part full parameters among the GPUs, is not there yet.
+        timeout: seconds that a process waits for another, at a sum or while models load, before it counts as gone.
+    """
+
+    strategy: Literal["auto", "replicate", "shard"] = "auto"
+    timeout: float = Field(default=1800.0, ge=1, le=10**6)
+
+
 def _unsmoothed(value: Any) -> Any:
     return {"image": None, "parameters": None} if value is None else value
 
@@ -311,6 +327,7 @@ class Config(Settings):
         regularize: what holds the model near the one that it began as; null leaves it free.
         logging: what is logged beside metrics.jsonl.
         report: whether the finished run is shown in one page, <output_dir>/report.html.
+        distributed: how several GPUs share the run.
     """
 
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -338,6 +355,7 @@ class Config(Settings):
     regularize: RegularizeSettings | None = None
     logging: LogSettings = LogSettings()
     report: bool = True
+    distributed: DistributedSettings = DistributedSettings()
 
     @property
     def training_loss(self) -> Loss:

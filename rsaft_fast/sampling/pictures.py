@@ -28,8 +28,9 @@ def sample_images(
     samples: Sequence[int] | None = None,
     watch: Callable[[Sequence[int]], Iterable[int]] = iter,
     seen: Callable[[torch.Tensor], object] | None = None,
+    only: range | None = None,
 ) -> torch.Tensor | None:
-    """Draw images (B, 3, H, W), nominally 0 to 1, onto the host: one for each row of `conditioning`.
+    """Draw images (B, 3, H, W), nominally 0 to 1, onto the host: one for each row of `conditioning`, or of `only` some.
 
     None when `stop` says so.
 
@@ -38,10 +39,11 @@ def sample_images(
     `seen` is shown the guided prediction of every call, (b, *latent_shape), batch by batch.
     """
     pictures = []
-    for first in watch(range(0, len(conditioning), batch_size)):
+    only = range(len(conditioning)) if only is None else only
+    for first in watch(range(only.start - only.start % batch_size, only.stop, batch_size)):
         if stop():
             return None
-        rows = range(first, min(first + batch_size, len(conditioning)))
+        rows = range(max(first, only.start), min(first + batch_size, only.stop))
         numbers = tuple(rows) if samples is None else tuple(samples[row] for row in rows)
         noise = NoiseSource(seed, SAMPLE_STEP, numbers)
         latents = backbone.initial_latents(noise)

@@ -208,7 +208,7 @@ class Assembly:
         self.config = config
         self.schedule = self.backbone.schedule(config.sampler.steps, config.sampler.eta)
         self.batches = PromptBatches(config.data, self.batches.prompts, config.seed, self.world)
-        self.algorithm = build_algorithm(config, self.backbone, self.reward, self.schedule, self.world)
+        self.algorithm = build_algorithm(config, self.backbone, self.reward, self.schedule)
         self.ascent = build_ascent(config, self.parameters)
         compared = {name: self.judges[name] for name in config.judges}
         self.steering = steer(config, self.algorithm, compared, self.encoded, self.fixed, self.optimizer, self.world)
@@ -253,7 +253,10 @@ def assemble(
     for note in dict.fromkeys(note for scores in (reward, *judges.values()) for note in scores.prompt_notes(prompts)):
         log(note)
     with oom_as_user_error("preparing the run"):
-        loaders.encode(encodings)
+        with world.first_of_machine("encodings"):
+            if world.local_rank:
+                encodings = loaders.encodings(shapes, texts)  # the first process has made them
+            loaders.encode(encodings)
         reward = loaders.settle(reward, prompts)
         judges = {name: loaders.settle(judge, prompts) for name, judge in judges.items()}
         backbone = loaders.backbone()
@@ -269,7 +272,7 @@ def assemble(
                 backbone.train_all_parameters()
         apply_speed(backbone, config.speed)
         parameters = backbone.trainable_parameters
-        algorithm = build_algorithm(config, backbone, reward, schedule, world)
+        algorithm = build_algorithm(config, backbone, reward, schedule)
         for note in algorithm.notes:
             log(note)
         if config.max_steps % algorithm.updates:
@@ -298,7 +301,7 @@ def assemble(
             algorithm=algorithm,
             ascent=build_ascent(config, parameters),
             ema=EMA(parameters, config.ema.decay) if config.ema else None,
-            denoising=DenoisingLoss(backbone, config.denoising, inputs.images, config.seed)
+            denoising=DenoisingLoss(backbone, config.denoising, inputs.images, config.seed, world)
             if config.denoising
             else None,
             sample_prompts=inputs.sample_prompts,

@@ -16,7 +16,7 @@ from rsaft_fast.yaml_text import parse_yaml
 # Keys that may differ after a resume without a word.
 _FREE_KEYS = {
     *("resume", "output_dir", "max_steps", "checkpoint_every", "keep_checkpoints", "samples", "evaluation", "logging"),
-    "report",
+    *("report", "distributed"),
     "data.encoding_cache",
 }
 

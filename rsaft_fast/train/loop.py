@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from rsaft_fast.distributed import World
 from rsaft_fast.errors import UnreachableError, UserError, describe_error
 from rsaft_fast.evaluation.monitors import Drawn
 from rsaft_fast.figures.grids import compose_grid
@@ -85,6 +86,7 @@ def train(
     forecast: Forecaster = lambda config, log: lambda phase: None,
     loaders: Callable[[Config, Log, Log], Loaders] = FileLoaders,
     report: Callable[[Path], list[str]] | None = None,
+    world: World | None = None,
 ) -> Outcome:
     """Fine-tune as the recipe says.
 
@@ -99,19 +101,22 @@ def train(
         forecast: says what the run will need, and returns what lowers the need of a phase that ran out of memory.
         loaders: makes where models come from, of the recipe, `log`, and what takes a line about each stage.
         report: writes the page of a finished run's folder, where the recipe has `report`, and returns lines about it.
+        world: this rank among those that train together, each of which calls this; rank 0 alone writes and talks.
 
     Raises:
         UserError: something is wrong with the recipe, its inputs, a reward, memory or a disk, or another process trains
             in the run folder.
+        PeerError, LostRankError: another rank could not go on.
         Interrupted: a second signal, at once.
     """
-    check_writable(config.run_folder)
-    with StopSignals() as stop, _in_one_line(run := _Run(config, log, title, forecast, loaders)):
+    world = world or World()
+    log = log if world.is_first else lambda line: None
+    with StopSignals(world) as stop, _in_one_line(run := _Run(config, log, title, forecast, loaders, world)):
         stop.finishing = None
         try:
-            with sole_writer(config.run_folder, "output_dir", log):
-                with run:
-                    run.load()
+            with ExitStack() as lock:
+                with ExitStack() as opened:
+                    world.together(lambda: _begin(config, run, lock, opened))
                     with run.meter.running():
                         outcome = _train(config, run, stop, on_samples)
                 # Now all is on the disk.
@@ -124,13 +129,22 @@ def train(
             return Outcome(config.run_folder, run.start, None, run.farewell(interrupted.signal), interrupted.signal)
 
 
+def _begin(config: Config, run: _Run, lock: ExitStack, opened: ExitStack) -> None:
+    """Take the run folder, for as long as `lock` is open, and load everything, to be closed with `opened`."""
+    check_writable(config.run_folder)
+    if run.world.is_first:
+        lock.enter_context(sole_writer(config.run_folder, "output_dir", run.log))
+    opened.enter_context(run)
+    run.load()
+
+
 def _train(config: Config, run: _Run, stop: StopSignals, on_samples: Callable) -> Outcome:
     trainer = run.trainer
     stop.finishing = "finishing the batch of pictures"
     # Drawn before a checkpoint is loaded: every grid shows what the model drew before any training.
     run.baseline, drawn = run.draw(stop, config.samples.every > 0, run.evaluations.lacks(0), "of the untrained model")
-    if not stop:
-        trainer.check_reward(run.baseline)
+    if not stop.agree():
+        run.world.together(lambda: trainer.check_reward(run.baseline))
     if run.baseline is not None:
         on_samples(trainer, run.baseline, 0)
     if drawn is not None and not stop:
@@ -148,7 +162,7 @@ def _train(config: Config, run: _Run, stop: StopSignals, on_samples: Callable) -
     # A run that was stopped in an update has not drawn the pictures after it.
     if not stop:
         look(run.owes_a_grid(), run.owes_an_evaluation(), f"after update {trainer.step}, not there yet")
-    while trainer.step < config.max_steps and not stop and trainer.halted is None:
+    while trainer.step < config.max_steps and not stop.agree() and trainer.halted is None:
         stop.finishing = f"finishing update {trainer.step + trainer.algorithm.updates}, then saving"
         run.iterate()
         if trainer.halted is not None:
@@ -158,10 +172,12 @@ def _train(config: Config, run: _Run, stop: StopSignals, on_samples: Callable) -
             run.save()
     if trainer.step > run.saved:
         run.save()
-    if stop.received is not None and trainer.step < config.max_steps:
+    if stop and stop.received is not None and trainer.step < config.max_steps:
         return Outcome(config.run_folder, trainer.step, None, run.farewell(stop.received), stop.received)
     if trainer.halted is not None and trainer.step == 0:
         return Outcome(config.run_folder, 0, None, f"ended before the first update: {trainer.halted}")
+    if not run.world.is_first:
+        return Outcome(config.run_folder, trainer.step, None, "rank 0 writes the model")
     stop.finishing = "the model is being written"
     export = trainer.export(config.run_folder)
     return Outcome(config.run_folder, trainer.step, export, run.result(export), further=tuple(run.changes()))
@@ -188,8 +204,10 @@ class _Run:
         title: str | None = None,
         forecast: Forecaster = lambda config, log: lambda phase: None,
         loaders: Callable[[Config, Log, Log], Loaders] = FileLoaders,
+        world: World | None = None,
     ):
         self.config, self.log, self.title, self.forecast, self.loaders = config, log, title, forecast, loaders
+        self.world = world or World()
         self.folder = config.run_folder
         self.trainer: Trainer = None  # pyrefly: ignore[bad-assignment]  # from `load` on
         self.resumed: Path | None = None
@@ -243,8 +261,8 @@ class _Run:
             self._saved = checkpoints.read(self.resumed, verify=False)
             self.start = self.saved = self._saved.step
             self._read_earlier(self.resumed)
-        advise = self.forecast(config, self.log)
-        self.trainer = Trainer(config, inputs, self.log, self.stage, loaders)
+        advise = self.forecast(config, self.log) if self.world.is_first else lambda phase: None
+        self.trainer = Trainer(config, inputs, self.log, self.stage, loaders, self.world)
         self.trainer.advise = advise
         self.evaluations.watch(self.trainer)
         self.meter = Meter(self.trainer.device, describe_software())
@@ -264,10 +282,11 @@ class _Run:
 
     def begin(self, stop: StopSignals) -> None:
         """Go on from the checkpoint, if there is one; the first update is next."""
+        self.world.together(lambda: self._agree_on_the_start(self.world.of_first(self.resumed)))
         if self._saved is not None:
             self.trainer.load(self._saved)
             self._saved = None
-        if self.trainer.step < self.config.max_steps and not stop:
+        if self.world.is_first and self.trainer.step < self.config.max_steps and not stop:
             self.stage(
                 f"update {self.trainer.step + 1} of {self.config.max_steps} begins; shown are means over up to 20 "
                 f"updates, every figure of each is in {self.folder / METRICS} (eps_norm: length of the weight "
@@ -280,6 +299,13 @@ class _Run:
                 done, self.config.max_steps, self.title, self.log, self._earlier, shown, latest, beside
             )
             self.progress.take_in(self.evaluations.shown)
+
+    def _agree_on_the_start(self, of_first: Path | None) -> None:
+        if self.resumed != of_first:
+            raise UserError(
+                f"resume: this rank goes on from {self.resumed}, and rank 0 from {of_first}: put output_dir on a file "
+                "system that all machines share"
+            )
 
     def open(self) -> None:
         """The first thing worth keeping is there: make the run folder."""
@@ -321,6 +347,8 @@ class _Run:
 
     def note(self, record: dict[str, Any]) -> None:
         """One update's figures, to the log and beside the bar; the first one makes the run folder."""
+        if not self.world.is_first:
+            return
         self.open()
         self.run_log.metrics(record)
         self.evaluations.note(record)
@@ -335,7 +363,9 @@ class _Run:
     def owes_a_grid(self) -> bool:
         """Whether the grid after the update that the run goes on from was due and is not there."""
         step = self.trainer.step
-        return step > 0 and self.is_due(self.config.samples.every) and not self.run_log.has_samples(step)
+        return self.world.of_first(
+            step > 0 and self.is_due(self.config.samples.every) and not self.run_log.has_samples(step)
+        )
 
     def owes_an_evaluation(self) -> bool:
         """Whether the evaluation after the update that the run goes on from was due and is not there."""
@@ -362,6 +392,8 @@ class _Run:
             self.progress.take_in(self.evaluations.shown)
 
     def log_samples(self, images: torch.Tensor) -> None:
+        if not self.world.is_first:
+            return
         self.open()
         self.latest = images
         columns = {"before": self.baseline, f"after {self.trainer.step} updates": images}
@@ -371,14 +403,15 @@ class _Run:
         self.run_log.samples(lambda: compose_grid(self.trainer.sample_prompts, columns), step)
 
     def save(self) -> None:
-        self.complete = checkpoints.write(
-            self.folder / CHECKPOINTS,
-            self.trainer.checkpoint(),
-            to_yaml(self.config),
-            self._finish_checkpoint,
-            self.config.keep_checkpoints,
-            self.log,
-        )
+        if self.world.is_first:
+            self.complete = checkpoints.write(
+                self.folder / CHECKPOINTS,
+                self.trainer.checkpoint(),
+                to_yaml(self.config),
+                self._finish_checkpoint,
+                self.config.keep_checkpoints,
+                self.log,
+            )
         self.saved = self.trainer.step
 
     def _finish_checkpoint(self, folder: Path) -> None:

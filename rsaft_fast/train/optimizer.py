@@ -56,6 +56,7 @@ def build_optimizer(
         backup=settings.backup,
         release_gradients=settings.release_gradients,
         offload=settings.offload,
+        replicas=False,  # gradients are summed over ranks before it sees them: what is not finite is so on all
     )
 
 

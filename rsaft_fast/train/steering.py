@@ -179,11 +179,14 @@ class Steering:
             for line in report.lines():
                 self.log(line)
         self._warn(report.warnings)
-        self._take(report.radius)
         row = report.radii.index(report.radius)
         figures = {RADIUS: report.radius}
         figures |= {AGREEMENT + name: report.cosines[row][j] for j, name in enumerate(report.judges)}
-        return figures | {AGREEMENT_ERROR + name: report.errors[row][j] for j, name in enumerate(report.judges)}
+        figures |= {AGREEMENT_ERROR + name: report.errors[row][j] for j, name in enumerate(report.judges)}
+        # Every rank measures the same pictures; what follows from it must not hang on its last bit.
+        figures = self.world.of_first(figures)
+        self._take(figures[RADIUS])
+        return figures
 
     def _take(self, radius: float) -> None:
         self.radius = radius
@@ -206,14 +209,15 @@ class Steering:
             batches=batches,
         )
         if keep is not None:
-            self._direction = _mean_of_units(keep)
+            self._direction = [self.world.sum(total) / self.world.size for total in _mean_of_units(keep)]
         if batches is not None:
             return {}
         if not self._warned:
             self._warn(witness_warnings(found))
         cosines, errors = found.cosines[0].tolist(), jackknife(found.replicates())[0].tolist()
         figures = {AGREEMENT + name: value for name, value in zip(found.judges, cosines)}
-        return figures | {AGREEMENT_ERROR + name: value for name, value in zip(found.judges, errors)}
+        figures |= {AGREEMENT_ERROR + name: value for name, value in zip(found.judges, errors)}
+        return self.world.of_first(figures)
 
     def _warn(self, lines: Sequence[str]) -> None:
         """Say once what is wrong with the judges."""

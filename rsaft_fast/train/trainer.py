@@ -177,10 +177,15 @@ class Trainer(Assembly):
     def sample(self, stop: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
         """Sample the fixed prompts at the fixed noise, by the mean weights where there are any.
 
-        Pictures (N, 3, H, W) on the host.
+        Pictures (N, 3, H, W) on the host; each rank draws its share, and has all.
         """
+        prompts = self.sample_prompts
         with oom_as_user_error("the sample grid"), phase(GRID), self.final_weights():
-            return self._draw(self.sample_prompts, stop)
+            own = self.world.share(len(prompts))
+            drawn = self._draw(prompts, stop, own) if own else torch.empty(0)
+            parts = self.world.gathered(drawn)
+            there = [part for part in parts if part is not None]
+            return torch.cat([part for part in there if len(part)]) if len(there) == len(parts) else None
 
     def draw(
         self, grid: bool, evaluation: bool, stop: Callable[[], bool] = lambda: False
@@ -211,11 +216,15 @@ class Trainer(Assembly):
         with oom_as_user_error("the evaluation"), self.final_weights():
             return self.monitors.measure(drawn, self.step, beside)
 
-    def _draw(self, prompts: list[str], stop: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
+    def _draw(
+        self, prompts: list[str], stop: Callable[[], bool] = lambda: False, only: range | None = None
+    ) -> torch.Tensor | None:
         seed = self.config.seed if self.config.samples.seed is None else self.config.samples.seed
-        batch_size = self.config.data.batch_size
+        batch_size = min(self.config.data.batch_size, self.batches.largest_share)
         watch = lambda firsts: watched(firsts, "batches of the grid", len(firsts), "batch")  # noqa: E731
-        return sample_images(self.backbone, self.schedule, self.encoded(prompts), seed, batch_size, stop, watch=watch)
+        return sample_images(
+            self.backbone, self.schedule, self.encoded(prompts), seed, batch_size, stop, watch=watch, only=only
+        )
 
     @torch.no_grad()
     def grid_reward(self, images: torch.Tensor) -> float:

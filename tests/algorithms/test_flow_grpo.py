@@ -348,7 +348,7 @@ def test_an_iteration_that_says_nothing_changes_nothing(sd3):
 class Gated(FlowGRPO):
     """No advantages, and a penalty on some samples alone."""
 
-    def shape(self, experience, world):
+    def shape(self, experience):
         experience.advantages = torch.zeros_like(experience.advantages)
         experience.gate = torch.tensor(self.weights, dtype=torch.float64)
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from rsaft_fast.algorithms.groups import full_batches, gather, group_advantages, zero_spread
+from rsaft_fast.algorithms.groups import full_batches, group_advantages, zero_spread
 from rsaft_fast.algorithms.policy_objective import kl_scale, surrogate
-from rsaft_fast.distributed import World
 from rsaft_fast.sampling.linear import LinearStep
 
 REWARDS = torch.tensor([[1.0, 2.0, 4.0, 1.0], [3.0, 3.0, 3.0, 3.0], [-8.0, 0.0, 0.5, 0.25]])
@@ -40,16 +39,6 @@ def test_micro_batches_are_full_and_hold_every_sample_once(updates):
     assert len(places) == len(set(places)) == 9 and set(kept) < set(places) <= {*kept, *left_out}
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
     assert (places[:7] == kept) == (updates == 1)
-
-
-def test_all_ranks_values_stand_in_order():
-    class SecondOfTwo(World):
-        def sum(self, values):
-            return values + torch.tensor([[1.0, 2], [3, 4], [0, 0], [0, 0]])  # what the first has put there
-
-    both = gather(torch.tensor([[5.0, 6], [7, 8]]), SecondOfTwo(rank=1, size=2))
-    assert both.tolist() == [[1, 2], [3, 4], [5, 6], [7, 8]]
-    assert gather(both, World()) is both
 
 
 def test_without_a_sample_that_tells_there_is_no_micro_batch():

@@ -15,7 +15,7 @@ from rsaft_fast.cli import main
 from rsaft_fast.cli.parser import build_parser, parse_arguments
 from rsaft_fast.errors import UserError
 from rsaft_fast.estimate import forecast as forecasts
-from rsaft_fast.estimate.estimate import RESERVED, estimate, spare
+from rsaft_fast.estimate.estimate import RESERVED, estimate, one_rank, spare
 from rsaft_fast.estimate.forecast import announce, forecast
 from rsaft_fast.estimate.suggestions import candidates, changed, fitting, suggest
 from rsaft_fast.train.inputs import check_config
@@ -47,6 +47,17 @@ def test_the_table_adds_up_and_marks_the_largest(path, out, capsys):
     assert sum(bool(row[4]) for row in rows) == 1
     assert "standing throughout" in text and "adapters" in text and "not counted" in text
     assert "estimated peak" in text and "on this machine" not in text
+
+
+def test_one_of_several_gpus_has_its_share_of_the_pictures(tiny, out, path, capsys):
+    whole = config(tiny, out, data__batch_size=4, data__accumulate=2)
+    # Of 8 pictures four ranks take 2 each, in one micro-batch; three take 3, 3 and 2.
+    for gpus, size in ((2, 4), (3, 3), (4, 2), (8, 1)):
+        assert estimate(one_rank(whole, gpus)).peak == estimate(config(tiny, out, data__batch_size=size)).peak, gpus
+    with pytest.raises(UserError, match=says(8, 9)):
+        one_rank(whole, 9)
+    text = output(["estimate", path, "--quick", "--gpus", "2"], capsys)
+    assert "one of 2 GPUs" in text
 
 
 @pytest.mark.parametrize(("card", "words"), [("12", "fits with"), ("12 GB", "fits with"), ("1", "does not fit: ")])

@@ -92,10 +92,18 @@ def test_micro_batches_split_the_samples_and_nothing_else(backbone):
 def test_ranks_take_their_share_of_the_same_samples(backbone):
     encoded = EncodedPrompts.encode(backbone, PROMPTS, SamplerSettings())
     (whole,) = batches(batch_size=6)(backbone, encoded, 3)
-    data = DataSettings(prompts="x", batch_size=3)
-    shares = [PromptBatches(data, PROMPTS, seed=5, world=World(rank, 2))(backbone, encoded, 3)[0] for rank in (0, 1)]
-    assert [prompt for share in shares for prompt in share.prompts] == list(whole.prompts)
-    assert torch.equal(torch.cat([share.latents for share in shares]), whole.latents)
+    data = DataSettings(prompts="x", batch_size=2, accumulate=3)
+    for ranks in (2, 4, 6):
+        worlds = [World(rank, ranks) for rank in range(ranks)]
+        each = [PromptBatches(data, PROMPTS, seed=5, world=world)(backbone, encoded, 3) for world in worlds]
+        parts = [part for batches in each for part in batches]
+        assert [prompt for part in parts for prompt in part.prompts] == list(whole.prompts)
+        assert torch.equal(torch.cat([part.latents for part in parts]), whole.latents)
+        assert [i for part in parts for i in part.noise.samples] == list(range(6))
+        assert [batches.total for batches in each] == [6] * ranks
+        # A sample's plan follows from its micro-batch's number, which is that of one process.
+        assert all(part.index == i // 2 for part in parts for i in part.noise.samples)
+        assert [len(batches) for batches in each] == list(map(len, [list(batches) for batches in each]))
 
 
 def test_steps_have_noise_of_their_own(backbone):
@@ -151,5 +159,7 @@ def test_a_group_may_share_its_initial_noise(backbone):
 
 def test_groups_go_whole_to_the_ranks():
     data = DataSettings(prompts="x", batch_size=4, group_size=4, prompts_per_iteration=3)
-    with pytest.raises(UserError, match=says("data.prompts_per_iteration", 3, 2)):
-        PromptBatches(data, PROMPTS, seed=5, world=World(0, 2))
+    sources = [PromptBatches(data, PROMPTS, seed=5, world=World(rank, 2)) for rank in (0, 1)]
+    assert [list(source(None, None, 0).samples) for source in sources] == [list(range(4)), list(range(4, 12))]
+    with pytest.raises(UserError, match=says("data.prompts_per_iteration", 3, 4)):
+        PromptBatches(data, PROMPTS, seed=5, world=World(0, 4))
