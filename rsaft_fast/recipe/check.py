@@ -69,8 +69,8 @@ def check_several(config: Config, processes: int) -> None:
         )
     if config.evaluation is not None:
         raise UserError(
-            f"evaluation with {processes} processes is not there yet, each of them would make it: leave it out, and compare "
-            "the finished run by rsaft-fast eval"
+            f"evaluation with {processes} processes is not there yet, each of them would make it: leave it out, and "
+            "compare the finished run by rsaft-fast eval"
         )
     if config.optimizer.release_gradients:
         raise UserError(

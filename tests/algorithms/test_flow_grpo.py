@@ -432,7 +432,7 @@ def test_the_policy_gradient_of_a_toy_flow_is_the_analytic_one():
     backbone = ToyFlow(Shift(), slope, steps := 4)
     settings = Settings(timestep_fraction=1.0, advantage_std="none", advantage_clip=None, kl_weight=0.0,
                         log_prob="sum", clip=0.5)  # fmt: skip
-    reward = SimpleNamespace(differentiable=False, score_parts=lambda x, prompts: (x[:, 0], {}))
+    reward = SimpleNamespace(differentiable=False, elsewhere=False, score_parts=lambda x, prompts: (x[:, 0], {}))
     algorithm = FlowGRPO(backbone, reward, settings, steps)
     data = DataSettings(prompts="x", batch_size=size, group_size=group, prompts_per_iteration=8)
     source = PromptBatches(data, PROMPTS, SEED)

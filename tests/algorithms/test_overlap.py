@@ -149,6 +149,7 @@ def test_an_interrupted_rollout_waits_for_no_score():
     assert ended()
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_in_an_iteration_ends_the_run_saved_and_it_goes_on_to_the_same_bits(
     tiny, tmp_path, monkeypatch
 ):

@@ -121,10 +121,10 @@ def test_options_have_the_limits_of_a_recipe(tiny, tmp_path, capsys, option, wor
 
 
 def test_pictures_of_a_full_disk_have_their_prompts(tiny, tmp_path, capsys, monkeypatch):
-    def save(image, stream, format):
+    def save(image, stream, format, **options):
         if ".0001" in stream.name:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(image, stream, format)
+        write(image, stream, format, **options)
 
     write = Image.Image.save
     monkeypatch.setattr(Image.Image, "save", save)

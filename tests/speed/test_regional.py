@@ -46,6 +46,7 @@ def assert_close(ours: dict, truth: dict) -> None:
         assert (ours[name] - tensor).abs().max() <= 1e-5 * tensor.abs().max() + 1e-7, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "checkpointed"),
     [
@@ -106,6 +107,7 @@ def test_a_denoiser_without_known_blocks_is_refused():
         repeated_blocks(torch.nn.Sequential())
 
 
+@pytest.mark.slow
 def test_compiled_code_rounds_where_the_adapters_need_it():
     """Inductor leaves a cast to bf16 and back out: the parts of an fp32 adapter must not rest on one, or they would be
     the adapter in bf16, zero and zero, and a perturbation lost."""
