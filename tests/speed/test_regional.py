@@ -49,13 +49,8 @@ def assert_close(ours: dict, truth: dict) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "checkpointed"),
-    [
-        ("sd3", False),
-        ("flux", True),
-        # Some ten seconds each, mostly of compiling: of UNets, too, one as it is and one under checkpointing.
-        pytest.param("sd15", False, marks=pytest.mark.slow),
-        pytest.param("sdxl", True, marks=pytest.mark.slow),
-    ],
+    # Some ten seconds each, mostly of compiling: of transformers and UNets one as it is and one under checkpointing.
+    [("sd3", False), ("flux", True), ("sd15", False), ("sdxl", True)],
 )
 def test_compiled_blocks_compute_the_same_and_compile_once(family, checkpointed, tmp_path):
     backbone = make_backbone(family, tmp_path)
