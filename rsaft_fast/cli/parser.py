@@ -37,9 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     demo = add("demo", "see plain fine-tuning and RSA-FT side by side on the embedded playground", texts.DEMO)
-    demo.add_argument("--steps", type=_positive, metavar="N", help="updates of each run (default: the recipe's)")
+    demo.add_argument("--steps", type=_positive, default=40, metavar="N", help="updates of each run (default: 40)")
     demo.add_argument("--seed", type=_natural, default=0, metavar="N", help="of both runs (default: 0)")
-    demo.add_argument("--proxy", choices=("fair", "brittle"), default="fair", help="which proxy reward (default: fair)")
+    proxies = ("brittle", "fair", "mixed", "mixed-long", "adversarial")
+    demo.add_argument("--proxy", choices=proxies, default="brittle", help="which proxy reward (default: brittle)")
     demo.add_argument(
         "--output", type=_path, metavar="FOLDER", help="where it writes (default: runs/demo, or the next free one)"
     )

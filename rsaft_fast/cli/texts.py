@@ -245,7 +245,7 @@ minutes.
 
 examples:
   rsaft-fast demo
-  rsaft-fast demo --proxy brittle --steps 60 --seed 1 --output runs/hacked
+  rsaft-fast demo --proxy fair --steps 60 --seed 1 --output runs/fair
 """
 
 EXPERIMENT = """\

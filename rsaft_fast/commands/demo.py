@@ -138,8 +138,7 @@ def _require_assets(proxy: str) -> None:
 def _config(arguments: argparse.Namespace) -> Config:
     """The playground's recipe; its sample grids are the evaluations, its only checkpoint the last."""
     overrides = [f"seed={arguments.seed}", f"reward.path=playground/{arguments.proxy}", "logging.tensorboard=false"]
-    if arguments.steps is not None:
-        overrides.append(f"max_steps={arguments.steps}")
+    overrides.append(f"max_steps={arguments.steps}")
     config = load_config(find_recipe(RECIPE), overrides)
     grids = SampleSettings(
         every=max(1, config.max_steps // EVALUATIONS), prompts="playground", count=len(playground.eval_prompts())
@@ -212,7 +211,7 @@ def _conclusion(runs: dict[str, Measured], differences: dict[str, tuple[float, f
         lines.append("sharpness: RSA-FT ends where the proxy is flatter, as it is meant to")
     else:
         lines.append("sharpness: RSA-FT ends where the proxy is sharper, which it is meant to avoid")
-    lines.append("One seed of a toy world: --seed 1, --proxy brittle and --steps show how far it holds.")
+    lines.append("One seed of a toy world: --seed 1, --proxy fair and --steps show how far it holds.")
     return lines
 
 
