@@ -113,6 +113,7 @@ def test_ascent_on_the_loss_is_the_plain_updates_gradient(backbone, reward, meth
     assert relative_error(ascent, plain) < 1e-12 and relative_error(by_reward, plain) > 1e-3
 
 
+@pytest.mark.slow
 def test_network_calls_that_are_spared(backbone, reward, monkeypatch):
     """What an update costs, without a clock: SAM makes every call of the network twice."""
     calls, predict, image = [], backbone.predict, ImageSmoothing(radius=0.7)

@@ -34,6 +34,7 @@ def measure(run, parts, folder, device=CPU):
 
 
 # Every model, every way to train; the rest are other pairs of the two.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param("sdxl-lora", marks=pytest.mark.slow), "sd35m-lora", "flux-full", "flux-lora-nf4"]
 )

@@ -49,6 +49,7 @@ def test_the_table_adds_up_and_marks_the_largest(path, out, capsys):
     assert "estimated peak" in text and "on this machine" not in text
 
 
+@pytest.mark.slow
 def test_one_of_several_gpus_has_its_share_of_the_pictures(tiny, out, path, capsys):
     whole = config(tiny, out, data__batch_size=4, data__accumulate=2)
     # Of 8 pictures four ranks take 2 each, in one micro-batch; three take 3, 3 and 2.
@@ -89,6 +90,7 @@ def test_what_follows_an_option_of_train_is_its_own_unless_it_is_a_key():
         parse_arguments(build_parser(), ["train", "r.yaml", "--max-steps", "5", "seed=1"])
 
 
+@pytest.mark.slow
 def test_keys_that_make_it_fit_do(tiny, out):
     settings = config(tiny, out, data__batch_size=4)
     found = estimate(settings)
@@ -101,6 +103,7 @@ def test_keys_that_make_it_fit_do(tiny, out):
     assert fitting(settings, suggestions, RESERVED) is None
 
 
+@pytest.mark.slow
 def test_json_holds_the_same_in_bytes(path, tiny, out, capsys):
     found = json.loads(output(["estimate", path, "data.batch_size=4", "--json"], capsys))
     truth = estimate(config(tiny, out, data__batch_size=4))

@@ -1,5 +1,6 @@
 """The FSDP2 example on two ranks, with its checkpoint in the middle, against float64 on the joint batch."""
 
+import pytest
 import torch
 from builders.ranks import computed
 
@@ -13,6 +14,7 @@ def run(rank, folder):
     return example("fsdp2").main(rank, 2, STEPS, f"{folder}/checkpoint")
 
 
+@pytest.mark.slow
 def test_shards_resumed_in_the_middle_are_sam_on_the_joint_batch(tmp_path):
     ranks = computed(2, tmp_path, run, str(tmp_path))
     start = task.network().cpu().double()

@@ -28,6 +28,7 @@ def ran(tmp_path_factory):
     return run_row(FULL, folder, work), work
 
 
+@pytest.mark.slow
 def test_a_run_again_has_the_same_bits_whether_or_not_its_start_is_kept(ran, tmp_path):
     path, work = ran
     assert [one["step"] for one in evaluations(path)] == [0, 1, 2, 2]
@@ -37,6 +38,7 @@ def test_a_run_again_has_the_same_bits_whether_or_not_its_start_is_kept(ran, tmp
     assert [place.name for place in work.iterdir()] == ["starts"] and len(list((work / "starts").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_the_start_is_the_same_for_every_seed_and_reached_by_going_all_the_way_back(ran, tmp_path):
     path, work = ran
     start, *_, back = evaluations(path)
@@ -51,6 +53,7 @@ def test_the_start_is_the_same_for_every_seed_and_reached_by_going_all_the_way_b
     assert set(run.points[0].means) >= {"r*", "proxy", "judge/fair", "S1@0.3", "fidelity"}
 
 
+@pytest.mark.slow
 def test_a_run_says_what_its_monitors_would_have_said(ran):
     start, first, second, back = evaluations(ran[0])
     judges = {f"judge/{name}" for name in playground.REWARDS if name != "brittle"}

@@ -311,6 +311,7 @@ def peak(vae, latents, device):
     return live.peak - before, left
 
 
+@pytest.mark.slow
 def test_the_peak_on_the_cpu_whatever_the_batch():
     vae, strip = make_vae((16, 32, 32), layers=2).float(), 32 * 64
     full = 4 * 64 * 64  # bytes of a channel at the full resolution
@@ -349,6 +350,7 @@ def test_the_peak_at_real_size_whatever_the_batch(real_backbone, size, batch, li
     assert ours < limit and left == 0
 
 
+@pytest.mark.slow
 def test_the_estimate_of_a_shipped_recipe(monkeypatch):
     for name, value in environment().items():
         monkeypatch.setenv(name, value)

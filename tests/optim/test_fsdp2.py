@@ -233,6 +233,7 @@ def ranks(tmp_path_factory):
     return computed(RANKS, folder, scenarios, str(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 def test_shards_train_as_the_whole_network(ranks, name):
     model = network()
@@ -245,22 +246,26 @@ def test_shards_train_as_the_whole_network(ranks, name):
             assert seen["stats"][figure] == pytest.approx(optimizer.stats()[figure], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_pass_sends_one_number_and_an_empty_shard_takes_part(ranks):
     assert 0 in ranks[1]["equivalence"]["sizes"] and 0 not in ranks[0]["equivalence"]["sizes"]
     for rank in ranks:
         assert rank["equivalence"]["SAMAdamW"]["sent"] == [1] * (2 * STEPS)
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_on_one_rank_is_skipped_by_all(ranks):
     for seen in (rank["trouble"] for rank in ranks):
         assert seen["skipped"] == 1 and seen["stayed"] and seen["went on"]
 
 
+@pytest.mark.slow
 def test_an_exception_on_one_rank_restores_to_the_bit_on_all(ranks):
     assert [rank["trouble"].get("raised") for rank in ranks] == [None, True]
     assert all(rank["trouble"]["moved"] and rank["trouble"]["restored"] for rank in ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_is_of_the_shard_and_resumes_to_the_bit(ranks, kind):
     for seen in (rank["kinds"][kind] for rank in ranks):
@@ -272,6 +277,7 @@ def test_state_is_of_the_shard_and_resumes_to_the_bit(ranks, kind):
         assert ("master" in seen["local"]) == (kind == "master")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_process_loads_into_shards(ranks):
     model = network()
     train(model, MAKERS["SAMAdamW"](model), data(STEPS)[:6])
@@ -280,5 +286,6 @@ def test_a_checkpoint_of_one_process_loads_into_shards(ranks):
             torch.testing.assert_close(seen[key], weight.detach(), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_network_sharded_in_part_is_refused(ranks):
     assert all("fully_shard the root" in rank["refusals"] for rank in ranks)

@@ -55,6 +55,7 @@ def test_two_builds_are_the_same_bits(build, tmp_path):
     assert str(record(build)["stages"]["cards"]["results"]) == str(record(tmp_path)["stages"]["cards"]["results"])
 
 
+@pytest.mark.slow
 def test_the_record_names_settings_losses_and_files(build):
     made = record(build)
     assert made["settings"]["denoiser"]["steps"] == 3 and made["settings"]["threads"]["vae"] == 1
@@ -69,6 +70,7 @@ def test_the_record_names_settings_losses_and_files(build):
     assert [row.keys() for row in made["stages"]["adversarial"]["results"]["fooled"]] == [{"climbed", "fine-tuned"}] * 2
 
 
+@pytest.mark.slow
 def test_a_finished_stage_is_not_run_again(build, monkeypatch):
     def refuse(*_):
         raise AssertionError("ran again")
@@ -79,6 +81,7 @@ def test_a_finished_stage_is_not_run_again(build, monkeypatch):
     assert hashes(build / "assets") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed, again",
     [
@@ -98,6 +101,7 @@ def test_what_was_made_for_other_files_is_made_again(build, tmp_path, monkeypatc
     assert ran == again
 
 
+@pytest.mark.slow
 def test_rewards_alone_are_made_for_a_pipeline_that_is_there_and_its_record_stays(build, tmp_path, monkeypatch):
     shutil.copytree(build / "assets", tmp_path / "assets")
     monkeypatch.setattr(stages, "STAGES", {s: run for s, run in stages.STAGES.items() if s in ("vae", "brittle")})
@@ -109,6 +113,7 @@ def test_rewards_alone_are_made_for_a_pipeline_that_is_there_and_its_record_stay
     assert hashes(tmp_path / "assets") == hashes(build / "assets")
 
 
+@pytest.mark.slow
 def test_a_broken_stage_leaves_no_result(build, tmp_path, monkeypatch):
     def breaks(settings, work, assets, log):
         (work / "half").write_text("written")
@@ -120,6 +125,7 @@ def test_a_broken_stage_leaves_no_result(build, tmp_path, monkeypatch):
     assert not (tmp_path / "work" / "vae").exists()
 
 
+@pytest.mark.slow
 def test_training_broken_off_goes_on_to_the_same_bits(build, tmp_path, monkeypatch):
     class Killed(Exception):
         pass

@@ -69,6 +69,7 @@ def test_compiled_blocks_compute_the_same_and_compile_once(family, checkpointed,
     assert not counters["graph_break"] and not counters["recompiles"]
 
 
+@pytest.mark.slow
 def test_weights_that_change_in_place_are_seen(tmp_path):
     """As a perturbation changes them between the passes of every update."""
     backbone = make_backbone("sd3", tmp_path)

@@ -152,6 +152,7 @@ def last_step(run):
     return max(int(path.parent.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*/COMPLETE"))
 
 
+@pytest.mark.slow
 def test_a_signal_on_one_rank_ends_all_after_the_update_and_another_number_goes_on(tiny, tmp_path):
     run, whole, path = tmp_path / "run", tmp_path / "whole", written(tiny, tmp_path)
     ranks = command(2, tmp_path / "first", "train", path)
@@ -168,6 +169,7 @@ def test_a_signal_on_one_rank_ends_all_after_the_update_and_another_number_goes_
     assert (run / "lora/pytorch_lora_weights.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_ends_all_with_one_line_that_names_it(tiny, tmp_path):
     reward = {"name": "python", "path": "builders.ranks:nan_on_rank_1"}
     path = written(tiny, tmp_path, reward=reward, sharpness=None, smoothing=None, distributed={"timeout": 60})

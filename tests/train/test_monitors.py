@@ -156,6 +156,7 @@ def test_a_run_is_evaluated_from_the_start_and_changes_nothing(tiny, out, other,
         assert grids[0] == grids[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [Monitors, BestModel], ids=["in an evaluation", "between its record and its model"])
 def test_a_killed_run_goes_on_to_the_same_evaluations(tiny, out, other, tmp_path, where, monkeypatch):
     keys = {"max_steps": 5, "checkpoint_every": 3, "evaluation": watched(other, best="held_out/other")}
@@ -206,6 +207,7 @@ def test_a_run_that_was_stopped_in_an_evaluation_makes_it_first(tiny, out, other
     assert lines_of(out) == lines_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_later_best_model_is_made_again_when_the_run_goes_back(tiny, out, other, tmp_path):
     keys = {"checkpoint_every": 2, "keep_checkpoints": None, "evaluation": watched(other, best="reward")}
     train(config(tiny, out, "sd3", max_steps=6, **keys), log=lambda line: None)

@@ -87,6 +87,7 @@ LONG = ("radius", "project-fixed", "weight")
 """Those whose parts the others have, too."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [pytest.param(keys, id=name, marks=[pytest.mark.slow] * (name in LONG)) for name, keys in RESUMED.items()],
@@ -106,6 +107,7 @@ def test_resuming_repeats_the_unbroken_run_bit_for_bit(tiny, tmp_path, other, ov
         assert all(torch.equal(one[key], two[key]) or torch.isnan(one[key]).all() for key in one), name
 
 
+@pytest.mark.slow
 def test_the_radius_that_is_found_is_the_one_trained_with(tiny, tmp_path, other):
     """A run whose search finds a radius is, to the bit, the run that is given it."""
     search = {"radii": [0.2, 3.0], "pictures": 8, "judges": {"other": other}}
@@ -119,6 +121,7 @@ def test_the_radius_that_is_found_is_the_one_trained_with(tiny, tmp_path, other)
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_a_run_is_ended_when_the_judges_were_against_it_often_enough(tiny, out):
     keys = {"agreement": judged({"no": opposite(tiny)}, control="stop", patience=3), "max_steps": 9, "smoothing": None}
     outcome = train(by_fours(tiny, out, **keys))
@@ -173,6 +176,7 @@ def test_judges_of_an_update_are_asked_at_the_same_samples_in_every_micro_batch(
     assert cosines[0] == pytest.approx(cosines[1], abs=1e-4) and abs(cosines[0]) < 0.9999
 
 
+@pytest.mark.slow
 def test_watching_changes_no_weight(tiny, tmp_path, other):
     runs = {
         "plain": {},
@@ -185,6 +189,7 @@ def test_watching_changes_no_weight(tiny, tmp_path, other):
     assert all(torch.equal(first[key], run[key]) for run in rest for key in first)
 
 
+@pytest.mark.slow
 def test_the_estimate_counts_judges_and_their_gradients(tiny, out, other):
     plain = estimate(config(tiny, out), cuda=False)
     watched = estimate(config(tiny, out, agreement=judged({"other": other})), cuda=False)
