@@ -18,7 +18,8 @@ from rsaft_fast.rewards import Reward
 from rsaft_fast.rewards.python import Score, handed_over
 from rsaft_fast.sampling.protocol import Backbone
 from rsaft_fast.train.assemble import FileLoaders
-from rsaft_fast.train.loop import Outcome, train
+from rsaft_fast.train.loop import train
+from rsaft_fast.train.run import Outcome
 
 Recipe = Config | str | Path | Mapping[str, Any]
 

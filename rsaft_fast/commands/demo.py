@@ -24,7 +24,8 @@ from rsaft_fast.recipe.config import Config, SampleSettings
 from rsaft_fast.recipe.load import find_recipe, load_config
 from rsaft_fast.report.page import REPORT, report_of
 from rsaft_fast.report.sources import ERROR, HELD_OUT, REWARD, S1, add_evaluations, read_run
-from rsaft_fast.train.loop import Outcome, train
+from rsaft_fast.train.loop import train
+from rsaft_fast.train.run import Outcome
 from rsaft_fast.train.trainer import Trainer
 
 RECIPE = "playground.yaml"

@@ -8,12 +8,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from rsaft_fast.experiments.campaign import Ended, run_all
+from rsaft_fast.experiments.counting_table import COUNTING
 from rsaft_fast.experiments.groups import load_sets
 from rsaft_fast.experiments.records import is_done
 from rsaft_fast.experiments.report import Sets, as_alarms, as_page, as_readme, as_text, draw, read_page, write_page
 from rsaft_fast.experiments.run import require_rows
 from rsaft_fast.experiments.selection import choices_in, update_choices
-from rsaft_fast.experiments.table import COUNTING, SETS, rows_of
+from rsaft_fast.experiments.table import SETS, rows_of
 from rsaft_fast.files import check_writable, refuse_io_errors
 from rsaft_fast.lock import sole_writer
 from rsaft_fast.progress import tell

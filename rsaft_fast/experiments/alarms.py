@@ -13,7 +13,7 @@ from typing import Literal
 from rsaft_fast.evaluation.alarms import IMAGE, change
 from rsaft_fast.evaluation.known_preference import TRUTH
 from rsaft_fast.experiments.records import JUDGE, Point, Run
-from rsaft_fast.experiments.table import BASELINES, CONTROLS
+from rsaft_fast.experiments.variants import BASELINES, CONTROLS
 from rsaft_fast.recipe.evaluation import EvaluationSettings
 
 ERRORS = 3.0

@@ -21,7 +21,7 @@ import torch
 from rsaft_fast.errors import describe_error
 from rsaft_fast.evaluation.known_preference import TRUTH
 from rsaft_fast.experiments.records import PROXY, is_done, read_record
-from rsaft_fast.experiments.table import Row
+from rsaft_fast.experiments.row import Row
 from rsaft_fast.progress import tell
 
 Log = Callable[[str], None]

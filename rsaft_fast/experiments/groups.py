@@ -12,7 +12,8 @@ from statistics import fmean
 from rsaft_fast.evaluation.known_preference import TRUTH
 from rsaft_fast.experiments.records import JUDGE, PROXY, S1, Point, Run, read_record
 from rsaft_fast.experiments.statistics import Interval, at_level, correlation, interval
-from rsaft_fast.experiments.table import PLAIN, SETS
+from rsaft_fast.experiments.table import SETS
+from rsaft_fast.experiments.variants import PLAIN
 
 Seeds = Mapping[int, Run]
 Key = tuple[str, str, str]

@@ -19,7 +19,7 @@ import torch
 from rsaft_fast import playground
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.known_preference import TRUTH, means
-from rsaft_fast.experiments.table import Row, keys_of
+from rsaft_fast.experiments.row import Row, keys_of
 from rsaft_fast.files import sha256_of, write_atomically
 from rsaft_fast.process import checkout_commit
 from rsaft_fast.train.trainer import describe_software

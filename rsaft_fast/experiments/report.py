@@ -11,11 +11,13 @@ from rsaft_fast.evaluation.known_preference import TRUTH
 from rsaft_fast.experiments import alarms
 from rsaft_fast.experiments import groups as measure
 from rsaft_fast.experiments.counting import DIVERSITY, EXACT, FEW, MORE
+from rsaft_fast.experiments.counting_table import COUNTED, COUNTED_BESIDE, COUNTING, POLICIES
 from rsaft_fast.experiments.groups import Key, Seeds, Summary
 from rsaft_fast.experiments.records import PROXY, S1, Run
 from rsaft_fast.experiments.selection import RULE, choices_in
 from rsaft_fast.experiments.statistics import Interval, interval
-from rsaft_fast.experiments.table import BRITTLE, COUNTED, COUNTED_BESIDE, COUNTING, DRAFT, PLAIN, POLICIES, SMOOTHINGS
+from rsaft_fast.experiments.table import BRITTLE
+from rsaft_fast.experiments.variants import DRAFT, PLAIN, SMOOTHINGS
 from rsaft_fast.figures.bands import Band, BandPanel, band_figure
 from rsaft_fast.figures.tables import aligned, markdown
 from rsaft_fast.files import replace_between, write_atomically

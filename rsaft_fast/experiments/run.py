@@ -20,8 +20,9 @@ from rsaft_fast.evaluation.alarms import IMAGE, drift_of, fall_of
 from rsaft_fast.evaluation.image_statistics import image_statistics
 from rsaft_fast.evaluation.known_preference import TRUTH, score_of, sharpness_of, truth_of
 from rsaft_fast.experiments.counting import counting_values
+from rsaft_fast.experiments.counting_table import FEATURES, CountingRow
 from rsaft_fast.experiments.records import JUDGE, PROXY, S1, Evaluation, pipeline_hash, write_record
-from rsaft_fast.experiments.table import FEATURES, CountingRow, Row, config_of
+from rsaft_fast.experiments.row import Row, config_of
 from rsaft_fast.files import remove_tree, replace_file
 from rsaft_fast.recipe.evaluation import REWARD
 from rsaft_fast.rewards import Reward, load_reward

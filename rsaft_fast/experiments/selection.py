@@ -11,7 +11,8 @@ from typing import Any
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.known_preference import TRUTH
 from rsaft_fast.experiments.records import Run, is_done, read_record
-from rsaft_fast.experiments.table import SELECTION_SEEDS, Choices, Row, grids_of, proxies, rows_of
+from rsaft_fast.experiments.row import Row
+from rsaft_fast.experiments.table import SELECTION_SEEDS, Choices, grids_of, proxies, rows_of
 from rsaft_fast.files import write_atomically
 
 FILE = "choices.json"

@@ -5,17 +5,25 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from string import Template
-from typing import Any, ClassVar
 
 from rsaft_fast import playground
 from rsaft_fast.errors import UserError
-from rsaft_fast.recipe.config import Config
-from rsaft_fast.recipe.load import find_recipe, load_config, overridden
+from rsaft_fast.experiments.counting_table import COUNTING, counting_rows, more_counting_rows
+from rsaft_fast.experiments.row import RECIPE, Row
+from rsaft_fast.experiments.variants import (
+    BASELINES,
+    BOTH,
+    CONTROLS,
+    DRAFT,
+    METHODS,
+    PLAIN,
+    SMOOTHINGS,
+    VARIANTS,
+    Variant,
+)
+from rsaft_fast.recipe.load import find_recipe, load_config
 
-RECIPE = "playground.yaml"
-DRAFT, PLAIN, BOTH = "draft", "plain", "both"
 BRITTLE = "brittle"
 MEMBER = "ensemble-"
 """How the names begin of rewards that are made to be one ensemble."""
@@ -25,258 +33,6 @@ SEEDS = (10, 11, 12, 13, 14)
 """Of what is reported: nobody chose anything on them."""
 
 QUICK_SEEDS = (10, 11, 12)
-COUNTING_SEEDS = (30, 31, 32)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One run: the playground's recipe, what is changed of it, and when it is evaluated.
-
-    Attributes:
-        set: the question it belongs to.
-        proxy: the playground's reward that is trained on, or that would be, where a baseline trains on another.
-        method, variant: what the reports call it.
-        seed: of noise, plans and prompt order.
-        updates: in all.
-        every: updates between two evaluations; there is one before the first update and one after the last.
-        pictures: of an evaluation.
-        overrides: keys that replace the recipe's.
-        scales: shares of the way from the start's weights to the last ones, at which it is evaluated in the end.
-    """
-
-    set: str
-    proxy: str
-    method: str
-    variant: str
-    seed: int
-    updates: int
-    every: int
-    pictures: int
-    overrides: tuple[str, ...]
-    scales: tuple[float, ...] = ()
-
-    recipe: ClassVar[str] = RECIPE
-
-    @property
-    def settings(self) -> list[str]:
-        """What is changed of the recipe."""
-        return [f"reward.path=playground/{self.proxy}", *_common(self), *self.overrides]
-
-    @property
-    def proxy_reward(self) -> tuple[str, str]:
-        """Name the proxy's family and path."""
-        return "clip", f"playground/{self.proxy}"
-
-    @property
-    def prompts(self) -> list[str]:
-        """Return the prompts of an evaluation's pictures, one for each."""
-        return playground.eval_prompts(self.pictures)
-
-    @property
-    def name(self) -> str:
-        return f"{self.proxy}-{self.method}-{self.variant}-s{self.seed}"
-
-    def path(self, folder: Path) -> Path:
-        """Return where its results are written."""
-        return folder / self.set / f"{self.name}.json"
-
-    @property
-    def evaluations(self) -> int:
-        return -(-self.updates // self.every) + len(self.scales)
-
-    @property
-    def cost(self) -> float:
-        """Roughly its time, in plain updates: a picture of an evaluation takes a tenth of one."""
-        perturbs = not any(text in ("smoothing=null", "smoothing.parameters=null") for text in self.overrides)
-        return self.updates * (2 if perturbs else 1) + self.evaluations * self.pictures / 10
-
-
-class CountingRow(Row):
-    """A run of the counting task, by a policy gradient: few objects are trained, more are judged too."""
-
-    recipe: ClassVar[str] = "playground-grpo.yaml"
-
-    @property
-    def settings(self) -> list[str]:
-        return [*_common(self), *_COUNTING, *self.overrides]
-
-    @property
-    def proxy_reward(self) -> tuple[str, str]:
-        return "python", COUNTER
-
-    @property
-    def prompts(self) -> list[str]:
-        prompts = [*playground.counting_prompts(), *playground.counting_prompts(held_out=True)]
-        return prompts * (self.pictures // len(prompts))
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What is changed of the recipe. `$name` stands for the proxy, the judge, or a number that was chosen.
-
-    Attributes:
-        overrides: keys that replace the recipe's.
-        longer: times as many updates.
-        scales: see `Row`.
-    """
-
-    overrides: tuple[str, ...]
-    longer: int = 1
-    scales: tuple[float, ...] = ()
-
-
-OFF = "smoothing=null"
-SMOOTHINGS = {
-    PLAIN: Variant((OFF,)),
-    "image": Variant(("smoothing.image.radius=$image", "smoothing.parameters=null")),
-    "parameter": Variant(("smoothing.image=null", "smoothing.parameters.rho=$rho")),
-    BOTH: Variant(("smoothing.image.radius=$image", "smoothing.parameters.rho=$rho")),
-}
-
-# One loss for all, so that methods differ in the calls that carry gradient alone. ReFL's hinge, made for ImageReward,
-# is past its margin on most of the playground's scores.
-_LINEAR = ("loss.map=linear", "loss.scale=1.0")
-METHODS = {
-    DRAFT: (),
-    "refl": ("method.name=refl", *_LINEAR),
-    "draft_lv": ("method.name=draft_lv", *_LINEAR),
-    "alignprop": ("method.name=alignprop", *_LINEAR),
-    "drtune": ("method.name=drtune", *_LINEAR),
-}
-
-_BOTH_REWARDS = "parts: [{name: clip, path: playground/$proxy}, {name: clip, path: playground/$judge, label: judge}]"
-_ENSEMBLE = "parts: [$ensemble]"
-_SUM = f"reward={{name: combination, how: weighted, unit_gradients: true, {_BOTH_REWARDS}}}"
-_LORA = ("parameters.train=lora", "parameters.lora.rank=8", "optimizer.lr=$lora_lr")
-_JUDGES = "judges: {judge: {name: clip, path: playground/$judge}}"
-_PATH = (0.25, 0.5, 0.75)
-BASELINES = {
-    "kl": Variant((OFF, "regularize.kl_to_base=$kl")),
-    "small-lr": Variant((OFF, "optimizer.lr=2.0e-5")),
-    "twice": Variant((OFF,), longer=2),
-    "lora": Variant((OFF, *_LORA), scales=_PATH),
-    "interpolated": Variant((OFF,), scales=_PATH),
-    "worst": Variant((OFF, f"reward={{name: combination, how: worst, {_ENSEMBLE}}}")),
-    "mean-std": Variant((OFF, f"reward={{name: combination, how: mean-std, {_ENSEMBLE}}}")),
-    "judge": Variant((OFF, "reward.path=playground/$judge")),
-    "sum": Variant((OFF, _SUM)),
-    "sum-image": Variant(("smoothing.image.radius=$image", "smoothing.parameters=null", _SUM)),
-    "gaussian": Variant(
-        (*SMOOTHINGS["image"].overrides, "smoothing.image.kind=gaussian", "smoothing.image.samples=16")
-    ),
-    "oracle": Variant((OFF, "reward={name: python, path: 'rsaft_fast.playground:true_preference'}")),
-}
-"""What a practitioner would try instead, of the proxy that is hacked most easily. Early stopping needs no runs of its
-own: it is read off the plain ones."""
-
-
-def _more(kind: str, *overrides: str) -> Variant:
-    return Variant((*SMOOTHINGS[kind].overrides, *overrides))
-
-
-def _steered(kind: str, control: str, *more: str) -> Variant:
-    keys = ", ".join((_JUDGES, f"control: {control}", *more))
-    return Variant((*SMOOTHINGS[kind].overrides, f"agreement={{{keys}}}"))
-
-
-CONTROLS = {
-    PLAIN: SMOOTHINGS[PLAIN],
-    "image": SMOOTHINGS["image"],
-    BOTH: SMOOTHINGS[BOTH],
-    "judge": BASELINES["judge"],
-    "sum": BASELINES["sum"],
-    "sum-image": BASELINES["sum-image"],
-    "stop": _steered(PLAIN, "stop"),
-    "project": _steered(PLAIN, "project"),
-    "drop": _steered(PLAIN, "drop", "space: latent"),
-    "weight": _steered(PLAIN, "weight", "space: latent"),
-    "stop-image": _steered("image", "stop"),
-    "project-image": _steered("image", "project"),
-    "radius": _steered("image", "radius"),
-    "radius-auto": Variant(
-        ("smoothing.image.radius=auto", f"smoothing.radius_search={{{_JUDGES}}}", "smoothing.parameters=null")
-    ),
-}
-"""What a held-out reward can be used for: training on it, or the agreement of its gradient with the update's."""
-
-VARIANTS = {
-    "graded-only": _more(BOTH, "smoothing.resample=graded_only"),
-    "delta-perturbed": _more(BOTH, "smoothing.delta_from=perturbed"),
-    "ascend-loss": _more(BOTH, "smoothing.ascend=loss"),
-    "momentum": _more(BOTH, "smoothing.parameters.direction=momentum"),
-    "friendly": _more(BOTH, "smoothing.parameters.direction=friendly"),
-    "gsam": _more(BOTH, "smoothing.parameters.direction=gsam"),
-    "reuse-5": _more(BOTH, "smoothing.parameters.reuse=5"),
-    "steps-5": _more("image", "smoothing.image.steps=5"),
-    "lowpass": _more("image", "smoothing.image.lowpass=1.0"),
-    "annealed": _more("image", "smoothing.image.schedule=linear"),
-    "per-sample": _more("image", "smoothing.image.per_sample=s1"),
-    "only-where": _more(
-        "image", "smoothing.image.only_where=0.3", f"reward={{name: combination, how: weighted, {_BOTH_REWARDS}}}"
-    ),
-    "lora-factor": _more(BOTH, *_LORA),
-    "lora-full": _more(BOTH, *_LORA, "smoothing.parameters.space=full"),
-}
-"""Other ways to smooth, at the radii that were chosen for the usual one; of the proxy that is hacked most easily."""
-
-
-COUNTING = "counting"
-COUNTER = "rsaft_fast.experiments.counting:count_loosely"
-FEATURES = "playground/brittle"
-"""In which the diversity of pictures is measured, and weighed by GARDO. In those of fair all pictures are alike: the
-distance within a prompt is 0.002, which as a weight would leave nothing of good pictures' advantages; here 0.07."""
-
-_LOOSE = f"{{name: python, path: '{COUNTER}', label: proxy}}"
-_AUXILIARIES = ", ".join(
-    f"{{name: clip, path: playground/{name}, label: {name}, weight: 0}}" for name in ("mixed", "ensemble-0")
-)
-_COUNTING = (
-    "data={prompts: playground-counting, prompts_per_iteration: 4, group_size: 8, batch_size: 32}",
-    "sampler.steps=4",
-    "optimizer.lr=3.0e-4",
-    f"reward={{name: combination, parts: [{_LOOSE}, {_AUXILIARIES}]}}",
-)
-"""What all runs of the counting task change of the recipe: few pictures of few steps, a reward with auxiliary parts."""
-
-POLICIES = {
-    "grpo": "method={name: flow_grpo, window: {size: 1, last: 2}, draws: trained, kl_weight: 0}",
-    "nft": "method={name: nft, timestep_fraction: 0.5, kl_weight: 0}",
-}
-
-
-def _gardo(kl_weight: float, kl_threshold: float) -> str:
-    gate, diversity = "{share: 0.1, adapt: {window: 4}}", f"{{features: {FEATURES}, convention: code}}"
-    keys = f"kl_weight: {kl_weight}, gate: {gate}, reference: {{kl_threshold: {kl_threshold}}}, diversity: {diversity}"
-    return f"method.gardo={{{keys}}}"
-
-
-# Weights at which the penalty's gradient has grown as long as the policy's after some three updates, and a KL that is
-# reached before: what runs on other seeds showed. With three times the weight the first update's distance is all.
-_GARDO, _NFT_GARDO = _gardo(0.1, 0.02), _gardo(0.3, 0.15)
-_SAM = "smoothing={image: null, parameters: {rho: 0.02}}"
-_MEASURED = "sharpness={radius: 0.3}"
-COUNTED: dict[str, dict[str, tuple[str, ...]]] = {
-    "grpo": {PLAIN: (), "kl": ("method.kl_weight=0.1",), "gardo": (_GARDO,)},
-    "nft": {PLAIN: (), "gardo": (_NFT_GARDO,)},
-}
-"""Method, variant, and keys over those of `POLICIES`: what is compared over seeds."""
-
-COUNTED_BESIDE: dict[str, dict[str, tuple[str, ...]]] = {
-    "grpo": {
-        "gardo-no-gate": (_GARDO, "method.gardo.gate=null"),
-        "gardo-fixed-reference": (_GARDO, "method.gardo.reference=null"),
-        "gardo-no-diversity": (_GARDO, "method.gardo.diversity=null"),
-        "gardo-raw-distance": (_GARDO, "method.gardo.diversity.convention=paper"),
-        "gardo-std": (_GARDO, "method.gardo.advantage_std=group"),
-        "sam": (_SAM,),
-        "gardo-sam": (_GARDO, _SAM),
-        "gardo-s1": (_GARDO, _MEASURED, "method.gardo.gate.signals={win_rate: 1, s1: 1}"),
-        "gardo-agreement": (_GARDO, "method.gardo.gate.signals={win_rate: 0, agreement: 1}"),
-        "gardo-norm": (_GARDO, "method.gardo.norm_weight=0.1"),
-    },
-    "nft": {"gardo-no-diversity": (_NFT_GARDO, "method.gardo.diversity=null"), "sam": (_SAM,)},
-}
-"""GARDO without each of its parts, and what neither paper has: one seed each."""
 
 
 @dataclass(frozen=True)
@@ -426,20 +182,12 @@ def _quick(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Wait
     yield from _product("quick", (DRAFT,), two, SMOOTHINGS, seeds or QUICK_SEEDS, usual, Size(updates=20, pictures=64))
 
 
-def _counted(kinds: Mapping[str, Mapping[str, tuple[str, ...]]], seeds: Sequence[int]) -> Iterator[Row]:
-    for seed, (method, variants) in itertools.product(seeds, kinds.items()):
-        for name, overrides in variants.items():
-            place = (COUNTING, "loose-counter", method, name, seed)
-            yield CountingRow(*place, 24, 6, 96, (POLICIES[method], *overrides))
-
-
 def _counting(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
-    yield from _counted(COUNTED, seeds or COUNTING_SEEDS)
-    yield from _counted(COUNTED_BESIDE, seeds or COUNTING_SEEDS[:1])
+    yield from counting_rows(seeds)
 
 
 def _counting_more(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
-    yield from _counted(COUNTED_BESIDE, seeds or COUNTING_SEEDS[1:])
+    yield from more_counting_rows(seeds)
 
 
 @dataclass(frozen=True)
@@ -497,34 +245,3 @@ def recipe_numbers() -> dict[str, float]:
     smoothing = load_config(find_recipe(RECIPE)).smoothing
     assert smoothing.image is not None and smoothing.parameters is not None
     return {"image": smoothing.image.number, "rho": smoothing.parameters.rho}
-
-
-def config_of(row: Row, folder: Path) -> Config:
-    """Return the recipe of a row, as a run in `folder`.
-
-    Raises:
-        UserError: a key that is not there, or a value that it does not take.
-    """
-    return load_config(find_recipe(row.recipe), [*row.settings, f"output_dir={folder}"])
-
-
-def keys_of(row: Row) -> dict[str, Any]:
-    """Return the recipe's keys with a row's over them: what its results follow from.
-
-    A key of the recipe that every row replaces, such as a radius, may change without making results stale.
-    """
-    return overridden(find_recipe(row.recipe), row.settings)
-
-
-def _common(row: Row) -> list[str]:
-    """What every run changes of the recipe: when it is evaluated, and nothing written that nobody will look at."""
-    return [
-        f"seed={row.seed}",
-        f"max_steps={row.updates}",
-        f"checkpoint_every={row.updates}",
-        f"samples.every={row.every}",
-        "samples.count=1",
-        "sharpness=null",
-        "logging.tensorboard=false",
-        "logging.diagnostics=false",
-    ]

@@ -9,7 +9,7 @@ import torch
 
 from rsaft_fast.evaluation.known_preference import TERMS, TRUTH
 from rsaft_fast.experiments.records import JUDGE, PROXY, S1, Evaluation, Point, Run, write_record
-from rsaft_fast.experiments.table import Row
+from rsaft_fast.experiments.row import Row
 
 
 def run(

@@ -10,8 +10,8 @@ from builders.experiment_runs import finish, run
 
 from rsaft_fast.experiments import groups
 from rsaft_fast.experiments.records import S1
+from rsaft_fast.experiments.row import Row
 from rsaft_fast.experiments.statistics import interval
-from rsaft_fast.experiments.table import Row
 
 PLAIN = {
     0: run([0.4, 0.5, 0.3], [0, 2, 4], seed=0),

@@ -12,7 +12,7 @@ from builders.messages import says
 from rsaft_fast.errors import UserError
 from rsaft_fast.experiments import records
 from rsaft_fast.experiments.records import identity_of, is_done, read_record, unit_of, write_record
-from rsaft_fast.experiments.table import Row
+from rsaft_fast.experiments.row import Row
 
 ROW = Row("core", "brittle", "draft", "plain", 3, 20, 10, 6, ("smoothing=null",), (0.5,))
 

@@ -9,9 +9,12 @@ import torch
 
 from rsaft_fast import playground
 from rsaft_fast.experiments.campaign import run_all
+from rsaft_fast.experiments.counting_table import CountingRow
 from rsaft_fast.experiments.records import is_done, read_record
+from rsaft_fast.experiments.row import Row
 from rsaft_fast.experiments.run import run_row
-from rsaft_fast.experiments.table import BASELINES, GRIDS, OFF, CountingRow, Row, rows_of
+from rsaft_fast.experiments.table import GRIDS, rows_of
+from rsaft_fast.experiments.variants import BASELINES, OFF
 
 FULL = Row("quick", "brittle", "draft", "plain", 7, 2, 1, 4, (OFF,), (0.0,))
 LORA = ("parameters.train=lora", "parameters.lora.rank=2", "optimizer.lr=1.0e-3")

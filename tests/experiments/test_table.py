@@ -11,9 +11,10 @@ from builders.messages import says
 from rsaft_fast import playground
 from rsaft_fast.data.prompts import load_prompts
 from rsaft_fast.errors import UserError
-from rsaft_fast.experiments import table
+from rsaft_fast.experiments import counting_table, table
+from rsaft_fast.experiments.row import Row, config_of
 from rsaft_fast.experiments.run import require_rows
-from rsaft_fast.experiments.table import GRIDS, SEEDS, SELECTION_SEEDS, SETS, Row, config_of, rows_of
+from rsaft_fast.experiments.table import GRIDS, SEEDS, SELECTION_SEEDS, SETS, rows_of
 
 CHOICES = {name: {grid.key: grid.values[0] for grid in GRIDS} for name in table.proxies()}
 
@@ -94,13 +95,13 @@ def test_counting_trains_few_objects_and_judges_more():
     rows = [row for name in ("counting", "counting-more") for row in rows_of(name, {})[0]]
     assert max(Counter(row.path(Path("x")) for row in rows).values()) == 1 and {row.set for row in rows} == {"counting"}
     seeds = {kind: {row.seed for row in rows if (row.method, row.variant) == kind} for kind in _kinds(rows)}
-    assert set(map(frozenset, seeds.values())) == {frozenset(table.COUNTING_SEEDS)}
+    assert set(map(frozenset, seeds.values())) == {frozenset(counting_table.COUNTING_SEEDS)}
     first, _ = rows_of("counting", {})
     main = {("grpo", "plain"), ("grpo", "kl"), ("grpo", "gardo"), ("nft", "plain"), ("nft", "gardo")}
     assert {kind for kind in _kinds(first) if len([r for r in first if (r.method, r.variant) == kind]) == 3} == main
     row = next(row for row in first if row.variant == "gardo-no-gate")
     config = config_of(row, Path("run"))
-    assert config.method.gardo.gate is None and config.method.gardo.diversity.features == table.FEATURES
+    assert config.method.gardo.gate is None and config.method.gardo.diversity.features == counting_table.FEATURES
     trained = load_prompts(config.data.prompts)
     assert len(trained) == 24 and all(text.startswith(("a ", "two ")) for text in trained)
     assert len(row.prompts) == row.pictures and set(row.prompts[:24]) == set(trained)

@@ -22,7 +22,7 @@ from rsaft_fast.data.batches import PromptBatches
 from rsaft_fast.errors import UserError
 from rsaft_fast.recipe.load import validate
 from rsaft_fast.train import checkpoint as checkpoints
-from rsaft_fast.train import loop, trainer
+from rsaft_fast.train import run, trainer
 from rsaft_fast.train.logging import RunLog, read_metrics
 from rsaft_fast.train.loop import train
 
@@ -193,7 +193,7 @@ def make_link(path: Path) -> None:
 def test_a_name_that_is_taken_is_known_before_anything_is_loaded(tiny, out, monkeypatch, name, make, overrides):
     out.mkdir()
     make(out / name)
-    monkeypatch.setattr(loop, "Trainer", lambda *arguments: pytest.fail("loaded"))
+    monkeypatch.setattr(run, "Trainer", lambda *arguments: pytest.fail("loaded"))
     with pytest.raises(UserError, match=says("output_dir", out / name)):
         train(config(tiny, out, resume="auto", **overrides))
     assert [path.name for path in out.iterdir()] == [name]

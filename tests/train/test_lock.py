@@ -17,7 +17,7 @@ from rsaft_fast.commands.output import output_folder
 from rsaft_fast.data.encodings import EncodingCache
 from rsaft_fast.errors import UserError
 from rsaft_fast.lock import LOCK, FolderHeldError, sole_writer
-from rsaft_fast.train import loop
+from rsaft_fast.train import run
 from rsaft_fast.train.loop import train
 
 
@@ -110,7 +110,7 @@ def test_a_folder_that_cannot_be_made_is_an_error_not_an_endless_try(tmp_path):
 
 
 def test_a_second_run_is_refused_before_anything_is_loaded(tiny, out, monkeypatch):
-    monkeypatch.setattr(loop._Run, "load", lambda run: pytest.fail("loaded"))
+    monkeypatch.setattr(run.Run, "load", lambda run: pytest.fail("loaded"))
     for resume in (None, "auto"):
         with (
             sole_writer(out, "output_dir"),

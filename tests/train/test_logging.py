@@ -13,7 +13,7 @@ from PIL import Image
 from rsaft_fast.background import Background
 from rsaft_fast.errors import UserError
 from rsaft_fast.train import checkpoint as checkpoints
-from rsaft_fast.train import loop
+from rsaft_fast.train import run
 from rsaft_fast.train.logging import RunLog, read_metrics
 from rsaft_fast.train.loop import train
 
@@ -128,7 +128,7 @@ def test_the_queue_is_bounded():
 
 
 def test_a_checkpoint_is_complete_only_when_the_log_before_it_is_on_the_disk(tiny, out, monkeypatch):
-    compose, write, synced, seen = loop.compose_grid, checkpoints.write_atomically, [], []
+    compose, write, synced, seen = run.compose_grid, checkpoints.write_atomically, [], []
 
     def slowly(*arguments):
         time.sleep(0.3)
@@ -140,9 +140,9 @@ def test_a_checkpoint_is_complete_only_when_the_log_before_it_is_on_the_disk(tin
             seen.append((step, (out / f"samples/step_{step}.png").is_file(), len(read_metrics(out)), len(synced)))
         return write(path, text)
 
-    fsync = loop.RunLog.flush
-    monkeypatch.setattr(loop.RunLog, "flush", lambda log: (fsync(log), synced.append(1))[0])
-    monkeypatch.setattr(loop, "compose_grid", slowly)
+    fsync = run.RunLog.flush
+    monkeypatch.setattr(run.RunLog, "flush", lambda log: (fsync(log), synced.append(1))[0])
+    monkeypatch.setattr(run, "compose_grid", slowly)
     monkeypatch.setattr(checkpoints, "write_atomically", watched)
     train(config(tiny, out, max_steps=2, checkpoint_every=1, samples={"every": 1, "count": 1}))
     assert seen == [(1, True, 1, 1), (2, True, 2, 2)]
@@ -152,7 +152,7 @@ def test_a_run_whose_grids_cannot_be_drawn_goes_on_and_draws_the_last_one_when_i
     grids = {"every": 1, "count": 1}
     said = []
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "compose_grid", lambda *arguments: broken())
+        patch.setattr(run, "compose_grid", lambda *arguments: broken())
         assert train(config(tiny, out, checkpoint_every=1, samples=grids), log=said.append).step == 2
     assert sum("no space left" in line for line in said) == 1
     assert checkpoints.newest(out / "checkpoints")[0].name == "step_2" and not (out / "samples").exists()
@@ -184,7 +184,7 @@ def test_metrics_that_are_no_file_of_lines_are_refused_before_anything_is_loaded
     train(config(tiny, out))
     (out / "metrics.jsonl").unlink()
     (out / "metrics.jsonl").mkdir()
-    monkeypatch.setattr(loop, "Trainer", lambda *arguments: pytest.fail("loaded"))
+    monkeypatch.setattr(run, "Trainer", lambda *arguments: pytest.fail("loaded"))
     with pytest.raises(UserError, match=says("output_dir", "metrics.jsonl", "no file")):
         train(config(tiny, out, max_steps=3, resume="auto"))
     (out / "metrics.jsonl").rmdir()

@@ -392,11 +392,11 @@ def test_an_error_of_another_kind_is_not_dressed_up(tiny, out, monkeypatch):
 
 
 def test_a_perturbation_that_rounding_swallows_is_warned_of_once(tiny, out):
-    from rsaft_fast.train.loop import _Run
+    from rsaft_fast.train.run import Run
 
     said = []
     settings = config(tiny, out)
-    run = _Run(settings, said.append)
+    run = Run(settings, said.append)
     for step, projection in enumerate((0.9, 0.2, 0.1), 1):
         run._warn({"step": step, "projection": projection, "skipped": 0})
     assert len(said) == 1 and says("20%", "perturbation").search(said[0])
