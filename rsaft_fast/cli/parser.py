@@ -6,12 +6,12 @@ import argparse
 import difflib
 import re
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from rsaft_fast import __version__
 from rsaft_fast.cli import texts
+from rsaft_fast.cli.values import checkpoint, checkpoint_or_all, gigabytes, natural, path, place, positive, radii
 from rsaft_fast.errors import UserError
-from rsaft_fast.paths import user_path, user_place
 
 _KEY = re.compile(r"[A-Za-z_][\w.]*=")
 
@@ -37,12 +37,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     demo = add("demo", "see plain fine-tuning and RSA-FT side by side on the embedded playground", texts.DEMO)
-    demo.add_argument("--steps", type=_positive, default=40, metavar="N", help="updates of each run (default: 40)")
-    demo.add_argument("--seed", type=_natural, default=0, metavar="N", help="of both runs (default: 0)")
+    demo.add_argument("--steps", type=positive, default=40, metavar="N", help="updates of each run (default: 40)")
+    demo.add_argument("--seed", type=natural, default=0, metavar="N", help="of both runs (default: 0)")
     proxies = ("brittle", "fair", "mixed", "mixed-long", "adversarial")
     demo.add_argument("--proxy", choices=proxies, default="brittle", help="which proxy reward (default: brittle)")
     demo.add_argument(
-        "--output", type=_path, metavar="FOLDER", help="where it writes (default: runs/demo, or the next free one)"
+        "--output", type=path, metavar="FOLDER", help="where it writes (default: runs/demo, or the next free one)"
     )
 
     experiment = add("experiment", "find out on the playground what smoothing does, over seeds", texts.EXPERIMENT)
@@ -52,81 +52,81 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--set", action="append", metavar="NAME", help="this set alone; may be given again")
     experiment.add_argument("--list", action="store_true", help="show the sets and their runs, done or not, and end")
     experiment.add_argument("--report", action="store_true", help="run nothing: tables and pictures of what is there")
-    experiment.add_argument("--seeds", nargs="+", type=_natural, metavar="N", help="in place of the sets' own")
+    experiment.add_argument("--seeds", nargs="+", type=natural, metavar="N", help="in place of the sets' own")
     experiment.add_argument("--proxies", nargs="+", metavar="NAME", help="runs on these rewards alone")
-    experiment.add_argument("--jobs", type=_positive, metavar="N", help="runs at a time (default: GPUs, or cores)")
-    experiment.add_argument("--budget", type=_positive, metavar="MINUTES", help="begin no new run after this long")
-    experiment.add_argument("--output", type=_path, metavar="FOLDER", help="of the results (default: as above)")
-    experiment.add_argument("--page", type=_path, metavar="FILE", help="also write all tables between FILE's markers")
-    experiment.add_argument("--readme", type=_path, metavar="FILE", help="also write the main one between FILE's")
-    experiment.add_argument("--alarms", type=_path, metavar="FILE", help="also write how often monitors would warn")
+    experiment.add_argument("--jobs", type=positive, metavar="N", help="runs at a time (default: GPUs, or cores)")
+    experiment.add_argument("--budget", type=positive, metavar="MINUTES", help="begin no new run after this long")
+    experiment.add_argument("--output", type=path, metavar="FOLDER", help="of the results (default: as above)")
+    experiment.add_argument("--page", type=path, metavar="FILE", help="also write all tables between FILE's markers")
+    experiment.add_argument("--readme", type=path, metavar="FILE", help="also write the main one between FILE's")
+    experiment.add_argument("--alarms", type=path, metavar="FILE", help="also write how often monitors would warn")
 
     report = add("report", "show a run, several runs or an experiment in one HTML page", texts.REPORT)
     report.add_argument(
-        "runs", nargs="+", type=_path, metavar="RUN", help="run folders, a folder of them, or an experiment's folder"
+        "runs", nargs="+", type=path, metavar="RUN", help="run folders, a folder of them, or an experiment's folder"
     )
     report.add_argument(
-        "-o", "--output", type=_path, metavar="FILE", help="default: report.html in the folder; of several, here"
+        "-o", "--output", type=path, metavar="FILE", help="default: report.html in the folder; of several, here"
     )
 
     compare = add("compare", "set runs side by side: the demo's picture and the report of your own", texts.COMPARE)
-    compare.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="run folders, or a folder of them")
+    compare.add_argument("runs", nargs="+", type=path, metavar="RUN", help="run folders, or a folder of them")
     compare.add_argument(
-        "-o", "--output", type=_path, metavar="FOLDER", help="new (default: runs/comparison, or the next free one)"
+        "-o", "--output", type=path, metavar="FOLDER", help="new (default: runs/comparison, or the next free one)"
     )
 
     ab = add("ab", "a page on which people compare two sets of pictures, blindly", texts.AB)
-    ab.add_argument("sets", nargs="*", type=_path, metavar="PICTURES", help="two folders of pictures, or two runs")
-    ab.add_argument("-o", "--output", type=_path, default="ab.html", metavar="FILE", help="the page (default: ab.html)")
-    ab.add_argument("--prompts", type=_place, metavar="FILE", help="a file or set, as sample's --prompts-file")
-    ab.add_argument("--seed", type=_natural, default=0, metavar="N", help="of order and sides (default: 0)")
+    ab.add_argument("sets", nargs="*", type=path, metavar="PICTURES", help="two folders of pictures, or two runs")
+    ab.add_argument("-o", "--output", type=path, default="ab.html", metavar="FILE", help="the page (default: ab.html)")
+    ab.add_argument("--prompts", type=place, metavar="FILE", help="a file or set, as sample's --prompts-file")
+    ab.add_argument("--seed", type=natural, default=0, metavar="N", help="of order and sides (default: 0)")
     ab.add_argument(
-        "--side", type=_positive, default=768, metavar="PIXELS", help="longest side of a picture (default: 768)"
+        "--side", type=positive, default=768, metavar="PIXELS", help="longest side of a picture (default: 768)"
     )
-    ab.add_argument("--read", nargs="+", type=_path, metavar="CSV", help="count exported answers instead")
+    ab.add_argument("--read", nargs="+", type=path, metavar="CSV", help="count exported answers instead")
 
     sample = add("sample", "draw pictures with a pipeline or a run", texts.SAMPLE)
     sample.add_argument(
         "pipeline",
         nargs="?",
-        type=_place,
+        type=place,
         metavar="PIPELINE",
         help="folder in diffusers' format, hub id, or playground (default: the run's)",
     )
     trained = sample.add_mutually_exclusive_group()
     trained.add_argument(
-        "--run", type=_path, metavar="FOLDER", help="a run folder: its newest checkpoint and its sampler settings"
+        "--run", type=path, metavar="FOLDER", help="a run folder: its newest checkpoint and its sampler settings"
     )
-    trained.add_argument("--lora", type=_path, metavar="PATH", help="a LoRA in diffusers' format, file or folder")
+    trained.add_argument("--lora", type=path, metavar="PATH", help="a LoRA in diffusers' format, file or folder")
     sample.add_argument("--untrained", action="store_true", help="with --run: its settings, without its training")
     sample.add_argument(
-        "--checkpoint", type=_checkpoint, metavar="STEP", help="with --run: best, or the weights of that step"
+        "--checkpoint", type=checkpoint, metavar="STEP", help="with --run: best, or the weights of that step"
     )
     prompts = sample.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompts", nargs="+", metavar="TEXT", help="prompts, each in quotes")
     prompts.add_argument(
         "--prompts-file",
-        type=_place,
+        type=place,
         metavar="FILE",
         help=".txt, .csv, .tsv, .json, .jsonl, .parquet, starter, playground, or a set: drawbench, hpdv2, hpdv2-photo, "
         "hpdv2-400, partiprompts, geneval, geneval2, dpg-bench, unigenbench, ocr, pickapic, or NAME=PATH",
     )
     sample.add_argument(
-        "--seeds", nargs="+", type=_natural, default=[0], metavar="N", help="a picture each (default: 0)"
+        "--seeds", nargs="+", type=natural, default=[0], metavar="N", help="a picture each (default: 0)"
     )
     sample.add_argument("--negative", metavar="TEXT", help="negative prompt (default: the run's, else none)")
     _add_sampling(sample)
     _add_device(sample)
     _add_batch_size(sample)
-    sample.add_argument("--output", type=_path, metavar="FOLDER", help="default: samples, or the next free one")
+    sample.add_argument("--output", type=path, metavar="FOLDER", help="default: samples, or the next free one")
 
     score = add("score", "score pictures with reward models", texts.SCORE)
     _add_pictures(score)
     score.add_argument(
-        "--calibration", type=_path, metavar="FILE", help="also write each reward's centre and width to this file"
+        "--calibration", type=path, metavar="FILE", help="also write each reward's centre and width to this file"
     )
     score.add_argument(
-        "--output", default="scores.csv", type=_path, metavar="FILE", help="new CSV (default: scores.csv)"
+        "--output", default="scores.csv", type=path, metavar="FILE", help="new CSV (default: scores.csv)"
     )
     _add_device(score)
     _add_batch_size(score)
@@ -135,15 +135,15 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "models",
         nargs="+",
-        type=_place,
+        type=place,
         metavar="RUN|MODEL",
         help="run folders, and pipelines as sample takes them; a run's own pipeline is compared with by itself",
     )
     asked = evaluate.add_mutually_exclusive_group()
-    asked.add_argument("--prompts", type=_place, metavar="FILE|SET", help="as sample's --prompts-file")
+    asked.add_argument("--prompts", type=place, metavar="FILE|SET", help="as sample's --prompts-file")
     asked.add_argument(
         "--protocol",
-        type=_place,
+        type=place,
         metavar="NAME[=PATH]",
         help="a frozen set with its number of pictures: drawbench, hpdv2-400, hpdv2-3200, partiprompts, geneval, "
         "geneval2, dpg-bench, unigenbench; from the hub, or at PATH",
@@ -157,15 +157,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "--checkpoint",
-        type=_checkpoint_or_all,
+        type=checkpoint_or_all,
         metavar="STEP",
         help="of every run: last (default), best, all, or a number of updates; all compares runs at equal reward",
     )
-    evaluate.add_argument("--count", type=_positive, metavar="N", help="the first N prompts alone")
-    evaluate.add_argument("--pictures", type=_positive, metavar="N", help="of each prompt (default: 1)")
-    evaluate.add_argument("--seed", type=_natural, metavar="N", help="of each prompt's first picture (default: 0)")
+    evaluate.add_argument("--count", type=positive, metavar="N", help="the first N prompts alone")
+    evaluate.add_argument("--pictures", type=positive, metavar="N", help="of each prompt (default: 1)")
+    evaluate.add_argument("--seed", type=natural, metavar="N", help="of each prompt's first picture (default: 0)")
     evaluate.add_argument(
-        "--features", type=_place, metavar="PATH", help="DINOv2 or DINOv3, for FID, KID and diversity: folder or hub id"
+        "--features", type=place, metavar="PATH", help="DINOv2 or DINOv3, for FID, KID and diversity: folder or hub id"
     )
     evaluate.add_argument(
         "--s1", type=float, default=0.3, metavar="R", help="L2 radius of the sharpness S1; 0 leaves it out (0.3)"
@@ -174,7 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_device(evaluate)
     _add_batch_size(evaluate)
     evaluate.add_argument(
-        "--output", type=_path, metavar="FOLDER", help="new, or begun (default: RUN/evaluation/PROMPTS)"
+        "--output", type=path, metavar="FOLDER", help="new, or begun (default: RUN/evaluation/PROMPTS)"
     )
 
     sharpness = add("sharpness", "say how sharp reward models are at pictures", texts.SHARPNESS)
@@ -189,12 +189,12 @@ def build_parser() -> argparse.ArgumentParser:
         default="pixel01",
         help="where the ball lies (default: pixel01)",
     )
-    sharpness.add_argument("--pipeline", type=_place, metavar="PATH", help="with --space latent: whose latents")
-    sharpness.add_argument("--steps", type=_positive, default=20, metavar="N", help="of the search (default: 20)")
+    sharpness.add_argument("--pipeline", type=place, metavar="PATH", help="with --space latent: whose latents")
+    sharpness.add_argument("--steps", type=positive, default=20, metavar="N", help="of the search (default: 20)")
     sharpness.add_argument(
-        "--restarts", type=_natural, default=0, metavar="N", help="further searches from random points (default: 0)"
+        "--restarts", type=natural, default=0, metavar="N", help="further searches from random points (default: 0)"
     )
-    sharpness.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the random points (default: 0)")
+    sharpness.add_argument("--seed", type=natural, default=0, metavar="N", help="of the random points (default: 0)")
     sharpness.add_argument(
         "--with-reward",
         action="append",
@@ -203,13 +203,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="a reward whose scores S1 is correlated with",
     )
     sharpness.add_argument(
-        "--output", default="sharpness.csv", type=_path, metavar="FILE", help="new CSV (default: sharpness.csv)"
+        "--output", default="sharpness.csv", type=path, metavar="FILE", help="new CSV (default: sharpness.csv)"
     )
     _add_device(sharpness)
     _add_batch_size(sharpness)
 
     push = add("push", "publish what a run trained on the Hugging Face hub, with a model card", texts.PUSH)
-    push.add_argument("run", type=_path, metavar="RUN", help="a run folder")
+    push.add_argument("run", type=path, metavar="RUN", help="a run folder")
     push.add_argument("--repo", required=True, metavar="OWNER/NAME", help="the model repository, made if need be")
     push.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which export (default: last)")
     push.add_argument(
@@ -218,7 +218,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="as the hub calls it, such as apache-2.0 (default: the base model's, where known)",
     )
     push.add_argument(
-        "--evaluation", type=_path, metavar="FOLDER", help="of eval, for the card (default: the run's newest)"
+        "--evaluation", type=path, metavar="FOLDER", help="of eval, for the card (default: the run's newest)"
     )
     push.add_argument("--private", action="store_true", help="a repository that is made is private")
     push.add_argument("--dry-run", action="store_true", help="send nothing: show the files and the card")
@@ -226,22 +226,22 @@ def build_parser() -> argparse.ArgumentParser:
     serve = add("serve", "serve reward models to other processes, over HTTP", texts.SERVE)
     _add_reward(serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    serve.add_argument("--port", type=_natural, default=8765, metavar="N", help="0 takes a free one (default: 8765)")
+    serve.add_argument("--port", type=natural, default=8765, metavar="N", help="0 takes a free one (default: 8765)")
     _add_device(serve)
     serve.add_argument(
-        "--max-pictures", type=_positive, default=64, metavar="N", help="of a request and of a call (default: 64)"
+        "--max-pictures", type=positive, default=64, metavar="N", help="of a request and of a call (default: 64)"
     )
     serve.add_argument(
-        "--max-bytes", type=_positive, default=256 * 2**20, metavar="N", help="of a request (default: 268435456)"
+        "--max-bytes", type=positive, default=256 * 2**20, metavar="N", help="of a request (default: 268435456)"
     )
     serve.add_argument(
-        "--max-prompt", type=_positive, default=10_000, metavar="N", help="characters of a prompt (default: 10000)"
+        "--max-prompt", type=positive, default=10_000, metavar="N", help="characters of a prompt (default: 10000)"
     )
-    serve.add_argument("--timeout", type=_positive, default=300, metavar="S", help="of a request (default: 300)")
+    serve.add_argument("--timeout", type=positive, default=300, metavar="S", help="of a request (default: 300)")
 
     convert = add("convert", "write a reward's pickle as safetensors", texts.CONVERT)
-    convert.add_argument("source", type=_place, metavar="SRC", help="what reward.path would be: file, folder or hub id")
-    convert.add_argument("folder", type=_path, metavar="DST", help="folder to write into")
+    convert.add_argument("source", type=place, metavar="SRC", help="what reward.path would be: file, folder or hub id")
+    convert.add_argument("folder", type=path, metavar="DST", help="folder to write into")
     convert.add_argument("--reward", required=True, metavar="NAME", help="the family, such as hpsv2.1")
     convert.add_argument("--force", action="store_true", help="replace files that are there")
 
@@ -249,9 +249,9 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--cases", metavar="A,B", help="parameter lists, images, host (default: all that fit)")
     bench.add_argument("--dtypes", metavar="A,B", help="of fp32, bf16 (with an fp32 master), 8bit (default: all)")
     bench.add_argument("--providers", metavar="A,B", help="who is measured (default: all that are installed)")
-    bench.add_argument("--results", type=_path, metavar="FOLDER", help="write FOLDER/<gpu>/<date>.json, row by row")
+    bench.add_argument("--results", type=path, metavar="FOLDER", help="write FOLDER/<gpu>/<date>.json, row by row")
     bench.add_argument("--quick", action="store_true", help="two models' lists, five calls instead of twenty")
-    bench.add_argument("--budget", type=_positive, metavar="SECONDS", help="begin nothing new after this long")
+    bench.add_argument("--budget", type=positive, metavar="SECONDS", help="begin nothing new after this long")
     bench.add_argument("--goals", action="store_true", help="also show the project's goals, and which are met")
     bench.add_argument("--memory", action="store_true", help="whole updates instead: --cases names runs of that list")
     bench.add_argument("--list", action="store_true", help="show the cases, dtypes and providers, and end")
@@ -261,10 +261,10 @@ def build_parser() -> argparse.ArgumentParser:
     estimate.add_argument("overrides", nargs="*", metavar="key=value", help="keys that replace the recipe's")
     estimate.add_argument("--quick", action="store_true", help="do not look for keys that would lower the peak")
     estimate.add_argument(
-        "--card", type=_gigabytes, metavar="GB", help="memory of the card to compare with (default: the one here)"
+        "--card", type=gigabytes, metavar="GB", help="memory of the card to compare with (default: the one here)"
     )
     estimate.add_argument(
-        "--gpus", type=_positive, default=1, metavar="N", help="the peak of one of N that share the run"
+        "--gpus", type=positive, default=1, metavar="N", help="the peak of one of N that share the run"
     )
     estimate.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
 
@@ -280,7 +280,7 @@ def build_parser() -> argparse.ArgumentParser:
         "of these (default: the recipe's judges)",
     )
     radius.add_argument(
-        "--radii", type=_radii, metavar="A,B", help="to try, beside 0 (default: the recipe's search, else 0.03 to 2)"
+        "--radii", type=radii, metavar="A,B", help="to try, beside 0 (default: the recipe's search, else 0.03 to 2)"
     )
     radius.add_argument("--norm", choices=("l2", "rms"), help="of the ball (default: the recipe's)")
     radius.add_argument(
@@ -293,9 +293,9 @@ def build_parser() -> argparse.ArgumentParser:
         ("image", "compare gradients at the pixels, the cheapest"),
     ):
         compared.add_argument(f"--{name}", dest="gradients", action="store_const", const=name, help=text)
-    radius.add_argument("--pictures", type=_positive, metavar="N", help="to compare on (default: 64)")
-    radius.add_argument("--checkpoint", type=_path, metavar="RUN", help="a run folder: its newest weights")
-    radius.add_argument("--output", type=_path, metavar="FOLDER", help="default: radius, or the next free one")
+    radius.add_argument("--pictures", type=positive, metavar="N", help="to compare on (default: 64)")
+    radius.add_argument("--checkpoint", type=path, metavar="RUN", help="a run folder: its newest weights")
+    radius.add_argument("--output", type=path, metavar="FOLDER", help="default: radius, or the next free one")
 
     add("doctor", "say what runs on this machine, and why", texts.DOCTOR)
     helper = add("help", "say what a command takes", "The same as COMMAND --help.\n")
@@ -306,9 +306,9 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_pictures(command: argparse.ArgumentParser) -> None:
     """Pictures, their prompts, and what looks at them."""
     command.add_argument(
-        "pictures", nargs="+", type=_path, metavar="PICTURES", help="folders of pictures, or single files"
+        "pictures", nargs="+", type=path, metavar="PICTURES", help="folders of pictures, or single files"
     )
-    command.add_argument("--prompts", type=_place, metavar="FILE", help="a file or set, as sample's --prompts-file")
+    command.add_argument("--prompts", type=place, metavar="FILE", help="a file or set, as sample's --prompts-file")
     _add_reward(command)
 
 
@@ -323,11 +323,11 @@ def _add_reward(command: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--steps", type=_positive, metavar="N", help="network calls (default: the run's, or as above)")
+    command.add_argument("--steps", type=positive, metavar="N", help="network calls (default: the run's, or as above)")
     command.add_argument("--guidance", type=float, metavar="W", help="guidance scale (default: the run's, or as above)")
     command.add_argument("--eta", type=float, metavar="X", help="DDIM's noise, 0 to 1 (default: the run's, else 0)")
-    command.add_argument("--height", type=_positive, metavar="PIXELS", help="default: the run's, else the pipeline's")
-    command.add_argument("--width", type=_positive, metavar="PIXELS", help="default: the run's, else the pipeline's")
+    command.add_argument("--height", type=positive, metavar="PIXELS", help="default: the run's, else the pipeline's")
+    command.add_argument("--width", type=positive, metavar="PIXELS", help="default: the run's, else the pipeline's")
     command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the run's, else fp32")
 
 
@@ -336,7 +336,7 @@ def _add_device(command: argparse.ArgumentParser) -> None:
 
 
 def _add_batch_size(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="pictures at a time (default: 8)")
+    command.add_argument("--batch-size", type=positive, default=8, metavar="N", help="pictures at a time (default: 8)")
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -432,76 +432,3 @@ def _example(line: str, width: int) -> list[str]:
         return [line]
     command, _, remark = line.strip().partition("   ")
     return [f"  {command}", *(f"      {part}" for part in _filled(remark.strip(), width - 6))]
-
-
-def _path(text: str) -> str:
-    return _checked(user_path, text)
-
-
-def _place(text: str) -> str:
-    return _checked(user_place, text)
-
-
-def _checked(reader: Callable[[str], str], text: str) -> str:
-    try:
-        return reader(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text[:60]!r}: {error}") from None
-
-
-def _gigabytes(text: str) -> float:
-    try:
-        value = float(re.sub(r"(?i)\s*gi?b$", "", text.strip()))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a number of GB, such as 12") from None
-    if not 1 <= value <= 10_000:
-        raise argparse.ArgumentTypeError(f"{text[:60]} GB; it must be from 1 to 10000")
-    return value
-
-
-def _radii(text: str) -> tuple[float, ...]:
-    """Numbers between commas, 0 or larger, in ascending order; 0, the plain gradient, is compared anyway."""
-    radii = set()
-    for part in text.split(","):
-        try:
-            value = float(part)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{part[:60]!r} is not a number; write 0.1,0.3,1") from None
-        if not 0 <= value <= 1e6:
-            raise argparse.ArgumentTypeError(f"the radius {part[:60]} must be from 0 to 1e6")
-        radii.add(value)
-    if not radii - {0.0}:
-        raise argparse.ArgumentTypeError(f"{text[:60]!r} has no radius above 0; write 0.1,0.3,1")
-    return tuple(sorted(radii - {0.0}))
-
-
-def _checkpoint(text: str, words: tuple[str, ...] = ("best",)) -> int | str:
-    if text in words:
-        return text
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text[:60]!r} is neither {' nor '.join(words)} nor a number of updates")
-    return _natural(text)
-
-
-def _checkpoint_or_all(text: str) -> int | str:
-    return _checkpoint(text, ("last", "best", "all"))
-
-
-def _natural(text: str) -> int:
-    return _integer(text, 0)
-
-
-def _positive(text: str) -> int:
-    return _integer(text, 1)
-
-
-def _integer(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a whole number") from None
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{value} is too small; it must be at least {least}")
-    if value >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text[:60]} is too large; it must be below 2**63")
-    return value
