@@ -124,7 +124,8 @@ def test_diversity_is_measured_in_dino_or_pixels_where_asked_or_needed(tiny, out
 
 def test_a_run_is_evaluated_from_the_start_and_changes_nothing(tiny, out, other, tmp_path):
     said: list[str] = []
-    keys = {"max_steps": 5, "samples": {"every": 2, "count": 3}}
+    # Two pictures of four, by twos: of another batch shape they would differ in rounding.
+    keys = {"max_steps": 5, "samples": {"every": 2, "count": 2}}
     train(config(tiny, out, "sd3", evaluation=watched(other), **keys), log=said.append)
     records = read_evaluations(out)
     assert [record["step"] for record in records] == [0, 2, 4, 5]
