@@ -13,6 +13,7 @@ from typing import Literal
 from rsaft_fast.evaluation.alarms import IMAGE, change
 from rsaft_fast.evaluation.known_preference import TRUTH
 from rsaft_fast.experiments.records import JUDGE, Point, Run
+from rsaft_fast.experiments.table import SELECTION_SEEDS
 from rsaft_fast.experiments.variants import BASELINES, CONTROLS
 from rsaft_fast.recipe.evaluation import EvaluationSettings
 
@@ -20,6 +21,9 @@ ERRORS = 3.0
 """By which r* has to fall."""
 
 Case = Literal["in time", "too soon", "late", "missed", "false", "quiet"]
+FALLS: tuple[Case, ...] = ("in time", "too soon", "late", "missed")
+"""Of a run in which r* fell."""
+
 Warns = Callable[[Run, int], bool | None]
 """Whether a monitor warns at the evaluation of that number; None where the run's file does not say."""
 
@@ -90,6 +94,16 @@ def by_drift(names: Iterable[str], drift: float) -> Warns:
     return warns
 
 
+def by_any(warns: Sequence[Warns]) -> Warns:
+    """Warn where one of these monitors does."""
+
+    def one(run: Run, index: int) -> bool | None:
+        said = [each(run, index) for each in warns]
+        return None if None in said else any(said)
+
+    return one
+
+
 def by_most(warns: Sequence[Warns]) -> Warns:
     """Warn where more than half of these monitors do."""
 
@@ -139,12 +153,49 @@ def table(runs: Sequence[Run]) -> tuple[tuple[str, ...], list[list[str]]]:
     rows = []
     for label, warns in monitors.items():
         count = Counter(case for run in runs if (case := case_of(run, warns)) is not None)
-        fell = sum(count[case] for case in ("in time", "too soon", "late", "missed"))
+        fell = sum(count[case] for case in FALLS)
         calm = count["false"] + count["quiet"]
         if fell + calm:
-            shares = [_share(count[case], fell) for case in ("in time", "too soon", "late", "missed")]
+            shares = [_share(count[case], fell) for case in FALLS]
             rows.append([label, str(fell), *shares, str(calm), _share(count["false"], calm)])
     return HEAD, rows
+
+
+CHOOSING, REPORTED = "choosing", "others"
+CALIBRATION_HEAD = (
+    "monitor",
+    "warns at",
+    *(f"{what}, {on}" for on in (CHOOSING, REPORTED) for what in ("r* fell", "in time", "too soon", "false")),
+)
+CALIBRATION_LEGEND = (
+    "By threshold: how many standard errors a held-out reward is below its best (paired over the pictures), or how "
+    "many standard deviations a statistic has moved. Choosing: runs of the seeds that radii are chosen on; others: every "
+    "other run. A threshold is to be chosen on the former and believed by the latter. Shares of too soon and in time "
+    "are of the runs in which r* fell, of false of those in which it never did."
+)
+
+
+def calibration(runs: Sequence[Run]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Make the table of monitors by threshold, on the selection seeds and on all others apart."""
+    statistics = sorted({name for run in runs for name in _last(run).watched if name.startswith(IMAGE)})
+    monitors: dict[tuple[str, float], Warns] = {}
+    for label, some in (("any reward fell", by_any), ("most rewards fell", by_most)):
+        for errors in (1.0, 2.0, 3.0, 4.0, 6.0):
+            monitors[label, errors] = _of_others(lambda own, some=some, at=errors: some([by_judge(n, at) for n in own]))
+    for drift in (0.25, 0.5, 1.0, 2.0):
+        monitors["any statistic moved", drift] = by_drift(statistics, drift)
+    rows = []
+    for (label, threshold), warns in monitors.items():
+        cells = []
+        for chosen in (True, False):
+            own = [run for run in runs if (run.seed in SELECTION_SEEDS) == chosen]
+            count = Counter(case for run in own if (case := case_of(run, warns)) is not None)
+            fell = sum(count[case] for case in FALLS)
+            calm = count["false"] + count["quiet"]
+            cells += [str(fell), *(_share(count[case], fell) for case in ("in time", "too soon"))]
+            cells.append(_share(count["false"], calm))
+        rows.append([label, f"{threshold:g}", *cells])
+    return CALIBRATION_HEAD, rows
 
 
 def _of_others(make: Callable[[Sequence[str]], Warns]) -> Warns:

@@ -278,7 +278,17 @@ def as_page(sets: Sets, folder: Path, pictures: Mapping[str, str]) -> str:
 def as_alarms(sets: Sets) -> str:
     """Write how often monitors would have warned, in Markdown."""
     runs = _all_runs(sets)
-    return "\n\n".join([f"{len(runs)} runs.", markdown(*alarms.table(runs)), alarms.LEGEND]) if runs else NOTHING
+    if not runs:
+        return NOTHING
+    watched = [run for run in runs if run.points[-1].watched]
+    blocks = [f"{len(runs)} runs.", markdown(*alarms.table(runs)), alarms.LEGEND]
+    if watched:
+        by_threshold = [
+            f"{len(watched)} of them hold what the exact rule needs.",
+            markdown(*alarms.calibration(watched)),
+        ]
+        blocks += ["#### By threshold", *by_threshold, alarms.CALIBRATION_LEGEND]
+    return "\n\n".join(blocks)
 
 
 def _all_runs(sets: Sets) -> list[Run]:

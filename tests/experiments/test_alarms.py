@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from builders.experiment_runs import run
 
-from rsaft_fast.experiments.alarms import by_drift, by_judge, by_mean, case_of, fall_of_truth, table
+from rsaft_fast.experiments.alarms import by_drift, by_judge, by_mean, calibration, case_of, fall_of_truth, table
 from rsaft_fast.experiments.records import Run
 
 
@@ -70,3 +70,18 @@ def test_files_without_a_monitor_are_left_out_of_its_row():
     assert at_all["r* fell"] == "2" and at_all["in time"] == "2 (100%)" and at_all["false"] == "1 (100%)"
     dark = next(row for name, row in found.items() if name.startswith("image/dark"))
     assert dark["late"] == "1 (100%)" and dark["r* never fell"] == "1"
+
+
+def test_thresholds_are_told_apart_on_the_seeds_that_choose_and_on_the_others():
+    warned = told(TURNS, (1, 2, 3, 2, 1), (None, 9, 9, -2.5, -2.5), (None, 0, 0.3, 0, 0))
+    calm = told(RISES, (1, 2, 3, 2, 4), (None, 9, 9, -1.5, 9), (None, 0, 0, 0, 0))
+    head, rows = calibration([dataclasses.replace(warned, seed=100), dataclasses.replace(calm, seed=100), warned])
+    found = {(row[0], row[1]): dict(zip(head, row)) for row in rows}
+    for kind in ("any reward fell", "most rewards fell"):  # there is one
+        one, two, three = (found[kind, threshold] for threshold in "123")
+        assert [one["false, choosing"], two["false, choosing"]] == ["1 (100%)", "0 (0%)"]
+        assert two["in time, choosing"] == two["in time, others"] == "1 (100%)"
+        assert three["in time, choosing"] == "0 (0%)"
+        assert one["r* fell, others"] == "1" and one["false, others"] == "-"
+    assert found["any statistic moved", "0.25"]["in time, others"] == "1 (100%)"
+    assert found["any statistic moved", "0.5"]["in time, others"] == "0 (0%)"
