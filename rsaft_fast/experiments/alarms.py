@@ -169,9 +169,9 @@ CALIBRATION_HEAD = (
 )
 CALIBRATION_LEGEND = (
     "By threshold: how many standard errors a held-out reward is below its best (paired over the pictures), or how "
-    "many standard deviations a statistic has moved. Choosing: runs of the seeds that radii are chosen on; others: every "
-    "other run. A threshold is to be chosen on the former and believed by the latter. Shares of too soon and in time "
-    "are of the runs in which r* fell, of false of those in which it never did."
+    "many standard deviations a statistic has moved. Choosing: runs of the seeds that radii are chosen on; others: "
+    "every other run. A threshold is to be chosen on the former and believed by the latter. Shares of too soon and "
+    "in time are of the runs in which r* fell, of false of those in which it never did."
 )
 
 
