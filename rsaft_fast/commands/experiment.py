@@ -101,7 +101,8 @@ def _report(arguments: argparse.Namespace, folder: Path) -> None:
     print(as_text(sets))
     if not sets:
         return
-    pictures = draw(sets, folder)
+    # Beside a page that shows them: a built site holds its own folder alone.
+    pictures = draw(sets, Path(arguments.page).parent / "pictures" if arguments.page is not None else folder)
     for path in pictures.values():
         tell(f"rsaft-fast: {path}")
     for page, said in (
