@@ -10,7 +10,11 @@ from rsaft_fast import playground
 from rsaft_fast.experiments.row import Row, common_keys
 from rsaft_fast.experiments.variants import PLAIN
 
-COUNTING_SEEDS = (30, 31, 32)
+COUNTING_SEEDS = (30, 31, 32, 33, 34, 35, 36, 37)
+"""Of what is compared. Three were planned and run first; their intervals were too wide to tell anything apart."""
+
+BESIDE_SEEDS = (30, 31, 32)
+"""Of everything else: the first with `counting`, the others with `counting-more`."""
 COUNTING = "counting"
 COUNTER = "rsaft_fast.experiments.counting:count_loosely"
 FEATURES = "playground/brittle"
@@ -103,9 +107,9 @@ def counting_rows(seeds: Sequence[int] | None = None) -> Iterator[Row]:
         seeds: in place of these.
     """
     yield from _counted(COUNTED, seeds or COUNTING_SEEDS)
-    yield from _counted(COUNTED_BESIDE, seeds or COUNTING_SEEDS[:1])
+    yield from _counted(COUNTED_BESIDE, seeds or BESIDE_SEEDS[:1])
 
 
 def more_counting_rows(seeds: Sequence[int] | None = None) -> Iterator[Row]:
     """Yield the other seeds of what `counting_rows` has one of."""
-    yield from _counted(COUNTED_BESIDE, seeds or COUNTING_SEEDS[1:])
+    yield from _counted(COUNTED_BESIDE, seeds or BESIDE_SEEDS[1:])

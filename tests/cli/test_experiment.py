@@ -34,7 +34,11 @@ def test_a_report_trains_nothing_and_fills_pages(tmp_path, capsys):
     assert main(["experiment", "--report", "--output", str(tmp_path), *pages]) == 0
     first = capsys.readouterr().out
     assert "quick: the brittle proxy" in first and "0.500" in first
-    assert "](pictures/quick.png)" in page.read_text() and (tmp_path / "pictures/quick.png").is_file() and "brittle, both" in readme.read_text()
+    assert (
+        "](pictures/quick.png)" in page.read_text()
+        and (tmp_path / "pictures/quick.png").is_file()
+        and "brittle, both" in readme.read_text()
+    )
     assert "| r* never fell |" in alarms.read_text()
     assert main(["experiment", "--report", "--output", str(tmp_path)]) == 0
     assert capsys.readouterr().out == first
