@@ -313,7 +313,8 @@ class _Walk:
         config, live, run = self.config, self.live, self.run
         batches = run.batches(run.backbone, run.encoded, 0)
         others = len(batches) // config.method.updates_per_iteration - 1
-        accounted = AccountedOptimizer(run.optimizer, earlier=others > 0, between=self._first_pass_done)
+        perturbs = config.smoothing.parameters is not None
+        accounted = AccountedOptimizer(run.optimizer, others > 0, self._first_pass_done, perturbs)
         for name, tensors in accounted.held.items():
             if tensors:
                 self.standing[name] = sum(live.size(t) for t in tensors)

@@ -29,9 +29,9 @@ class AccountedOptimizer:
         held: what it keeps between updates, by name. host_bytes: of state that is on the host instead.
     """
 
-    def __init__(self, optimizer: SAMAdamW, earlier: bool, between: Callable[[], None]):
+    def __init__(self, optimizer: SAMAdamW, earlier: bool, between: Callable[[], None], perturbs: bool = True):
         """`earlier`: gradients of earlier micro-batches are there when a pass begins. `between`: called when the first
-        pass over the last micro-batch is done."""
+        pass over the last micro-batch is done. `perturbs`: whether weights ever are; else none is kept a backup of."""
         self.release_gradients, self.backup = optimizer.release_gradients, optimizer.backup
         self.param_groups = optimizer.param_groups
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -51,7 +51,9 @@ class AccountedOptimizer:
                 tensor for state in states for name, tensor in state.items() if name.startswith(MOMENTS)
             ],
             "backup of the perturbed weights": [
-                torch.empty_like(p) for p, s in zip(self.params, storages) if not s.master and s.backup == "own"
+                torch.empty_like(p)
+                for p, s in zip(self.params, storages)
+                if perturbs and not s.master and s.backup == "own"
             ],
             "tables of the kernels": [self._table()],
         }

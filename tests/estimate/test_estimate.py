@@ -97,6 +97,7 @@ CASES = {
     ("sd3", "a block kept"): CHECKPOINTED | {"backbone__keep_blocks": 1},
     ("sd3", "two calls, checkpointed"): CHECKPOINTED | {"method": {"name": "draft", "k": 2}},
     ("sd3", "no smoothing"): {"smoothing": {"image": None, "parameters": None}},
+    ("sd3", "full, no smoothing"): FULL | {"smoothing": {"image": None, "parameters": None}},  # nothing is backed up
     ("sd3", "full, momentum"): FULL | {"smoothing": {"parameters": {"direction": "momentum"}}},
     ("sd3", "full, friendly"): FULL | {"smoothing": {"parameters": {"direction": "friendly"}}},
     ("sd3", "full, checkpointed"): FULL | CHECKPOINTED,
