@@ -133,7 +133,9 @@ def verdicts(sets: Sets) -> list[str]:
 
 def _verdict(title: str, own: Mapping[Key, Seeds], proxy: str, method: str) -> str:
     plain = measure.plain_of(own, proxy, method)
-    found = {key[2]: measure.summary(key[2], seeds, plain) for key, seeds in own.items() if key[2] != PLAIN}
+    # Of one seed there is no interval, and nothing to say.
+    several = {key[2]: seeds for key, seeds in own.items() if key[2] != PLAIN and len(seeds) > 1}
+    found = {label: measure.summary(label, seeds, plain) for label, seeds in several.items()}
     start = next(iter(next(iter(own.values())).values())).points[0].truth
     said = [f"{title}: r* is {start:.3f} before any update"]
     if plain:
