@@ -97,7 +97,8 @@ def _run_sets(arguments: argparse.Namespace, names: list[str], folder: Path) -> 
 
 def _report(arguments: argparse.Namespace, folder: Path) -> None:
     """Print the tables; draw, and write the pages, where there is anything."""
-    sets = _asked(arguments.set, load_sets(folder, tell))
+    everything = load_sets(folder, tell)
+    sets = _asked(arguments.set, everything)
     print(as_text(sets))
     if not sets:
         return
@@ -108,7 +109,7 @@ def _report(arguments: argparse.Namespace, folder: Path) -> None:
     for page, said in (
         (arguments.page, lambda place: as_page(sets, folder, {n: _link(p, place) for n, p in pictures.items()})),
         (arguments.readme, lambda place: as_readme(sets)),
-        (arguments.alarms, lambda place: as_alarms(sets)),
+        (arguments.alarms, lambda place: as_alarms(everything)),
     ):
         if page is not None:
             write_page(Path(page), said(Path(page)))
