@@ -8,7 +8,9 @@ The optimizer perturbs along what it finds in `.grad`, of whatever origin: a dir
   every so many updates (LookSAM's interval, arXiv 2203.02714): both save first passes;
 - the first pass's gradient less its running mean (friendly SAM, arXiv 2403.12350), and SAM's direction with GSAM's
   change of the update's gradient (arXiv 2203.08065): two passes, as SAM;
-- of LoRA, the direction that is steepest in the weight W + s B A.
+- of LoRA, the direction that is steepest in the weight W + s B A, or FMLoRA's (arXiv 2508.00522).
+
+Bi-LoRA's second adapter, which is no direction in the trained weights, is `auxiliary`'s.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ from rsaft_fast.smoothing.settings import ParameterSmoothing
 MEAN_GRADIENT, DIRECTION = "gradient_mean", "direction"
 """What is kept between updates, each a tensor for every parameter: a running mean (fp32), a direction."""
 
-KEPT = (MEAN_GRADIENT, DIRECTION)
+AUXILIARY, AUXILIARY_MEAN, AUXILIARY_SQUARE = "auxiliary", "auxiliary_mean", "auxiliary_square"
+"""What Bi-LoRA keeps: the second adapter, and the moments of its own steps."""
+
+KEPT = (MEAN_GRADIENT, DIRECTION, AUXILIARY, AUXILIARY_MEAN, AUXILIARY_SQUARE)
 _A, _B = ".lora_A.", ".lora_B."
 
 
@@ -42,13 +47,14 @@ class Ascent:
         Args:
             settings: of `smoothing.parameters`.
             parameters: what is trained, by name.
-            lora_scale: s of W + s B A, for `space: full`.
+            lora_scale: s of W + s B A, for a space other than the factors'.
 
         Raises:
-            UserError: `space: full` of parameters that are no pairs of LoRA's A and B.
+            UserError: such a space, of parameters that are no pairs of LoRA's A and B.
         """
         self.settings, self.parameters, self.lora_scale = settings, dict(parameters), lora_scale
-        self._pairs = _lora_pairs(self.parameters) if settings.space == "full" else []
+        self._pairs = lora_pairs(self.parameters, f"space is {settings.space}") if settings.space != "factor" else []
+        self._wanted: torch.Tensor | None = None
         self._first: dict[str, torch.Tensor] = {}
         self.kept = {name: self._zeros(name) for name in kept_by(settings)}
 
@@ -73,13 +79,13 @@ class Ascent:
             gradients = {name: g - (settings.sigma * mean[name]).to(g.dtype) for name, g in gradients.items()}
         elif settings.direction == "gsam":
             self._first = gradients
-        if settings.space == "full":
-            gradients = self._steepest(gradients)
+        if settings.space != "factor":
+            gradients = self._in_the_weight(gradients)
         if settings.reuse > 1:
             finite = _all_finite(gradients)
             for name, kept in self.kept[DIRECTION].items():
                 kept.copy_(torch.where(finite, gradients.get(name, torch.zeros_like(kept)), kept))
-        if settings.space == "full" or settings.direction == "friendly":
+        if settings.space != "factor" or settings.direction == "friendly":
             self._put(gradients)
 
     @torch.no_grad()
@@ -87,7 +93,7 @@ class Ascent:
         """Put the direction that is kept into `.grad`, in an update without a first pass."""
         if self.settings.direction == "momentum":
             kept = self.kept[MEAN_GRADIENT]
-            kept = self._steepest(kept) if self.settings.space == "full" else kept
+            kept = self._in_the_weight(kept) if self.settings.space != "factor" else kept
         else:
             kept = self.kept[DIRECTION]
         # A copy: the optimizer may keep the old weights in the memory of what it finds.
@@ -150,6 +156,40 @@ class Ascent:
             g = second[name]
             g.mul_((1 + alpha * along).to(g.dtype)).sub_(alpha * first[name])
 
+    def _in_the_weight(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the change of B, up to a common factor, that the space asks for."""
+        return self._steepest(gradients) if self.settings.space == "full" else self._transferred(gradients)
+
+    def _transferred(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return FMLoRA's change of B (eqs. 10 to 15), and remember the length of the estimate that it follows from.
+
+        With G = dr/dW, the factors' gradients are s G A^T and s B^T G. The estimate of G is
+        H = (dr/dB (A^T)^+ + (B^T)^+ dr/dA) / 2s = (G P_A + P_B G) / 2, P the projections onto A's rows and B's columns,
+        and eps in W is rho H / |H|; B takes s^-1 of it times A^+. Nothing of W's size is made.
+        """
+        found, squares = {}, []
+        for a, b in self._pairs:
+            if b not in gradients:
+                continue
+            g_b = gradients[b].flatten(1).double()
+            rows = self.parameters[a].detach().flatten(1).double()
+            columns = self.parameters[b].detach().flatten(1).double()
+            g_a = gradients[a].flatten(1).double() if a in gradients else torch.zeros_like(rows)
+            inner_a, inner_b = (
+                torch.linalg.pinv(gram, hermitian=True) for gram in (rows @ rows.T, columns.T @ columns)
+            )
+            through_b = columns @ inner_b  # (B^T)^+
+            first = g_b @ inner_a  # dr/dB (A^T)^+ without its A
+            # |first A|^2 + |through_b g_a|^2 + 2 <first A, through_b g_a>
+            squares.append((first * g_b).sum())
+            squares.append(((inner_b @ g_a) * g_a).sum())
+            squares.append(2 * ((first.T @ through_b) * (rows @ g_a.T)).sum())
+            direction = first + through_b @ (g_a @ rows.T) @ inner_a
+            found[b] = direction.to(gradients[b].dtype).view_as(gradients[b])
+        # Both are without the same factor, 1 / 2s.
+        self._wanted = torch.stack(squares).sum().clamp_min(0).sqrt() if squares else None
+        return found
+
     def _steepest(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the change of B that is steepest in W: dB = (dr/dB) (A A^T)^-1 / s^2, up to a common factor.
 
@@ -173,9 +213,15 @@ class Ascent:
 
     @torch.no_grad()
     def _length_ratio(self) -> float:
-        """The length of what `.grad` holds over that of the change of W that it makes."""
+        """The length of what `.grad` holds over that of the change of W that it makes, or is to make."""
         if not self._pairs:
             return 1.0
+        if self.settings.space == "transferred":
+            present = [self.parameters[b].grad for _, b in self._pairs]
+            held = [g.double().square().sum() for g in present if g is not None]
+            if not held or self._wanted is None:
+                return 1.0
+            return _usable(torch.stack(held).sum().sqrt() / (self.lora_scale * self._wanted))
         own, made = [], []
         for a, b in self._pairs:
             g = self.parameters[b].grad
@@ -186,9 +232,7 @@ class Ascent:
                 made.append(self.lora_scale**2 * ((g @ self._gram(a)) * g).sum())
         if not own:
             return 1.0
-        ratio = (torch.stack(own).sum() / torch.stack(made).sum()).sqrt()
-        # Of nothing, or of what is not finite, the optimizer makes no perturbation whatever the radius.
-        return torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0).item()
+        return _usable((torch.stack(own).sum() / torch.stack(made).sum()).sqrt())
 
 
 def kept_by(settings: ParameterSmoothing) -> tuple[str, ...]:
@@ -199,16 +243,31 @@ def kept_by(settings: ParameterSmoothing) -> tuple[str, ...]:
 
 def needs_ascent(settings: ParameterSmoothing | None) -> bool:
     """Whether the direction of eps is other than the gradient of this update's own first pass."""
-    return settings is not None and (settings.direction != "gradient" or settings.reuse > 1 or settings.space == "full")
+    return settings is not None and (
+        settings.direction != "gradient" or settings.reuse > 1 or settings.space != "factor"
+    )
 
 
-def _lora_pairs(parameters: Mapping[str, torch.nn.Parameter]) -> list[tuple[str, str]]:
+def _usable(ratio: torch.Tensor) -> float:
+    """1 where it is of nothing, or of what is not finite: then nothing is perturbed, whatever the radius."""
+    return 1.0 if ratio.is_meta else torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0).item()
+
+
+def lora_pairs(parameters: Mapping[str, torch.nn.Parameter], asked: str) -> list[tuple[str, str]]:
+    """Pair the names of LoRA's A and B.
+
+    Args:
+        asked: what needs them, as `smoothing.parameters` has it.
+
+    Raises:
+        UserError: a parameter is none of them.
+    """
     pairs = [(name, name.replace(_A, _B)) for name in parameters if _A in name]
     paired = {name for pair in pairs for name in pair}
     if odd := next((name for name in parameters if name not in paired), None) or ("" if pairs else "nothing"):
         raise UserError(
-            f"smoothing.parameters.space is full, and {odd} is no factor of a LoRA: set parameters.train=lora, or take "
-            "space factor, which is the weight's own where it is trained itself"
+            f"smoothing.parameters.{asked}, and {odd} is no factor of a LoRA: set parameters.train=lora, or take "
+            "direction gradient and space factor, which is the weight's own where it is trained itself"
         )
     return pairs
 

@@ -1,7 +1,8 @@
-"""The reward's own gradient through the sampler, at the perturbed picture: ReFL, DRaFT-K, DRaFT-LV, AlignProp, DRTune.
+"""The reward's own gradient through the sampler, at the perturbed picture.
 
-The five differ in the plan that they draw. Image smoothing perturbs the endpoint against the reward's gradient; weight
-smoothing is `update`'s, for this algorithm as for any other.
+The methods (ReFL, DRaFT-K, DRaFT-LV, AlignProp, DRTune, LeapAlign, FlowBP) differ in the plan that they draw. Image
+smoothing perturbs the endpoint against the reward's gradient; weight smoothing is `update`'s, for this algorithm as for
+any other.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 from rsaft_fast.algorithms.anchor import DistanceToBase
 from rsaft_fast.algorithms.ascent import Ascent, needs_ascent
+from rsaft_fast.algorithms.auxiliary import AuxiliaryAdapter
 from rsaft_fast.algorithms.base import Algorithm, At, Figures, no_check
 from rsaft_fast.algorithms.update import update
 from rsaft_fast.data.batches import Batches, MicroBatch
@@ -24,7 +26,8 @@ from rsaft_fast.methods import GradientMethod
 from rsaft_fast.methods.losses import Loss
 from rsaft_fast.optim import SAM, SAMAdamW
 from rsaft_fast.rewards.base import Reward
-from rsaft_fast.sampling import GradientPlan, Schedule, Trajectory, backpropagate, derive_rng, rollout
+from rsaft_fast.sampling import GradientPlan, Leap, Schedule, Trajectory, backpropagate, derive_rng, rollout
+from rsaft_fast.sampling.leaps import require_leaps
 from rsaft_fast.sampling.protocol import Backbone
 from rsaft_fast.smoothing.image import Around, observe_around, perturb_around, rewards_around
 from rsaft_fast.smoothing.objective import Observation, image_perturbation, latent_gradient, observe
@@ -35,6 +38,7 @@ PART = "reward/"
 _AT_THETA = "reward at theta under the second pass's delta"
 _NOMINAL_S1 = "s1 at the radius that all pictures have in common"
 _USUAL_S1 = "usual_s1"
+_SIMILARITY = "similarity"
 _DECAY = 0.9
 """Of the running mean of S1 over updates, which a picture's own radius is measured by."""
 
@@ -129,7 +133,10 @@ class RewardGradient(Algorithm[PlannedBatch]):
     def _draw(self, method: GradientMethod, batch: MicroBatch) -> GradientPlan:
         index = batch.index if self.plan_scope == "micro-batch" else 0
         rng = derive_rng(batch.noise.seed, batch.noise.step, "plan", index)
-        return method.draw(len(self.schedule), rng)
+        plan = method.draw(len(self.schedule), rng)
+        if plan.leaps:
+            require_leaps(self.schedule, method.name)  # pyrefly: ignore[missing-attribute]
+        return plan
 
     def parts(self, experience: list[PlannedBatch], index: int) -> list[PlannedBatch]:
         return experience
@@ -181,6 +188,8 @@ class RewardGradient(Algorithm[PlannedBatch]):
         deltas = [around for around, _ in perturbed]
         reward = self._mean(part, [seen.rewards for seen in observations])
         figures = {"reward": reward, _AT_THETA: reward}
+        if trajectory.similarity is not None:
+            figures[_SIMILARITY] = trajectory.similarity.sum() / self._total(part)
         if image:
             figures[_AT_THETA] = self._mean_perturbed(part, observations, deltas, image)
             if image.per_sample == "s1":
@@ -299,18 +308,20 @@ class RewardGradient(Algorithm[PlannedBatch]):
             smoothed_reward, loss: means where the update's gradient was taken.
             kl_to_base: mean squared difference of the graded calls' predictions from the untrained model's, where the
                 update's gradient was taken; not there without an anchor.
+            similarity: mean weight of the samples, of a method that weighs them by their leaps' errors.
             s1: mean r(x) - r(x - rho g/||g||) at theta (eq. 10), at the probe's radius; None without a probe.
             realised_drop: (r_1 - r_2) / (rho ||grad_theta r||), the same delta in both. Near 1 when the weight
                 perturbation acts as its linearisation says and the gradient sees every call that eps moves: with
                 `resample: graded_only`, or a method that grades all calls. Under `full`, a truncated method's gradient
-                knows the last calls only, eps moves all of them, and the ratio has no such limit. None without weight
+                knows the last calls only, eps moves all of them, and the ratio has no such limit. None where samples
+                are weighted, whose gradient is not that of their mean reward; and without weight
                 smoothing of one radius along the gradient of a first pass.
         """
         realised, ball = None, self.smoothing.parameters
         # One radius for all, along the gradient of the first pass: the linearised drop is rho ||g||.
         linear = ball is not None and ball.direction in ("gradient", "gsam") and ball.space == "factor"
         if ball is not None and linear and not ball.adaptive and not ball.groups and stats["grad_norm"] > 0:
-            if _AT_THETA in sums:
+            if _AT_THETA in sums and _SIMILARITY not in sums:
                 realised = (sums[_AT_THETA] - sums["smoothed_reward"]) / (ball.rho * stats["grad_norm"])
         if _NOMINAL_S1 in sums:
             self._take_up_s1(sums[_NOMINAL_S1])
@@ -359,6 +370,16 @@ def latent_adjoints(
 def _shortened(plan: GradientPlan) -> tuple[GradientPlan, tuple[int, ...]]:
     """A plan of as few calls that has the same peak, and which calls of the schedule it makes."""
     graded = plan.graded[-2:]
+    # Of a call that is differentiated by its input the most is kept; nothing is asked of the first one's.
+    inner = [index for index, call in enumerate(plan.graded) if index and call in plan.through]
+    if inner:
+        graded = plan.graded[inner[-1] - 1 : inner[-1] + 1]
+    if plan.leaps:
+        places = range(len(graded))
+        leaps = tuple(Leap(place, place + 1, (place,)) for place in places)
+        through = (places[-1],) if inner else ()
+        sizes = {"num_steps": len(places), "last": places[-1], "graded": tuple(places)}
+        return replace(plan, **sizes, through=through, leaps=leaps), graded
     calls = tuple(sorted({*graded, plan.last, *(step for step, _ in plan.renoise)}))
     place = {call: index for index, call in enumerate(calls)}
     short = replace(
@@ -383,6 +404,7 @@ class StepReport:
     realised_drop: float | None
     optimizer: dict[str, float]
     parts: dict[str, float]
+    similarity: float | None = None
 
 
 def rsaft_step(
@@ -396,7 +418,7 @@ def rsaft_step(
     loss: Loss,
     probe: ImageSmoothing | None = None,
     compare_gradients: bool = False,
-    ascent: Ascent | None = None,
+    ascent: Ascent | AuxiliaryAdapter | None = None,
     number: int = 0,
     max_steps: int | None = None,
 ) -> StepReport:
@@ -409,7 +431,7 @@ def rsaft_step(
         compare_gradients: report how far the second pass's gradient turned from the first's, at the price of keeping
             the first's.
         ascent: `Ascent(smoothing.parameters, backbone.trainable_parameters)`, the same through the training, for a
-            direction of eps other than SAM's.
+            direction of eps other than SAM's; for bi_lora an `AuxiliaryAdapter`.
         number: of the update, from 0.
         max_steps: updates in all, for a schedule of the image radius.
 
@@ -425,6 +447,9 @@ def rsaft_step(
     algorithm = RewardGradient(
         backbone, reward, schedule, smoothing=smoothing, loss=loss, probe=probe, max_steps=max_steps
     )
+    for part in batches:
+        if part.plan.leaps:
+            require_leaps(schedule, "of this plan")
     total = sum(len(part.batch.prompts) for part in batches)
     parts = [PlannedBatch(part.batch, part.plan, total) for part in batches]
     figures, stats = update(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rsaft_fast.algorithms.ascent import Ascent
+from rsaft_fast.algorithms.auxiliary import AuxiliaryAdapter
 from rsaft_fast.algorithms.base import Algorithm, At, Figures
 from rsaft_fast.distributed import World
 from rsaft_fast.errors import UserError
@@ -24,7 +25,7 @@ def update(
     perturbs: bool,
     world: World | None = None,
     compare_gradients: bool = False,
-    ascent: Ascent | None = None,
+    ascent: Ascent | AuxiliaryAdapter | None = None,
     number: int = 0,
     adjust: Callable[[], None] | None = None,
 ) -> tuple[dict[str, float | None], dict[str, float]]:
@@ -37,7 +38,7 @@ def update(
         world: whose gradients are summed; None is this process alone.
         compare_gradients: report how far the second pass's gradient turned from the first's, at the price of keeping
             the first's.
-        ascent: the direction of eps; None is SAM's, the first pass's gradient.
+        ascent: the direction of eps, or the adapter that holds it; None is SAM's, the first pass's gradient.
         number: of the update, from 0, by which `ascent` knows whether to make a first pass.
         adjust: may change the update's gradient, in `.grad`, between its last backward pass and the optimizer's step.
 
@@ -61,6 +62,16 @@ def update(
             adjust()
         with phase(UPDATING):
             optimizer.step(plain=True)
+        return _report(algorithm, optimizer, figures, world, turned)
+    if isinstance(ascent, AuxiliaryAdapter):
+        with ascent.attached():
+            figures += [algorithm.backward(part, At.PLAIN) for part in parts]
+        world.sum_gradients([*parameters_of(optimizer), *ascent.tensors])
+        if adjust is not None:
+            adjust()
+        with phase(UPDATING):
+            optimizer.step(plain=True)
+            turned = ascent.climb(optimizer, number)
         return _report(algorithm, optimizer, figures, world, turned)
     first = None
     if ascent is None or ascent.looks_first(number):

@@ -12,6 +12,8 @@ matrices, the three below 2^-24 are left out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 
 import torch
@@ -21,6 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from rsaft_fast.ops import bf16_parts
 from rsaft_fast.ops.split_bf16 import PARTS
+
+_MORE = "second adapter"
+"""Where a layer has it, in its `__dict__`."""
 
 LEFT, RIGHT = (0, 0, 0, 1, 1, 2), (0, 1, 2, 0, 1, 0)
 """Parts of two matrices whose products are not below the last bit, in the order in which they are stacked."""
@@ -139,9 +144,35 @@ def keep_inputs(denoiser: nn.Module) -> None:
 def _forward(self: LoraLayer, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     name = _plain_adapter(self)
     autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # torch knows none on the meta device
+    more = self.__dict__.get(_MORE)
     if name is None or args or kwargs or autocast:
-        return type(self).forward(self, x, *args, **kwargs)
-    return add_low_rank(self.base_layer(x), x, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+        out = type(self).forward(self, x, *args, **kwargs)
+        return out if more is None else add_low_rank(out, x, *more, next(iter(self.scaling.values())))
+    a, b = self.lora_A[name].weight, self.lora_B[name].weight
+    if more is not None:  # one product of twice the rank, rounded once
+        a, b = torch.cat([a, more[0]]), torch.cat([b, more[1]], dim=1)
+    return add_low_rank(self.base_layer(x), x, a, b, self.scaling[name])
+
+
+def takes_more(module: nn.Module) -> bool:
+    """Whether a second adapter can stand beside the module's own: a low-rank linear layer after `keep_inputs`."""
+    return (
+        isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear) and "forward" in vars(module)
+    )
+
+
+@contextmanager
+def beside(module: nn.Module, a: torch.Tensor, b: torch.Tensor) -> Iterator[None]:
+    """Let a layer of `takes_more` compute with another adapter beside its own, scaled like it, inside the block.
+
+    Args:
+        a: (r, in). b: (out, r). No parameters of the module: nothing saves or trains them.
+    """
+    module.__dict__[_MORE] = (a, b)
+    try:
+        yield
+    finally:
+        del module.__dict__[_MORE]
 
 
 def _plain_adapter(layer: LoraLayer) -> str | None:

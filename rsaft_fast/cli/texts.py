@@ -33,7 +33,10 @@ examples:
   rsaft-fast train playground.yaml                                  a shipped recipe, by name
   rsaft-fast train my.yaml max_steps=200 output_dir=runs/a seed=1   three keys replaced
   rsaft-fast train my.yaml smoothing=null                           the same method without smoothing
-  rsaft-fast train my.yaml method.name=drtune method.k=3            another method, with its own keys
+  rsaft-fast train my.yaml method.name=drtune method.k=3            another method, with its own keys: refl, draft,
+                                                                    draft_lv, alignprop, drtune, leapalign,
+                                                                    flowbp_sparse, flowbp_bridge, flowbp_lagrange,
+                                                                    flow_grpo, nft, python
   rsaft-fast train my.yaml resume=auto                              go on where output_dir stopped, or start
   rsaft-fast train my.yaml resume=runs/a max_steps=400              go on with that run
   torchrun --nproc-per-node 8 -m rsaft_fast train my.yaml           the same run on eight GPUs

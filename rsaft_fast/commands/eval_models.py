@@ -51,7 +51,8 @@ LAST, ALL = "last", "all"
 DRAWN = "drawn.json"
 METHODS = {
     **{"refl": "ReFL", "draft": "DRaFT", "draft_lv": "DRaFT-LV", "alignprop": "AlignProp", "drtune": "DRTune"},
-    **{"flow_grpo": "Flow-GRPO", "nft": "DiffusionNFT"},
+    **{"leapalign": "LeapAlign", "flowbp_sparse": "FlowBP-Sparse", "flowbp_bridge": "FlowBP-Bridge"},
+    **{"flowbp_lagrange": "FlowBP-Lagrange", "flow_grpo": "Flow-GRPO", "nft": "DiffusionNFT"},
 }
 
 

@@ -17,7 +17,7 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.agreement import FixedSet, measure
 from rsaft_fast.evaluation.radius import RadiusReport, balls_of, draw_curve, find_radius
 from rsaft_fast.files import write_atomically
-from rsaft_fast.methods import GradientMethod
+from rsaft_fast.methods import GradientMethod, a_gradient_method
 from rsaft_fast.out_of_memory import oom_as_user_error
 from rsaft_fast.progress import tell, watched
 from rsaft_fast.recipe.agreement import AgreementSettings
@@ -62,8 +62,8 @@ def _settle(config: Config, arguments: argparse.Namespace) -> tuple[Config, Imag
     """
     if not isinstance(config.method, GradientMethod):
         raise UserError(
-            f"method.name is {config.method.name}, which follows no reward gradient; radius compares those of draft, "
-            "refl, draft_lv, alignprop and drtune"
+            f"method.name is {config.method.name}, which follows no reward gradient; radius compares those of "
+            f"{a_gradient_method()}"
         )
     judges = parse_judges(arguments.judges) if arguments.judges is not None else config.judges
     if not judges:

@@ -92,8 +92,11 @@ def sections(sets: Sets) -> list[tuple[str, Table]]:
     for name in ("quick", "core"):
         for proxy in _proxies(sets.get(name, {})):
             made.append((f"{name}: the {proxy} proxy, DRaFT-1", _kinds(_of_proxy(sets[name], proxy))))
-    for proxy in _proxies(sets.get("methods", {})):
-        made.append((f"methods: the {proxy} proxy", _kinds(_of_proxy(sets["methods"], proxy), methods=True)))
+    for name in ("methods", "trajectory"):
+        for proxy in _proxies(sets.get(name, {})):
+            made.append((f"{name}: the {proxy} proxy", _kinds(_of_proxy(sets[name], proxy), methods=True)))
+    for proxy in _proxies(sets.get("lora-space", {})):
+        made.append((f"lora-space: the {proxy} proxy, LoRA, DRaFT-1", _kinds(_of_proxy(sets["lora-space"], proxy))))
     for name in ("baselines", "variants"):
         if name in sets:
             made.append((f"{name}: the {BRITTLE} proxy, DRaFT-1", _beside_core(sets, name)))
@@ -336,7 +339,7 @@ def draw(sets: Sets, folder: Path) -> dict[str, Path]:
     """Draw the over-optimisation curves of each set that has any: `<set>.png` under `folder`."""
     drawn = {}
     for name, found in sets.items():
-        if name in ("quick", "core", "methods"):
+        if name in ("quick", "core", "methods", "trajectory"):
             rows = [_panels(proxy, _of_proxy(found, proxy)) for proxy in _proxies(found)]
             drawn[name] = band_figure(folder / f"{name}.png", rows, f"{name}: mean over seeds, 95 % interval")
         if name == COUNTING:

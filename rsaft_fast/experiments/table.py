@@ -16,9 +16,11 @@ from rsaft_fast.experiments.variants import (
     BOTH,
     CONTROLS,
     DRAFT,
+    LORA_SPACES,
     METHODS,
     PLAIN,
     SMOOTHINGS,
+    TRAJECTORIES,
     VARIANTS,
     Variant,
 )
@@ -32,7 +34,7 @@ SELECTION_SEEDS = (100, 101)
 SEEDS = (10, 11, 12, 13, 14)
 """Of what is reported: nobody chose anything on them."""
 
-QUICK_SEEDS = (10, 11, 12)
+FEW_SEEDS = (10, 11, 12)
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,9 @@ def _row(
         parts = (f"{{name: clip, path: playground/{name}, label: {name}}}" for name in ensemble_of(proxy))
         known["ensemble"] = ", ".join(parts)
     try:
-        filled = tuple(Template(text).substitute(known) for text in (*METHODS[method], *variant.overrides))
+        filled = tuple(
+            Template(text).substitute(known) for text in (*(METHODS | TRAJECTORIES)[method], *variant.overrides)
+        )
     except KeyError as missing:
         return Waiting(f"{set_name}/{proxy}-{method}-{name}-s{seed}", proxy, str(missing.args[0]))
     updates, every = size.updates * variant.longer, size.every * variant.longer
@@ -163,6 +167,11 @@ def _methods(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Wa
     yield from _product("methods", methods, (BRITTLE, judge_of(BRITTLE)), variants, seeds or SEEDS, choices)
 
 
+def _trajectory(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
+    variants = {name: SMOOTHINGS[name] for name in (PLAIN, "image", BOTH)}
+    yield from _product("trajectory", tuple(TRAJECTORIES), (BRITTLE,), variants, seeds or FEW_SEEDS, choices)
+
+
 def _baselines(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
     yield from _product("baselines", (DRAFT,), (BRITTLE,), BASELINES, seeds or SEEDS, choices)
 
@@ -176,10 +185,14 @@ def _variants(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | W
     yield from _product("variants", (DRAFT,), (BRITTLE,), VARIANTS, seeds or SEEDS, choices)
 
 
+def _lora_space(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
+    yield from _product("lora-space", (DRAFT,), (BRITTLE,), LORA_SPACES, seeds or FEW_SEEDS, choices)
+
+
 def _quick(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
     two = (BRITTLE, judge_of(BRITTLE))
     usual = dict.fromkeys(two, recipe_numbers())
-    yield from _product("quick", (DRAFT,), two, SMOOTHINGS, seeds or QUICK_SEEDS, usual, Size(updates=20, pictures=64))
+    yield from _product("quick", (DRAFT,), two, SMOOTHINGS, seeds or FEW_SEEDS, usual, Size(updates=20, pictures=64))
 
 
 def _counting(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
@@ -213,6 +226,8 @@ SETS: dict[str, Question] = {
     "controls": Question("what a held-out reward can do about over-optimisation, twice as long", _controls),
     "variants": Question("other ways to smooth, on the brittle proxy", _variants),
     "methods": Question("the other four methods, plain and smoothed, on two proxies", _methods),
+    "trajectory": Question("LeapAlign and FlowBP, plain and smoothed, on the brittle proxy", _trajectory),
+    "lora-space": Question("where LoRA's weights are perturbed: factors, weight, a second adapter", _lora_space),
     COUNTING: Question("policy gradients that count few objects for a proxy that can be hacked", _counting),
     "counting-more": Question("the other seeds of what counting runs with one", _counting_more),
 }

@@ -41,6 +41,11 @@ METHODS = {
     "drtune": ("method.name=drtune", *_LINEAR),
 }
 
+TRAJECTORIES = {
+    name: (f"method.name={name}",) for name in ("leapalign", "flowbp_sparse", "flowbp_bridge", "flowbp_lagrange")
+}
+"""Methods that choose the gradient's path, too; their loss is the linear one by itself."""
+
 _BOTH_REWARDS = "parts: [{name: clip, path: playground/$proxy}, {name: clip, path: playground/$judge, label: judge}]"
 _ENSEMBLE = "parts: [$ensemble]"
 _SUM = f"reward={{name: combination, how: weighted, unit_gradients: true, {_BOTH_REWARDS}}}"
@@ -115,3 +120,18 @@ VARIANTS = {
     "lora-full": _more(BOTH, *_LORA, "smoothing.parameters.space=full"),
 }
 """Other ways to smooth, at the radii that were chosen for the usual one; of the proxy that is hacked most easily."""
+
+_SPACES = {
+    "factor": ("smoothing.parameters.space=factor",),
+    "full": ("smoothing.parameters.space=full",),
+    "transferred": ("smoothing.parameters.space=transferred",),
+    "bi-lora": ("smoothing.parameters.direction=bi_lora",),
+}
+_RADII = (0.2, 1.0)
+LORA_SPACES = {PLAIN: Variant((OFF, *_LORA))} | {
+    f"{name}-{rho:g}": Variant(("smoothing.image=null", f"smoothing.parameters.rho={rho:g}", *keys, *_LORA))
+    for name, keys in _SPACES.items()
+    for rho in _RADII
+}
+"""Weight perturbations of LoRA in spaces of their own, in which a radius means another length: each at two. In the
+factors it is the length of their own change, elsewhere of the weight's."""

@@ -49,6 +49,11 @@ def check_keys(config: Config) -> GradientPlan | None:
         UserError: the first thing that is wrong.
     """
     plan = first_plan(config)  # the method itself knows whether its K fits into the sampler's steps
+    if plan is not None and plan.leaps and config.sampler.eta:
+        raise UserError(
+            f"sampler.eta is {config.sampler.eta} with method.name {config.method.name}, whose leaps cannot cross the "
+            "noise that the sampler then draws; set sampler.eta=0, or take flowbp_sparse or flowbp_bridge"
+        )
     _check_agreement(config)
     _check_offload(config)
     backbone = config.backbone

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.methods import GradientMethod
+from rsaft_fast.methods import GradientMethod, a_gradient_method
 from rsaft_fast.recipe.agreement import AgreementSettings
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.smoothing.search import AUTO
@@ -35,7 +35,7 @@ def check_judges(config: Config) -> None:
         if what and not isinstance(config.method, GradientMethod):
             raise UserError(
                 f"{key} with method.name {config.method.name}: it compares reward gradients, and that method has none; "
-                "leave it out, or take draft, refl, draft_lv, alignprop or drtune"
+                f"leave it out, or take {a_gradient_method()}"
             )
     _check_gradients(config)
     if config.agreement is not None:

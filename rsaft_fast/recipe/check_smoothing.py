@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.methods import FlowGRPO
+from rsaft_fast.methods import FlowGRPO, GradientMethod
 from rsaft_fast.recipe.config import Config
 
 
@@ -54,11 +54,13 @@ def _check_parameters(config: Config) -> None:
             f"{config.method.name}: updates without a first pass have no log-probability of the unperturbed weights to "
             "compare with; set direction=gradient and reuse=1"
         )
-    if parameters.space == "full" and config.parameters.train == "full":
+    if parameters.space != "factor" and config.parameters.train == "full":
         raise UserError(
-            "smoothing.parameters.space is full with parameters.train full: weights that are trained themselves are "
-            "perturbed in their own space already; leave space out"
+            f"smoothing.parameters.space is {parameters.space} with parameters.train full: weights that are trained "
+            "themselves are perturbed in their own space already; leave space out"
         )
+    if parameters.direction == "bi_lora":
+        _check_bi_lora(config)
     if parameters.direction == "gsam" and config.smoothing.ascend == "reward" and not _is_reward(config):
         loss = config.training_loss
         raise UserError(
@@ -75,6 +77,33 @@ def _check_parameters(config: Config) -> None:
             f"smoothing.parameters.direction {parameters.direction} with optimizer.release_gradients: it needs the "
             "whole of the update's gradient, which is freed as it arrives; leave one of them out"
         )
+
+
+def _check_bi_lora(config: Config) -> None:
+    """A second adapter beside the trained one, in the network during an update's one pass alone."""
+    obstacles = {
+        "parameters.train full, which has no adapter: train lora, or take direction gradient": (
+            config.parameters.train == "full"
+        ),
+        f"method.name {config.method.name}, whose other predictions would be perturbed too: take a reward gradient, or "
+        "direction gradient": not isinstance(config.method, GradientMethod),
+        "regularize.kl_to_base: the untrained model would be perturbed too; leave one of them out": (
+            config.regularize is not None
+        ),
+        "optimizer.release_gradients: the second adapter's gradients are needed whole; leave one of them out": (
+            config.optimizer.release_gradients
+        ),
+        f"speed.compile {config.speed.compile}: compiled blocks know one adapter; set speed.compile=none": (
+            config.speed.compile != "none"
+        ),
+        "speed.cuda_graph: a captured network knows one adapter; set speed.cuda_graph=false": config.speed.cuda_graph,
+        f"smoothing.resample {config.smoothing.resample}: there is no second pass; leave resample out": (
+            config.smoothing.resample != "full"
+        ),
+    }
+    for obstacle, stands in obstacles.items():
+        if stands:
+            raise UserError(f"smoothing.parameters.direction bi_lora with {obstacle}")
 
 
 def _is_reward(config: Config) -> bool:

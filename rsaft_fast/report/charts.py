@@ -107,6 +107,7 @@ ABOUT = {
     "projection": "Share of that perturbation that rounding leaves; below one half is too little.",
     "gradient_cosine": "Cosine of the second pass's gradient with the first's: 1 where smoothing changes nothing.",
     "gradient_change": "Distance of the second pass's gradient from the first's, over the first's length.",
+    "similarity": "Mean weight of the samples: low where the gradient's leaps end far from where the sampler came.",
     "lr": "Learning rate.",
     "image/dark": "Share of pixels that are nearly black.",
     "image/saturated": "Share of pixels that are nearly white or at the end of a colour.",

@@ -4,6 +4,9 @@ With x' = a x + b f(x), the adjoint g = dJ/dx' becomes a g + b (df/dx)^T g on ca
 a g on all others; parameters receive b (df/dtheta)^T g on graded calls. Every call is re-run from its stored input, so
 peak activation memory is that of one branch of one call (of both, where the backbone batches them), whatever the number
 of graded calls.
+
+Over a leap x_stop = r x_start + sum_i w_i f_i all its calls see the adjoint g of x_stop, parameters receive
+w_i (df_i/dtheta)^T g, and the adjoint of x_start is r g + w_start (df_start/dx)^T g.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rsaft_fast.phases import DENOISER, phase
+from rsaft_fast.sampling.leaps import gradient_weights, line, step_gain
 from rsaft_fast.sampling.linear import LinearStep
-from rsaft_fast.sampling.plan import Finish, Uncond
+from rsaft_fast.sampling.plan import Finish, GradientPlan, Uncond
 from rsaft_fast.sampling.rollout import Trajectory, guide, guided_prediction
 
 if TYPE_CHECKING:
@@ -28,6 +32,8 @@ Cotangent = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 @phase(DENOISER)
 def backpropagate(backbone: Backbone, trajectory: Trajectory, adjoints: Sequence[torch.Tensor | None]) -> None:
     """Accumulate into `.grad` the gradient of sum_j <adjoints[j], endpoints[j]> with respect to the parameters.
+
+    Along the plan's own path, samples weighted as the trajectory says.
 
     Args:
         adjoints: for each endpoint the gradient of the objective, same shape; None for an endpoint left out.
@@ -44,6 +50,10 @@ def backpropagate(backbone: Backbone, trajectory: Trajectory, adjoints: Sequence
     g = adjoints[0]
     if g is None:
         return
+    if plan.leaps:
+        _across_leaps(backbone, trajectory, g)
+        return
+    gain = step_gain(schedule, plan)
     for i in range(plan.last, plan.first_graded - 1, -1):
         step = schedule[i]
         a, b = _finish_scalars(step, plan.finish if i == plan.last else "sampler")
@@ -55,12 +65,44 @@ def backpropagate(backbone: Backbone, trajectory: Trajectory, adjoints: Sequence
                 step,
                 conditioning,
                 g,
-                scale=b,
+                scale=gain * b,
                 uncond=plan.uncond,
-                # Nothing before the earliest graded call depends on the parameters.
-                input_gradient=i in plan.through and i > plan.first_graded,
+                input_gradient=_goes_through(plan, i),
             )
-        g = a * g if through is None else a * g + through
+        g = a * g if through is None else a * g + _shared(plan, through)
+
+
+def _across_leaps(backbone: Backbone, trajectory: Trajectory, g: torch.Tensor) -> None:
+    """Walk the plan's leaps from the last to the first, from the endpoint's adjoint."""
+    plan, schedule = trajectory.plan, trajectory.schedule
+    if trajectory.similarity is not None:
+        g = g * trajectory.similarity.to(g.dtype).view(-1, *[1] * (g.ndim - 1))
+    for leap in reversed(plan.leaps):
+        own = line(schedule, leap)
+        weights = gradient_weights(plan, own)
+        through = None
+        for call in reversed(list(weights)):
+            found = call_backward(
+                backbone,
+                trajectory.inputs[call],
+                schedule[call],
+                trajectory.conditioning,
+                g,
+                scale=weights[call],
+                uncond=plan.uncond,
+                input_gradient=_goes_through(plan, call),
+            )
+            through = found if through is None else through
+        g = own.slope * g if through is None else own.slope * g + _shared(plan, through)
+
+
+def _goes_through(plan: GradientPlan, call: int) -> bool:
+    """Whether gradient is wanted beyond a graded call's input: nothing before the earliest depends on parameters."""
+    return call in plan.through and call > plan.first_graded and plan.input_share > 0
+
+
+def _shared(plan: GradientPlan, through: torch.Tensor) -> torch.Tensor:
+    return through if plan.input_share == 1 else plan.input_share * through
 
 
 @phase(DENOISER)

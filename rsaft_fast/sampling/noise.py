@@ -9,10 +9,12 @@ from typing import Literal
 import numpy as np
 import torch
 
-Purpose = Literal["initial", "ancestral", "renoise", "denoising", "plan", "prompts", "smoothing", "restart", "shuffle"]
+Purpose = Literal[
+    "initial", "ancestral", "renoise", "denoising", "plan", "prompts", "smoothing", "restart", "shuffle", "auxiliary"
+]
 _PURPOSE_ID = {
     **{"initial": 0, "ancestral": 1, "renoise": 2, "denoising": 3, "plan": 4, "prompts": 5},
-    **{"smoothing": 6, "restart": 7, "shuffle": 8},
+    **{"smoothing": 6, "restart": 7, "shuffle": 8, "auxiliary": 9},
 }
 
 

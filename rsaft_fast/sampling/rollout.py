@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rsaft_fast.phases import SAMPLING, phase
+from rsaft_fast.sampling.leaps import Residuals
 from rsaft_fast.sampling.linear import LinearStep, Schedule
 from rsaft_fast.sampling.noise import NoiseSource
 from rsaft_fast.sampling.plan import Finish, GradientPlan, Uncond
@@ -25,6 +26,8 @@ class Trajectory:
         endpoints: the final latents: the chain's own, then one for each re-noised call.
         inputs: latent before each graded call of the chain, and before `plan.first_graded`.
         renoised: latent before each re-noised call.
+        similarity: weight of each sample's gradient, (B,) in float64, where the plan weighs them by their leaps'
+            errors.
     """
 
     schedule: Schedule
@@ -33,6 +36,7 @@ class Trajectory:
     endpoints: tuple[torch.Tensor, ...]
     inputs: dict[int, torch.Tensor]
     renoised: tuple[torch.Tensor, ...]
+    similarity: torch.Tensor | None = None
 
 
 @phase(SAMPLING)
@@ -103,6 +107,8 @@ def rollout(
     first, x = 0, latents
     if prefix is not None and plan.first_graded in prefix.inputs:
         first, x = plan.first_graded, prefix.inputs[plan.first_graded]
+    # No leap begins before the first graded call.
+    residuals = Residuals(schedule, plan, first) if plan.similarity_floor is not None else None
     x, inputs = sample_chain(
         backbone,
         schedule,
@@ -114,7 +120,9 @@ def rollout(
         finish=plan.finish,
         uncond=plan.uncond,
         keep={*plan.graded, plan.first_graded},
+        seen=None if residuals is None else residuals.see,
     )
+    similarity = None if residuals is None else residuals.similarity(inputs, x)
     endpoints, renoised = [x], []
     for step_index, key in plan.renoise:
         step = schedule[step_index]
@@ -124,7 +132,7 @@ def rollout(
         # The ancestral draw of a re-noised call is its own: its key lies beyond those of the chain.
         endpoints.append(advance(step, plan.finish, noised, f, noise, plan.num_steps + key))
         renoised.append(noised)
-    return Trajectory(schedule, plan, conditioning, tuple(endpoints), inputs, tuple(renoised))
+    return Trajectory(schedule, plan, conditioning, tuple(endpoints), inputs, tuple(renoised), similarity)
 
 
 def guided_prediction(

@@ -108,7 +108,10 @@ class ParameterSmoothing(Settings):
             what the plain method's does; the first update is not perturbed. friendly (Li et al. 2024, arXiv 2403.12350)
             takes sigma times the running mean of the first pass's gradients off the first pass's gradient. gsam (Zhuang
             et al. 2022, arXiv 2203.08065) has SAM's eps, and takes alpha times the part of the first pass's gradient
-            that is orthogonal to the second's off the update's gradient.
+            that is orthogonal to the second's off the update's gradient. bi_lora (arXiv 2508.19564), of LoRA alone,
+            holds eps in a second adapter of the same rank: each update's one pass moves it up the loss while the
+            trained adapter goes down, and it is cut back to length rho, measured in the weight; its authors take 0.05.
+            It is never saved as a model.
         reuse: updates that share one direction: it is renewed by a first pass every so many updates (LookSAM's
             interval, Liu et al. 2022, arXiv 2203.02714), and the others make the second pass alone: 1 + 1/reuse passes
             an update instead of 2. Without a first pass, pictures are observed and perturbed at theta + eps. Keeps one
@@ -116,34 +119,50 @@ class ParameterSmoothing(Settings):
         decay: of the running means of momentum and friendly, which keep one (fp32).
         sigma: of friendly.
         alpha: of gsam, which keeps the first pass's gradient during the second.
+        auxiliary_lr: of bi_lora, the second adapter's learning rate; null takes the optimizer's, as its authors do.
         space: factor perturbs LoRA's factors A and B by their own gradient; full perturbs the weight W + s B A that
             they make: rho is then the norm of the change of W, and the direction is the steepest among all changes
             within A's rows, which a change of B alone makes: exact, linear and of no more rank. (What a change of A
-            would add goes through B, which starts at 0.) Costs a product with an r x r inverse a layer.
+            would add goes through B, which starts at 0.) Costs a product with an r x r inverse a layer. transferred is
+            FMLoRA's (EFlat-LoRA, arXiv 2508.00522): W's gradient is estimated from both factors', as the mean of what
+            each of them knows, and the perturbation of length rho along it is carried over to B, which holds the part
+            of it within A's rows; A stays.
     """
 
     rho: float = Field(default=1e-2, gt=0, le=1e6)
     adaptive: bool = False
     groups: tuple[ParameterGroup, ...] = ()
-    direction: Literal["gradient", "momentum", "friendly", "gsam"] = "gradient"
+    direction: Literal["gradient", "momentum", "friendly", "gsam", "bi_lora"] = "gradient"
     reuse: int = Field(default=1, ge=1, le=10_000)
     decay: float = Field(default=0.9, ge=0, lt=1)
     sigma: float = Field(default=1.0, gt=0, le=1e6)
     alpha: float = Field(default=0.1, gt=0, le=1e6)
-    space: Literal["factor", "full"] = "factor"
+    auxiliary_lr: float | None = Field(default=None, gt=0, le=100)
+    space: Literal["factor", "full", "transferred"] = "factor"
 
     @model_validator(mode="after")
     def _agree(self) -> ParameterSmoothing:
         owners = {"decay": ("momentum", "friendly"), "sigma": ("friendly",), "alpha": ("gsam",)}
+        owners["auxiliary_lr"] = ("bi_lora",)
         for key, directions in owners.items():
             if self.direction not in directions and getattr(self, key) != type(self).model_fields[key].default:
                 owner = " or ".join(directions)
                 raise ValueError(f"{key} is of direction {owner}, not of {self.direction}; leave it out")
-        if self.reuse > 1 and self.direction in ("momentum", "gsam"):
-            why = "has no first pass to save" if self.direction == "momentum" else "needs the first pass each time"
+        if self.reuse > 1 and self.direction in ("momentum", "gsam", "bi_lora"):
+            why = "needs the first pass each time" if self.direction == "gsam" else "has no first pass to save"
             raise ValueError(f"reuse is {self.reuse}, and direction {self.direction} {why}; leave reuse out")
-        if self.space == "full" and self.adaptive:
-            raise ValueError("space full with adaptive: ASAM scales by the factors' own elements; leave one out")
+        if self.space != "factor" and self.adaptive:
+            raise ValueError(f"space {self.space} with adaptive: ASAM scales by the factors' elements; leave one out")
+        if self.space == "transferred" and self.reuse > 1:
+            raise ValueError(
+                f"reuse is {self.reuse}, and space transferred measures each direction by both factors' gradients; "
+                "leave reuse out, or take space full"
+            )
+        if self.direction == "bi_lora" and (self.adaptive or self.groups or self.space != "factor"):
+            raise ValueError(
+                "direction bi_lora with adaptive, groups or space: its perturbation is an adapter's, measured in the "
+                "weight; leave them out"
+            )
         return self
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from rsaft_fast.algorithms.ascent import Ascent, needs_ascent
+from rsaft_fast.algorithms.auxiliary import AuxiliaryAdapter
 from rsaft_fast.algorithms.base import Algorithm
 from rsaft_fast.algorithms.copies import EMA
 from rsaft_fast.algorithms.denoising import DenoisingLoss, captions
@@ -37,6 +38,7 @@ from rsaft_fast.recipe.check import pick_device
 from rsaft_fast.recipe.config import BackboneSettings, Config
 from rsaft_fast.rewards import Reward, load_reward
 from rsaft_fast.sampling import derive_rng
+from rsaft_fast.sampling.leaps import require_leaps
 from rsaft_fast.sampling.linear import Schedule
 from rsaft_fast.sampling.protocol import Branch
 from rsaft_fast.speed import apply_speed
@@ -182,7 +184,7 @@ class Assembly:
     parameters: Mapping[str, torch.nn.Parameter]
     optimizer: SAMAdamW
     algorithm: Algorithm
-    ascent: Ascent | None
+    ascent: Ascent | AuxiliaryAdapter | None
     ema: EMA | None
     denoising: DenoisingLoss | None
     sample_prompts: list[str]
@@ -209,7 +211,7 @@ class Assembly:
         self.schedule = self.backbone.schedule(config.sampler.steps, config.sampler.eta)
         self.batches = PromptBatches(config.data, self.batches.prompts, config.seed, self.world)
         self.algorithm = build_algorithm(config, self.backbone, self.reward, self.schedule)
-        self.ascent = build_ascent(config, self.parameters)
+        self.ascent = build_ascent(config, self.backbone)
         compared = {name: self.judges[name] for name in config.judges}
         self.steering = steer(config, self.algorithm, compared, self.encoded, self.fixed, self.optimizer, self.world)
         self.monitors = build_monitors(
@@ -299,7 +301,7 @@ def assemble(
             parameters=parameters,
             optimizer=optimizer,
             algorithm=algorithm,
-            ascent=build_ascent(config, parameters),
+            ascent=build_ascent(config, backbone),
             ema=EMA(parameters, config.ema.decay) if config.ema else None,
             denoising=DenoisingLoss(backbone, config.denoising, inputs.images, config.seed, world)
             if config.denoising
@@ -311,12 +313,15 @@ def assemble(
         )
 
 
-def build_ascent(config: Config, parameters: Mapping[str, torch.nn.Parameter]) -> Ascent | None:
-    """Build what holds the direction of the weight perturbation; None where it is SAM's, which has no state."""
+def build_ascent(config: Config, backbone: Backbone) -> Ascent | AuxiliaryAdapter | None:
+    """Build what holds the weight perturbation or its direction; None where it is SAM's, which has no state."""
     settings = config.smoothing.parameters
     if settings is None or not needs_ascent(settings):
         return None
-    return Ascent(settings, parameters, config.parameters.lora.scale)
+    scale, parameters = config.parameters.lora.scale, backbone.trainable_parameters
+    if settings.direction == "bi_lora":
+        return AuxiliaryAdapter(settings, backbone.denoiser, parameters, scale, config.seed)
+    return Ascent(settings, parameters, scale)
 
 
 def build_monitors(
@@ -369,6 +374,8 @@ def training_schedule(config: Config, shapes: Backbone) -> Schedule:
     if not isinstance(config.method, GradientMethod):
         return schedule
     plan = config.method.draw(config.sampler.steps, derive_rng(config.seed, 0, "plan"))
+    if plan.leaps:
+        require_leaps(schedule, config.method.name)
     graded = [schedule[index] for index in plan.graded]
     # DDIM's step from the first timestep to an alpha that is the same: x' = x, rounding apart.
     if plan.finish == "sampler" and not plan.renoise and all(abs(step.b) < 1e-9 for step in graded):

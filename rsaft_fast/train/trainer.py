@@ -15,6 +15,7 @@ import torch
 
 from rsaft_fast import __version__
 from rsaft_fast.algorithms.ascent import KEPT
+from rsaft_fast.algorithms.auxiliary import AuxiliaryAdapter
 from rsaft_fast.algorithms.copies import MEAN
 from rsaft_fast.algorithms.update import update
 from rsaft_fast.backbones import save_lora
@@ -169,7 +170,8 @@ class Trainer(Assembly):
             "grad_norm": None if math.isnan(stats["second_grad_norm"]) else stats["second_grad_norm"],
             "skipped": stats.pop("skipped"),
         }
-        if not (perturbs and self.config.logging.diagnostics):
+        # A second adapter is no perturbation of the optimizer's, which has nothing more to tell of it.
+        if not (perturbs and self.config.logging.diagnostics) or isinstance(self.ascent, AuxiliaryAdapter):
             return figures
         del stats["second_grad_norm"], stats["projection"]
         return figures | {"first_grad_norm": stats.pop("grad_norm"), **stats}

@@ -210,6 +210,41 @@ def test_full_space_is_the_steepest_change_of_the_weight_within_as_rows():
     assert sum(c.square().sum() for c in change.values()).sqrt().item() == pytest.approx(RHO, rel=1e-12)
 
 
+def transferred(net, number):
+    """FMLoRA's eqs. 10 to 15 with the weight's own size: the change of B, for s = 2."""
+    gradient, estimate, factors = gradients(net, number), {}, {}
+    for layer in ("first", "second"):
+        a, b = (getattr(net, f"{layer}_factors")[name]["weight"].detach() for name in ("lora_A", "lora_B"))
+        g_a, g_b = (gradient[f"{layer}_factors.{name}.weight"] for name in ("lora_A", "lora_B"))
+        estimate[layer] = 0.5 * (g_b @ torch.linalg.pinv(a.T) / 2 + torch.linalg.pinv(b.T) @ g_a / 2)
+        factors[layer] = a
+    wanted = scaled(estimate)
+    assert sum(w.square().sum() for w in wanted.values()).sqrt().item() == pytest.approx(RHO, rel=1e-12)
+    return {f"{layer}_factors.lora_B.weight": wanted[layer] @ torch.linalg.pinv(factors[layer]) / 2 for layer in wanted}
+
+
+def test_transferred_is_the_estimate_of_both_factors_carried_over_to_b():
+    def rule(net, number, state):
+        eps = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+        return eps | transferred(net, number), lambda second: second
+
+    seen, algorithm, _ = train(ParameterSmoothing(space="transferred", rho=RHO))
+    check(seen, by_hand(rule))
+    assert algorithm.asked == [At.FIRST, At.SECOND] * UPDATES
+
+
+def test_transferred_starts_from_a_b_of_zero_as_full_does():
+    """Nothing is known of G through B then: half of what A's rows see is the estimate, of the same direction."""
+    moved = {}
+    for space in ("full", "transferred"):
+        net = LowRank()
+        with torch.no_grad():
+            for layer in ("first", "second"):
+                getattr(net, f"{layer}_factors")["lora_B"]["weight"].zero_()
+        moved[space] = train(ParameterSmoothing(space=space, rho=RHO), net, range(1))[0]
+    check(moved["full"], moved["transferred"])
+
+
 def test_the_optimizers_radii_are_put_back(monkeypatch):
     net = LowRank()
     optimizer = SAM(net.parameters(), torch.optim.SGD, rho=RHO, lr=LR)
@@ -228,6 +263,8 @@ VARIANTS = [
     {"direction": "momentum", "space": "full"},
     {"reuse": 3},
     {"reuse": 3, "space": "full"},
+    {"space": "transferred"},
+    {"direction": "momentum", "space": "transferred"},
     {"direction": "friendly", "reuse": 2},
     {"direction": "gsam"},
 ]
@@ -298,6 +335,11 @@ def test_what_needs_an_ascent():
         ({"reuse": 2, "direction": "momentum"}, ("reuse", 2, "momentum")),
         ({"reuse": 2, "direction": "gsam"}, ("reuse", 2, "gsam")),
         ({"space": "full", "adaptive": True}, ("space full", "adaptive")),
+        ({"space": "transferred", "adaptive": True}, ("space transferred", "adaptive")),
+        ({"space": "transferred", "reuse": 2}, ("reuse", 2, "space transferred")),
+        ({"direction": "bi_lora", "reuse": 2}, ("reuse", 2, "bi_lora", "first pass")),
+        ({"direction": "bi_lora", "space": "full"}, ("bi_lora", "space")),
+        ({"auxiliary_lr": 0.1}, ("auxiliary_lr", "bi_lora", "gradient")),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(keys, said):

@@ -96,6 +96,8 @@ CASES = {
     ("sd3", "lora"): {},
     ("sd3", "a block kept"): CHECKPOINTED | {"backbone__keep_blocks": 1},
     ("sd3", "two calls, checkpointed"): CHECKPOINTED | {"method": {"name": "draft", "k": 2}},
+    ("sd3", "leaps"): {"method": {"name": "flowbp_lagrange"}, "sampler": {"steps": 6}},
+    ("sd15", "a bridge"): CHECKPOINTED | {"method": {"name": "flowbp_bridge", "k": 3}, "sampler": {"steps": 5}},
     ("sd3", "no smoothing"): {"smoothing": {"image": None, "parameters": None}},
     ("sd3", "full, no smoothing"): FULL | {"smoothing": {"image": None, "parameters": None}},  # nothing is backed up
     ("sd3", "full, momentum"): FULL | {"smoothing": {"parameters": {"direction": "momentum"}}},

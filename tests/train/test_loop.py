@@ -85,11 +85,25 @@ def test_a_run_leaves_a_log_grids_checkpoints_and_a_lora(tiny, out, family, caps
             {"method": {"name": "drtune", "k": 1}, "optimizer__schedule": "cosine", "optimizer__warmup_steps": 1},
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            {"method": {"name": "flowbp_lagrange"}, "sampler": {"steps": 4, "guidance_scale": 2.0}},
+            marks=pytest.mark.slow,
+        ),
         {"parameters": {"train": "full"}, "backbone__dtype": "bf16"},
         pytest.param({"family": "sdxl", "sampler": {"steps": 2, "guidance_scale": 3.0}}, marks=pytest.mark.slow),
         {"family": "flux", "sampler": {"steps": 2, "guidance_scale": 3.5}, "parameters": {"train": "full"}},
     ],
-    ids=["rsaft", "plain", "lv-ema-accumulate", "alignprop-eta-cfg", "drtune-cosine", "full-bf16", "sdxl", "flux-full"],
+    ids=[
+        "rsaft",
+        "plain",
+        "lv-ema-accumulate",
+        "alignprop-eta-cfg",
+        "drtune-cosine",
+        "lagrange-cfg",
+        "full-bf16",
+        "sdxl",
+        "flux-full",
+    ],
 )
 def test_resuming_repeats_the_unbroken_run_bit_for_bit(tiny, tmp_path, overrides):
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -38,6 +38,12 @@ GROUPS = COMMON | {
 CASES = {
     "draft": REWARD_GRADIENT | {"method": {"name": "draft"}},
     "drtune": REWARD_GRADIENT | {"method": {"name": "drtune"}, "parameters__train": "full", "ema": {"decay": 0.9}},
+    "leaps, bi_lora": REWARD_GRADIENT
+    | {
+        "method": {"name": "flowbp_lagrange"},
+        "sampler": {"steps": 3},
+        "smoothing": {"image": {"radius": 0.3}, "parameters": {"rho": 0.1, "direction": "bi_lora"}},
+    },
     "flow_grpo": GROUPS | {"method": {"name": "flow_grpo", "updates": 1, "gardo": GARDO}},
     "flow_grpo, 3 updates": GROUPS
     | {"method": {"name": "flow_grpo", "updates": 3, "gardo": GARDO}, "data__prompts_per_iteration": 6},
@@ -98,7 +104,8 @@ def same_run(one, many, close):
     assert [record.keys() for record in ours] == [record.keys() for record in theirs]
     for before, after in zip(ours, theirs):
         for name in before.keys() - {"seconds", "old_gap"}:  # the gap is rounding itself
-            assert after[name] == pytest.approx(before[name], rel=2e-3, abs=1e-5), (before["step"], name)
+            expected = before[name] if before[name] is None else pytest.approx(before[name], rel=2e-3, abs=1e-5)
+            assert after[name] == expected, (before["step"], name)
     assert largest_difference(one, many) < close
     return ours
 
@@ -119,14 +126,15 @@ def test_two_processes_make_the_run_of_one(tiny, aux, tmp_path, case):
     assert len(found) == 3 and all(record["eps_norm"] > 0 for record in found)
 
 
+# The second adapter begins at zero, where Adam's step is a sign that rounding decides: it is compared in float64.
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if "bi_lora" not in case])
 def test_four_processes_make_the_run_of_one(tiny, aux, tmp_path, case):
     compared(tiny, aux, tmp_path, case, [4])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["drtune", "nft"])
+@pytest.mark.parametrize("case", ["drtune", "leaps, bi_lora", "nft"])
 def test_in_float64_they_agree_to_its_rounding(tiny, aux, tmp_path, case):
     short = {"max_steps": 2, "checkpoint_every": 2}  # double precision is slow here
     compared(tiny, aux, tmp_path, case, [2], 1e-12, lambda config: wide(config).model_copy(update=short))

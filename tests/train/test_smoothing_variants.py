@@ -21,6 +21,9 @@ from rsaft_fast.train.loop import train
 PARTS = [{"label": "a", "name": "clip"}, {"label": "b", "name": "clip"}]
 
 
+BI_LORA = {"smoothing": {"image": None, "parameters": {"direction": "bi_lora"}}}
+
+
 def combination(tiny):
     return {"name": "combination", "parts": [part | {"path": str(tiny.clip)} for part in PARTS]}
 
@@ -37,7 +40,13 @@ VARIANTS = {
     "friendly-gaussian": smoothing(
         {"radius": 0.3, "kind": "gaussian", "samples": 2}, {"rho": 0.1, "direction": "friendly"}
     ),
+    "bi_lora": smoothing({"radius": 0.3}, {"rho": 0.1, "direction": "bi_lora"})
+    | {"method": {"name": "leapalign"}, "sampler": {"steps": 3}},
 }
+
+
+ONE_PASS = ("momentum-s1-cosine", "bi_lora")
+"""What has no perturbation before the first update."""
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -54,9 +63,10 @@ def test_resuming_repeats_the_unbroken_run_bit_for_bit(tiny, tmp_path, name):
     same_files(whole / "checkpoints/step_3", broken / "checkpoints/step_3")
     records = read_metrics(whole)
     assert without_time(read_metrics(broken)) == without_time(records)
-    assert [record["eps_norm"] > 0 for record in records] == [name != "momentum-s1-cosine", True, True]
+    assert [record["eps_norm"] > 0 for record in records] == [name not in ONE_PASS, True, True]
     saved = checkpoints.read(whole / "checkpoints/step_3")
     kept = {"momentum-s1-cosine": {"gradient_mean"}, "friendly-gaussian": {"gradient_mean"}}
+    kept["bi_lora"] = {"auxiliary", "auxiliary_mean", "auxiliary_square"}
     assert set(saved.copies) == kept.get(name, {"direction"})
 
 
@@ -86,7 +96,9 @@ def test_estimates_know_what_is_kept(tiny, out):
 
     plain = standing({"rho": 0.1})
     adapters = plain["adapters"]
-    for keys, copies in ({"direction": "momentum"}, 1), ({"reuse": 2}, 1), ({"direction": "friendly", "reuse": 2}, 2):
+    assert standing({"rho": 0.1, "space": "transferred"}) == plain
+    cases = [({"direction": "momentum"}, 1), ({"reuse": 2}, 1), ({"direction": "friendly", "reuse": 2}, 2)]
+    for keys, copies in (*cases, ({"direction": "bi_lora"}, 3)):
         found = standing({"rho": 0.1, **keys})
         assert found.pop("direction of the perturbation") == copies * adapters
         assert found == plain
@@ -101,6 +113,19 @@ def test_estimates_know_what_is_kept(tiny, out):
         ({**smoothing({"per_sample": "uncertainty"}), "reward": None}, ("per_sample", "uncertainty", "weight 0")),
         ({"sharpness": {"radius": 1.0, "steps": 3}}, ("sharpness", "smoothing.image")),
         ({**smoothing(None, {"space": "full"}), "parameters": {"train": "full"}}, ("space", "parameters.train full")),
+        (
+            {**smoothing(None, {"space": "transferred"}), "parameters": {"train": "full"}},
+            ("space is transferred", "parameters.train full"),
+        ),
+        ({**BI_LORA, "parameters": {"train": "full"}}, ("bi_lora", "parameters.train full", "lora")),
+        ({**BI_LORA, "regularize": {"kl_to_base": 1.0}}, ("bi_lora", "regularize.kl_to_base")),
+        ({**BI_LORA, "speed": {"compile": "all"}}, ("bi_lora", "speed.compile all", "none")),
+        ({**BI_LORA, "speed": {"cuda_graph": True}}, ("bi_lora", "speed.cuda_graph")),
+        (smoothing(None, {"direction": "bi_lora"}, resample="graded_only"), ("bi_lora", "graded_only", "second pass")),
+        (
+            {**BI_LORA, "method": {"name": "nft"}, "data__group_size": 2, "data__batch_size": 4},
+            ("bi_lora", "method.name nft"),
+        ),
         (
             {**smoothing(None, {"direction": "gsam"}), "loss": {"map": "hinge", "margin": 2.0}},
             ("gsam", "hinge", "ascend=loss"),
