@@ -7,16 +7,19 @@ from pathlib import Path
 import torch
 
 from rsaft_fast.backbones.flux import FLUX
+from rsaft_fast.backbones.flux2 import FLUX2Dev, FLUX2Klein
 from rsaft_fast.backbones.folder import find_folder, is_text_encoder, read_index, read_pipeline
 from rsaft_fast.backbones.lora import LoRASettings, add_lora, save_lora
 from rsaft_fast.backbones.own import is_own, make_own
 from rsaft_fast.backbones.pipeline import PipelineBackbone
 from rsaft_fast.backbones.quantized import Quantization
+from rsaft_fast.backbones.qwen_image import QwenImage
 from rsaft_fast.backbones.random import random_backbone
 from rsaft_fast.backbones.registry import ADAPTERS
 from rsaft_fast.backbones.sd3 import SD3
 from rsaft_fast.backbones.sd15 import SD15
 from rsaft_fast.backbones.sdxl import SDXL
+from rsaft_fast.backbones.zimage import ZImage
 from rsaft_fast.errors import UserError
 from rsaft_fast.paths import user_place
 from rsaft_fast.pretrained import library_errors
@@ -115,10 +118,14 @@ __all__ = [
     "Backbone",
     "Branch",
     "Conditioning",
+    "FLUX2Dev",
+    "FLUX2Klein",
     "LoRASettings",
     "PipelineBackbone",
     "Quantization",
+    "QwenImage",
     "Traits",
+    "ZImage",
     "adapter_for",
     "add_lora",
     "is_text_encoder",

@@ -70,7 +70,9 @@ def _check_tokenizers(found: PipelineFolder, made: dict[str, Any]) -> None:
         if not name.startswith("tokenizer") or encoder is None:
             continue
         config = encoder.config.get("text_config") or encoder.config
-        for key, length in (("vocab_size", len(tokenizer)), ("max_position_embeddings", tokenizer.model_max_length)):
+        # CLIP reads all that its tokenizer gives; of a language model's, the pipelines ask for less.
+        most = tokenizer.model_max_length if isinstance(tokenizer, CLIPTokenizer) else 0
+        for key, length in (("vocab_size", len(tokenizer)), ("max_position_embeddings", most)):
             if isinstance(limit := config.get(key), int) and length > limit:
                 what = "tokens" if key == "vocab_size" else "model_max_length"
                 raise UserError(

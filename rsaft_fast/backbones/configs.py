@@ -4,7 +4,8 @@ The yardstick is the pipeline of diffusers for the same folder. What a network's
 schedulers take from a config, they apply. Beside those:
 
 * The VAE's numbers belong to the pipelines, and each pipeline has its own: all divide by `scaling_factor`; SD3's and
-  FLUX.1's add `shift_factor`; SDXL's alone knows `latents_mean` and `latents_std`. Numbers that diffusers' pipeline
+  FLUX.1's add `shift_factor`; SDXL's knows `latents_mean` and `latents_std` too, Qwen-Image's these alone; FLUX.2's has
+  none in its config, but the running statistics of a BatchNorm beside its weights. Numbers that diffusers' pipeline
   would pass over are refused: the VAE was trained with them.
 * UNets are sampled by DDIM whichever scheduler is named. What that one does beside placing its steps (solver order and
   type, last sigma, interpolation, Karras and other spacings of sigmas) is its own affair; spacings are said in a line.
@@ -103,7 +104,7 @@ def _is_a(value: Any, hint: Any) -> bool:
 
 def _check_vae(file: str, config: Mapping[str, Any], family: Family) -> None:
     """The numbers between the VAE's latents and the denoiser's."""
-    channels = config.get("latent_channels", 4)
+    channels = config.get("latent_channels", config.get("z_dim", 4))
     lists = {"latents_mean": channels, "latents_std": channels}
     for key in ("scaling_factor", "shift_factor", *lists):
         value = config.get(key)
@@ -127,7 +128,7 @@ def _check_vae(file: str, config: Mapping[str, Any], family: Family) -> None:
 
 def _unread(file: str, part: Part) -> list[str]:
     """Lines about keys that say something and are read by nobody."""
-    known = set(inspect.signature(part.made.__init__).parameters)
+    known = {"force_upcast", *inspect.signature(part.made.__init__).parameters}
     is_ddim = part.name == "scheduler" and "beta_schedule" in known
     if is_ddim:
         known |= set(inspect.signature(DDIMScheduler.__init__).parameters)

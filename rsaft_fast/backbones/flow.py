@@ -1,4 +1,4 @@
-"""Transformers that predict a rectified flow's velocity, sampled by Euler steps: Stable Diffusion 3 and FLUX.1."""
+"""Transformers that predict a rectified flow's velocity, sampled by Euler steps: all but the UNets."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+import torch
+
 from rsaft_fast.backbones.configs import is_number
 from rsaft_fast.backbones.family import Config, Family
 from rsaft_fast.backbones.pipeline import PipelineBackbone
 from rsaft_fast.errors import UserError
 from rsaft_fast.sampling.linear import Schedule, flow_schedule
+
+PATCH = 2  # pixels of the VAE's latent along one side of a token
 
 # In kohya's naming one layer makes query, key and value, in this order.
 OF_PICTURE = {"to_q": 0, "to_k": 1, "to_v": 2}
@@ -44,7 +49,31 @@ FlowFamily = partial(
 
 
 class FlowBackbone(PipelineBackbone):
-    """A pipeline whose denoiser is an MMDiT: text and image tokens attend to each other."""
+    """A pipeline whose denoiser is a transformer: text and image tokens attend to each other."""
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of one picture."""
+        return (self.height // self.size_divisor) * (self.width // self.size_divisor)
+
+    def schedule(self, num_steps: int, eta: float = 0.0) -> Schedule:
+        if eta:
+            raise UserError(f"sampler.eta is {eta}; the flow's Euler steps are deterministic: set it to 0")
+        scheduler = self.pipeline.scheduler
+        mu = self.shift(num_steps) if scheduler.config.use_dynamic_shifting else None
+        return flow_schedule(scheduler, num_steps, mu, self.unshifted_sigmas(num_steps))
+
+    def shift(self, num_steps: int) -> float:
+        """mu of a scheduler that shifts dynamically, as the pipeline sets it."""
+        return dynamic_shift(self.pipeline.scheduler.config, self.image_tokens)
+
+    def unshifted_sigmas(self, num_steps: int) -> Sequence[float] | None:
+        """Sigmas before the shift, where the pipeline sets them; None leaves them to its scheduler."""
+        return None
+
+
+class T5FlowBackbone(FlowBackbone):
+    """One whose last text encoder is T5."""
 
     @property
     @abstractmethod
@@ -58,21 +87,57 @@ class FlowBackbone(PipelineBackbone):
         last = self.text_encoder_names()[-1]
         return limits | ({last: self.t5_length} if last in limits else {})
 
+
+class PackedBackbone(FlowBackbone):
+    """One whose latents are tokens: 2x2 patches of the VAE's, row by row, (H/16 * W/16, 4 C)."""
+
     @property
-    def image_tokens(self) -> int:
-        """Tokens of one picture."""
-        return (self.height // self.size_divisor) * (self.width // self.size_divisor)
+    def size_divisor(self) -> int:
+        return self.vae_scale_factor * PATCH
 
-    def schedule(self, num_steps: int, eta: float = 0.0) -> Schedule:
-        if eta:
-            raise UserError(f"sampler.eta is {eta}; the flow's Euler steps are deterministic: set it to 0")
-        scheduler = self.pipeline.scheduler
-        mu = dynamic_shift(scheduler.config, self.image_tokens) if scheduler.config.use_dynamic_shifting else None
-        return flow_schedule(scheduler, num_steps, mu, self.unshifted_sigmas(num_steps))
+    @property
+    def default_size(self) -> int:
+        return self.pipeline.default_sample_size * self.vae_scale_factor
 
-    def unshifted_sigmas(self, num_steps: int) -> Sequence[float] | None:
-        """Sigmas before the shift, where the pipeline sets them; None leaves them to its scheduler."""
-        return None
+    @property
+    def latent_channels(self) -> int:
+        return self.denoiser.config.in_channels // PATCH**2
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return (self.image_tokens, self.denoiser.config.in_channels)
+
+    def to_vae(self, latents: torch.Tensor) -> torch.Tensor:
+        return super().to_vae(self.unpack(latents))
+
+    def from_vae(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.pack(super().from_vae(latents))
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) latents as (B, H/2 * W/2, 4 C) tokens."""
+        batch, channels, height, width = x.shape
+        patches = x.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5)
+        return patches.reshape(batch, -1, channels * PATCH**2)
+
+    def unpack(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The inverse of `pack` at this picture's size."""
+        rows, columns = self.height // self.size_divisor, self.width // self.size_divisor
+        patches = tokens.reshape(len(tokens), rows, columns, -1, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
+        return patches.reshape(len(tokens), -1, rows * PATCH, columns * PATCH)
+
+    @staticmethod
+    def even_sigmas(num_steps: int) -> np.ndarray:
+        """Sigmas from 1 to 1 / num_steps in equal steps."""
+        return np.linspace(1.0, 1 / num_steps, num_steps)
+
+
+def check_axes(file: str, config: Config) -> None:
+    """Refuse rotary axes of FLUX.1 or FLUX.2 that do not fill a head."""
+    if "axes_dims_rope" not in config:
+        return
+    axes, width = config["axes_dims_rope"], config.get("attention_head_dim", 128)
+    if not isinstance(axes, list) or not all(is_number(side) for side in axes) or sum(axes) != width:
+        raise UserError(f"{file}: axes_dims_rope is {axes!r}; expected numbers that sum to attention_head_dim {width}")
 
 
 def dynamic_shift(config: Any, num_tokens: int) -> float:

@@ -6,27 +6,23 @@ import re
 from collections.abc import Sequence
 from functools import cached_property
 
-import numpy as np
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from rsaft_fast.backbones import text_specs
-from rsaft_fast.backbones.configs import is_number
 from rsaft_fast.backbones.family import Config, KohyaHeader, Place, Published
-from rsaft_fast.backbones.flow import OF_PICTURE, OF_TEXT, FlowBackbone, FlowFamily, attention_width
+from rsaft_fast.backbones.flow import (
+    OF_PICTURE,
+    OF_TEXT,
+    FlowFamily,
+    PackedBackbone,
+    T5FlowBackbone,
+    attention_width,
+    check_axes,
+)
 from rsaft_fast.errors import UserError
 from rsaft_fast.sampling.linear import LinearStep
 from rsaft_fast.sampling.protocol import Branch
-
-PATCH = 2  # latent pixels along one side of a token
-
-
-def _check_axes(file: str, config: Config) -> None:
-    if "axes_dims_rope" not in config:
-        return
-    axes, width = config["axes_dims_rope"], config.get("attention_head_dim", 128)
-    if not isinstance(axes, list) or not all(is_number(side) for side in axes) or sum(axes) != width:
-        raise UserError(f"{file}: axes_dims_rope is {axes!r}; expected numbers that sum to attention_head_dim {width}")
 
 
 def _kohya_place(layer: str, config: Config) -> Place | None:
@@ -61,7 +57,7 @@ def _kohya_place(layer: str, config: Config) -> Place | None:
     return outer and Place(f"{start}.{outer}")
 
 
-class FLUX(FlowBackbone):
+class FLUX(PackedBackbone, T5FlowBackbone):
     """`FluxPipeline`: one sample's latent is (H/16 * W/16, 64), 2x2 patches of 16 channels as tokens, row by row.
 
     With a guidance embedding (FLUX.1-dev) `guidance_scale` goes there and costs nothing; classifier-free guidance with
@@ -76,7 +72,7 @@ class FLUX(FlowBackbone):
         unused={"feature_extractor": None, "image_encoder": None},
         usual_sampling=lambda config: (28, 3.5) if config["guidance_embeds"] else (4, 1.0),
         embeds_guidance=True,
-        check_denoiser=_check_axes,
+        check_denoiser=check_axes,
         kohya_place=_kohya_place,
         kohya_header=lambda config: KohyaHeader("flux1", "flux-1-dev", "https://github.com/black-forest-labs/flux"),
         published=(
@@ -91,26 +87,10 @@ class FLUX(FlowBackbone):
         },
     )
 
-    @property
-    def size_divisor(self) -> int:
-        return self.vae_scale_factor * PATCH
-
-    @property
-    def default_size(self) -> int:
-        return self.pipeline.default_sample_size * self.vae_scale_factor
-
-    @property
-    def latent_channels(self) -> int:
-        return self.denoiser.config.in_channels // PATCH**2
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        return (self.image_tokens, self.denoiser.config.in_channels)
-
     def unshifted_sigmas(self, num_steps: int) -> Sequence[float] | None:
         if self.pipeline.scheduler.config.get("use_flow_sigmas"):
             return None
-        return np.linspace(1.0, 1 / num_steps, num_steps)
+        return self.even_sigmas(num_steps)
 
     def cfg_scale(self, guidance_scale: float, true_cfg_scale: float = 1.0) -> float:
         if guidance_scale != 1.0 and not self.denoiser.config.guidance_embeds:
@@ -164,21 +144,3 @@ class FLUX(FlowBackbone):
         grid = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         ids = torch.stack([torch.zeros_like(grid[0]), *grid], dim=-1).reshape(-1, 3)
         return ids.to(device=self.device, dtype=torch.float32)
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return super().decode(self.unpack(latents))
-
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        return self.pack(super().encode_images(images))
-
-    def pack(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) latents as (B, H/2 * W/2, 4 C) tokens."""
-        batch, channels, height, width = x.shape
-        patches = x.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5)
-        return patches.reshape(batch, -1, channels * PATCH**2)
-
-    def unpack(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The inverse of `pack` at this picture's size."""
-        rows, columns = self.height // self.size_divisor, self.width // self.size_divisor
-        patches = tokens.reshape(len(tokens), rows, columns, -1, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
-        return patches.reshape(len(tokens), -1, rows * PATCH, columns * PATCH)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import diffusers
 import transformers
 from diffusers import SchedulerMixin
+from transformers import PreTrainedTokenizerFast
 
 from rsaft_fast import hub
 from rsaft_fast.backbones.configs import check_keys
@@ -28,7 +29,7 @@ from rsaft_fast.pretrained import DIFFUSERS, TRANSFORMERS, Weights, choose_weigh
 from rsaft_fast.reading import open_regular
 
 INDEX = "model_index.json"
-SMALL_FILES = (INDEX, "*/*.json", "*/*.txt", "*/*.model")
+SMALL_FILES = (INDEX, "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja")
 # Safety checkers of the first releases name the module that diffusers had for them; they are never loaded.
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 _CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
@@ -206,7 +207,7 @@ def _read_part(path: str | Path, folder: Path, name: str, entry: list[str], expe
     place = folder / name
     if not os.path.lexists(place):
         raise UserError(f"{path} is incomplete: its {INDEX} names {name}, and there is no such folder")
-    made = _class_of(path, name, entry, expected)
+    made = _class_of(path, name, entry, expected, family.component_classes.get(name))
     file = place / config_name(name)
     present = _names(place)
     config = {}
@@ -220,9 +221,20 @@ def _read_part(path: str | Path, folder: Path, name: str, entry: list[str], expe
     return part
 
 
-def _class_of(path: str | Path, name: str, entry: list[str], expected: Any) -> type:
-    """The class that an entry of the index names, provided that the pipeline takes it."""
+def _class_of(path: str | Path, name: str, entry: list[str], expected: Any, known: Mapping[str, type] | None) -> type:
+    """The class that an entry of the index names, provided that the pipeline takes it.
+
+    Args:
+        expected: what the pipeline's constructor says that it takes.
+        known: by the names that the index may have, what they become, where the constructor does not say it.
+    """
     library, kind = entry
+    if known is not None:
+        if library == "transformers" and (made := known.get(kind.removesuffix("Fast"))) is not None:
+            return made
+        raise UserError(
+            f"{path}: {INDEX} has {library}.{kind} for {name}; this pipeline's is transformers' {' or '.join(known)}"
+        )
     if name == "scheduler" and not (isinstance(expected, type) and issubclass(expected, SchedulerMixin)):
         made = getattr(diffusers, kind, None) if library == "diffusers" else None
         if not (isinstance(made, type) and issubclass(made, SchedulerMixin)):
@@ -256,11 +268,16 @@ def _check_network(path: str | Path, part: Part, family: Family) -> None:
 def _check_tokenizer(path: str | Path, part: Part, present: Sequence[str]) -> None:
     """transformers makes a tokenizer without words where their files are missing."""
     named = part.config.get("tokenizer_class")
-    if isinstance(named, str) and named.removesuffix("Fast") != part.made.__name__.removesuffix("Fast"):
+    if (
+        isinstance(named, str)
+        and part.made is not PreTrainedTokenizerFast
+        and named.removesuffix("Fast") != part.made.__name__.removesuffix("Fast")
+    ):
         raise UserError(
             f"{path}: {part.name}/{part.config_file.name} is of a {named}, and {INDEX} says {part.made.__name__}"
         )
-    own = ("vocab.json", "merges.txt") if "CLIP" in part.made.__name__ else ("spiece.model",)
+    pairs = "CLIP" in part.made.__name__ or "Qwen2" in part.made.__name__
+    own = ("vocab.json", "merges.txt") if pairs else ("spiece.model",)
     words = ("tokenizer.json",) if "tokenizer.json" in present else own
     if not set(words) <= set(present):
         raise UserError(f"{path}: {part.name} holds neither tokenizer.json nor {' and '.join(own)}; download it anew")

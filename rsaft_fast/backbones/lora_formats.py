@@ -112,7 +112,7 @@ def _header(backbone: PipelineBackbone, settings: LoRASettings, alpha: float, ba
     base_model = backbone.family.kohya_header(backbone.denoiser.config)
     header = {
         "format": "pt",
-        "ss_network_module": "networks.lora",
+        "ss_network_module": base_model.module,
         "ss_network_dim": str(settings.rank),
         "ss_network_alpha": f"{alpha:g}",
         "ss_base_model_version": base_model.version,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,8 +19,14 @@ from rsaft_fast.errors import UserError, describe_error
 from rsaft_fast.memory.networks import checkpoint_networks
 from rsaft_fast.memory.offload import OffloadedBlocks
 from rsaft_fast.phases import ENCODING, phase
+from rsaft_fast.sampling.branches import placed
 from rsaft_fast.sampling.protocol import Backbone, Branch, Conditioning
 from rsaft_fast.truncation import cut_prompts_note
+
+_DISTILLED = (
+    "warning: {path} is a distilled model ({why}): made to draw in few steps without guidance, it loses its sharpness "
+    "when it is trained; train the model that it was distilled from, and put the LoRA on this one"
+)
 
 
 class PipelineBackbone(Backbone):
@@ -125,8 +131,14 @@ class PipelineBackbone(Backbone):
             quantize=quantize if networks else None,
         )
         variants = {name: chosen.variant for name, chosen in weights.items() if chosen.variant}
-        backbone.notes = found.notes + tuple(
-            f"{path}/{name} holds no weights but the variant {variant}: taken" for name, variant in variants.items()
+        why = backbone.distilled or _says_distilled(Path(path).name)
+        distilled = () if why is None else (_DISTILLED.format(path=path, why=why),)
+        backbone.notes = (
+            found.notes
+            + distilled
+            + tuple(
+                f"{path}/{name} holds no weights but the variant {variant}: taken" for name, variant in variants.items()
+            )
         )
         return backbone
 
@@ -163,6 +175,10 @@ class PipelineBackbone(Backbone):
         return self.family.embeds_guidance
 
     @property
+    def masks_text(self) -> bool:
+        return self.family.masks_text
+
+    @property
     def channels_last(self) -> bool:
         return self.family.channels_last
 
@@ -187,6 +203,11 @@ class PipelineBackbone(Backbone):
     @property
     def usual_sampling(self) -> tuple[int, float]:
         return self.family.usual_sampling(self.denoiser.config)
+
+    @property
+    def distilled(self) -> str | None:
+        """What says that this model draws in few steps what another does in many; None where nothing says so."""
+        return None
 
     @property
     def vae_scale_factor(self) -> int:
@@ -215,6 +236,11 @@ class PipelineBackbone(Backbone):
     def latent_shape(self) -> tuple[int, ...]:
         scale = self.vae_scale_factor
         return (self.latent_channels, self.height // scale, self.width // scale)
+
+    @property
+    def vae_channels(self) -> int:
+        """Channels of the VAE's latents."""
+        return self.pipeline.vae.config.latent_channels
 
     @property
     def latent_channels(self) -> int:
@@ -262,7 +288,7 @@ class PipelineBackbone(Backbone):
                     f"the pipeline's parts do not fit: its text encoders give {name} of width {text[name].shape[-1]}, "
                     f"and its denoiser's config wants {shape[-1]}"
                 )
-        return {name: tensor.to(device=self.device, dtype=self.compute_dtype) for name, tensor in text.items()}
+        return placed(text, self.device, self.compute_dtype)
 
     @property
     def is_whole(self) -> bool:
@@ -285,10 +311,14 @@ class PipelineBackbone(Backbone):
     def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
         notes = []
         for name, limit in self.text_limits.items():
-            tokenizer = getattr(self.pipeline, name.replace("text_encoder", "tokenizer"))
+            tokenizer = self.tokenizer_of(name)
             if tokenizer is not None and (note := cut_prompts_note(tokenizer, prompts, limit, name)):
                 notes.append(note)
         return notes
+
+    def tokenizer_of(self, encoder: str) -> Callable[..., Mapping[str, Any]] | None:
+        """What makes tokens of prompts for a text encoder, called as those of transformers are."""
+        return getattr(self.pipeline, encoder.replace("text_encoder", "tokenizer"))
 
     @property
     def text_limits(self) -> dict[str, int]:
@@ -312,18 +342,24 @@ class PipelineBackbone(Backbone):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self.pipeline.vae
-        mean, std = self._latent_statistics(latents)
-        x = latents * std / vae.config.scaling_factor + mean
-        images = vae.decode(x.to(vae.dtype), return_dict=False)[0]
+        images = vae.decode(self.to_vae(latents).to(vae.dtype), return_dict=False)[0]
         return images.to(self.latent_dtype) / 2 + 0.5
 
     @torch.no_grad()
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         vae = self.pipeline.vae
         posterior = vae.encode((2 * images - 1).to(device=self.device, dtype=vae.dtype)).latent_dist
-        mean, std = self._latent_statistics(posterior.mean)
-        latents = (posterior.mean - mean) * vae.config.scaling_factor / std
-        return latents.to(self.latent_dtype)
+        return self.from_vae(posterior.mean).to(self.latent_dtype)
+
+    def to_vae(self, latents: torch.Tensor) -> torch.Tensor:
+        """The denoiser's latents as those that the VAE decodes."""
+        mean, std = self._latent_statistics(latents)
+        return latents * std / self.pipeline.vae.config.get("scaling_factor", 1.0) + mean
+
+    def from_vae(self, latents: torch.Tensor) -> torch.Tensor:
+        """The inverse of `to_vae`."""
+        mean, std = self._latent_statistics(latents)
+        return (latents - mean) * self.pipeline.vae.config.get("scaling_factor", 1.0) / std
 
     def _latent_statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
         """What the VAE's config says that its latents' mean and spread are: one number, or one a channel."""
@@ -338,12 +374,18 @@ class PipelineBackbone(Backbone):
 
     def _check_channels(self) -> None:
         """A denoiser of another task (inpainting has 9 channels) or another VAE's loads, but cannot work."""
-        found = self.pipeline.vae.config.latent_channels
+        found = self.vae_channels
         if found != self.latent_channels:
             raise UserError(
                 f"the pipeline's parts do not fit: its VAE has {found} latent channels, and its denoiser takes "
                 f"{self.latent_channels}"
             )
+
+
+def _says_distilled(name: str) -> str | None:
+    """Why a pipeline of that name is a distilled model, where its name says so."""
+    word = next((word for word in ("lightning", "turbo", "distill") if word in name.lower()), None)
+    return word and f"its name says {word}"
 
 
 def required_components(pipeline_class: type[DiffusionPipeline]) -> list[str]:

@@ -13,13 +13,14 @@ KNOWN = tuple("*".join(known.words) for _, known in _PUBLISHED)
 def published_pipeline(hub_id: str) -> tuple[Family, Parts] | None:
     """Find the family and the parts of the published pipeline of that id; None where none is known."""
     for family, known in _PUBLISHED:
-        if all(word in hub_id.lower() for word in known.words):
+        name = hub_id.lower()
+        if all(word in name for word in known.words) and not any(word in name for word in known.without):
             spec = load_spec(known.spec)
             denoiser = {**spec.denoiser, **known.differences}
             return family, {
-                **family.published_text,
+                **(known.text or family.published_text),
                 family.denoiser_name: ("diffusers", family.denoiser_class.__name__, denoiser),
-                "vae": ("diffusers", "AutoencoderKL", spec.vae),
-                "scheduler": ("diffusers", spec.scheduler["_class_name"], spec.scheduler),
+                "vae": ("diffusers", family.vae_class.__name__, spec.vae),
+                "scheduler": ("diffusers", spec.scheduler["_class_name"], {**spec.scheduler, **known.scheduler}),
             }
     return None

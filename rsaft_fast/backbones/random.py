@@ -12,7 +12,8 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, ModelMixin
+from diffusers import ModelMixin
+from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
 from rsaft_fast.backbones.pipeline import PipelineBackbone, required_components
 from rsaft_fast.backbones.quantized import Quantization
@@ -53,7 +54,7 @@ def random_backbone(
     components = dict.fromkeys(required_components(family.pipeline_class)) | family.unused
     components |= {
         family.denoiser_name: random_network(family.denoiser_class, spec.denoiser, dtype, device, seed),
-        "vae": random_network(AutoencoderKL, spec.vae, adapter.vae_dtype(dtype), device, seed + 1),
+        "vae": random_network(family.vae_class, spec.vae, adapter.vae_dtype(dtype), device, seed + 1),
         "scheduler": getattr(diffusers, spec.scheduler["_class_name"]).from_config(spec.scheduler),
     }
     pipeline = family.pipeline_class(**components)
@@ -92,8 +93,22 @@ def random_network(
     if torch.device(device).type == "meta":
         return network
     network.to_empty(device=device)
+    _compute_tables(network)
     draw_weights(network, seed)
     return network
+
+
+def _compute_tables(network: torch.nn.Module) -> None:
+    """Compute what modules hold beside parameters and buffers, which stays where they were built."""
+    for module in network.modules():
+        tables = [name for name, value in vars(module).items() if isinstance(value, torch.Tensor) and value.is_meta]
+        if not tables:
+            continue
+        if not isinstance(module, QwenEmbedRope):
+            raise NotImplementedError(f"{type(module).__name__} computes its {tables[0]} when it is built")
+        made = QwenEmbedRope(module.theta, module.axes_dim, module.scale_rope)
+        for name in tables:
+            setattr(module, name, getattr(made, name))
 
 
 @torch.no_grad()
@@ -111,7 +126,7 @@ def draw_weights(network: torch.nn.Module, seed: int) -> None:
         for module in network.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-                drawn.update(map(id, module.parameters(recurse=False)))
+                drawn.update(map(id, (*module.parameters(recurse=False), *module.buffers(recurse=False))))
         for name, parameter in network.named_parameters():
             if id(parameter) in drawn:
                 continue
@@ -121,6 +136,8 @@ def draw_weights(network: torch.nn.Module, seed: int) -> None:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
         stored = network.state_dict().keys()
         for name, buffer in network.named_buffers():
+            if id(buffer) in drawn:
+                continue
             if name not in stored:
                 raise NotImplementedError(f"{name} of {type(network).__name__} is computed when it is built, not drawn")
             buffer.normal_(std=0.5**0.5)  # SD3's table of sines and cosines has this root mean square

@@ -9,7 +9,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from rsaft_fast.backbones import text_specs
 from rsaft_fast.backbones.family import Config, KohyaHeader, Place, Published
-from rsaft_fast.backbones.flow import OF_PICTURE, OF_TEXT, FlowBackbone, FlowFamily, attention_width
+from rsaft_fast.backbones.flow import OF_PICTURE, OF_TEXT, FlowFamily, T5FlowBackbone, attention_width
 from rsaft_fast.errors import UserError
 from rsaft_fast.sampling.linear import LinearStep
 from rsaft_fast.sampling.protocol import Branch
@@ -33,7 +33,7 @@ def _kohya_place(layer: str, config: Config) -> Place | None:
     return outer and Place(outer)
 
 
-class SD3(FlowBackbone):
+class SD3(T5FlowBackbone):
     """`StableDiffusion3Pipeline`: latents (16, H/8, W/8), two CLIP text encoders and, where present, T5."""
 
     family = FlowFamily(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rsaft_fast.backbones.family import Config
+from rsaft_fast.backbones.family import Config, Parts
 
 CLIP_L: dict[str, Any] = {
     "vocab_size": 49408,
@@ -43,6 +43,77 @@ def clip(config: Config, projection: bool = False) -> tuple[str, str, Config]:
     return "transformers", "CLIPTextModelWithProjection" if projection else "CLIPTextModel", config
 
 
+QWEN2_5_VL_7B: Parts = {
+    "text_encoder": (
+        "transformers",
+        "Qwen2_5_VLForConditionalGeneration",
+        {
+            "text_config": {
+                "vocab_size": 152064,
+                "hidden_size": 3584,
+                "intermediate_size": 18944,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 28,
+                "num_key_value_heads": 4,
+                "max_position_embeddings": 128000,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+            },
+            "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584},
+            "tie_word_embeddings": False,
+        },
+    ),
+    "tokenizer": ("transformers", "PreTrainedTokenizer", {"model_max_length": 131072}),
+}
+
+
 def tokenizer(length: int) -> tuple[str, str, Config]:
     """A tokenizer that gives that many tokens, as a component."""
     return "transformers", "PreTrainedTokenizer", {"model_max_length": length}
+
+
+def qwen3(kind: str, hidden: int, intermediate: int, tied: bool) -> Parts:
+    """Qwen3 with 36 layers, and its tokenizer."""
+    config = {
+        "vocab_size": 151936,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": tied,
+    }
+    return {"text_encoder": ("transformers", kind, config), "tokenizer": tokenizer(131072)}
+
+
+QWEN3_4B = qwen3("Qwen3ForCausalLM", 2560, 9728, tied=True)
+QWEN3_4B_MODEL = qwen3("Qwen3Model", 2560, 9728, tied=True)
+QWEN3_8B = qwen3("Qwen3ForCausalLM", 4096, 12288, tied=False)
+_MISTRAL_SMALL = {
+    "text_config": {
+        "model_type": "mistral",
+        "vocab_size": 131072,
+        "hidden_size": 5120,
+        "intermediate_size": 32768,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+    },
+    "vision_config": {
+        "model_type": "pixtral",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 1540,
+        "patch_size": 14,
+    },
+    "tie_word_embeddings": False,
+}
+MISTRAL_SMALL: Parts = {
+    "text_encoder": ("transformers", "Mistral3ForConditionalGeneration", _MISTRAL_SMALL),
+    "tokenizer": tokenizer(131072),
+}

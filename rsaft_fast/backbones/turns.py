@@ -47,6 +47,11 @@ def _encode_block(backbone: Backbone, prompts: Sequence[str | None]) -> list[dic
     encoders = backbone.text_networks
     if not (encoders and backbone.can_embed):
         return [_moved(dict(backbone.embed_text([prompt])), HOST) for prompt in prompts]
+    if len(encoders) == 1:
+        # Nobody waits for its answers: all hidden layers of a language model, 150 MB a prompt, are not kept.
+        (encoder,) = encoders.values()
+        with visiting(encoder, backbone.device):
+            return [_moved(dict(backbone.embed_text([prompt])), HOST) for prompt in prompts]
     answers: list[dict[str, list[Any]]] = [{name: [] for name in encoders} for _ in prompts]
     rows = {}
     for turn, encoder in encoders.items():

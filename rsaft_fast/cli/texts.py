@@ -107,7 +107,9 @@ examples:
   rsaft-fast sample path/to/sd3 --lora runs/a/lora --prompts-file prompts.txt --steps 28 --guidance 4.5
 
 Without --run, steps and guidance are those of diffusers' pipelines, or of the model's authors: SD1.5 50 and 7.5, SDXL
-50 and 5, SD3 28 and 7, SD3.5 28 and 4.5, FLUX.1-dev 28 and 3.5, FLUX.1-schnell 4 and none.
+50 and 5, SD3 28 and 7, SD3.5 28 and 4.5, FLUX.1-dev 28 and 3.5, FLUX.1-schnell 4 and none, FLUX.2-dev and -klein-base
+50 and 4, FLUX.2-klein 4 and none, Z-Image 50 and 6 (its own pipeline calls this 5), Z-Image-Turbo 8 and none,
+Qwen-Image 50 and 4.
 
 A picture depends on its prompt and seed alone. Writes one PNG a picture, grid.png and pictures.json into --output.
 """

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
-
 from rsaft_fast.errors import UserError
 from rsaft_fast.recipe.config import SamplerSettings
+from rsaft_fast.sampling.branches import join_rows
 from rsaft_fast.sampling.protocol import Backbone, Branch, Conditioning
 
 
@@ -51,7 +50,7 @@ class EncodedPrompts:
     def __call__(self, texts: Sequence[str]) -> Conditioning:
         """Give the conditioning of a batch of these texts, on the backbone's device."""
         rows = [self.rows[text] for text in texts]
-        positive = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        positive = join_rows(rows)
         negative = self._negative and {
             name: row.expand(len(texts), *row.shape[1:]) for name, row in self._negative.items()
         }

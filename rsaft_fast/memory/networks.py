@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory.checkpointing import checkpoint_vae_decoder
 from rsaft_fast.memory.decoder import decode_in_strips
+from rsaft_fast.memory.offload import transformer_blocks
 
 
 def checkpoint_networks(denoiser: nn.Module, vae: nn.Module, names: Collection[str], keep_blocks: int = 0) -> None:
@@ -72,9 +73,8 @@ def denoiser_blocks(denoiser: nn.Module) -> Iterator[nn.Module]:
     Of a transformer its blocks; of a UNet the resnets (but for the first of the middle, which diffusers leaves out) and
     the transformer blocks between them.
     """
-    if hasattr(denoiser, "transformer_blocks"):
-        yield from denoiser.transformer_blocks
-        yield from getattr(denoiser, "single_transformer_blocks", ())
+    if not hasattr(denoiser, "down_blocks"):
+        yield from transformer_blocks(denoiser).values()
         return
     for part in denoiser.down_blocks:
         yield from _pairs(part.resnets, getattr(part, "attentions", ()))

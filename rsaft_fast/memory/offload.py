@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.ops.transfer import CopyStream, Packing, host_buffer, record_event, wait_for
@@ -31,12 +32,21 @@ BUFFERS = 2
 
 
 def transformer_blocks(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """List the blocks that can be streamed, by name: the entries of every list called `*transformer_blocks`.
+    """List the blocks that can be streamed, by name.
 
-    These are what diffusers checkpoints one by one, and hold nearly all weights: 57 with 99 % of them in FLUX.1, 24 or
-    38 in SD3 and 3.5, 70 with 85 % in SDXL's UNet (inside its down, mid and up blocks).
+    They are the entries of every list called `*transformer_blocks`, and of those whose class diffusers calls repeated:
+    these are what diffusers checkpoints one by one, and hold nearly all weights: 57 with 99 % of them in FLUX.1, 24 or
+    38 in SD3 and 3.5, 34 in Z-Image, 70 with 85 % in SDXL's UNet (inside its down, mid and up blocks).
     """
-    lists = {name: m for name, m in denoiser.named_modules() if name.endswith("transformer_blocks")}
+    repeated = getattr(denoiser, "_repeated_blocks", None) or ()
+
+    def holds_blocks(name: str, module: nn.Module) -> bool:
+        if name.endswith("transformer_blocks"):
+            return True
+        kinds = {type(block).__name__ for block in module} if isinstance(module, nn.ModuleList) else set()
+        return bool(kinds) and kinds <= {*repeated}
+
+    lists = {name: m for name, m in denoiser.named_modules() if holds_blocks(name, m)}
     return {f"{name}.{i}": block for name, blocks in lists.items() for i, block in enumerate(blocks)}
 
 
@@ -187,8 +197,9 @@ class OffloadedBlocks:
         if sorted(self._called) == sorted(self._order):
             self._order = self._called
         self._expect([])
-        if output[0].requires_grad:  # the last block's weights come while what follows it goes backward
-            output[0].register_hook(lambda grad: self._expect(self._order[::-1][: self.ahead]))
+        first = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor))
+        if first.requires_grad:  # the last block's weights come while what follows it goes backward
+            first.register_hook(lambda grad: self._expect(self._order[::-1][: self.ahead]))
 
 
 def _in_backward() -> bool:

@@ -49,11 +49,12 @@ def empty_picture(like: torch.Tensor, channels: int, height: int, width: int) ->
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def _take(x: torch.Tensor, rows: Rows) -> torch.Tensor:
+def take(x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Give a view of rows of (1, C, H, W)."""
     return x[:, :, rows[0] : rows[1]]
 
 
-def _with_halo(rows: Rows, height: int) -> tuple[Rows, tuple[int, int]]:
+def with_halo(rows: Rows, height: int) -> tuple[Rows, tuple[int, int]]:
     """Give the rows that a 3x3 kernel sees, and how many of them lie above and below the picture.
 
     There the kernel sees zeros.
@@ -63,11 +64,13 @@ def _with_halo(rows: Rows, height: int) -> tuple[Rows, tuple[int, int]]:
     return (top - 1 + above, bottom + 1 - below), (above, below)
 
 
-def _pad_rows(x: torch.Tensor, missing: tuple[int, int]) -> torch.Tensor:
+def pad_rows(x: torch.Tensor, missing: tuple[int, int]) -> torch.Tensor:
+    """Put rows of zeros above and below, as many as are missing."""
     return functional.pad(x, (0, 0, *missing)) if any(missing) else x
 
 
-def _channels_last(weight: torch.Tensor) -> torch.Tensor:
+def channels_last(weight: torch.Tensor) -> torch.Tensor:
+    """Lay a kernel out as convolutions of channels-last pictures take it."""
     return weight.contiguous(memory_format=torch.channels_last)
 
 
@@ -80,8 +83,8 @@ def convolution_gradient(weight: torch.Tensor, gradient: torch.Tensor) -> OfRows
     """Compute rows of the gradient at a 3x3 convolution's input from that at its output."""
 
     def of(rows: Rows) -> torch.Tensor:
-        seen, missing = _with_halo(rows, gradient.shape[2])
-        return functional.conv_transpose2d(_pad_rows(_take(gradient, seen), missing), weight, padding=(2, 1))
+        seen, missing = with_halo(rows, gradient.shape[2])
+        return functional.conv_transpose2d(pad_rows(take(gradient, seen), missing), weight, padding=(2, 1))
 
     return of
 
@@ -110,7 +113,8 @@ def _by_channel(of_groups: torch.Tensor, channels: int) -> torch.Tensor:
     return of_groups[:, None].expand(groups, channels // groups).reshape(channels)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """Choose what sums and norms are computed in."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -130,9 +134,9 @@ class NormSiluConv:
         The variance is the mean of theirs and the variance of their means, for E[x^2] - E[x]^2 would cancel.
         """
         _, channels, height, width = x.shape
-        wide, groups = _wide(x.dtype), self.norm.num_groups
+        wide, groups = at_least_fp32(x.dtype), self.norm.num_groups
         moments = [
-            torch.var_mean(_take(x, rows).to(wide), dim=(0, 2, 3), correction=0)
+            torch.var_mean(take(x, rows).to(wide), dim=(0, 2, 3), correction=0)
             for rows in equal_strips(height, channels * width, self.strip_elements)
         ]
         variances, means = (torch.stack(column).view(len(moments), groups, -1) for column in zip(*moments))
@@ -144,15 +148,15 @@ class NormSiluConv:
 
     def forward(self, x: torch.Tensor, normalization: Normalization, add: OfRows | None = None) -> torch.Tensor:
         """Compute conv(SiLU(norm(x))), plus `add`."""
-        weight, bias = _channels_last(self.conv.weight), self.conv.bias
+        weight, bias = channels_last(self.conv.weight), self.conv.bias
         out = empty_picture(x, self.conv.out_channels, *x.shape[2:])
         for rows in self._strips(x):
-            seen, missing = _with_halo(rows, x.shape[2])
-            activated = functional.silu(normalization(_take(x, seen)), inplace=True).to(x.dtype)
-            strip = convolve(_pad_rows(activated, missing), weight, bias)
+            seen, missing = with_halo(rows, x.shape[2])
+            activated = functional.silu(normalization(take(x, seen)), inplace=True).to(x.dtype)
+            strip = convolve(pad_rows(activated, missing), weight, bias)
             if add is not None:
                 strip += add(rows)
-            _take(out, rows).copy_(strip)
+            take(out, rows).copy_(strip)
         return out
 
     def backward_(
@@ -173,10 +177,10 @@ class NormSiluConv:
             keep: hold dn in a tensor of x's size between the sums and their use; else the convolution's gradient is
                 computed twice.
         """
-        before = convolution_gradient(_channels_last(self.conv.weight), gradient)
+        before = convolution_gradient(channels_last(self.conv.weight), gradient)
 
         def at_norm(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-            normalized = normalization(_take(x, rows))
+            normalized = normalization(take(x, rows))
             return torch.ops.aten.silu_backward(before(rows).to(normalized.dtype), normalized), normalized
 
         kept = torch.empty_like(x) if keep else None
@@ -184,17 +188,17 @@ class NormSiluConv:
         for rows in self._strips(x):
             dn, normalized = at_norm(rows)
             if kept is not None:
-                _take(kept, rows).copy_(dn)
+                take(kept, rows).copy_(dn)
             sums.append(dn.sum((0, 2, 3)))
             by_output.append(normalized.mul_(dn).sum((0, 2, 3)))
             del dn, normalized
         shrink, offset = self._correction(torch.stack(sums).sum(0), torch.stack(by_output).sum(0), x, normalization)
         for rows in self._strips(x):
-            dn = at_norm(rows)[0] if kept is None else _take(kept, rows)
-            strip = torch.addcmul(offset, _take(x, rows), shrink).addcmul_(dn, normalization.scale)
+            dn = at_norm(rows)[0] if kept is None else take(kept, rows)
+            strip = torch.addcmul(offset, take(x, rows), shrink).addcmul_(dn, normalization.scale)
             if add is not None:
                 strip += add(rows)
-            _take(x, rows).copy_(strip)
+            take(x, rows).copy_(strip)
         return x
 
     def _correction(
@@ -223,7 +227,7 @@ class Resnet:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (1, C, H, W) to (1, C', H, W); three tensors are alive: x, conv1's output and this one's."""
         hidden = self.first.forward(x, self.first.normalization(x))
-        return self.second.forward(hidden, self.second.normalization(hidden), lambda rows: self._skip(_take(x, rows)))
+        return self.second.forward(hidden, self.second.normalization(hidden), lambda rows: self._skip(take(x, rows)))
 
     def backward(self, x: torch.Tensor, gradient: torch.Tensor, room: int) -> torch.Tensor:
         """Compute the gradient at x, written over it.
@@ -236,7 +240,7 @@ class Resnet:
         normalization = self.first.normalization(x)
         hidden = self.first.forward(x, normalization)
         self.second.backward_(hidden, gradient, self.second.normalization(hidden), keep=keep)
-        through_skip = lambda rows: self._skip_gradient(_take(gradient, rows))  # noqa: E731
+        through_skip = lambda rows: self._skip_gradient(take(gradient, rows))  # noqa: E731
         return self.first.backward_(x, hidden, normalization, keep=keep, add=through_skip)
 
     def _skip(self, x: torch.Tensor) -> torch.Tensor:
@@ -277,21 +281,21 @@ class Upsample:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (1, C, H, W) to (1, C', 2H, 2W)."""
-        weight, bias = _channels_last(self.conv.weight), self.conv.bias
+        weight, bias = channels_last(self.conv.weight), self.conv.bias
         height, width = x.shape[2:]
         out = empty_picture(x, self.conv.out_channels, 2 * height, 2 * width)
         for rows in self._strips(x):
-            (top, bottom), (above, below) = _with_halo(rows, height)
-            doubled = functional.interpolate(_take(x, (top, bottom)), scale_factor=2.0, mode="nearest")
+            (top, bottom), (above, below) = with_halo(rows, height)
+            doubled = functional.interpolate(take(x, (top, bottom)), scale_factor=2.0, mode="nearest")
             # Of a halo row's two copies the kernel sees one.
             seen = doubled[:, :, 1 - above : doubled.shape[2] - 1 + below]
-            strip = convolve(_pad_rows(seen, (above, below)), weight, bias)
+            strip = convolve(pad_rows(seen, (above, below)), weight, bias)
             out[:, :, 2 * rows[0] : 2 * rows[1]] = strip
         return out
 
     def backward(self, x: torch.Tensor, gradient: torch.Tensor, room: int) -> torch.Tensor:
         """Compute the gradient at x, in a tensor of its own; neither x's values nor the room matter."""
-        before = convolution_gradient(_channels_last(self.conv.weight), gradient)
+        before = convolution_gradient(channels_last(self.conv.weight), gradient)
         out = torch.empty_like(x)
         for top, bottom in self._strips(x):
             doubled = before((2 * top, 2 * bottom))

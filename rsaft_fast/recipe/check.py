@@ -25,6 +25,7 @@ from rsaft_fast.sampling import GradientPlan, derive_rng
 from rsaft_fast.sampling.protocol import Traits
 from rsaft_fast.speed import check as speed
 from rsaft_fast.speed.apply import require_convolutions
+from rsaft_fast.speed.attention import MASKLESS
 
 # torch knows more names, such as meta and mps, on which nothing here runs.
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,2})?")
@@ -113,6 +114,7 @@ def check_model(config: Config, plan: GradientPlan | None, model: Traits | None 
     _check_true_cfg(config, model)
     if config.speed.channels_last:
         require_convolutions(model or traits_of(config.backbone.path))
+    _check_masks(config, model)
     _check_memory_options(config, plan, model)
 
 
@@ -308,6 +310,25 @@ def _check_true_cfg(config: Config, model: Traits | None = None) -> None:
         raise UserError(
             f"sampler.true_cfg_scale is {scale}, which FLUX.1 alone knows; leave it out and set sampler.guidance_scale"
         )
+
+
+def _check_masks(config: Config, model: Traits | None = None) -> None:
+    """A kernel that takes no mask cannot attend to texts of unequal lengths in one call."""
+    settings, batch = config.speed, config.data.batch_size
+    if settings.attention not in MASKLESS or not (model or traits_of(config.backbone.path)).masks_text:
+        return
+    obstacles = {
+        f"data.batch_size {batch}; set it to 1": batch > 1,
+        f"speed.cfg {settings.cfg}; set it to separate": settings.cfg != "separate" and _is_guided(config, model),
+        f"speed.compile {settings.compile}; set it to none": settings.compile != "none",
+        "speed.cuda_graph; leave it out": settings.cuda_graph,
+    }
+    for obstacle, stands in obstacles.items():
+        if stands:
+            raise UserError(
+                f"speed.attention is {settings.attention}, which takes no mask: this model's prompts have lengths of "
+                f"their own, and are padded and masked with {obstacle}, or take auto, cudnn or efficient"
+            )
 
 
 def _check_memory_options(config: Config, plan: GradientPlan | None, model: Traits | None = None) -> None:

@@ -102,7 +102,7 @@ def find_recipe(recipe: str | Path) -> Path:
     near = difflib.get_close_matches(path.name, names, 1, cutoff=0.75)
     near = near or difflib.get_close_matches(path.as_posix(), names, 1, cutoff=0.75)
     hint = f"; did you mean {near[0]}?" if near else ""
-    listed = ", ".join(names)
+    listed = ", ".join(name.removesuffix(".yaml") for name in names)
     raise UserError(f"the recipe {str(recipe)!r} is {kind}{hint}; give a YAML file or a shipped one: {listed}")
 
 

@@ -116,6 +116,9 @@ class LengthTokenizer:
     def tokenize(self, text: str) -> list[str]:
         return []
 
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options) -> str:
+        return ""
+
     def __call__(
         self, texts: str | list[str], padding: str | bool = False, max_length: int | None = None, **options
     ) -> BatchEncoding:

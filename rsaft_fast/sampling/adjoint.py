@@ -12,18 +12,20 @@ w_i (df_i/dtheta)^T g, and the adjoint of x_start is r g + w_start (df_start/dx)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rsaft_fast.phases import DENOISER, phase
+from rsaft_fast.sampling.guidance import branch_cotangents, guide
 from rsaft_fast.sampling.leaps import gradient_weights, line, step_gain
 from rsaft_fast.sampling.linear import LinearStep
 from rsaft_fast.sampling.plan import Finish, GradientPlan, Uncond
-from rsaft_fast.sampling.rollout import Trajectory, guide, guided_prediction
+from rsaft_fast.sampling.rollout import Trajectory, guided_prediction
 
 if TYPE_CHECKING:
-    from rsaft_fast.sampling.protocol import Backbone, Conditioning
+    from rsaft_fast.sampling.protocol import Backbone, Branch, Conditioning
 
 Cotangent = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 """dJ/df of a guided prediction f, or a function that takes f (detached) and returns it; both (B, *latent_shape)."""
@@ -120,7 +122,9 @@ def call_backward(
     """Run one guided call again at x, and accumulate scale * (df/dtheta)^T cotangent into the parameters' `.grad`.
 
     Graded branches are walked one after the other, or together where the backbone batches them: one branch's graph is
-    alive at a time. A detached branch is not walked at all, so there is nothing to batch it with.
+    alive at a time. A detached branch is not walked at all, so there is nothing to batch it with. Where guidance is not
+    linear in the branches, their cotangents follow from both predictions: in separate branches that costs one forward
+    pass of the unconditional branch more.
 
     Args:
         x: the call's latent, (B, *latent_shape).
@@ -130,6 +134,9 @@ def call_backward(
         input_gradient: also return scale * (df/dx)^T cotangent, (B, *latent_shape); else None is returned.
     """
     negative = None if uncond == "none" else conditioning.negative
+    if negative is not None and not backbone.linear_guidance:
+        walk = _CombinedCall(backbone, step, conditioning.positive, negative, conditioning.guidance_scale, scale)
+        return walk.backward(x, cotangent, graded=uncond == "graded", input_gradient=input_gradient)
     guided = negative is not None
     w = conditioning.guidance_scale if guided else 1.0
     branches = [(conditioning.positive, w)]
@@ -152,6 +159,51 @@ def call_backward(
         if input_gradient:
             total = leaf.grad if total is None else total + leaf.grad  # pyrefly: ignore[unsupported-operation]
     return total
+
+
+@dataclass(frozen=True)
+class _CombinedCall:
+    """A guided call whose branches are combined in the model's own way, which is not linear in them."""
+
+    backbone: Backbone
+    step: LinearStep
+    positive: Branch
+    negative: Branch
+    guidance_scale: float
+    scale: float
+
+    def backward(
+        self, x: torch.Tensor, cotangent: Cotangent, *, graded: bool, input_gradient: bool
+    ) -> torch.Tensor | None:
+        """Walk it back as `call_backward` says; `graded`: the unconditional branch too."""
+        leaf = x.detach().requires_grad_(input_gradient)
+        if graded and self.backbone.cfg_batching == "batched":
+            with torch.enable_grad():
+                both = self.backbone.predict_together(leaf, self.step, (self.positive, self.negative))
+            torch.autograd.backward(both, self._cotangents(both[0], both[1], cotangent))
+            return leaf.grad
+        with torch.no_grad():
+            other = self.backbone.predict(x, self.step, self.negative)
+        with torch.enable_grad():
+            prediction = self.backbone.predict(leaf, self.step, self.positive)
+        to_positive, to_negative = self._cotangents(prediction, other, cotangent)
+        prediction.backward(to_positive)
+        if not graded:
+            return leaf.grad
+        total, leaf = leaf.grad, x.detach().requires_grad_(input_gradient)
+        del prediction, other
+        with torch.enable_grad():
+            prediction = self.backbone.predict(leaf, self.step, self.negative)
+        prediction.backward(to_negative)
+        return None if total is None or leaf.grad is None else total + leaf.grad
+
+    def _cotangents(
+        self, positive: torch.Tensor, negative: torch.Tensor, cotangent: Cotangent
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        positive, negative = positive.detach(), negative.detach()
+        if callable(cotangent):
+            cotangent = cotangent(self.backbone.guide(positive, negative, self.guidance_scale))
+        return branch_cotangents(self.backbone.guide, positive, negative, self.guidance_scale, self.scale * cotangent)
 
 
 def _finish_scalars(step: LinearStep, finish: Finish) -> tuple[float, float]:

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save_file, save_model
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.sampling.branches import LENGTHS, Branch, join_rows, pick_rows, placed
+from rsaft_fast.sampling.guidance import guide
 from rsaft_fast.sampling.linear import LinearStep, Schedule
 from rsaft_fast.sampling.noise import NoiseSource
 
-Branch = Mapping[str, torch.Tensor]
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CFGBatching = Literal["separate", "rollout", "batched"]
 
@@ -43,9 +44,8 @@ class Conditioning:
     def select(self, index: slice | Sequence[int]) -> Conditioning:
         """The rows `index` of every tensor."""
         index = index if isinstance(index, slice) else list(index)
-        pick = lambda branch: {name: tensor[index] for name, tensor in branch.items()}  # noqa: E731
-        negative = None if self.negative is None else pick(self.negative)
-        return Conditioning(pick(self.positive), negative, self.guidance_scale)
+        negative = None if self.negative is None else pick_rows(self.negative, index)
+        return Conditioning(pick_rows(self.positive, index), negative, self.guidance_scale)
 
 
 class Traits(Protocol):
@@ -60,6 +60,8 @@ class Traits(Protocol):
     def denoiser_name(self) -> str: ...
     @property
     def embeds_guidance(self) -> bool: ...
+    @property
+    def masks_text(self) -> bool: ...
     @property
     def channels_last(self) -> bool: ...
 
@@ -81,6 +83,7 @@ class Backbone(ABC):
         compute_dtype: of the conditioning, and of what the networks compute in.
         denoiser_name: what the folder of exported weights is called.
         embeds_guidance: whether `guidance_scale` goes into an embedding, not into classifier-free guidance.
+        masks_text: whether prompts of unequal lengths in one batch are masked in the denoiser's attention.
         channels_last: whether the denoiser's and the VAE's convolutions may be laid out channels-last.
         lora_targets: names of the linear layers that adapters go to where the recipe names none, matched from the end.
         vae: network between latents and images whose memory is counted; None where there is none.
@@ -90,6 +93,9 @@ class Backbone(ABC):
         is_whole: whether all its weights are there; False of a pipeline of which parts were left out in loading.
         can_embed: whether `embed_text` has its text encoders.
         text_networks: text encoders that lie on the host and visit the device in turns, by name.
+        linear_guidance: whether `guide` is f_u + w (f_c - f_u) alone.
+        text_multiple: of models whose texts have lengths of their own, what lengths are padded to a multiple of, where
+            each new one costs (compiled code, CUDA graphs).
         cfg_batching: where the two branches of classifier-free guidance share one network call of 2B rows: nowhere, in
             the rollout's calls, or in graded calls too, whose activations double.
     """
@@ -102,6 +108,7 @@ class Backbone(ABC):
     compute_dtype: torch.dtype = torch.float32
     denoiser_name: str = "denoiser"
     embeds_guidance: bool = False
+    masks_text: bool = False
     channels_last: bool = False
     lora_targets: tuple[str, ...] = ()
     vae: torch.nn.Module | None = None
@@ -111,6 +118,8 @@ class Backbone(ABC):
     is_whole: bool = True
     can_embed: bool = True
     text_networks: Mapping[str, torch.nn.Module] = MappingProxyType({})
+    linear_guidance: bool = True
+    text_multiple: int = 1
     cfg_batching: CFGBatching = "separate"
 
     @property
@@ -178,6 +187,10 @@ class Backbone(ABC):
             )
         return guidance_scale
 
+    def guide(self, positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
+        """Combine the two branches' predictions, each (B, *latent_shape); a model's own way is differentiated too."""
+        return guide(positive, negative, scale)
+
     @property
     @abstractmethod
     def embedding_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -187,7 +200,8 @@ class Backbone(ABC):
     def embed_text(self, prompts: Sequence[str | None]) -> Branch:
         """What a branch holds of the prompts, a row each, without gradient: what needs the text encoders.
 
-        None is the unconditional prompt. A prompt's row must not depend on the others.
+        None is the unconditional prompt. A prompt's row must not depend on the others. Texts of unequal lengths are
+        padded, and `LENGTHS` says how long each is.
 
         Raises:
             UserError: a text encoder is missing, or is not of the denoiser's width.
@@ -203,7 +217,7 @@ class Backbone(ABC):
 
     def branch(self, text: Branch, batch: int, guidance_scale: float = 1.0) -> Branch:
         """A branch of the rows of `embed_text`, on the device."""
-        embedded = {name: tensor.to(device=self.device, dtype=self.compute_dtype) for name, tensor in text.items()}
+        embedded = placed(text, self.device, self.compute_dtype)
         return embedded | self.added_conditions(batch, guidance_scale)  # pyrefly: ignore[unsupported-operation]
 
     def embed(self, prompts: Sequence[str | None], guidance_scale: float = 1.0) -> Branch:
@@ -237,14 +251,16 @@ class Backbone(ABC):
     def predict_together(
         self, x: torch.Tensor, step: LinearStep, branches: Sequence[Branch]
     ) -> tuple[torch.Tensor, ...]:
-        """`predict` at one x for several branches of equal shapes: one network call of len(branches) * B rows."""
+        """`predict` at one x for several branches of equal shapes: one network call of len(branches) * B rows.
+
+        Texts may differ in length where the branches say `LENGTHS`.
+        """
         if len(branches) == 1:
             return (self.predict(x, step, branches[0]),)
         shapes = [{name: (tuple(t.shape), t.dtype) for name, t in branch.items()} for branch in branches]
-        if any(other != shapes[0] for other in shapes[1:]):
+        if LENGTHS not in branches[0] and any(other != shapes[0] for other in shapes[1:]):
             raise UserError(f"branches of different shapes cannot share a network call ({shapes}): speed.cfg=separate")
-        stacked = {name: torch.cat([branch[name] for branch in branches]) for name in branches[0]}
-        return self.predict(torch.cat([x] * len(branches)), step, stacked).chunk(len(branches))
+        return self.predict(torch.cat([x] * len(branches)), step, join_rows(branches)).chunk(len(branches))
 
     @abstractmethod
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

@@ -138,10 +138,7 @@ def rollout(
 def guided_prediction(
     backbone: Backbone, x: torch.Tensor, step: LinearStep, conditioning: Conditioning, uncond: Uncond = "graded"
 ) -> torch.Tensor:
-    """Predict with classifier-free guidance f_u + w (f_c - f_u) (Ho and Salimans 2022).
-
-    Without a negative branch: f_c alone.
-    """
+    """Predict with classifier-free guidance, as `Backbone.guide` combines the branches; without a negative one, f_c."""
     if conditioning.negative is None or uncond == "none":
         return backbone.predict(x, step, conditioning.positive)
     if backbone.cfg_batching == "separate":
@@ -149,12 +146,7 @@ def guided_prediction(
         negative = backbone.predict(x, step, conditioning.negative)
     else:
         positive, negative = backbone.predict_together(x, step, (conditioning.positive, conditioning.negative))
-    return guide(positive, negative, conditioning.guidance_scale)
-
-
-def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
-    """Combine the two branches' predictions: f_u + w (f_c - f_u)."""
-    return negative + scale * (positive - negative)
+    return backbone.guide(positive, negative, conditioning.guidance_scale)
 
 
 def advance(

@@ -47,6 +47,10 @@ def _flash3(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
 
 PACKAGES: dict[str, Callable] = {"xformers": _xformers, "flash3": _flash3}
 """Kernels of other packages, each of (B, L, H, D) queries, keys and values."""
+MASKLESS = ("flash", *PACKAGES)
+"""Those that take no mask."""
+_MASKED_BLOCKS = ("ZImageTransformerBlock",)
+"""Blocks whose attention gets a mask where a batch's texts differ in length."""
 
 
 class _AttentionReplaced(TorchFunctionMode):
@@ -95,6 +99,11 @@ def set_attention(model: nn.Module, name: str) -> None:
     Raises:
         UserError: the kernel does not run here, or not at this model's head sizes.
     """
+    if name in MASKLESS and any(type(m).__name__ in _MASKED_BLOCKS for m in model.modules()):
+        raise UserError(
+            f"speed.attention is {name}, which takes no mask, and {type(model).__name__} masks the ends of shorter "
+            "texts: take efficient or cudnn, or set speed.attention=auto"
+        )
     layers = [m for m in model.modules() if isinstance(m, Attention | AttentionModuleMixin)]
     parameter = next(model.parameters())
     if parameter.device.type != "meta":

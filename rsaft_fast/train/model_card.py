@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rsaft_fast.backbones import Backbone, PipelineBackbone
+from rsaft_fast.backbones.family import Family
 from rsaft_fast.backbones.lora_formats import KOHYA_FILE, save_kohya
 from rsaft_fast.hub import is_hub_id, is_on_hub
 from rsaft_fast.methods import PythonMethod
@@ -38,6 +39,14 @@ LICENCES: dict[str, dict[str, str]] = {
     },
     "black-forest-labs/FLUX.1-dev": {"license": "other", "license_name": "flux-1-dev-non-commercial-license"},
     "black-forest-labs/FLUX.1-schnell": {"license": "apache-2.0"},
+    "black-forest-labs/FLUX.2-dev": {"license": "other", "license_name": "flux-dev-non-commercial-license"},
+    **{
+        f"black-forest-labs/FLUX.2-klein-{name}9B": {"license": "other", "license_name": "flux-non-commercial-license"}
+        for name in ("", "base-")
+    },
+    **{f"black-forest-labs/FLUX.2-klein-{name}4B": {"license": "apache-2.0"} for name in ("", "base-")},
+    **{f"Qwen/Qwen-Image{name}": {"license": "apache-2.0"} for name in ("", "-2512")},
+    **{f"Tongyi-MAI/Z-Image{name}": {"license": "apache-2.0"} for name in ("", "-Turbo")},
 }
 """What the hub's front matter says of base models that recipes name."""
 
@@ -207,7 +216,9 @@ def _loading(config: Config, backbone: PipelineBackbone, base: str, folder: str,
     family, sampler = backbone.family, config.sampler
     pipeline, denoiser, name = family.pipeline_class.__name__, family.denoiser_class.__name__, family.denoiser_name
     scheduler = family.sampler and family.sampler.__name__
-    twice = sampler.true_cfg_scale != 1
+    # These pipelines guide only where they are given a negative prompt, an empty one included.
+    twice = sampler.true_cfg_scale != 1 or bool(family.empty_prompt) and sampler.guidance_scale != 1
+    negative = sampler.negative_prompt or (family.empty_prompt if twice else "")
     classes = sorted([pipeline, *([scheduler] if scheduler else []), *([] if lora else [denoiser])])
     lines = ["import torch", f"from diffusers import {', '.join(classes)}", ""]
     options = "torch_dtype=torch.bfloat16"
@@ -225,19 +236,24 @@ def _loading(config: Config, backbone: PipelineBackbone, base: str, folder: str,
     lines += [
         'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")',
         "image = pipeline(",
-        '    "a photo of an astronaut riding a horse",',
+        '    prompt="a photo of an astronaut riding a horse",',
         f"    num_inference_steps={sampler.steps},",
-        f"    guidance_scale={sampler.guidance_scale:g},",
+        f"    {family.guidance_key}={family.pipeline_guidance(sampler.guidance_scale):g},",
         *([f"    eta={sampler.eta:g},"] if sampler.eta != 0 else []),
-        *([f"    true_cfg_scale={sampler.true_cfg_scale:g},"] if twice else []),
-        # FLUX.1's pipeline guides by the second scale only where it is given one, an empty one included.
-        *([f"    negative_prompt={sampler.negative_prompt!r},"] if sampler.negative_prompt or twice else []),
+        *([f"    true_cfg_scale={sampler.true_cfg_scale:g},"] if sampler.true_cfg_scale != 1 else []),
+        *([_negative(family, negative)] if negative or twice else []),
         f"    height={backbone.height},",
         f"    width={backbone.width},",
         ").images[0]",
         'image.save("image.png")',
     ]
     return "\n".join(lines)
+
+
+def _negative(family: Family, prompt: str) -> str:
+    if family.takes_negative_prompt:
+        return f"    negative_prompt={prompt!r},"
+    return f"    negative_prompt_embeds=pipeline.encode_prompt({prompt!r})[0],"
 
 
 def _lora_sections(backbone: PipelineBackbone, kohya: bool) -> list[str]:

@@ -7,7 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from builders.backbones import PROMPTS, cfg, clear_gradients, gradients, make_backbone, relative_error
+from builders.backbones import (
+    FAMILIES,
+    PROMPTS,
+    cfg,
+    clear_gradients,
+    combined,
+    gradients,
+    make_backbone,
+    relative_error,
+)
 from builders.messages import says
 from builders.toy_flow import ToyFlow
 
@@ -37,7 +46,7 @@ class Brightness(Reward):
         return images[:, 0].mean((1, 2)).double()
 
 
-@pytest.fixture(scope="module", params=["sd15", "sdxl", "sd3", "flux"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def any_backbone(request, tmp_path_factory):
     return kept(make_backbone(request.param, tmp_path_factory.mktemp(request.param), dtype=torch.float64))
 
@@ -92,7 +101,7 @@ def guided(backbone, x, step, conditioning):
     if conditioning.negative is None:
         return f
     negative = backbone.predict(x, step, conditioning.negative)
-    return negative + conditioning.guidance_scale * (f - negative)
+    return combined(backbone, f, negative, conditioning.guidance_scale)
 
 
 def mean_and_std(schedule, call, x, f, a):

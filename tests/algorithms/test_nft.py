@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
-from builders.backbones import PROMPTS, cfg, clear_gradients, gradients, make_backbone, relative_error
+from builders.backbones import FAMILIES, PROMPTS, cfg, clear_gradients, gradients, make_backbone, relative_error
 from builders.messages import says
 from doors.test_own_backbone import recipe
 from doors.toy_backbone import ToyBackbone
@@ -57,7 +57,7 @@ def toy(dtype=torch.float64) -> ToyBackbone:
     return backbone
 
 
-@pytest.fixture(scope="module", params=["toy", "sd15", "sdxl", "sd3", "flux"])
+@pytest.fixture(scope="module", params=["toy", *FAMILIES])
 def backbone(request, tmp_path_factory):
     if request.param == "toy":
         return toy()

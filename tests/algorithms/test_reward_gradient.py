@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from builders.backbones import PROMPTS, cfg, make_backbone, relative_error
+from builders.backbones import FAMILIES, PROMPTS, cfg, combined, make_backbone, relative_error
 from builders.clip import write_clip
 from builders.messages import says
 
@@ -108,7 +108,7 @@ def sample(backbone, batch):
         with torch.set_grad_enabled(i in plan.graded):
             f_c = backbone.predict(x, s, batch.batch.conditioning.positive)
             f_u = backbone.predict(x, s, batch.batch.conditioning.negative)
-            x = s.a * x + s.b * (f_u + GUIDANCE * (f_c - f_u))
+            x = s.a * x + s.b * combined(backbone, f_c, f_u, GUIDANCE)
     return x
 
 
@@ -117,7 +117,7 @@ def equations(backbone, reward, batch, smoothing, loss=LINEAR):
     parameters = backbone.trainable_parameters
     images = backbone.decode(sample(backbone, batch))
     r = reward.score(images, batch.batch.prompts)
-    gradients = torch.autograd.grad(r.mean(), [images, *parameters.values()], allow_unused=True)
+    gradients = torch.autograd.grad(r.mean(), [images, *parameters.values()], allow_unused=True, materialize_grads=True)
     delta = 0
     if smoothing.image:
         g = gradients[0]
@@ -128,7 +128,8 @@ def equations(backbone, reward, batch, smoothing, loss=LINEAR):
             for p, grad in zip(parameters.values(), gradients[1:]):
                 p.sub_(smoothing.parameters.rho * grad / g.norm())
     value = loss(reward.score(backbone.decode(sample(backbone, batch)) + delta, batch.batch.prompts)).mean()
-    return dict(zip(parameters, torch.autograd.grad(value, list(parameters.values()))))
+    found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(parameters, found))
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -142,12 +143,16 @@ def test_step_equals_the_equations(backbone, reward, balls, k):
         assert report.reward == report.smoothed_reward == -report.loss
 
 
-@pytest.mark.parametrize("family", ["sdxl", "flux"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("sd15", "sd3")])
 def test_step_equals_the_equations_on_the_other_backbones(family, reward, tmp_path):
     backbone = make_backbone(family, tmp_path, dtype=torch.float64)
+    if family == "qwen":  # diffusers' decoder rounds to fp32 where it doubles the sides
+        backbone.recompute(["decoder-strips"])
     batches = make_batches(backbone, DRaFT(k=2))
     ours, report = step(backbone, reward, BALLS["both"], batches)
-    assert relative_error(ours, equations(copy.deepcopy(backbone), reward, batches[0], BALLS["both"])) < 1e-9
+    truth = equations(copy.deepcopy(backbone), reward, batches[0], BALLS["both"])
+    # Within Qwen-Image's network norms and positions are fp32: where an input's last bit differs, so may one of theirs.
+    assert relative_error(ours, truth) < (1e-7 if family == "qwen" else 1e-9)
     assert report.reward != report.smoothed_reward
 
 

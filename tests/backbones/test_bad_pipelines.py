@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from builders.backbones import BUILDERS, PROMPTS, SIZE
+from builders.backbones import FAMILIES, PROMPTS, SIZE
 from builders.damages import change
 from builders.messages import says
 from safetensors.torch import load_file, save_file
@@ -70,7 +70,7 @@ def test_a_denoiser_of_another_vae(copy):
     assert says("VAE", 3, "denoiser", 4).search(refusal(folder))
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_missing_text_encoder_is_seen_before_anything_is_loaded(copy, family, monkeypatch):
     folder = copy(family)
     monkeypatch.setattr(adapter_for(folder), "from_pretrained", lambda *args, **options: pytest.fail("it was loaded"))
@@ -81,7 +81,7 @@ def test_a_missing_text_encoder_is_seen_before_anything_is_loaded(copy, family, 
     assert says("model_index.json", last).search(refusal(folder))
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_text_encoders_are_left_out_and_missed_clearly(originals, family):
     backbone = load_backbone(originals[family], height=SIZE, width=SIZE, text=False)
     assert not [

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from builders.backbones import BUILDERS, SIZE
+from builders.backbones import FAMILIES, SIZE
 from builders.damages import change, retensor, sharded, weight_file
 from builders.messages import says
 from diffusers import StableDiffusionXLPipeline
@@ -21,7 +21,7 @@ def load(folder, **options):
     return load_backbone(folder, height=SIZE, width=SIZE, **options)
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_honest_folder_has_nothing_to_say(originals, family):
     assert load(originals[family]).notes == ()
 

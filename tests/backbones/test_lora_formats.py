@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from builders.backbones import BUILDERS, PROMPTS, SIZE, make_backbone
+from builders.backbones import BUILDERS, FAMILIES, PROMPTS, SIZE, make_backbone
 from diffusers import DiffusionPipeline
 from diffusers.loaders import lora_conversion_utils as theirs
 from safetensors import safe_open
@@ -82,7 +82,11 @@ def test_unets_have_all_the_names_of_sd_scripts(spec, attentions, count):
     assert {name.partition(".")[2] for name in tensors} == {"lora_down.weight", "lora_up.weight", "alpha"}
 
 
-@pytest.mark.parametrize("spec, count", [("sd35-medium", 24 * 3 + 23), ("flux1", 19 * 4 + 38)])
+@pytest.mark.parametrize(
+    "spec, count",
+    [("sd35-medium", 24 * 3 + 23), ("flux1", 19 * 4 + 38), ("klein-9b", 8 * 4 + 24 * 2), ("z-image", 34 * 2)]
+    + [("qwen-image", 60 * 8)],
+)
 def test_transformers_have_the_names_of_their_own_code(spec, count):
     backbone, state = adapted(spec)
     tensors = kohya_state(state, ALPHA, kohya_places(backbone))
@@ -90,11 +94,25 @@ def test_transformers_have_the_names_of_their_own_code(spec, count):
     if spec == "flux1":
         expected = {f"double_blocks_{i}_{side}_attn_{part}" for i in range(19) for side in ("img", "txt")
                     for part in ("qkv", "proj")} | {f"single_blocks_{i}_linear1" for i in range(38)}  # fmt: skip
+    elif spec == "klein-9b":
+        expected = {f"double_blocks_{i}_{side}_attn_{part}" for i in range(8) for side in ("img", "txt")
+                    for part in ("qkv", "proj")} | {f"single_blocks_{i}_linear{n}" for i in range(24)
+                    for n in (1, 2)}  # fmt: skip
+    elif spec == "qwen-image":
+        # As musubi-tuner has them, whose code of the model has diffusers' names.
+        parts = ("to_q", "to_k", "to_v", "to_out_0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+        expected = {f"transformer_blocks_{i}_attn_{part}" for i in range(60) for part in parts}
+    elif spec == "z-image":
+        # As ComfyUI's own table has them (comfy/utils.py, z_image_to_diffusers): query, key and value are one layer.
+        lists = {"layers": 30, "noise_refiner": 2, "context_refiner": 2}
+        expected = {f"{name}_{i}_attention_{part}" for name, count in lists.items() for i in range(count)
+                    for part in ("qkv", "out")}  # fmt: skip
     else:
         expected = {f"joint_blocks_{i}_{side}_block_attn_{part}" for i in range(24) for side in ("x", "context")
                     for part in ("qkv", "proj")} - {"joint_blocks_23_context_block_attn_proj"}  # fmt: skip
     assert layers(tensors) == {f"lora_unet_{name}" for name in expected} and len(expected) == count
-    width, place = config.num_attention_heads * config.attention_head_dim, kohya_places(backbone)
+    place = kohya_places(backbone)
+    width = config.dim if spec == "z-image" else config.num_attention_heads * config.attention_head_dim
     for layer, (down, up) in pairs(state).items():
         key = "lora_unet_" + place(layer).name.replace(".", "_")
         first = place(layer).block * width
@@ -120,7 +138,7 @@ def delta(tensors, key):
     return tensors[f"{key}.alpha"].item() / len(down) * up @ down
 
 
-@pytest.mark.parametrize("spec", ["sdxl", "flux1"])
+@pytest.mark.parametrize("spec", ["sdxl", "flux1", "klein-9b", "z-image", "qwen-image"])
 def test_diffusers_finds_every_layer_of_a_full_sized_file(spec):
     backbone, state = adapted(spec)
     tensors = kohya_state(state, ALPHA, kohya_places(backbone))
@@ -130,6 +148,13 @@ def test_diffusers_finds_every_layer_of_a_full_sized_file(spec):
         # The MLP's input shares a layer with query, key and value there; its part of the update is zero.
         for name in [name for name in found if name.endswith(".proj_mlp")]:
             assert not found.pop(name)[1].any()
+    elif spec in ("klein-9b", "z-image", "qwen-image"):
+        convert = {
+            "klein-9b": theirs._convert_kohya_flux2_lora_to_diffusers,
+            "qwen-image": theirs._convert_non_diffusers_qwen_lora_to_diffusers,
+            "z-image": theirs._convert_non_diffusers_z_image_lora_to_diffusers,
+        }[spec]
+        found = pairs({name.removeprefix("transformer."): tensor for name, tensor in convert(dict(tensors)).items()})
     else:
         mapped = theirs._maybe_map_sgm_blocks_to_diffusers(dict(tensors), backbone.denoiser.config)
         converted, alphas = theirs._convert_non_diffusers_lora_to_diffusers(mapped)
@@ -171,7 +196,7 @@ def test_other_layers_of_the_xl_unet_are_those_of_the_published_checkpoint():
         assert place(ours).name == original
 
 
-@pytest.mark.parametrize("family", list(BUILDERS))
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("alpha", [None, ALPHA])
 def test_values_are_the_trained_ones(family, alpha, tmp_path):
     backbone = load_backbone(BUILDERS[family](tmp_path / "base"), height=SIZE, width=SIZE)

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from builders.backbones import BUILDERS, PROMPTS, clear_gradients, gradients, relative_error, with_random_lora
+from builders.backbones import BUILDERS, FAMILIES, PROMPTS, clear_gradients, gradients, relative_error, with_random_lora
 from builders.damages import change
 from builders.messages import says
 from builders.recipes import config, recipe, write_recipe
@@ -180,7 +180,7 @@ def run(backbone):
     return out.detach(), gradients(backbone)
 
 
-@pytest.fixture(scope="module", params=list(BUILDERS))
+@pytest.fixture(scope="module", params=FAMILIES)
 def folder(request, tmp_path_factory):
     return BUILDERS[request.param](tmp_path_factory.mktemp(request.param))
 
@@ -209,8 +209,8 @@ def test_a_model_is_the_one_with_the_whole_weights(folder, quantization, dtype):
     whole, whole_grads = run(twin)
     assert torch.equal(out, whole)
     assert all(torch.equal(grads[name], whole_grads[name]) for name in grads)
-    # Of SD3's last block nobody sees the text.
-    assert sum(bool(grad.any()) for grad in grads.values()) >= 0.9 * len(grads)
+    # Of SD3's and Qwen-Image's last block nobody sees the text.
+    assert sum(bool(grad.any()) for grad in grads.values()) >= 0.85 * len(grads)
     checkpoint_denoiser(backbone.denoiser)
     again, checkpointed = run(backbone)
     assert torch.equal(out, again) and all(torch.equal(grads[name], checkpointed[name]) for name in grads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders.backbones import BUILDERS, PROMPTS, SIZE
+from builders.backbones import BUILDERS, FAMILIES, PROMPTS, SIZE
 from builders.messages import says
 from builders.pipelines import tiny_sd3
 
@@ -32,7 +32,7 @@ def where(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("where")
-@pytest.mark.parametrize("family", [*BUILDERS, "sd3 without T5"])
+@pytest.mark.parametrize("family", [*FAMILIES, "sd3 without T5"])
 def test_turns_give_the_bits_of_all_at_once(folders, family):
     together = load_backbone(folders[family], height=SIZE, width=SIZE)
     apart = load_backbone(folders[family], height=SIZE, width=SIZE, networks=False)
@@ -44,7 +44,7 @@ def test_turns_give_the_bits_of_all_at_once(folders, family):
         assert all(torch.equal(row[name], expected[name]) for name in row)
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_parts_are_shapes_alone_where_they_are_not_loaded(folders, family):
     whole = load_backbone(folders[family], height=SIZE, width=SIZE)
     shapes = load_backbone(folders[family], height=SIZE, width=SIZE, text=False, networks=False)
@@ -86,7 +86,7 @@ def test_visitors_go_home_and_leave_nothing_also_after_an_error(folders, monkeyp
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_on_a_gpu_they_come_and_go(folders, family):
     together = load_backbone(folders[family], height=SIZE, width=SIZE, device="cuda")
     expected = [together.embed_text([text]) for text in TEXTS]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders.backbones import BUILDERS, cfg, make_backbone, noise_source, relative_error
+from builders.backbones import cfg, make_backbone, noise_source, relative_error
 from builders.clip import write_clip
 
 from rsaft_fast.algorithms.reward_gradient import PlannedBatch, rsaft_step
@@ -85,7 +85,7 @@ class Both:
         return gradients, update
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux"])
 @pytest.mark.parametrize(("w", "k", "checkpointing"), [(1.0, 1, True), (3.0, 2, False)])
 def test_gradients_and_update_equal_ours(tmp_path, family, w, k, checkpointing):
     both = Both(family, tmp_path, w, k, checkpointing)

@@ -4,13 +4,33 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
-from builders.pipelines import tiny_flux, tiny_sd3, tiny_sd15, tiny_sdxl
-from rsaft_fast.backbones import LoRASettings, PipelineBackbone, add_lora, load_backbone
+from builders.pipelines import (
+    tiny_flux,
+    tiny_klein,
+    tiny_qwen_image,
+    tiny_sd3,
+    tiny_sd15,
+    tiny_sdxl,
+    tiny_zimage,
+)
+from rsaft_fast.backbones import FLUX2Dev, LoRASettings, PipelineBackbone, QwenImage, add_lora, load_backbone
 from rsaft_fast.sampling import NoiseSource
 
-BUILDERS = {"sd15": tiny_sd15, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
+BUILDERS = {
+    "sd15": tiny_sd15,
+    "sdxl": tiny_sdxl,
+    "sd3": tiny_sd3,
+    "flux": tiny_flux,
+    "klein": tiny_klein,
+    "zimage": tiny_zimage,
+    "qwen": tiny_qwen_image,
+}
+_SLOW = ("klein", "zimage", "qwen")
+FAMILIES = [pytest.param(name, marks=pytest.mark.slow) if name in _SLOW else name for name in BUILDERS]
+"""All of them, for what each must pass: the later ones are among the slow tests, and have short ones of their own."""
 SIZE = 32  # pixels a side, the default of all but FLUX
 PROMPTS = ("a red circle", "two blue squares", "a green triangle above a red square", "one")
 
@@ -41,8 +61,18 @@ def with_random_lora(backbone: PipelineBackbone) -> PipelineBackbone:
 
 
 def cfg(backbone: PipelineBackbone, w: float) -> dict[str, float]:
-    """The options of `encode` for classifier-free guidance at weight w; FLUX embeds another scale beside it."""
+    """The options of `encode` for classifier-free guidance at weight w; FLUX embeds another scale beside it, or one."""
+    if isinstance(backbone, FLUX2Dev):
+        return {"guidance_scale": w}
     return {"guidance_scale": 3.5, "true_cfg_scale": w} if backbone.embeds_guidance else {"guidance_scale": w}
+
+
+def combined(backbone, f, f_u, w):
+    """Guidance as the pipelines have it: Qwen-Image's keeps each token's length."""
+    out = (1 - w) * f_u + w * f
+    if isinstance(backbone, QwenImage):
+        out = out * (f.square().sum(-1, keepdim=True) / out.square().sum(-1, keepdim=True)).sqrt()
+    return out
 
 
 def noise_source(count: int, seed: int = 3, step: int = 0, first: int = 0) -> NoiseSource:

@@ -14,7 +14,15 @@ from typing import Any
 import yaml
 
 from builders.clip import write_clip
-from builders.pipelines import tiny_flux, tiny_sd3, tiny_sd15, tiny_sdxl
+from builders.pipelines import (
+    tiny_flux,
+    tiny_klein,
+    tiny_qwen_image,
+    tiny_sd3,
+    tiny_sd15,
+    tiny_sdxl,
+    tiny_zimage,
+)
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.recipe.load import validate
 
@@ -29,6 +37,9 @@ class Tiny:
     sdxl: Path
     sd3: Path
     flux: Path
+    qwen: Path
+    klein: Path
+    zimage: Path
     clip: Path
     prompts: Path
 
@@ -41,6 +52,9 @@ def write_tiny(folder: Path) -> Tiny:
         sdxl=tiny_sdxl(folder / "sdxl"),
         sd3=tiny_sd3(folder / "sd3"),
         flux=tiny_flux(folder / "flux"),
+        qwen=tiny_qwen_image(folder / "qwen"),
+        klein=tiny_klein(folder / "klein"),
+        zimage=tiny_zimage(folder / "zimage"),
         clip=write_clip(folder / "clip", context=40),  # longer than any of `PROMPTS`
         prompts=folder / "prompts.txt",
     )

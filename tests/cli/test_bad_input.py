@@ -154,7 +154,7 @@ def test_a_forced_backend_that_cannot_run_is_refused(path, out, capsys, monkeypa
     ("arguments", "words"),
     [
         (["train"], says("train", "recipe")),
-        (["train", "nothing.yaml"], says("'nothing.yaml'", "playground.yaml")),
+        (["train", "nothing.yaml"], says("'nothing.yaml'", "playground")),
         (["train", "playground", "oops"], says("'oops'", "key=value")),
     ],
 )

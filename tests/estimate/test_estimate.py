@@ -15,7 +15,7 @@ from builders.recipes import config as tiny_config
 from torch.utils._pytree import tree_map_only
 
 from rsaft_fast import phases
-from rsaft_fast.backbones import Conditioning, turns
+from rsaft_fast.backbones import Conditioning, qwen_image, turns
 from rsaft_fast.data.encoded import EncodedPrompts
 from rsaft_fast.data.encodings import load_shapes, load_text_encoders
 from rsaft_fast.estimate.estimate import estimate
@@ -115,9 +115,27 @@ CASES = {
     ("sd15", "nf4"): {"backbone__quantize": "nf4"},
     ("sdxl", "nf4, checkpointed"): CHECKPOINTED | {"backbone__quantize": "nf4"},
     ("sd3", "fp8"): {"backbone__quantize": "fp8"},
+    ("klein", "full, 8 bits"): FULL_8BIT,
+    ("klein", "checkpointed, decoded in strips"): {"backbone__checkpoint": ["denoiser", "decoder-strips"]},
+    ("zimage", "lora"): {},
+    ("zimage", "nf4, guided in one call"): CHECKPOINTED
+    | {"backbone__quantize": "nf4", "sampler": {"steps": 2, "guidance_scale": 3.0}, "speed": {"cfg": "batched"}},
     ("flux", "int8, a block on the host"): CHECKPOINTED | {"backbone__quantize": "int8", "backbone__offload_blocks": 1},
 }
+CASES |= {
+    ("qwen", "guided, checkpointed"): CHECKPOINTED | {"sampler": {"steps": 3, "guidance_scale": 3.0}},
+    ("qwen", "full, decoded in strips"): FULL | {"backbone__checkpoint": ["denoiser", "decoder-strips"]},
+    ("qwen", "nf4, checkpointed, a block on the host"): CHECKPOINTED
+    | {"backbone__quantize": "nf4", "backbone__offload_blocks": 1},
+}
 pytestmark = pytest.mark.filterwarnings("ignore:this is not the instruction")
+
+
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch):
+    """Estimates count a text of Qwen-Image's at its longest; this is as long as the prompts here are."""
+    monkeypatch.setattr(qwen_image, "MOST_TEXT", 8)
+
 
 UPDATE = (phases.SAMPLING, phases.SCORING, phases.DECODER, phases.DENOISER)
 
@@ -126,13 +144,19 @@ UPDATE = (phases.SAMPLING, phases.SCORING, phases.DECODER, phases.DENOISER)
 @pytest.mark.parametrize(("family", "case"), CASES)
 def test_every_phase_is_what_really_is_alive(tiny, out, family, case):
     config = tiny_config(tiny, out, family, **CASES[family, case])
+    if family == "zimage":  # the estimate is for texts as long as the pipeline reads them
+        long = out.with_name("long.txt")
+        long.write_text("\n".join(100 * letter for letter in "abcd"))
+        config = config.model_copy(update={"data": config.data.model_copy(update={"prompts": str(long)})})
     real, found = really_alive(config), estimate(config, cuda=False)
     staged = [name for name in (phases.PERTURBING, phases.UPDATING) if found.phase(name)]
     staged = staged if config.optimizer.offload == "state" else []
     update = (*UPDATE, *([phases.ANCHORING] if config.regularize else []))
+    # Qwen-Image's table of positions is on the device too; on the host it lies before the count begins.
+    table = 4096 * 4 * 8 if family == "qwen" else 0
     for name in (*update, *staged):
-        assert found.phase(name).total == pytest.approx(real.peaks[name].total, rel=0.02, abs=16_384), name
-    assert max(found.phase(name).total for name in update) == pytest.approx(real.peak, rel=0.02)
+        assert found.phase(name).total == pytest.approx(real.peaks[name].total + table, rel=0.02, abs=16_384), name
+    assert max(found.phase(name).total for name in update) == pytest.approx(real.peak + table, rel=0.02)
 
 
 def on_a_device_of_its_own(monkeypatch) -> None:
@@ -144,7 +168,7 @@ def on_a_device_of_its_own(monkeypatch) -> None:
     monkeypatch.setattr(turns, "_moved", lambda tree, to: moved(tree, to if isinstance(to, str) else "device"))
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "klein", "zimage", "qwen"])
 def test_encoding_needs_what_it_really_needs(tiny, out, family, monkeypatch):
     settings = tiny_config(
         tiny, out, family, sampler={"steps": 2, "guidance_scale": 3.0} if family != "flux" else {"steps": 2}
@@ -160,7 +184,9 @@ def test_encoding_needs_what_it_really_needs(tiny, out, family, monkeypatch):
     with live:
         list(turns.encode_in_turns(backbone, ["a prompt", None]))
     peak = found.phase(phases.ENCODING)
-    assert peak.total == pytest.approx(live.peaks[phases.ENCODING].total, rel=0.05)
+    # A language model's masks and logits are most of a tiny one's bytes, and a hundredth of a real one's.
+    allowed = {"abs": 100_000} if family in ("klein", "zimage") else {"rel": 0.05}
+    assert peak.total == pytest.approx(live.peaks[phases.ENCODING].total, **allowed)
     assert found.phases[0] is peak and peak.beside == 0 and peak.total > max(sizes)
 
 
@@ -248,7 +274,7 @@ def test_without_text_encoders_on_the_disk_all_else_is_as_with_them(tiny, out, t
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "qwen"])
 def test_preparing_a_run_peaks_on_a_gpu_as_estimated(tiny, out, family):
     """Weights of kilobytes are lost in cuBLAS's workspace, which is there before and is taken off."""
     settings = tiny_config(tiny, out, family, backbone__device="cuda", data__encoding_cache=None)

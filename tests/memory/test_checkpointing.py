@@ -7,7 +7,7 @@ import gc
 
 import pytest
 import torch
-from builders.backbones import BUILDERS, make_backbone, noise_source
+from builders.backbones import FAMILIES, make_backbone, noise_source
 from builders.pipelines import tiny_sd15
 from diffusers import AutoencoderKL
 from torch import nn
@@ -134,7 +134,7 @@ def test_vae_decoder(sd15):
         assert set(handle.modules) == {*resnets, *attentions} and resnets
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_denoisers_own_checkpointing_acts_under_eval(family, tmp_path):
     backbone = make_backbone(family, tmp_path, train="full")
     denoiser, step = backbone.denoiser, backbone.schedule(4)[1]

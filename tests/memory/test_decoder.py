@@ -9,7 +9,7 @@ import torch
 from builders.backbones import PROMPTS, noise_source
 from builders.messages import says
 from builders.recipes import environment
-from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderTiny
+from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -35,10 +35,12 @@ MIB = 2**20
 GIB = 2**30
 
 
-def make_vae(channels=(4, 8, 8), layers=1, attention=True, groups=2, seed=0, up="UpDecoderBlock2D") -> AutoencoderKL:
+def make_vae(
+    channels=(4, 8, 8), layers=1, attention=True, groups=2, seed=0, up="UpDecoderBlock2D", kind=AutoencoderKL, **own
+):
     """A float64 VAE whose norms have weights and biases of their own."""
     torch.manual_seed(seed)
-    vae = AutoencoderKL(
+    vae = kind(
         block_out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=(up,) * len(channels),
@@ -46,6 +48,7 @@ def make_vae(channels=(4, 8, 8), layers=1, attention=True, groups=2, seed=0, up=
         layers_per_block=layers,
         norm_num_groups=groups,
         mid_block_add_attention=attention,
+        **own,
     )
     vae = vae.double().eval().requires_grad_(False)
     for parameter in vae.parameters():
@@ -78,6 +81,10 @@ VAES = {
     "three stages, wide": make_vae((8, 4, 12), layers=2, groups=4),
     "one stage": make_vae((8,)),
     "no attention": make_vae((4, 6), attention=False),
+    "FLUX.2's": make_vae((4, 8), kind=AutoencoderKLFlux2),
+    "FLUX.2's, of another width than its encoder": make_vae(
+        (4, 8), kind=AutoencoderKLFlux2, decoder_block_out_channels=(6, 4)
+    ),
 }
 
 
@@ -348,6 +355,20 @@ def test_the_peak_at_real_size_whatever_the_batch(real_backbone, size, batch, li
     with shapes_alone(), decode_in_strips(vae):
         ours, left = peak(vae, latents, "meta")
     assert ours < limit and left == 0
+
+
+def test_flux2s_decoder_at_real_size_keeps_and_takes_no_more():
+    """The plain one keeps 11.1 GiB there."""
+    vae = random_backbone("klein-4b", device="meta", dtype=torch.bfloat16).pipeline.vae
+    latents = torch.empty(1, 32, 128, 128, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    live = LiveBytes("meta")
+    live.see([*vae.parameters(), latents])
+    with shapes_alone(), live, decode_in_strips(vae):
+        before = live.alive
+        images = vae.decode(latents, return_dict=False)[0]
+        kept = live.alive - before
+        images.backward(torch.empty_like(images))
+        assert kept < 0.98 * GIB and live.peak - before < 1.6 * GIB
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from builders.backbones import BUILDERS, make_backbone, noise_source
+from builders.backbones import FAMILIES, make_backbone, noise_source
 from builders.messages import says
 from builders.recipes import config
 
@@ -22,7 +22,7 @@ from rsaft_fast.train.assemble import prepare_backbone
 from rsaft_fast.train.inputs import check_config
 
 
-@pytest.fixture(scope="module", params=BUILDERS)
+@pytest.fixture(scope="module", params=FAMILIES)
 def backbone(request, tmp_path_factory):
     return make_backbone(request.param, tmp_path_factory.mktemp(request.param))
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from builders.backbones import BUILDERS, gradients, noise_source
+from builders.backbones import BUILDERS, FAMILIES, gradients, noise_source
 from builders.messages import says
 from builders.recipes import config as tiny_config
 from builders.recipes import environment
@@ -113,7 +113,7 @@ def same(ours, theirs) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_bits_order_and_copies_alive(folders, copies, family, dtype):
     truth = walked(prepared(folders[family], 0, dtype))
     assert not copies.sources
@@ -128,7 +128,7 @@ def test_bits_order_and_copies_alive(folders, copies, family, dtype):
     assert copies.most == 2 and copies.alive == 0 and stream.fetches == len(copies.sources)
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_order_is_that_of_the_calls(folders, family):
     backbone, called = prepared(folders[family], -1), []
     for name, block in transformer_blocks(backbone.denoiser).items():

@@ -154,7 +154,7 @@ def test_a_recipe_file_that_would_hang_or_crash_its_reader_is_one_line(tmp_path,
         load_config(path)
     assert time.process_time() - started < 3
     line = str(raised.value)
-    assert line.isprintable() and words in line and "recipe.yaml" in line and len(line) < 1000
+    assert line.isprintable() and words in line and "recipe.yaml" in line and len(line) < 1500
 
 
 @pytest.mark.campaign

@@ -145,9 +145,9 @@ def test_numbers_with_an_exponent_and_no_point_are_numbers():
 
 
 def test_a_missing_recipe_names_the_shipped_ones(tmp_path):
-    with pytest.raises(UserError, match=says("'nothing.yaml'", "playground.yaml")):
+    with pytest.raises(UserError, match=says("'nothing.yaml'", "playground")):
         find_recipe("nothing.yaml")
-    with pytest.raises(UserError, match=says(f"'{tmp_path}'", "folder", "playground.yaml")):
+    with pytest.raises(UserError, match=says(f"'{tmp_path}'", "folder", "playground")):
         find_recipe(tmp_path)
     with pytest.raises(UserError, match=says("'some/folder/playground.yaml'", "playground.yaml?")):
         find_recipe("some/folder/playground.yaml")

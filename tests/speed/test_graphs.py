@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders.backbones import BUILDERS, PROMPTS, cfg, make_backbone, noise_source
+from builders.backbones import FAMILIES, PROMPTS, cfg, make_backbone, noise_source
 from builders.messages import says
 
 from rsaft_fast.errors import UserError
@@ -115,7 +115,7 @@ def test_calls_with_gradient_are_not_captured(recorded):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_replayed_rollouts_are_the_plain_ones_on_the_gpu(family, compiled, tmp_path):
     backbone = make_backbone(family, tmp_path, device="cuda", dtype=torch.bfloat16)
     if compiled:

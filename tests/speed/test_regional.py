@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders.backbones import BUILDERS, PROMPTS, cfg, clear_gradients, gradients, make_backbone, noise_source
+from builders.backbones import FAMILIES, PROMPTS, cfg, clear_gradients, gradients, make_backbone, noise_source
 from builders.messages import says
 from torch._dynamo.utils import counters
 
@@ -50,7 +50,8 @@ def assert_close(ours: dict, truth: dict) -> None:
 @pytest.mark.parametrize(
     ("family", "checkpointed"),
     # Some ten seconds each, mostly of compiling: of transformers and UNets one as it is and one under checkpointing.
-    [("sd3", False), ("flux", True), ("sd15", False), ("sdxl", True)],
+    [("sd3", False), ("flux", True), ("sd15", False), ("sdxl", True), ("klein", True), ("zimage", False)]
+    + [("qwen", True)],
 )
 def test_compiled_blocks_compute_the_same_and_compile_once(family, checkpointed, tmp_path):
     backbone = make_backbone(family, tmp_path)
@@ -125,7 +126,7 @@ def test_inductor_computes_the_same(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_on_the_gpu(family, tmp_path):
     backbone = make_backbone(family, tmp_path, device="cuda", dtype=torch.bfloat16)
     calls = Calls(backbone)

@@ -13,7 +13,7 @@ import yaml
 from builders.recipes import config
 from safetensors import safe_open
 
-from rsaft_fast.backbones import FLUX, SD15
+from rsaft_fast.backbones import FLUX, SD15, QwenImage
 from rsaft_fast.backbones.lora_formats import KOHYA_FILE
 from rsaft_fast.rewards import RewardSpec
 from rsaft_fast.sampling.protocol import LORA_FILE
@@ -32,7 +32,10 @@ def front_matter(card):
     return yaml.safe_load(card.split("---\n")[1])
 
 
-@pytest.mark.parametrize("family, changes", [("sd15", {}), ("sdxl", {}), ("sd3", {}), ("sd15", FULL)])
+@pytest.mark.parametrize(
+    "family, changes",
+    [("sd15", {}), ("sdxl", {}), ("sd3", {}), ("sd15", FULL), ("klein", {}), ("zimage", {}), ("qwen", {})],
+)
 def test_the_card_says_what_made_the_weights_and_its_code_loads_them(tiny, out, family, changes, tmp_path, monkeypatch):
     folder, card = exported(tiny, out, family, **changes)
     base, lora = getattr(tiny, family), not changes
@@ -149,5 +152,10 @@ def test_the_code_samples_as_the_training_did(tiny, tmp_path):
     code = call(unet, steps=2, eta=0.5, guidance_scale=3, negative_prompt='it\'s "ugly"')
     assert "eta=0.5," in code and f"negative_prompt={'it' + chr(39) + 's ' + chr(34) + 'ugly' + chr(34)!r}," in code
     assert not re.search("eta=|negative|true_cfg", call(unet, steps=2))
+    qwen = SimpleNamespace(family=QwenImage.family, height=8, width=8)
+    code = call(qwen, steps=2, guidance_scale=4)
+    assert "true_cfg_scale=4," in code and "negative_prompt=' '," in code and "guidance_scale" not in code
+    code = call(qwen, steps=2)
+    assert "true_cfg_scale=1," in code and "negative" not in code
     code = call(flux, steps=2, true_cfg_scale=2)
     assert "true_cfg_scale=2," in code and "negative_prompt=''," in code

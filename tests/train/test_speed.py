@@ -16,6 +16,7 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.estimate.estimate import estimate
 from rsaft_fast.estimate.suggestions import candidates, changed
 from rsaft_fast.phases import DENOISER, ENCODING, SAMPLING
+from rsaft_fast.recipe.check import check_model
 from rsaft_fast.speed import check as speed_check
 from rsaft_fast.train.inputs import check_config
 from rsaft_fast.train.logging import read_metrics
@@ -305,8 +306,25 @@ def test_sampling_takes_over_what_holds_on_every_machine(tiny, out):
     assert (portable.compile, portable.attention, portable.cuda_graph) == ("none", "auto", False)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "keys", "words"),
+    [
+        ("flash", {}, ("data.batch_size 2", 1)),
+        ("flash3", {"data__batch_size": 1, "sampler__guidance_scale": 3.0}, ("speed.cfg rollout", "separate")),
+        ("xformers", {"data__batch_size": 1, "speed__cuda_graph": True}, ("speed.cuda_graph",)),
+    ],
+)
+def test_a_kernel_without_masks_is_refused_where_prompts_have_lengths_of_their_own(tiny, out, kernel, keys, words):
+    settings = config(tiny, out, "qwen", **({"speed__attention": kernel} | keys))
+    with pytest.raises(UserError, match=says("speed.attention", kernel, "mask", "efficient", *words)):
+        check_model(settings, None)
+    alone = keys | {"data__batch_size": 1, "speed__cfg": "separate", "speed__cuda_graph": False}
+    for family, fitting in (("qwen", alone), ("flux", {})):
+        check_model(config(tiny, out, family, speed__attention=kernel, **fitting), None)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "qwen"])
 @pytest.mark.parametrize(
     "speed", [{"cuda_graph": True}, {"compile": "all"}, {"compile": "rollout", "cuda_graph": True}]
 )

@@ -1,7 +1,7 @@
 """Public architecture configurations at real size, for benchmarks and estimates without weights.
 
 `<name>.json` has a pipeline's class, its denoiser's config, its scheduler's, and where its VAE differs from the one
-architecture that all share.
+architecture that most share; one of another class says its class.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def load_spec(name: str) -> Spec:
     if name not in NAMES:
         raise UserError(f"there is no spec {name!r}; there are {', '.join(NAMES)}")
     found = json.loads(resources.files(__name__).joinpath(f"{name}.json").read_text(encoding="utf-8"))
-    return Spec(found["pipeline"], found["denoiser"], _VAE | found["vae"], found["scheduler"])
+    shared = {} if "_class_name" in found["vae"] else _VAE
+    return Spec(found["pipeline"], found["denoiser"], shared | found["vae"], found["scheduler"])
 
 
 def build_denoiser(name: str, device: torch.device | str = "meta") -> torch.nn.Module:
