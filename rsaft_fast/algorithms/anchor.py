@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 
 from rsaft_fast.algorithms.copies import replaced
+from rsaft_fast.distributed.lockstep import know_copy
+from rsaft_fast.distributed.shards import local
 from rsaft_fast.phases import ANCHORING, phase
 from rsaft_fast.sampling import LinearStep, Trajectory
 from rsaft_fast.sampling.adjoint import call_backward
@@ -24,12 +26,14 @@ class DistanceToBase:
     The base is the model as it stands when this is made: before any training, and before a checkpoint is loaded.
 
     Attributes:
-        base: what is trained, by name, as it was.
+        base: what is trained, by name, as it was; of sharded weights this rank's parts.
     """
 
     def __init__(self, backbone: Backbone, weight: float):
         self.backbone, self.weight = backbone, weight
-        self.base = {name: p.detach().clone() for name, p in backbone.trainable_parameters.items()}
+        parameters = backbone.trainable_parameters
+        self.base = {name: local(p).detach().clone() for name, p in parameters.items()}
+        know_copy(parameters, self.base)
 
     @phase(ANCHORING)
     def backward(self, trajectory: Trajectory, total: int) -> torch.Tensor:

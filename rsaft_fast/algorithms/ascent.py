@@ -20,6 +20,7 @@ from contextlib import contextmanager
 
 import torch
 
+from rsaft_fast.distributed.shards import like, local, shard_group, summed
 from rsaft_fast.errors import UserError
 from rsaft_fast.smoothing.settings import ParameterSmoothing
 
@@ -37,7 +38,8 @@ class Ascent:
     """Puts the direction of eps into `.grad`, and keeps what the next updates' directions follow from.
 
     Attributes:
-        kept: tensors like the parameters, by name, under `MEAN_GRADIENT` and `DIRECTION`: what a checkpoint holds.
+        kept: tensors like the parameters (of sharded ones, like this rank's parts), by name, under `MEAN_GRADIENT` and
+            `DIRECTION`: what a checkpoint holds.
     """
 
     def __init__(
@@ -56,12 +58,13 @@ class Ascent:
         self._pairs = lora_pairs(self.parameters, f"space is {settings.space}") if settings.space != "factor" else []
         self._wanted: torch.Tensor | None = None
         self._first: dict[str, torch.Tensor] = {}
+        self._group = shard_group(self.parameters.values())
         self.kept = {name: self._zeros(name) for name in kept_by(settings)}
 
     def _zeros(self, name: str) -> dict[str, torch.Tensor]:
         wide = name == MEAN_GRADIENT
         return {
-            key: torch.zeros_like(p, dtype=_at_least_fp32(p.dtype) if wide else p.dtype, requires_grad=False)
+            key: torch.zeros_like(local(p), dtype=_at_least_fp32(p.dtype) if wide else p.dtype, requires_grad=False)
             for key, p in self.parameters.items()
         }
 
@@ -82,7 +85,7 @@ class Ascent:
         if settings.space != "factor":
             gradients = self._in_the_weight(gradients)
         if settings.reuse > 1:
-            finite = _all_finite(gradients)
+            finite = self._all_finite(gradients)
             for name, kept in self.kept[DIRECTION].items():
                 kept.copy_(torch.where(finite, gradients.get(name, torch.zeros_like(kept)), kept))
         if settings.space != "factor" or settings.direction == "friendly":
@@ -129,15 +132,21 @@ class Ascent:
                 group["rho"] = rho
 
     def _gradients(self) -> dict[str, torch.Tensor]:
-        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        return {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
 
     def _put(self, gradients: Mapping[str, torch.Tensor]) -> None:
         for name, parameter in self.parameters.items():
-            parameter.grad = gradients.get(name)
+            gradient = gradients.get(name)
+            parameter.grad = None if gradient is None else like(parameter, gradient)
+
+    def _all_finite(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Whether every value is finite, on every rank, as a scalar on the device."""
+        bad = [(~torch.isfinite(tensor)).sum() for tensor in tensors.values()]
+        return summed(torch.stack(bad).sum(), self._group) == 0 if bad else torch.tensor(True)
 
     def _take_up(self, gradients: Mapping[str, torch.Tensor]) -> None:
         """Move the running mean, unless a gradient is not finite: the optimizer skips such an update, too."""
-        finite = _all_finite(gradients)
+        finite = self._all_finite(gradients)
         for name, mean in self.kept[MEAN_GRADIENT].items():
             g = gradients[name].to(mean.dtype) if name in gradients else torch.zeros_like(mean)
             mean.add_(torch.where(finite, g, mean) - mean, alpha=1 - self.settings.decay)
@@ -147,9 +156,14 @@ class Ascent:
         both = [name for name in second if name in first]
         if not both:
             return
-        dot, square = (
-            torch.stack([(a[name].double() * second[name].double()).sum() for name in both]).sum()
-            for a in (first, second)
+        dot, square = summed(
+            torch.stack(
+                [
+                    torch.stack([(a[name].double() * second[name].double()).sum() for name in both]).sum()
+                    for a in (first, second)
+                ]
+            ),
+            self._group,
         )
         along, alpha = torch.where(square > 0, dot / square, 0.0), self.settings.alpha
         for name in both:
@@ -270,13 +284,6 @@ def lora_pairs(parameters: Mapping[str, torch.nn.Parameter], asked: str) -> list
             "direction gradient and space factor, which is the weight's own where it is trained itself"
         )
     return pairs
-
-
-def _all_finite(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Whether every value is finite, as a scalar on the device."""
-    if not tensors:
-        return torch.tensor(True)
-    return torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).all()
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:

@@ -12,6 +12,7 @@ from rsaft_fast.algorithms.ascent import Ascent
 from rsaft_fast.algorithms.auxiliary import AuxiliaryAdapter
 from rsaft_fast.algorithms.base import Algorithm, At, Figures
 from rsaft_fast.distributed import World
+from rsaft_fast.distributed.shards import local, shard_group, summed
 from rsaft_fast.errors import UserError
 from rsaft_fast.optim import SAM, SAMAdamW
 from rsaft_fast.phases import COMPARING, PERTURBING, UPDATING, phase
@@ -109,7 +110,7 @@ def _report(
     world: World,
     turned: dict[str, float],
 ) -> tuple[dict[str, float | None], dict[str, float]]:
-    stats = optimizer.stats() | turned
+    stats = optimizer.stats(over_ranks=True) | turned
     sums: dict[str, torch.Tensor] = {}
     for shares in figures:
         for name, share in shares.items():
@@ -139,17 +140,21 @@ def gradients_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor | None]:
 
 @phase(COMPARING)
 def gradient_change(first: list[torch.Tensor | None], second: list[torch.Tensor | None]) -> dict[str, float]:
-    """Return the relative change |g2 - g1| / |g1| and the cosine of two passes' gradients."""
-    pairs = [(a, b) for a, b in zip(first, second) if a is not None and b is not None]
-    if not pairs:
+    """Return the relative change |g2 - g1| / |g1| and the cosine of two passes' gradients.
+
+    Of sharded ones every rank calls this.
+    """
+    whole = [(a, b) for a, b in zip(first, second) if a is not None and b is not None]
+    if not whole:
         return {}
+    pairs = [(local(a), local(b)) for a, b in whole]
     sums: Any = sum(
         torch.stack(
             [(a * a).sum(dtype=torch.float64), (a * b).sum(dtype=torch.float64), (b * b).sum(dtype=torch.float64)]
         )
         for a, b in pairs
     )
-    aa, ab, bb = sums.tolist()
+    aa, ab, bb = summed(sums, shard_group(a for a, _ in whole)).tolist()
     if aa == 0 or bb == 0:
         return {}
     return {"gradient_change": max(aa - 2 * ab + bb, 0.0) ** 0.5 / aa**0.5, "gradient_cosine": ab / (aa * bb) ** 0.5}

@@ -37,6 +37,7 @@ def load_backbone(
     quantize: Quantization | None = None,
     text: bool = True,
     networks: bool = True,
+    denoiser_on_host: bool = False,
 ) -> Backbone:
     """Load the pipeline at a folder or hub id, or the model that code of the user's own makes.
 
@@ -44,6 +45,7 @@ def load_backbone(
         path: folder, hub id, "playground" for the pipeline that ships, or python:module:name (`backbones.own`).
         offload_blocks: blocks of the denoiser whose weights stay on the host (`memory.offload`).
         quantize: keep the denoiser's blocks in few bits (`backbones.quantized`), encoded a layer at a time.
+        denoiser_on_host: a pipeline's denoiser is left on the host, for who parts it among devices.
         text, networks: which parts of a pipeline get their weights, see `PipelineBackbone.from_pretrained`.
 
     Raises:
@@ -69,6 +71,7 @@ def load_backbone(
             quantize=quantize,
             text=text,
             networks=networks,
+            denoiser_on_host=denoiser_on_host,
         )
 
 

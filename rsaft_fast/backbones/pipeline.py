@@ -15,8 +15,9 @@ from rsaft_fast.backbones.components import load_components
 from rsaft_fast.backbones.family import Family
 from rsaft_fast.backbones.folder import is_text_encoder, read_pipeline
 from rsaft_fast.backbones.quantized import Quantization, quantize_denoiser
+from rsaft_fast.distributed.sharding import own_class
 from rsaft_fast.errors import UserError, describe_error
-from rsaft_fast.memory.networks import checkpoint_networks
+from rsaft_fast.memory.networks import checkpoint_networks, sharded_blocks
 from rsaft_fast.memory.offload import OffloadedBlocks
 from rsaft_fast.phases import ENCODING, phase
 from rsaft_fast.sampling.branches import placed
@@ -56,6 +57,7 @@ class PipelineBackbone(Backbone):
         device: torch.device | str = "cpu",
         offload_blocks: int = 0,
         quantize: Quantization | None = None,
+        denoiser_on_host: bool = False,
     ):
         adapted = self.family.pipeline_class
         if not isinstance(pipeline, adapted):
@@ -80,7 +82,7 @@ class PipelineBackbone(Backbone):
                     module.to(wanted)
                 self.offloaded = OffloadedBlocks(module, offload_blocks, self.device)
                 continue
-            if not stays:
+            if not stays and not (denoiser_on_host and module is self.denoiser):
                 module.to(self.device)
             if module.dtype != wanted:
                 module.to(wanted)
@@ -108,6 +110,7 @@ class PipelineBackbone(Backbone):
         quantize: Quantization | None = None,
         text: bool = True,
         networks: bool = True,
+        denoiser_on_host: bool = False,
     ) -> PipelineBackbone:
         """Load a pipeline in diffusers' format from a folder or hub id, or parts of it.
 
@@ -115,6 +118,7 @@ class PipelineBackbone(Backbone):
             text: False leaves out the text encoders: no prompt can be embedded.
             networks: False makes the denoiser and the VAE from their configs alone, without weights; the text encoders
                 then stay on the host, for `encode_in_turns`.
+            denoiser_on_host: the denoiser stays there, whatever the device.
         """
         family = cls.family
         found = read_pipeline(path, family, text)
@@ -129,6 +133,7 @@ class PipelineBackbone(Backbone):
             device=device,
             offload_blocks=offload_blocks if networks else 0,
             quantize=quantize if networks else None,
+            denoiser_on_host=denoiser_on_host,
         )
         variants = {name: chosen.variant for name, chosen in weights.items() if chosen.variant}
         why = backbone.distilled or _says_distilled(Path(path).name)
@@ -263,8 +268,17 @@ class PipelineBackbone(Backbone):
     def recompute(self, networks: Collection[str], keep_blocks: int = 0) -> None:
         checkpoint_networks(self.denoiser, self.vae, networks, keep_blocks)
 
-    def save_denoiser(self, folder: str | Path) -> None:
-        self.denoiser.save_pretrained(folder)
+    def blocks(self) -> list[torch.nn.Module]:
+        return list(sharded_blocks(self.denoiser))
+
+    def save_denoiser(self, folder: str | Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
+        if state is None:
+            self.denoiser.save_pretrained(folder)
+            return
+        with torch.device("meta"):
+            whole = own_class(self.denoiser).from_config(self.denoiser.config)
+        whole.load_state_dict(state, assign=True)
+        whole.save_pretrained(folder)
 
     def save_adapters(self, folder: str | Path, state: Mapping[str, torch.Tensor]) -> None:
         layers = {f"{self.denoiser_name}_lora_layers": state}

@@ -20,7 +20,7 @@ _WIDTH = 44
 def run(arguments: argparse.Namespace) -> int:
     """Run `rsaft-fast estimate`."""
     config = one_rank(load_config(arguments.recipe, arguments.overrides), arguments.gpus)
-    found = estimate(config, log=_log)
+    found = estimate(config, log=_log, parts=arguments.gpus)
     card = round(arguments.card * GIB) if arguments.card is not None else card_memory(config)
     if arguments.json:
         suggestions = [] if arguments.quick else suggest(config, found, found.largest.name, _log)
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"\n{verdict(found, card)}", flush=True)
     for note in found.notes:
         print(f"note: {note}")
-    if arguments.gpus > 1:
+    if arguments.gpus > 1 and found.parts == 1:
         print(
             f"note: of one of {arguments.gpus} GPUs, each with all weights; summing gradients takes up to "
             f"{_short(FLAT * 4)} GiB between the passes, and NCCL its own buffers"
@@ -89,7 +89,7 @@ def _advice(config: Config, found: Estimate, card: int | None) -> list[str]:
         lines.append(f"{phase.name}: what would lower it, by estimating again")
         lines += [f"  {str(s):{_WIDTH + 16}} saves {_gib(s.saves):>6} GiB (peak {_gib(s.peak)})" for s in suggestions]
         if card is not None and spare(found.peak, card) < 0:
-            fits = fitting(config, suggestions, card)
+            fits = fitting(config, suggestions, card, found.parts)
             lines.append(
                 f"these keys make it fit: {fits} (peak {_gib(fits.peak)} GiB)"
                 if fits

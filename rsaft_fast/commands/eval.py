@@ -13,7 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,15 @@ from rsaft_fast.commands.eval_inputs import (
 )
 from rsaft_fast.commands.eval_models import Drawing, Model, find_models, wanted_pictures
 from rsaft_fast.commands.output import hold
-from rsaft_fast.commands.pictures import FIXED, log
+from rsaft_fast.commands.pictures import FIXED, in_rounds, log, shared_journal
+from rsaft_fast.commands.ranks import shared
 from rsaft_fast.commands.score import score_pictures
-from rsaft_fast.commands.score_journal import Journal, digest
+from rsaft_fast.commands.score_journal import Followed, Journal, digest
 from rsaft_fast.data.picture_lists import Picture, find_pictures
 from rsaft_fast.data.pictures import read_picture
 from rsaft_fast.data.prompt_sets import overlap_note
 from rsaft_fast.data.prompts import load_prompts
+from rsaft_fast.distributed import World
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.distances import Estimate, frechet_distance, kernel_distance, spread, spread_within
 from rsaft_fast.evaluation.known_preference import TRUTH
@@ -68,16 +70,25 @@ FEATURES_OF_THE_PLAYGROUND = "playground/fair"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run `rsaft-fast eval`."""
+    """Run `rsaft-fast eval`; under torchrun each process draws and scores its share."""
+    return shared(arguments.device, lambda world: _run(arguments, world))
+
+
+def _run(arguments: argparse.Namespace, world: World) -> int:
+    evaluation = world.together(lambda: _evaluation(arguments, world))
+    with ExitStack() as held:
+        world.together(lambda: held.enter_context(hold(evaluation.output)) if world.is_first else None)
+        return evaluation.run()
+
+
+def _evaluation(arguments: argparse.Namespace, world: World) -> Evaluation:
     check_device(arguments.device, "--device")
     if not 0 <= arguments.s1 < math.inf:
         raise UserError(f"--s1 {arguments.s1:g}: the radius must be 0 (none) or larger, and finite")
     models = find_models(arguments)
     source, prompts, pictures, seed = chosen_prompts(arguments, models)
     rewards, trained = chosen_rewards(arguments, models)
-    evaluation = Evaluation(arguments, models, rewards, trained, source, prompts, pictures, seed)
-    with hold(evaluation.output):
-        return evaluation.run()
+    return Evaluation(arguments, models, rewards, trained, source, prompts, pictures, seed, world)
 
 
 class Evaluation:
@@ -93,7 +104,9 @@ class Evaluation:
         prompts: Sequence[str],
         pictures: int,
         seed: int,
+        world: World | None = None,
     ):
+        self.world = world or World()
         self.arguments, self.models, self.rewards, self.trained = arguments, models, rewards, trained
         self.source, self.prompts, self.pictures, self.seed = source, prompts, pictures, seed
         self.wanted = wanted_pictures(prompts, pictures, seed)
@@ -101,7 +114,7 @@ class Evaluation:
         name = Path(source.partition("=")[0]).stem or "prompts"
         default = (first / "evaluation" if first else Path("evaluation")) / name
         self.output = Path(arguments.output or default)
-        self.drawing = Drawing(arguments, models, self.wanted, self.output)
+        self.drawing = Drawing(arguments, models, self.wanted, self.output, self.world)
         self.device = self.drawing.device
         self.columns: dict[str, dict[str, list[float]]] = {model.place: {} for model in models}
         self.distances: dict[str, dict[str, Estimate | float]] = {model.place: {} for model in models}
@@ -118,7 +131,7 @@ class Evaluation:
             UserError: something is wrong; it says what is safe.
         """
         try:
-            self._look_ahead()
+            self.world.together(self._look_ahead)
             self._note_overlap()
             self.drawing.run()
             self._score()
@@ -129,6 +142,8 @@ class Evaluation:
             print(f"rsaft-fast: interrupted; {self._safe()}", file=sys.stderr)
             return 128 + getattr(interrupt, "signal", signal.SIGINT)
         results = self._write()
+        if not self.world.is_first:
+            return 0
         print(as_text(results))
         log(
             f"table in {self.output / PAGE}, scores of every picture in {self.output / CSV}, all of it in "
@@ -171,7 +186,7 @@ class Evaluation:
     def _score(self) -> None:
         pictures = {model.place: find_pictures([str(self.drawing.folder(model))], log) for model in self.models}
         for label, settings in self.rewards.items():
-            reward = load_reward(settings, device=self.device)
+            reward = self.world.together(lambda settings=settings: load_reward(settings, device=self.device))
             for note in reward.prompt_notes(self.prompts):
                 log(note)
             key = [settings.model_dump(), asdict(reward.spec)]
@@ -194,11 +209,21 @@ class Evaluation:
         prompts = [picture.prompt or "" for picture in pictures]
         files = [picture.file for picture in pictures]
         place = self.output / "scores" / f"{model.place}.journal"
-        with closing(Journal(place, _identity(files, prompts), tell)) as journal:
+        with closing(shared_journal(self.world, lambda: Journal(place, _identity(files, prompts), tell))) as journal:
             size = self.arguments.batch_size
             # As `rsaft-fast score` scores the folder: the same batches, the same bits.
             columns = score_pictures(
-                reward, files, prompts, self.device, size, journal, digest(key), f"{label}, {model.label}"
+                *(
+                    reward,
+                    files,
+                    prompts,
+                    self.device,
+                    size,
+                    journal,
+                    digest(key),
+                    f"{label}, {model.label}",
+                    self.world,
+                )
             )
             for part, values in columns.items():
                 self.columns[model.place][f"{label}/{part}" if part else label] = values
@@ -212,35 +237,39 @@ class Evaluation:
         key: Sequence[Any],
         files: Sequence[Path],
         prompts: Sequence[str],
-        journal: Journal,
+        journal: Journal | Followed,
         label: str,
         model: Model,
     ) -> list[float]:
         radius, size = self.arguments.s1, self.arguments.batch_size
         column = (digest([*key, "S1", radius]), "one step")
+
+        def measure(batch: range) -> list[float]:
+            images = torch.cat([read_picture(files[place]) for place in batch]).to(self.device)
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always", UserWarning)
+                try:
+                    values = sharpness(reward, images, prompts[batch.start : batch.stop], radius, batch_size=size)
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise UserError(
+                        f"out of memory while S1 of {label} was measured at {size} pictures at a time; lower "
+                        "--batch-size, or leave S1 out by --s1 0"
+                    ) from error
+            for warning in warned if batch.start == 0 else ():
+                log(f"warning: {label}: {warning.message}")
+            if not torch.isfinite(values).all():
+                raise UserError(
+                    f"the gradient of {label} at a picture of {files[batch.start].parent} is not finite; leave S1 out "
+                    "by --s1 0, or take dtype=fp32"
+                )
+            return values.tolist()
+
         done = len(journal.scores(column))
         with Counter(f"S1 of {label}, {model.label}", len(files), "picture", done) as counter:
-            for first in range(done, len(files), size):
-                images = torch.cat([read_picture(file) for file in files[first : first + size]]).to(self.device)
-                with warnings.catch_warnings(record=True) as warned:
-                    warnings.simplefilter("always", UserWarning)
-                    try:
-                        values = sharpness(reward, images, prompts[first : first + size], radius, batch_size=size)
-                    except (MemoryError, RuntimeError) as error:
-                        if not is_out_of_memory(error):
-                            raise
-                        raise UserError(
-                            f"out of memory while S1 of {label} was measured at {size} pictures at a time; lower "
-                            "--batch-size, or leave S1 out by --s1 0"
-                        ) from error
-                for warning in warned if first == 0 else ():
-                    log(f"warning: {label}: {warning.message}")
-                if not torch.isfinite(values).all():
-                    raise UserError(
-                        f"the gradient of {label} at a picture of {files[first].parent} is not finite; leave S1 out by "
-                        "--s1 0, or take dtype=fp32"
-                    )
-                journal.add(column, values.tolist())
+            for values in in_rounds(self.world, done, len(files), size, measure):
+                journal.add(column, values)
                 counter.add(len(values))
         return journal.scores(column)
 
@@ -327,8 +356,10 @@ class Evaluation:
         return Results(rows, [picture.prompt for picture in self.wanted], self.in_domain, climbed, self.missing)
 
     def _write(self) -> Results:
-        """Write what there is, marked as partial as long as something is missing."""
+        """Write what there is, marked as partial as long as something is missing; the first rank does."""
         results = self._results()
+        if not self.world.is_first:
+            return results
         about = self._about()
         write_atomically(self.output / CSV, self._csv())
         write_atomically(self.output / PAGE, as_markdown(results, self._lines(about)))

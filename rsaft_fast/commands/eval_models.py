@@ -31,6 +31,7 @@ from rsaft_fast.commands.sample import (
 from rsaft_fast.data.encoded import EncodedPrompts, negative_texts
 from rsaft_fast.data.encodings import Encodings, free_memory, load_shapes, open_cache
 from rsaft_fast.data.picture_lists import LISTING
+from rsaft_fast.distributed import World
 from rsaft_fast.dtypes import DTYPES
 from rsaft_fast.errors import UserError
 from rsaft_fast.figures.grids import save_png, to_picture
@@ -187,9 +188,8 @@ def _at_checkpoint(
     label: str, settings: BackboneSettings, folder: Path, config: Config, path: Path, shown: bool
 ) -> Model:
     step = int(path.name.removeprefix("step_"))
-    mean = path / checkpoints.MEAN_FILE
-    file = mean if mean.is_file() else path / checkpoints.WEIGHTS
-    return Model(label, "", settings, folder, config, step, step, sha256_of([file]), str(folder), shown)
+    weights = sha256_of(checkpoints.weight_files(path))
+    return Model(label, "", settings, folder, config, step, step, weights, str(folder), shown)
 
 
 def _told_apart(models: Sequence[Model]) -> list[Model]:
@@ -232,7 +232,16 @@ def wanted_pictures(prompts: Sequence[str], pictures: int, seed: int) -> list[Wa
 class Drawing:
     """Draws the pictures of models that are not there yet, each pipeline loaded once for all that need it."""
 
-    def __init__(self, arguments: argparse.Namespace, models: Sequence[Model], wanted: Sequence[Wanted], output: Path):
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        models: Sequence[Model],
+        wanted: Sequence[Wanted],
+        output: Path,
+        world: World | None = None,
+    ):
+        """`world`: whose ranks share the batches; the first one writes down what they are of."""
+        self.world = world or World()
         self.arguments, self.models, self.wanted = arguments, models, wanted
         self.output = output
         self.device = pick_device(arguments.device)
@@ -284,14 +293,17 @@ class Drawing:
             if model.config is not None and config is not None and model.config.sampler != config.sampler:
                 log(f"{model.run} was trained with another sampler than the first run, whose all are drawn with here")
         for model in models:
-            self._identify(model, sampler, shapes)
-        todo = [model for model in models if self.missing(model)]
+            self._describe(model, sampler, shapes)
+        self.world.together(lambda: [self._identify(model) for model in models] if self.world.is_first else None)
+        todo = self.world.of_first([place for place, model in enumerate(models) if self.missing(model)])
+        todo = [models[place] for place in todo]
         if not todo:
             return
         texts = list(dict.fromkeys(picture.prompt for picture in self.wanted)) + negative_texts(shapes, sampler)
         cache = open_cache(config.data.encoding_cache if config else AUTO, tell)
-        encodings = Encodings(shapes, first.settings, texts, cache, tell)
-        encodings.complete(tell)
+        with self.world.first_of_machine(f"encodings {first.settings.path}"):
+            encodings = Encodings(shapes, first.settings, texts, cache, tell)  # of what the first process has made
+            encodings.complete(tell)
         schedule = shapes.schedule(sampler.steps, sampler.eta)
         backbone: Backbone | None = None
         loaded: Path | None = None
@@ -325,19 +337,24 @@ class Drawing:
 
     @torch.no_grad()
     def _draw(self, model: Model, backbone: Backbone, schedule: Any, encoded: EncodedPrompts) -> None:
-        folder = self.folder(model)
-        batches = self.missing(model)
+        folder, world = self.folder(model), self.world
+        batches = world.of_first(self.missing(model))
         done = len(self.wanted) - sum(map(len, batches))
         with Counter(f"drawing {model.label}", len(self.wanted), "picture", done) as counter:
-            for batch in batches:
+            for batch in batches[world.rank :: world.size]:
                 conditioning = encoded([picture.prompt for picture in batch])
                 numbers = [picture.number for picture in batch]
                 images = sample_images(backbone, schedule, conditioning, batch[0].seed, len(batch), samples=numbers)
                 assert images is not None  # nothing stops it
                 for picture, image in zip(batch, images):
                     save_png(to_picture(image), folder / picture.name)
-                self._list(folder)
-                counter.add(len(batch))
+                if world.is_first:
+                    self._list(folder)
+                counter.add(world.size * len(batch))
+        world.gathered(None)  # until all are there
+        if world.is_first and world.size > 1:
+            self._list(folder)
+        world.gathered(None)
 
     def _list(self, folder: Path) -> None:
         there = set(os.listdir(folder))
@@ -348,8 +365,8 @@ class Drawing:
         ]
         write_atomically(folder / LISTING, json.dumps(listed, indent=1, ensure_ascii=False) + "\n")
 
-    def _identify(self, model: Model, sampler: SamplerSettings, shapes: Backbone) -> None:
-        """Write down what the pictures are of, or check that those that lie there are of the same."""
+    def _describe(self, model: Model, sampler: SamplerSettings, shapes: Backbone) -> None:
+        """Note everything that a model's pictures depend on."""
         settings = model.settings
         if settings.path not in self._pipelines:
             self._pipelines[settings.path] = pipeline_identity(settings.path)
@@ -368,6 +385,10 @@ class Drawing:
             "software": describe_software(),
         }
         self.about[model.place] = about
+
+    def _identify(self, model: Model) -> None:
+        """Write down what the pictures are of, or check that those that lie there are of the same."""
+        about = self.about[model.place]
         # Where it lies is not what it is.
         same = {key: value for key, value in about.items() if key not in ("pipeline", "run")}
         same["pictures"] = _digest([[p.name, p.prompt, p.number, p.seed] for p in self.wanted])

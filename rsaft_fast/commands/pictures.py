@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -13,13 +13,15 @@ from pathlib import Path
 import torch
 
 from rsaft_fast.commands.reward_options import parse_rewards
-from rsaft_fast.commands.score_journal import Journal, identity_of
+from rsaft_fast.commands.score_journal import Followed, Journal, identity_of
 from rsaft_fast.data.picture_lists import Picture, assign_prompts
 from rsaft_fast.data.pictures import check_pictures
 from rsaft_fast.data.prompt_sets import prompt_notes
 from rsaft_fast.data.prompts import load_prompts
+from rsaft_fast.distributed import World
 from rsaft_fast.errors import UserError
 from rsaft_fast.files import check_writable, refuse_io_errors
+from rsaft_fast.progress import is_silent
 from rsaft_fast.rewards import Reward, RewardSettings
 from rsaft_fast.rewards.base import TowerReward
 
@@ -28,8 +30,9 @@ FIXED = ("picture", "prompt")
 
 
 def log(line: str) -> None:
-    """Print a line about what is done."""
-    print(f"rsaft-fast: {line}", flush=True)
+    """Print a line about what is done; of several ranks the first one does."""
+    if not is_silent():
+        print(f"rsaft-fast: {line}", flush=True)
 
 
 def rewards_of_columns(texts: Sequence[str], option: str = "--reward") -> dict[str, RewardSettings]:
@@ -128,25 +131,28 @@ def with_journal(
     pictures: Sequence[Picture],
     prompts: Sequence[str],
     notes: list[str],
-    work: Callable[[Journal], None],
+    work: Callable[[Journal | Followed], None],
+    world: World | None = None,
 ) -> int:
     """Score and write the tables, keeping what is scored until they are there; return the exit code.
 
     Args:
         notes: gets a line where an earlier call's scores are gone on with.
         work: scores what the journal lacks, and writes.
+        world: of whose ranks the first one keeps the journal on the disk; the others follow it.
 
     Raises:
         UserError: something is wrong; it says what is safe.
     """
-    journal = Journal(files.journal, identity_of(pictures, prompts), notes.append)
+    world = world or World()
+    journal = shared_journal(world, lambda: Journal(files.journal, identity_of(pictures, prompts), notes.append))
     if journal.count:
         notes.append(f"going on with {files.journal}, which holds {journal.count} scores")
     finished = False
     try:
         # Whoever held the journal until now has written it.
-        refuse_existing("--output", files.output)
-        check_pictures(picture.file for picture in pictures)
+        world.together(lambda: refuse_existing("--output", files.output))
+        world.together(lambda: check_pictures(picture.file for picture in pictures))
         work(journal)
         finished = True
     except UserError as error:
@@ -161,7 +167,29 @@ def with_journal(
     return 0
 
 
-def _safe(journal: Journal) -> str:
+def shared_journal(world: World, opened: Callable[[], Journal]) -> Journal | Followed:
+    """Open a journal on the first rank, which keeps it, and follow it on the others."""
+    journal = world.together(lambda: opened() if world.is_first else None)
+    known = world.of_first(journal.columns() if journal is not None else {})
+    return journal if journal is not None else Followed(known)
+
+
+def in_rounds(
+    world: World, first: int, count: int, size: int, of: Callable[[range], list[float]]
+) -> Iterator[list[float]]:
+    """Find numbers of pictures `first` to `count`, a batch of `size` a rank and round; yield each round's, in order.
+
+    Args:
+        of: finds those of a batch; what it raises on one rank ends all.
+    """
+    for begin in range(first, count, size * world.size):
+        start = min(begin + world.rank * size, count)
+        own = range(start, min(start + size, count))
+        found = world.together(lambda own=own: of(own) if own else [])
+        yield [number for part in world.gathered(found) for number in part]
+
+
+def _safe(journal: Journal | Followed) -> str:
     if not journal.count:
         return "nothing was scored"
     return f"{journal.count} scores are safe in {journal.path}, and the same command goes on from there"

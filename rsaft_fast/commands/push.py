@@ -137,8 +137,7 @@ def _weights_of(folder: Path, checkpoint: str) -> set[str]:
     newest, _ = checkpoints.newest(folder / "checkpoints")
     if newest is None:
         return set()
-    mean = newest / checkpoints.MEAN_FILE
-    return {sha256_of([mean if mean.is_file() else newest / checkpoints.WEIGHTS])}
+    return {sha256_of(checkpoints.weight_files(newest))}
 
 
 def _shown(found: Mapping[str, Any] | None) -> str:

@@ -237,7 +237,7 @@ def saved_weights(folder: Path, step: int | None = None, option: str = "--run") 
         raise UserError(
             f"{option} {folder} has no complete checkpoint{''.join(f' ({line})' for line in passed_over[:1])}"
         )
-    saved = checkpoints.read(path, verify=step is not None)
+    saved = checkpoints.read(path, verify=step is not None).filled()
     return path, saved.copies.get(MEAN, saved.weights)
 
 

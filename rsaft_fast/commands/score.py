@@ -16,10 +16,21 @@ from typing import Any
 
 import torch
 
-from rsaft_fast.commands.pictures import FIXED, Files, log, prompts_of, rewards_of_columns, scores_of, with_journal
-from rsaft_fast.commands.score_journal import Journal, digest
+from rsaft_fast.commands.pictures import (
+    FIXED,
+    Files,
+    in_rounds,
+    log,
+    prompts_of,
+    rewards_of_columns,
+    scores_of,
+    with_journal,
+)
+from rsaft_fast.commands.ranks import shared
+from rsaft_fast.commands.score_journal import Followed, Journal, digest
 from rsaft_fast.data.picture_lists import SINGLE, Picture, find_pictures
 from rsaft_fast.data.pictures import read_picture
+from rsaft_fast.distributed import World
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.comparison import difference, difference_table, pair_up
 from rsaft_fast.figures.tables import aligned
@@ -32,23 +43,21 @@ from rsaft_fast.rewards.calibration import Calibration, calibration_text, measur
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run `rsaft-fast score`."""
-    check_device(arguments.device, "--device")
-    settings = rewards_of_columns(arguments.reward)
-    files = Files.of(arguments.output, arguments.calibration)
-    notes: list[str] = []
-    pictures = find_pictures(arguments.pictures, notes.append)
-    prompts = prompts_of(pictures, arguments.prompts, notes.append)
-    if files.calibration is not None and len(pictures) < 2:
-        raise UserError("--calibration needs at least 2 pictures, of as many kinds as will be trained on; there is 1")
+    """Run `rsaft-fast score`; under torchrun each process scores its share."""
+    return shared(arguments.device, lambda world: _run(arguments, world))
+
+
+def _run(arguments: argparse.Namespace, world: World) -> int:
+    settings, files, pictures, prompts, notes = world.together(lambda: _inputs(arguments))
     scored = Scored({}, {}, [])
 
-    def score_and_write(journal: Journal) -> None:
-        _score_all(settings, pictures, prompts, arguments, journal, notes, scored)
-        _write(files, pictures, prompts, scored)
+    def score_and_write(journal: Journal | Followed) -> None:
+        _score_all(settings, pictures, prompts, arguments, journal, notes, scored, world)
+        if world.is_first:
+            _write(files, pictures, prompts, scored)
 
-    code = with_journal(files, pictures, prompts, notes, score_and_write)
-    if code:
+    code = with_journal(files, pictures, prompts, notes, score_and_write, world)
+    if code or not world.is_first:
         return code
     if files.calibration is not None:
         log(f"centre and width of {len(scored.calibrations)} rewards in {files.calibration}")
@@ -57,6 +66,21 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\n{lines}")
     log(f"{len(pictures)} pictures in {files.output}; what scored them in {files.spec}")
     return 0
+
+
+def _inputs(
+    arguments: argparse.Namespace,
+) -> tuple[dict[str, RewardSettings], Files, list[Picture], list[str], list[str]]:
+    """Rewards, files to write, pictures, their prompts, and lines about them."""
+    check_device(arguments.device, "--device")
+    settings = rewards_of_columns(arguments.reward)
+    files = Files.of(arguments.output, arguments.calibration)
+    notes: list[str] = []
+    pictures = find_pictures(arguments.pictures, notes.append)
+    prompts = prompts_of(pictures, arguments.prompts, notes.append)
+    if files.calibration is not None and len(pictures) < 2:
+        raise UserError("--calibration needs at least 2 pictures, of as many kinds as will be trained on; there is 1")
+    return settings, files, pictures, prompts, notes
 
 
 @dataclass(frozen=True)
@@ -73,20 +97,21 @@ def _score_all(
     pictures: Sequence[Picture],
     prompts: Sequence[str],
     arguments: argparse.Namespace,
-    journal: Journal,
+    journal: Journal | Followed,
     notes: Sequence[str],
     scored: Scored,
+    world: World,
 ) -> None:
     """`notes` are lines about the pictures, said when scoring begins; `scored` takes what is found."""
     device, files = pick_device(arguments.device), [picture.file for picture in pictures]
     for label, chosen in settings.items():
-        reward = load_reward(chosen, device=device)
+        reward = world.together(lambda chosen=chosen: load_reward(chosen, device=device))
         for note in (*notes, *reward.prompt_notes(prompts)):
             log(note)
         notes = ()
         # By what it is, not by what it is called: other weights under the same name are another reward.
         key = digest([chosen.model_dump(), asdict(reward.spec)])
-        columns = score_pictures(reward, files, prompts, device, arguments.batch_size, journal, key, label)
+        columns = score_pictures(reward, files, prompts, device, arguments.batch_size, journal, key, label, world)
         scored.columns.update({f"{label}/{part}" if part else label: column for part, column in columns.items()})
         scored.specs[label] = asdict(reward.spec)
         if arguments.calibration:
@@ -101,15 +126,17 @@ def score_pictures(
     prompts: Sequence[str],
     device: torch.device,
     batch_size: int,
-    journal: Journal,
+    journal: Journal | Followed,
     key: str,
     label: str,
+    world: World | None = None,
 ) -> dict[str, list[float]]:
     """Scores of picture files of any sizes, under "" the reward's, and those of a combination's parts by name.
 
     Args:
         journal, key: where scores are kept and taken from, and under what.
         label: of the bar.
+        world: whose ranks share the pictures, batch by batch.
 
     Raises:
         UserError: a picture cannot be read, its score is not finite, or there is not enough memory.
@@ -117,7 +144,7 @@ def score_pictures(
 
     def column(part: Reward, name: str) -> list[float]:
         shown = f"{label}/{name}" if name else label
-        return _column(part, files, prompts, device, batch_size, journal, (key, name), shown)
+        return _column(part, files, prompts, device, batch_size, journal, (key, name), shown, world or World())
 
     if not isinstance(reward, Combination):
         return {"": column(reward, "")}
@@ -134,30 +161,33 @@ def _column(
     prompts: Sequence[str],
     device: torch.device,
     batch_size: int,
-    journal: Journal,
+    journal: Journal | Followed,
     column: tuple[str, str],
     label: str,
+    world: World,
 ) -> list[float]:
+    def score(batch: range) -> list[float]:
+        part = slice(batch.start, batch.stop)
+        try:
+            pictures = [read_picture(file).to(device) for file in files[part]]
+            scores = scores_of(reward, pictures, prompts[part])
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"out of memory while scoring {batch_size} pictures at a time with {label}; lower --batch-size, or "
+                "take dtype=bf16"
+            ) from error
+        for file, found in zip(files[part], scores):
+            if not math.isfinite(found):
+                raise UserError(
+                    f"reward {reward.spec.name!r} scores {str(file)!r} {found}; check its weights, or take dtype=fp32"
+                )
+        return scores
+
     done = len(journal.scores(column))
     with Counter(f"scoring with {label}", len(files), "picture", done) as counter:
-        for first in range(done, len(files), batch_size):
-            part = slice(first, first + batch_size)
-            try:
-                pictures = [read_picture(file).to(device) for file in files[part]]
-                scores = scores_of(reward, pictures, prompts[part])
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise UserError(
-                    f"out of memory while scoring {batch_size} pictures at a time with {label}; lower --batch-size, or "
-                    "take dtype=bf16"
-                ) from error
-            for file, score in zip(files[part], scores):
-                if not math.isfinite(score):
-                    raise UserError(
-                        f"reward {reward.spec.name!r} scores {str(file)!r} {score}; check its weights, or take "
-                        "dtype=fp32"
-                    )
+        for scores in in_rounds(world, done, len(files), batch_size, score):
             journal.add(column, scores)
             counter.add(len(scores))
     return journal.scores(column)

@@ -139,6 +139,10 @@ class Journal:
         """The scores of the first pictures that are there already."""
         return list(self._columns.get(column, ()))
 
+    def columns(self) -> dict[Column, list[float]]:
+        """All scores."""
+        return {column: list(scores) for column, scores in self._columns.items()}
+
     def add(self, column: Column, scores: Sequence[float]) -> None:
         """Keep the next pictures' scores, which are finite.
 
@@ -167,3 +171,27 @@ class Journal:
             if finished:
                 unlink_own(self.path, self._stream.fileno())
             self._stream.close()
+
+
+class Followed:
+    """What a rank knows of the journal that another one keeps: the same scores, and no file."""
+
+    def __init__(self, columns: dict[Column, list[float]]):
+        self._columns = columns
+        self.path = Path("the first rank's journal")
+
+    @property
+    def count(self) -> int:
+        """Scores that are kept."""
+        return sum(map(len, self._columns.values()))
+
+    def scores(self, column: Column) -> list[float]:
+        """The scores of the first pictures that are there already."""
+        return list(self._columns.get(column, ()))
+
+    def add(self, column: Column, scores: Sequence[float]) -> None:
+        """Keep the next pictures' scores."""
+        self._columns.setdefault(column, []).extend(scores)
+
+    def close(self, finished: bool = False) -> None:
+        """Nothing is open."""

@@ -12,7 +12,7 @@ from rsaft_fast.distributed.world import PeerError
 from rsaft_fast.errors import UserError
 from rsaft_fast.estimate.estimate import one_rank
 from rsaft_fast.estimate.forecast import announce
-from rsaft_fast.recipe.check import check_several
+from rsaft_fast.recipe.check_several import check_several
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.recipe.load import load_config
 from rsaft_fast.recipe.schema import help_text
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         with launched(place, config.backbone.device, config.distributed.timeout) as world:
             outcome = train(
                 config,
-                forecast=lambda config, log: announce(one_rank(config, world.size), log),
+                forecast=lambda config, log: announce(one_rank(config, world.size), log, world.size),
                 report=write_run_report,
                 world=world,
             )

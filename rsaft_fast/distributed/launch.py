@@ -121,7 +121,10 @@ def launched(place: Place | None, device: str, timeout: float) -> Iterator[World
     heart = _Heart(notes, rank)
     try:
         yield world
-    except LostRankError as error:
+    except RuntimeError as error:
+        if not _tells_of_a_lost_rank(error):
+            _note_failure(notes, rank, error)
+            raise
         if threading.current_thread() is threading.main_thread():
             # The launcher has noticed too, and ends what is left; first it is said why.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -129,8 +132,7 @@ def launched(place: Place | None, device: str, timeout: float) -> Iterator[World
     except PeerError:
         raise
     except BaseException as error:
-        with suppress(RuntimeError):  # the machine that holds the notes may be what failed
-            notes.set(f"failed/{rank}", first_line(error))
+        _note_failure(notes, rank, error)
         if isinstance(error, UserError):
             raise UserError(f"rank {rank} of {size}: {error}") from error
         raise
@@ -139,6 +141,16 @@ def launched(place: Place | None, device: str, timeout: float) -> Iterator[World
         heart.stop()
         _leave(notes, rank, size)
         time.sleep(_FAREWELL)
+
+
+def _note_failure(notes: dist.Store, rank: int, error: BaseException) -> None:
+    with suppress(RuntimeError):  # the machine that holds the notes may be what failed
+        notes.set(f"failed/{rank}", first_line(error))
+
+
+def _tells_of_a_lost_rank(error: RuntimeError) -> bool:
+    """Whether a sum failed because another rank is gone: of those that FSDP makes, gloo and NCCL say so themselves."""
+    return isinstance(error, LostRankError | dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
 def _leave(notes: dist.Store, rank: int, size: int) -> None:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from rsaft_fast.distributed.shards import is_sharded
 from rsaft_fast.errors import UserError
 
 Result = TypeVar("Result")
@@ -44,6 +45,7 @@ class World:
         group: whom sums run over; None is torch's default group.
         local_rank: the rank among those of this machine.
         store: what all of them write notes into; None where nobody asks.
+        before: what each rank does before it meets the others here: `Lockstep.finish` of a network in shards.
     """
 
     rank: int = 0
@@ -51,6 +53,7 @@ class World:
     group: dist.ProcessGroup | None = None
     local_rank: int = 0
     store: dist.Store | None = None
+    before: list[Callable[[], None]] = field(default_factory=list, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -98,7 +101,7 @@ class World:
         if self.size == 1:
             return [thing]
         things: list[Any] = [None] * self.size
-        with _noticing():
+        with self._meeting():
             dist.all_gather_object(things, thing, group=self.group)
         return things
 
@@ -138,7 +141,7 @@ class World:
             return
         key = f"rsaft_fast/{what}/{self.rank - self.local_rank}"
         if self.local_rank:
-            with _noticing():
+            with noticing():
                 self.store.wait([key])
             yield
             return
@@ -151,11 +154,15 @@ class World:
     def sum_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
         """Replace each parameter's `.grad` by its sum over ranks; a rank without one that others have adds zeros.
 
-        Losses divide by the samples of all ranks, so that sums of gradients are those of the whole batch.
+        Losses divide by the samples of all ranks, so that sums of gradients are those of the whole batch. Gradients of
+        sharded parameters are summed by every backward pass itself.
         """
         if self.size == 1:
             return
         parameters = list(parameters)
+        if any(map(is_sharded, parameters)):
+            with self._meeting():  # until every rank's backward passes are done
+                return
         present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
         anywhere = self.sum(present).bool().tolist()
         kinds: dict[torch.dtype, list[torch.Tensor]] = {}
@@ -172,8 +179,15 @@ class World:
                     gradient.copy_(part.view_as(gradient))
 
     def _reduce(self, tensor: torch.Tensor, how: Any = dist.ReduceOp.SUM) -> None:
-        with _noticing():
+        with self._meeting():
             dist.all_reduce(tensor, how, group=self.group)
+
+    @contextmanager
+    def _meeting(self) -> Iterator[None]:
+        for action in self.before:
+            action()
+        with noticing():
+            yield
 
 
 def _buffers(gradients: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -189,8 +203,11 @@ def _buffers(gradients: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 
 @contextmanager
-def _noticing() -> Iterator[None]:
-    """What gloo and NCCL say of a connection that is gone, or of a rank that does not answer, is a RuntimeError."""
+def noticing() -> Iterator[None]:
+    """Raise `LostRankError` for what the `with` block finds of ranks that are gone.
+
+    What gloo and NCCL say of a connection that is gone, or of a rank that does not answer, is a RuntimeError.
+    """
     try:
         yield
     except RuntimeError as error:

@@ -28,8 +28,9 @@ from rsaft_fast.estimate.live import CUDA_BLOCK, LiveBytes, Peak, shapes_alone
 from rsaft_fast.estimate.reward_skeleton import skeleton_reward
 from rsaft_fast.estimate.skeleton import skeleton_backbone
 from rsaft_fast.estimate.states import AccountedOptimizer
-from rsaft_fast.phases import ENCODING, GRID, KEEPING, SAMPLING, phase
-from rsaft_fast.recipe.check import check_path, check_settings, check_several
+from rsaft_fast.phases import ANCHORING, DENOISER, DENOISING, ENCODING, GRID, KEEPING, SAMPLING, phase
+from rsaft_fast.recipe.check import check_path, check_settings
+from rsaft_fast.recipe.check_several import check_several
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards.base import Reward, TowerReward
 from rsaft_fast.rewards.features import Features
@@ -52,6 +53,8 @@ RESERVED = GIB
 """What is kept free for that when a card is judged."""
 
 _PROMPT = "a prompt"
+_FORWARD, _BACKWARD = (SAMPLING, GRID), (DENOISER, DENOISING, ANCHORING)
+"""Phases that call the denoiser, without and with a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,13 @@ class Estimate:
         standing: what stays through the whole training, by name.
         phases: in the order in which they come.
         notes: what the figures rest on, beside the recipe.
+        parts: GPUs among which the trained weights are parted.
     """
 
     standing: Mapping[str, int]
     phases: tuple[Phase, ...]
     notes: tuple[str, ...] = field(default=())
+    parts: int = 1
 
     @property
     def largest(self) -> Phase:
@@ -103,18 +108,23 @@ def spare(peak: int, card: int) -> int:
     return card - RESERVED - peak
 
 
-def estimate(config: Config, cuda: bool = True, log: Callable[[str], None] = lambda line: None) -> Estimate:
+def estimate(
+    config: Config, cuda: bool = True, log: Callable[[str], None] = lambda line: None, parts: int = 1
+) -> Estimate:
     """Walk one update of the recipe on shapes alone.
 
     Args:
         cuda: as torch's CUDA allocator and attention kernels have it; else as on the CPU, byte by byte.
         log: gets a line before each stage that takes a while.
+        parts: GPUs that train together, among which the trained weights are parted where the recipe shards them.
 
     Raises:
         UserError: keys that do not go together or do not fit the model; a pipeline or reward that has no config files
             here and is not a published one.
     """
-    return _Walk(config, cuda, log).estimate()
+    if parts > 1:
+        check_several(config, parts)
+    return _Walk(config, cuda, log, parts if config.shards(parts) else 1).estimate()
 
 
 def one_rank(config: Config, gpus: int) -> Config:
@@ -231,8 +241,8 @@ class ShapePicture:
 class _Walk:
     """One update, its memory and its models."""
 
-    def __init__(self, config: Config, cuda: bool, log: Callable[[str], None]):
-        self.config, self.cuda, self.log = config, cuda, log
+    def __init__(self, config: Config, cuda: bool, log: Callable[[str], None], parts: int = 1):
+        self.config, self.cuda, self.log, self.parts = config, cuda, log, parts
         self.live = LiveBytes("meta", CUDA_BLOCK if cuda else 1)
         self.loaders = ShapeLoaders(config, self.live, cuda)
         self.standing = self.loaders.standing
@@ -246,21 +256,26 @@ class _Walk:
         inputs = Inputs([_PROMPT], prompts, pictures, checkpoint=None, notes=[], evaluation_prompts=evaluated)
         run = self.run = assemble(config, inputs, self.loaders)
         trained = "adapters" if config.parameters.train == "lora" else "denoiser, trained"
+        if self.parts > 1:
+            self._part(run.parameters.values())
+            for parameter in run.parameters.values():
+                parameter.register_post_accumulate_grad_hook(self._sum_up)
         self._keep(trained, run.parameters.values())
         self._keep("denoiser", _tensors(run.backbone.denoiser))
         if run.monitors is not None and isinstance(run.monitors.embed, Features):
             self._keep("features of the evaluation", _tensors(run.monitors.embed))
         self._keep("VAE", [] if run.backbone.vae is None else _tensors(run.backbone.vae))
         if run.ema is not None:
-            self._keep("running mean (fp32)", run.ema.means.values())
+            self._keep_parted("running mean (fp32)", run.ema.means.values())
         for name, tensors in run.algorithm.copies.tensors.items():
-            self._keep(f"copy of the weights ({name})", tensors.values())
+            self._keep_parted(f"copy of the weights ({name})", tensors.values())
         if (features := getattr(run.algorithm, "features", None)) is not None:
             self._keep("features of pictures", _tensors(features))
         for name, tensors in run.algorithm.held().items():
-            self._keep(name, tensors)
+            self._keep_parted(name, tensors)
         if run.ascent is not None:
-            self._keep("direction of the perturbation", [t for own in run.ascent.kept.values() for t in own.values()])
+            kept = [t for own in run.ascent.kept.values() for t in own.values()]
+            self._keep_parted("direction of the perturbation", kept)
         self._score_once()
         self.log("the models stand, as shapes; walking one update")
         with shapes_alone(self.cuda), self.live:
@@ -276,8 +291,45 @@ class _Walk:
         found = self.live.peaks
         if config.speed.cuda_graph:
             self._keep_captured(found)
+        notes = self.loaders.notes + self._on_the_host()
+        if self.parts > 1:
+            notes += self._gather(found)
         phases = tuple(Phase(name, p.own, p.total) for name, p in found.items())
-        return Estimate(self.standing, phases, self.loaders.notes + self._on_the_host())
+        return Estimate(self.standing, phases, notes, self.parts)
+
+    def _part(self, tensors: Iterable[torch.Tensor]) -> None:
+        self.live.part(tensors, self.parts)
+
+    def _keep_parted(self, name: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Count what is kept of each trained weight: of this rank's part."""
+        tensors = list(tensors)
+        if self.parts > 1:
+            self._part(tensors)
+        self._keep(name, tensors)
+
+    def _sum_up(self, parameter: torch.Tensor) -> None:
+        """A gradient is whole until it is summed over the ranks, each of which keeps its part."""
+        if parameter.grad is not None:
+            self._part([parameter.grad])
+
+    def _gather(self, peaks: Mapping[str, Peak]) -> tuple[str, ...]:
+        """Count the weights that are whole for a while, which the walk saw as parts.
+
+        What is outside of all blocks as long as a call takes; of the largest block its own and the next one's, and the
+        buffer that they are gathered in; in a backward pass their gradients and the buffer that those are summed in.
+        """
+        blocks = [list(block.parameters()) for block in self.run.backbone.blocks()]
+        inside = {id(p) for block in blocks for p in block}
+        rest = sum(_bytes(p) for p in self.run.parameters.values() if id(p) not in inside)
+        largest = max((sum(map(_bytes, block)) for block in blocks), default=0)
+        forward, backward = rest + 3 * largest, 2 * rest + 5 * largest
+        for name, peak in peaks.items():
+            more = backward if name in _BACKWARD else forward if name in _FORWARD else 0
+            peak.total, peak.own = peak.total + more, peak.own + more
+        return (
+            f"the trained weights are parted among {self.parts} GPUs; a network call gathers {forward / GIB:.2f} GiB, "
+            f"its backward pass {backward / GIB:.2f} (an upper bound from shapes, not measured)",
+        )
 
     def _on_the_host(self) -> tuple[str, ...]:
         """Page-locked memory beside the device's."""
@@ -316,6 +368,8 @@ class _Walk:
         perturbs = config.smoothing.parameters is not None
         accounted = AccountedOptimizer(run.optimizer, others > 0, self._first_pass_done, perturbs)
         for name, tensors in accounted.held.items():
+            if self.parts > 1:
+                self._part(tensors)  # those that are not like the weights, too: the scales of 8-bit blocks, the tables
             if tensors:
                 self.standing[name] = sum(live.size(t) for t in tensors)
         self.accounted = accounted
@@ -371,6 +425,10 @@ class _Walk:
         if prompts:
             with phase(GRID), run.final_weights():
                 sample_images(run.backbone, run.schedule[-1:], run.encoded(prompts), seed=0)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:

@@ -32,10 +32,13 @@ class Forecast:
         return f"set {best[0]}, which saves {best[0].saves / GIB:.2f} GiB there" if best else None
 
 
-def announce(config: Config, log: Callable[[str], None]) -> Callable[[str], str | None]:
+def announce(config: Config, log: Callable[[str], None], parts: int = 1) -> Callable[[str], str | None]:
     """On a GPU: say what the run will need, and warn when the card has less. Never keeps a run from starting.
 
     A run on the CPU is not slowed down by it, and has no card to compare with.
+
+    Args:
+        parts: as of `estimate`.
 
     Returns:
         what takes a phase that ran out of memory, and names the keys that lower its need; None where none is known.
@@ -43,14 +46,14 @@ def announce(config: Config, log: Callable[[str], None]) -> Callable[[str], str 
     device = pick_device(config.backbone.device)
     found = None
     if device.type == "cuda":
-        found = forecast(config, log, torch.cuda.get_device_properties(device).total_memory)
+        found = forecast(config, log, torch.cuda.get_device_properties(device).total_memory, parts)
     return found.advise if found is not None else lambda phase: None
 
 
-def forecast(config: Config, log: Callable[[str], None], card: int) -> Forecast | None:
+def forecast(config: Config, log: Callable[[str], None], card: int, parts: int = 1) -> Forecast | None:
     """`announce` for a card of so many bytes."""
     try:
-        found = estimate(config)
+        found = estimate(config, parts=parts)
     except Exception as error:
         # A model that cannot be walked on shapes alone may well run.
         reason = first_line(error) if isinstance(error, UserError) else describe_error(error)

@@ -20,6 +20,15 @@ from torch.utils._pytree import tree_leaves
 
 from rsaft_fast.phases import REST, current_phase
 
+_ALIKE = {
+    torch.ops.aten.clone.default,
+    torch.ops.aten._to_copy.default,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.zeros_like.default,
+    torch.ops.aten.full_like.default,
+}
+"""What gives a tensor like its argument."""
+
 CUDA_BLOCK = 512
 """Bytes: torch's CUDA allocator hands out multiples of this, and counts them as allocated."""
 
@@ -49,6 +58,8 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.device, self.block = device, block
         self.alive = 0
+        self._sizes: dict[int, int] = {}
+        self._parts: dict[int, int] = {}
         self.peaks: dict[str, Peak] = {}
         self._storages: dict[int, weakref.ref] = {}
         self._elsewhere: list[torch.Tensor] = []
@@ -71,13 +82,31 @@ class LiveBytes(TorchDispatchMode):
         self._elsewhere.extend(tensors)
         self._excluded = {tensor.untyped_storage()._cdata for tensor in self._elsewhere}
 
+    def part(self, tensors: Iterable[torch.Tensor], parts: int) -> None:
+        """Count the storages of these, from here on, as one of so many parts: this rank's.
+
+        So is what is made of them as they are (copies, tensors like them).
+        """
+        for tensor in tensors:
+            key = tensor.untyped_storage()._cdata
+            self._parts[key] = parts
+            if key in self._sizes:
+                self.alive += self.size(tensor) - self._sizes[key]
+                self._sizes[key] = self.size(tensor)
+
     def size(self, tensor: torch.Tensor) -> int:
         """Bytes of its storage as they are counted."""
-        return -(-tensor.untyped_storage().nbytes() // self.block) * self.block
+        storage = tensor.untyped_storage()
+        own = -(-storage.nbytes() // self._parts.get(storage._cdata, 1))
+        return -(-own // self.block) * self.block
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         before = self.alive
+        if self._parts and function in _ALIKE and isinstance(args[0], torch.Tensor):
+            key = args[0].untyped_storage()._cdata
+            if key in self._parts and out.untyped_storage()._cdata != key:
+                self._parts[out.untyped_storage()._cdata] = self._parts[key]
         for leaf in out if isinstance(out, tuple | list) else (out,):
             if isinstance(leaf, torch.Tensor):
                 self._count(leaf)
@@ -96,13 +125,14 @@ class LiveBytes(TorchDispatchMode):
         key = storage._cdata
         if key in self._storages or key in self._excluded:
             return
-        size = self.size(tensor)
-        self.alive += size
-        self._storages[key] = weakref.ref(storage, lambda _: self._died(key, size))
+        self._sizes[key] = self.size(tensor)
+        self.alive += self._sizes[key]
+        self._storages[key] = weakref.ref(storage, lambda _: self._died(key))
 
-    def _died(self, key: int, size: int) -> None:
+    def _died(self, key: int) -> None:
         del self._storages[key]
-        self.alive -= size
+        self._parts.pop(key, None)
+        self.alive -= self._sizes.pop(key)
 
     def _attribute(self, before: int) -> None:
         phase = current_phase()

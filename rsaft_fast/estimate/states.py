@@ -112,7 +112,7 @@ class AccountedOptimizer:
         self._stage()
         self._taken, self._second, self._staging = [], False, None
 
-    def stats(self) -> dict[str, float]:
+    def stats(self, over_ranks: bool = False) -> dict[str, float]:
         """A norm, for who divides by it."""
         return {"grad_norm": 1.0}
 

@@ -47,7 +47,7 @@ def suggest(
     for keys in candidates(config):
         log(f"estimating again with {Suggestion(keys, 0, 0)}")
         try:
-            after = estimate(changed(config, keys))
+            after = estimate(changed(config, keys), parts=found.parts)
         except UserError:
             continue  # it does not go with the rest of the recipe
         # What a change makes go away altogether saves all of it.
@@ -57,11 +57,11 @@ def suggest(
     return sorted(suggestions, key=lambda suggestion: -suggestion.saves)
 
 
-def fitting(config: Config, suggestions: list[Suggestion], card: int) -> Suggestion | None:
+def fitting(config: Config, suggestions: list[Suggestion], card: int, parts: int = 1) -> Suggestion | None:
     """Find the change that makes a recipe fit into so many bytes.
 
     The one that saves least and is enough, else several of them together, the most helpful first; None where all of
-    them are not enough.
+    them are not enough. `parts`: as of `estimate`.
     """
     enough = [suggestion for suggestion in suggestions if spare(suggestion.peak, card) >= 0]
     if enough:
@@ -72,7 +72,7 @@ def fitting(config: Config, suggestions: list[Suggestion], card: int) -> Suggest
         if keys.keys() & suggestion.keys.keys():
             continue
         try:
-            peak = estimate(changed(config, keys | suggestion.keys)).peak
+            peak = estimate(changed(config, keys | suggestion.keys), parts=parts).peak
         except UserError:
             continue  # it does not go with those before it
         keys |= suggestion.keys

@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from rsaft_fast.data.encoded import EncodedPrompts
+from rsaft_fast.distributed import World
 from rsaft_fast.evaluation.alarms import DIVERSITY, IMAGE, change, find_alarms
 from rsaft_fast.evaluation.image_statistics import image_statistics
 from rsaft_fast.evaluation.known_preference import score_of, sharpness_of
@@ -79,6 +80,7 @@ class Monitors:
         ball: ImageSmoothing | None = None,
         adapters: Mapping[str, torch.Tensor] | None = None,
         lora_scale: float = 1.0,
+        world: World | None = None,
     ):
         """
         Args:
@@ -88,7 +90,9 @@ class Monitors:
             seed: of the noise.
             ball: at which the trained reward's S1 is measured; None leaves it out.
             adapters: the trained LoRA weights by name, None of full fine-tuning; and the factor alpha / rank.
+            world: whose ranks share the pictures, each to draw and to score; all have what came out.
         """
+        self.world = world or World()
         self.settings, self.backbone, self.schedule = settings, backbone, schedule
         self.reward, self.rewards, self.encoded = reward, dict(rewards), encoded
         self.prompts, self.seed, self.batch_size = list(prompts), seed, batch_size
@@ -109,7 +113,16 @@ class Monitors:
 
     @phase(EVALUATING)
     def draw(self, stop: Callable[[], bool] = lambda: False) -> Drawn | None:
-        """Draw the pictures with the weights as they are; None when `stop` says so."""
+        """Draw the pictures with the weights as they are, each rank its share; None when `stop` says so."""
+        own = self.world.share(len(self.prompts))
+        drawn = self.world.gathered(self._draw(own, stop) if own else Drawn(torch.empty(0), torch.empty(0)))
+        there = [part for part in drawn if part is not None]
+        if len(there) < len(drawn):
+            return None
+        some = [part for part in there if len(part.images)]
+        return Drawn(torch.cat([part.images for part in some]), torch.cat([part.predictions for part in some]))
+
+    def _draw(self, only: range, stop: Callable[[], bool]) -> Drawn | None:
         squares: list[torch.Tensor] = []
         images = sample_images(
             self.backbone,
@@ -120,6 +133,7 @@ class Monitors:
             stop,
             watch=lambda firsts: watched(firsts, "batches of the evaluation", len(firsts), "batch"),
             seen=lambda f: squares.append(f.float().square().flatten(1).mean(1)),
+            only=only,
         )
         if images is None:
             return None
@@ -133,8 +147,9 @@ class Monitors:
 
         Args:
             step: updates before them.
-            beside: further values of the record: the latest agreement of gradients.
+            beside: further values of the record: the latest agreement of gradients. Rank 0's count for all.
         """
+        beside = self.world.of_first(beside)
         pictures = {name: [_plain(v) for v in own.double().tolist()] for name, own in self._by_picture(drawn).items()}
         values: dict[str, float | None] = {}
         for name, own in pictures.items():
@@ -157,16 +172,31 @@ class Monitors:
     def _by_picture(self, drawn: Drawn) -> dict[str, torch.Tensor]:
         images, size = drawn.images, self.batch_size
         scores = {REWARD: self.reward} | {f"{HELD_OUT}{name}": reward for name, reward in self.rewards.items()}
-        found = {name: score_of(reward, images, self.prompts, size) for name, reward in scores.items()}
-        if self.ball is not None:
-            found[S1] = sharpness_of(self.reward, images, self.prompts, self.ball, size)
+        found = {
+            name: self._over_ranks(lambda rows, reward=reward: score_of(reward, images[rows], self.prompts[rows], size))
+            for name, reward in scores.items()
+        }
+        if (ball := self.ball) is not None:
+            found[S1] = self._over_ranks(
+                lambda rows: sharpness_of(self.reward, images[rows], self.prompts[rows], ball, size)
+            )
         found |= {IMAGE + name: own for name, own in image_statistics(images).items()}
         with torch.no_grad():
-            parts = [self.embed(part.to(self.backbone.device)).cpu() for part in images.split(size)]
-        distances = cosine_distances(torch.cat(parts).double())
+            features = self._over_ranks(
+                lambda rows: torch.cat(
+                    [self.embed(part.to(self.backbone.device)).cpu() for part in images[rows].split(size)]
+                )
+            )
+        distances = cosine_distances(features.double())
         found[DIVERSITY] = distances.sum(1) / (len(distances) - 1)
         found[PREDICTION] = drawn.predictions
         return found
+
+    def _over_ranks(self, find: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+        """What is found of all pictures, each rank finding it of its share."""
+        own = self.world.share(len(self.prompts))
+        parts = self.world.gathered(find(slice(own.start, own.stop)) if own else None)
+        return torch.cat([part for part in parts if part is not None])
 
     @phase(EVALUATING)
     def rehearse(self) -> None:

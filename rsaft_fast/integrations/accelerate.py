@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from rsaft_fast.distributed.shards import is_sharded
 from rsaft_fast.optim.sharpness import SharpnessAware
 
 if TYPE_CHECKING:
@@ -31,14 +32,15 @@ class TwoPasses:
 
     Under DDP each worker's first pass stays its own (m-sharpness, arXiv 2010.01412 section 4.1), without
     communication; only the last backward of the second pass averages gradients. The workers agree on skipping: an
-    optimizer that was not told of them (`replicas`) learns of the model's group here. The micro-batches of one step
-    are kept until its second pass.
+    optimizer that was not told of them (`replicas`) learns of the model's group here. Under FSDP2 a rank's own gradient
+    lies in no shard, so that both passes sum over the workers. The micro-batches of one step are kept until its second
+    pass.
 
     Args:
         accelerator: the one that prepared the others.
         model: as prepared. optimizer: `SAM` or `SAMAdamW`, prepared or not.
         sync_first_pass: average the first pass's gradients over the workers as well: every worker then perturbs alike,
-            as one process with the joint batch would.
+            as one process with the joint batch would. Always so under FSDP2.
 
     Raises:
         TypeError: another optimizer.
@@ -51,7 +53,8 @@ class TwoPasses:
         optimizer: torch.optim.Optimizer,
         sync_first_pass: bool = False,
     ):
-        self.accelerator, self.model, self.sync_first_pass = accelerator, model, sync_first_pass
+        self.accelerator, self.model = accelerator, model
+        self.sync_first_pass = sync_first_pass or any(map(is_sharded, model.parameters()))
         self.optimizer = unwrapped(optimizer)
         self._micro_batches: list[tuple] = []
         is_ddp = isinstance(model, torch.nn.parallel.DistributedDataParallel)

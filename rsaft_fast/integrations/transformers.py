@@ -18,7 +18,7 @@ class SharpnessCallback(TrainerCallback):
     The second pass runs at the end of the step's last micro-batch, before the Trainer clips, so `max_grad_norm` of
     `TrainingArguments` clips the second pass's gradient and `grad_norm` in the logs is its norm: leave the
     optimizer's own `max_grad_norm` at None. The loss in the logs is the first pass's. Gradient accumulation,
-    schedulers, mixed precision, DDP, checkpoints and resuming are the Trainer's own.
+    schedulers, mixed precision, DDP, FSDP2, checkpoints and resuming are the Trainer's own.
 
     A callback is not told of the batches; it therefore stands in for `trainer.training_step` while training runs.
 

@@ -85,6 +85,23 @@ def denoiser_blocks(denoiser: nn.Module) -> Iterator[nn.Module]:
         yield from _pairs(part.resnets, getattr(part, "attentions", ()))
 
 
+def sharded_blocks(denoiser: nn.Module) -> Iterator[nn.Module]:
+    """List the parts of a denoiser whose weights are gathered apart from each other where they are in shards.
+
+    The blocks of `denoiser_blocks`, and of a UNet what is large beside them: the first resnet of the middle, and the
+    convolutions between resolutions.
+    """
+    yield from denoiser_blocks(denoiser)
+    if hasattr(denoiser, "transformer_blocks"):
+        return
+    if denoiser.mid_block is not None:
+        yield denoiser.mid_block.resnets[0]
+    for part in denoiser.down_blocks:
+        yield from getattr(part, "downsamplers", None) or ()
+    for part in denoiser.up_blocks:
+        yield from getattr(part, "upsamplers", None) or ()
+
+
 def _pairs(resnets: Iterable[nn.Module], attentions: Iterable[nn.Module]) -> Iterator[nn.Module]:
     for resnet, attention in zip_longest(resnets, attentions):
         yield resnet

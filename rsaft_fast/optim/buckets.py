@@ -9,8 +9,8 @@ import torch
 
 from rsaft_fast import ops
 from rsaft_fast.abi.table import LayoutError, check_overlap
+from rsaft_fast.distributed.shards import local, local_gradient
 from rsaft_fast.ops import TensorTable
-from rsaft_fast.optim.shards import local, local_gradient
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from rsaft_fast import ops
+from rsaft_fast.distributed.shards import local
 from rsaft_fast.optim.buckets import Bucket
-from rsaft_fast.optim.shards import local
 from rsaft_fast.optim.sharpness import IDLE, PERTURBED, SharpnessAware
 from rsaft_fast.optim.workers import Replicas
 

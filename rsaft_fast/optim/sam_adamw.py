@@ -6,6 +6,7 @@ import torch
 
 from rsaft_fast import ops
 from rsaft_fast.abi.quantize import MIN_SIZE
+from rsaft_fast.distributed.shards import is_sharded, like, local, part_of, shard_number
 from rsaft_fast.optim.buckets import LOW_PRECISION, Bucket, Storage
 from rsaft_fast.optim.moments import (
     MOMENTS,
@@ -19,7 +20,6 @@ from rsaft_fast.optim.moments import (
 )
 from rsaft_fast.optim.offload import OffloadedBucket, Staging
 from rsaft_fast.optim.release import GradientRelease
-from rsaft_fast.optim.shards import is_sharded, like, local, part_of, shard_number
 from rsaft_fast.optim.sharpness import IDLE, PERTURBED, SharpnessAware, upload
 from rsaft_fast.optim.workers import Replicas, refuse_several_workers
 

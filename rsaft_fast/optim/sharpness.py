@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from rsaft_fast import ops
 from rsaft_fast.abi.table import WeightsChangedError, pinned
+from rsaft_fast.distributed.shards import summed
 from rsaft_fast.ops.eager import eager_only
 from rsaft_fast.optim.buckets import Bucket
 from rsaft_fast.optim.tables import TabledOptimizer
@@ -222,10 +223,14 @@ class SharpnessAware(TabledOptimizer):
         """Whether an exception left some parameters updated and others not, for optimizers that make updates alone."""
         return False
 
-    def stats(self) -> dict[str, float]:
+    def stats(self, over_ranks: bool = False) -> dict[str, float]:
         """Give diagnostics of the last perturbation and the last step.
 
         Waits for the device: for logging, not for each step.
+
+        Args:
+            over_ranks: of sharded parameters, sum what is applied over all shards; every rank then calls this. Without
+                it `eps_norm`, `projection`, `cosine` and `applied_over_rho` are of this rank's shards.
 
         Returns:
             `grad_norm`, `second_grad_norm`: norms of the two passes' gradients, over the scale that GradScaler
@@ -238,6 +243,8 @@ class SharpnessAware(TabledOptimizer):
         if self._scalars is None:
             raise RuntimeError("no statistics yet: they exist after the first perturb() or step()")
         sums = self._perturbation_sums()
+        if over_ranks:
+            sums = summed(sums, self._norm_group())
         scale = self._gradient_scale
         values = torch.stack(
             [self._first.norm / scale, self._second.norm / scale, self._scalars.skipped.double(), *sums]

@@ -8,8 +8,8 @@ import torch
 
 from rsaft_fast import ops
 from rsaft_fast.abi.table import WeightsChangedError
+from rsaft_fast.distributed.shards import shard_group
 from rsaft_fast.optim.buckets import Bucket, Storage, check_weights_apart, make_buckets
-from rsaft_fast.optim.shards import shard_group
 
 
 class TabledOptimizer(torch.optim.Optimizer):

@@ -62,29 +62,6 @@ def check_keys(config: Config) -> GradientPlan | None:
     return plan
 
 
-def check_several(config: Config, processes: int) -> None:
-    """Check the keys against a run of several processes.
-
-    Raises:
-        UserError: the first thing that does not go with it.
-    """
-    if config.distributed.strategy == "shard":
-        raise UserError(
-            "distributed.strategy shard is not there yet: every process holds all weights; take replicate, "
-            "optimizer.state_bits 8 and optimizer.offload state for full parameters, or train lora"
-        )
-    if config.evaluation is not None:
-        raise UserError(
-            f"evaluation with {processes} processes is not there yet, each of them would make it: leave it out, and "
-            "compare the finished run by rsaft-fast eval"
-        )
-    if config.optimizer.release_gradients:
-        raise UserError(
-            f"optimizer.release_gradients with {processes} processes: a gradient is applied before it could be summed "
-            "over them; leave it out"
-        )
-
-
 def check_machine(config: Config, own_model: bool = False) -> None:
     """Check what the keys ask of this machine: the device, a forced backend, the pipeline's path.
 

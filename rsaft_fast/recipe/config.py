@@ -282,8 +282,9 @@ class DistributedSettings(Settings):
     Everything else in a recipe means the same on one GPU and on many, and nothing here changes what is computed.
 
     Attributes:
-        strategy: replicate keeps all weights on every GPU and sums gradients. auto is replicate. shard, which would
-            part full parameters among the GPUs, is not there yet.
+        strategy: replicate keeps all weights on every GPU and sums gradients. shard keeps a part of the trained
+            denoiser on each, with its gradients and the optimizer's state, and gathers a block's weights when they are
+            computed with (FSDP2). auto replicates with LoRA, and shards where all parameters are trained.
         timeout: seconds that a process waits for another, at a sum or while models load, before it counts as gone.
     """
 
@@ -357,6 +358,12 @@ class Config(Settings):
     logging: LogSettings = LogSettings()
     report: bool = True
     distributed: DistributedSettings = DistributedSettings()
+
+    def shards(self, processes: int) -> bool:
+        """Whether the trained weights are parted among so many processes."""
+        strategy = self.distributed.strategy
+        full = strategy == "auto" and self.parameters.train == "full"
+        return processes > 1 and (strategy == "shard" or full)
 
     @property
     def training_loss(self) -> Loss:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -160,10 +161,35 @@ class Backbone(ABC):
                 "networks: leave checkpoint out, or give the class a `recompute` of its own"
             )
 
-    def save_denoiser(self, folder: str | Path) -> None:
-        """Write the denoiser's weights, `model.safetensors` by its own names."""
+    def blocks(self) -> list[torch.nn.Module]:
+        """Return parts of the denoiser, called one after the other, whose weights may be gathered apart from the rest.
+
+        None inside another, and none that shares a parameter with another. They are for weights in shards; without any
+        all weights are gathered at once.
+        """
+        return []
+
+    def save_denoiser(self, folder: str | Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write the denoiser's weights, `model.safetensors` by its own names.
+
+        Args:
+            state: the weights, where the denoiser's own are in shards; None takes those.
+        """
         Path(folder).mkdir(parents=True, exist_ok=True)
-        save_model(self.denoiser, str(Path(folder) / "model.safetensors"))
+        file = str(Path(folder) / "model.safetensors")
+        if state is None:
+            save_model(self.denoiser, file)
+        else:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+
+    def require_whole_saving(self) -> None:
+        """Raise `UserError` for a model of the user's own that could not write weights which are in shards."""
+        if "state" not in inspect.signature(self.save_denoiser).parameters:
+            raise UserError(
+                f"distributed.strategy shard: {type(self).__name__}.save_denoiser takes no `state`, the weights put "
+                "together again, so that the model could not be written in the end; give it that argument, or take "
+                "replicate"
+            )
 
     def save_adapters(self, folder: str | Path, state: Mapping[str, torch.Tensor]) -> None:
         """Write LoRA adapters, given by peft's names with alpha / rank multiplied into B, as `LORA_FILE`."""

@@ -26,6 +26,8 @@ from rsaft_fast.data.batches import PromptBatches
 from rsaft_fast.data.encoded import EncodedPrompts, negative_texts
 from rsaft_fast.data.encodings import Encodings, Watched, free_memory, load_shapes, open_cache
 from rsaft_fast.distributed import World
+from rsaft_fast.distributed.sharding import shard_network
+from rsaft_fast.distributed.shards import is_sharded
 from rsaft_fast.dtypes import DTYPES
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.agreement import fixed_prompts
@@ -92,6 +94,9 @@ class FileLoaders:
         stage: takes a line about what begins now and may take long.
         own_reward, own_backbone: the caller's, in place of those that the recipe names. Networks are frozen; the reward
             is on the host.
+
+    Attributes:
+        denoiser_on_host: whether the denoiser stays on the host when it is loaded, to be parted from there.
     """
 
     def __init__(
@@ -105,6 +110,7 @@ class FileLoaders:
         self.config, self.log, self.stage = config, log, stage
         self.own_reward, self.own_backbone = own_reward, own_backbone
         self._shapes = own_backbone
+        self.denoiser_on_host = False
 
     @cached_property
     def device(self) -> torch.device:
@@ -149,7 +155,7 @@ class FileLoaders:
 
     def backbone(self) -> Backbone:
         self.stage(f"loading the denoiser and the VAE of {self.config.backbone.path}")
-        return prepare_backbone(self.config.backbone, self.device, text=False, made=self._shapes)
+        return prepare_backbone(self.config.backbone, self.device, False, self._shapes, self.denoiser_on_host)
 
 
 @dataclass
@@ -193,6 +199,11 @@ class Assembly:
     evaluation_prompts: list[str]
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds its part of the trained weights alone."""
+        return any(map(is_sharded, self.parameters.values()))
+
+    @property
     def scored_prompts(self) -> list[str]:
         """Every prompt whose pictures the run will score."""
         shown = self.sample_prompts + self.evaluation_prompts
@@ -215,7 +226,8 @@ class Assembly:
         compared = {name: self.judges[name] for name in config.judges}
         self.steering = steer(config, self.algorithm, compared, self.encoded, self.fixed, self.optimizer, self.world)
         self.monitors = build_monitors(
-            config, self.backbone, self.schedule, self.reward, self.judges, self.encoded, self.evaluation_prompts
+            *(config, self.backbone, self.schedule, self.reward, self.judges, self.encoded, self.evaluation_prompts),
+            world=self.world,
         )
 
 
@@ -241,6 +253,9 @@ def assemble(
         UserError: something cannot be loaded, does not go together, or does not fit into memory.
     """
     world = world or World()
+    sharded = config.shards(world.size)
+    if sharded and isinstance(loaders, FileLoaders):
+        loaders.denoiser_on_host = True
     batches = PromptBatches(config.data, inputs.prompts, config.seed, world)
     fixed = fixed_prompts(inputs.prompts, config.seed, config.fixed_pictures)
     prompts = _scored_prompts(config, batches, inputs.sample_prompts + inputs.evaluation_prompts + fixed)
@@ -273,6 +288,9 @@ def assemble(
             else:
                 backbone.train_all_parameters()
         apply_speed(backbone, config.speed)
+        if sharded:
+            backbone.require_whole_saving()
+            shard_network(backbone.denoiser, backbone.blocks(), world, loaders.device)
         parameters = backbone.trainable_parameters
         algorithm = build_algorithm(config, backbone, reward, schedule)
         for note in algorithm.notes:
@@ -284,7 +302,9 @@ def assemble(
             )
         optimizer = build_optimizer(parameters, config.optimizer, config.smoothing.parameters, config.seed)
         compared = {name: judges[name] for name in config.judges}
-        monitors = build_monitors(config, backbone, schedule, reward, judges, encoded, inputs.evaluation_prompts)
+        monitors = build_monitors(
+            *(config, backbone, schedule, reward, judges, encoded, inputs.evaluation_prompts), world=world
+        )
         for note in monitors.notes if monitors is not None else ():
             log(note)
         return Assembly(
@@ -332,12 +352,14 @@ def build_monitors(
     held_out: Mapping[str, Reward],
     encoded: EncodedPrompts,
     prompts: Sequence[str],
+    world: World | None = None,
 ) -> Monitors | None:
     """Build what measures the run on fixed pictures; None where the recipe asks for nothing.
 
     Args:
         held_out: rewards that are not trained on, by name; of those of `evaluation` the ones that are there.
         prompts: of the pictures.
+        world: whose ranks share them.
     """
     settings = config.evaluation
     if settings is None:
@@ -356,6 +378,7 @@ def build_monitors(
         ball=config.sharpness,
         adapters=backbone.trainable_parameters if lora else None,
         lora_scale=config.parameters.lora.scale,
+        world=world,
     )
 
 
@@ -388,13 +411,18 @@ def training_schedule(config: Config, shapes: Backbone) -> Schedule:
 
 
 def prepare_backbone(
-    settings: BackboneSettings, device: torch.device, text: bool = True, made: Backbone | None = None
+    settings: BackboneSettings,
+    device: torch.device,
+    text: bool = True,
+    made: Backbone | None = None,
+    denoiser_on_host: bool = False,
 ) -> Backbone:
     """Load the model that a recipe names, with the recomputation it asks for.
 
     Args:
         text: with its text encoders.
         made: what was loaded for shapes; taken where it is whole, as a model of the user's own is.
+        denoiser_on_host: a pipeline's denoiser stays there.
     """
     if made is not None and made.is_whole:
         refuse_pipeline_options(settings.path, offload_blocks=settings.offload_blocks, quantize=settings.quantize)
@@ -409,6 +437,7 @@ def prepare_backbone(
         offload_blocks=settings.offload_blocks,
         quantize=settings.quantize,
         text=text,
+        denoiser_on_host=denoiser_on_host,
     )
     backbone.recompute(settings.checkpoint, settings.keep_blocks)
     return backbone

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rsaft_fast.distributed import World
 from rsaft_fast.files import remove_tree, replace_folder, write_atomically
 from rsaft_fast.train.logging import BEST, BEST_RECORD, set_aside
 
@@ -44,14 +45,22 @@ class BestModel:
         else:
             self.step, self.value = step, value
 
-    def offer(self, record: Mapping[str, Any], export: Callable[[Path], object]) -> None:
-        """Keep the model if this evaluation's score is the highest so far.
+    def offer(
+        self, record: Mapping[str, Any], export: Callable[[Path], object], world: World, together: bool = False
+    ) -> None:
+        """Keep the model if this evaluation's score is the highest so far; every rank calls this.
 
         Args:
             export: writes the model into a folder.
+            world: of which rank 0 decides, and writes.
+            together: the other ranks take part in `export`, which writes on rank 0 alone.
         """
         value = record["values"].get(self.score)
-        if value is None or (self.value is not None and value <= self.value):
+        if not world.of_first(value is not None and (self.value is None or value > self.value)):
+            return
+        if not world.is_first:
+            if together:
+                export(self.folder / BEST)
             return
         temporary = self.folder / f".{BEST}.tmp"
         remove_tree(temporary)

@@ -4,6 +4,8 @@ A checkpoint is a folder of safetensors and JSON files. It is written under a te
 fsynced, renamed to `step_N`, and only then marked by a `COMPLETE` file that lists the size and SHA-256 of every other.
 Whatever interrupts this leaves a folder that `newest` passes over; so does a file that is cut short or altered later.
 config.yaml is there for people: a comment in it makes no checkpoint worthless.
+
+Of a run in shards every rank writes its own part, into `shards/`; the rest is the same, and so is the marker.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rsaft_fast.algorithms.copies import MEAN
+from rsaft_fast.distributed import World
+from rsaft_fast.distributed.shards import is_sharded
 from rsaft_fast.errors import UserError, describe_error
 from rsaft_fast.files import (
     describe_io_error,
@@ -30,13 +34,16 @@ from rsaft_fast.files import (
     sha256_of,
     write_atomically,
 )
+from rsaft_fast.train import shards
+from rsaft_fast.train.packing import pack, unpack
 
-FORMAT = 2
+FORMAT = 3
 """Newest layout of the folder. Checkpoints from before there was a number are laid out as 1 is; 2 is written where
-there are copies of the weights beside the running mean, or an algorithm has a state."""
+there are copies of the weights beside the running mean, or an algorithm has a state; 3 of a run in shards."""
 
 MARKER, STATE, CONFIG = "COMPLETE", "state.json", "config.yaml"
 WEIGHTS, OPTIMIZER, ALGORITHM = "weights.safetensors", "optimizer.safetensors", "algorithm.safetensors"
+SHARDS = "shards"
 MEAN_FILE = "ema.safetensors"
 """Of the copy "mean"; a copy of another name is in copy_NAME.safetensors."""
 _COPY = re.compile(r"copy_(\w+)\.safetensors")
@@ -56,6 +63,7 @@ class Checkpoint:
         copies: further copies of the weights by name ("mean", "reference"): name to tensor each.
         algorithm: what the algorithm keeps between iterations.
         info: what wrote it (versions, seed), for the reader.
+        shards: where the values of those tensors lie that are on the meta device: of a run in shards; see `filled`.
     """
 
     step: int
@@ -64,6 +72,52 @@ class Checkpoint:
     copies: dict[str, Tensors] = field(default_factory=dict)
     algorithm: Tensors = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+    shards: Path | None = None
+
+    def named(self) -> Tensors:
+        """Return weights, copies and the optimizer's tensors, each by a name of its own."""
+        found = {f"weights/{name}": tensor for name, tensor in self.weights.items()}
+        found |= {f"copies/{of}/{name}": t for of, tensors in self.copies.items() for name, t in tensors.items()}
+        return found | {f"{_OPTIMIZER}{path}": tensor for path, tensor in pack(self.optimizer)[0].items()}
+
+    def filled(self, make: Callable[[str, torch.Tensor], torch.Tensor] | None = None) -> Checkpoint:
+        """Return it with the values that lie in shards; itself where none do.
+
+        Args:
+            make: of a tensor's name (see `named`) and its shape, what its values are read into: a DTensor, which every
+                rank calls this for. None reads all of it onto the host.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        if self.shards is None:
+            return self
+        absent = {name: tensor for name, tensor in self.named().items() if tensor.is_meta}
+        read = shards.read(self.shards, absent, make or (lambda name, tensor: torch.empty_like(tensor, device="cpu")))
+        tensors, document = pack(self.optimizer)
+        tensors = {path: read.get(f"{_OPTIMIZER}{path}", tensor) for path, tensor in tensors.items()}
+        return replace(
+            self,
+            weights={name: read[f"weights/{name}"] for name in self.weights},
+            copies={of: {name: read[f"copies/{of}/{name}"] for name in own} for of, own in self.copies.items()},
+            optimizer=unpack(document, tensors),
+            shards=None,
+        )
+
+
+_OPTIMIZER = "optimizer/"
+
+
+def parameter_of(name: str, ordered: list[str]) -> str:
+    """Return which parameter a tensor belongs to, by the name that `Checkpoint.named` gives it.
+
+    Args:
+        ordered: names of the parameters in the optimizer's order.
+    """
+    kind, _, rest = name.partition("/")
+    if kind == "optimizer":
+        return ordered[int(rest.split(".")[1])]  # state.INDEX.exp_avg
+    return rest if kind == "weights" else rest.partition("/")[2]
 
 
 def write(
@@ -73,6 +127,7 @@ def write(
     export: Callable[[Path], None] | None = None,
     keep: int | None = None,
     log: Callable[[str], None] = lambda line: None,
+    world: World | None = None,
 ) -> Path:
     """Write `root/step_N` and prune older ones once it is complete. What fails before leaves nothing of it.
 
@@ -81,41 +136,68 @@ def write(
         export: writes files for other programs (a diffusers LoRA) into a folder it is given.
         keep: how many of the newest complete checkpoints stay; None keeps all.
         log: takes a line about older ones that could not be deleted.
+        world: whose ranks all call this, of weights in shards; None where this process alone writes.
 
     Raises:
         OSError: it cannot be written.
+        PeerError: another rank says what is wrong.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    world = world or World()
     temporary, final = root / f".step_{checkpoint.step}.tmp", root / f"step_{checkpoint.step}"
-    remove_tree(temporary)
-    try:
+    sharded = {name: tensor for name, tensor in checkpoint.named().items() if is_sharded(tensor)}
+    inventory: dict[str, dict[str, Any]] = {}
+
+    def alone(action: Callable[[], None]) -> None:
+        """Let the first rank do it, and go on where it could."""
+        world.together(action if world.is_first else lambda: None)
+
+    def begin() -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        remove_tree(temporary)
         temporary.mkdir()
-        optimizer, tree = pack(checkpoint.optimizer)
-        _save_tensors(temporary / WEIGHTS, checkpoint.weights)
-        _save_tensors(temporary / OPTIMIZER, optimizer)
-        for name, tensors in checkpoint.copies.items():
-            _save_tensors(temporary / _copy_file(name), tensors)
-        if checkpoint.algorithm:
-            _save_tensors(temporary / ALGORITHM, checkpoint.algorithm)
-        plain = set(checkpoint.copies) <= {MEAN} and not checkpoint.algorithm
-        state = {"format": 1 if plain else FORMAT, "step": checkpoint.step, "info": checkpoint.info, "optimizer": tree}
-        for name, text in ((STATE, json.dumps(state, indent=1)), (CONFIG, config)):
-            with io_errors_of(temporary / name):
-                (temporary / name).write_text(text, encoding="utf-8")
+
+    def finish() -> None:
+        _write_rest(temporary, checkpoint, config, bool(sharded))
         if export is not None:
             export(temporary)
         replace_folder(temporary, final)
-        write_atomically(final / MARKER, json.dumps(_inventory(final), indent=1))
-    except BaseException:
-        remove_tree(temporary)
-        if final.is_dir() and not (final / MARKER).exists():
-            remove_tree(final)
-        raise
+        write_atomically(final / MARKER, json.dumps(_inventory(final, inventory), indent=1))
+
     try:
-        prune(root, checkpoint.step, keep)
-    except OSError as error:
-        log(f"warning: {final} is complete, but what it replaces could not be deleted: {describe_io_error(error)}")
+        alone(begin)
+        if sharded:
+            own = world.together(lambda: shards.write(temporary / SHARDS, sharded, world.rank))
+            for files in world.gathered(own):
+                inventory |= {f"{SHARDS}/{name}": entry for name, entry in files.items()}
+        alone(finish)
+    except BaseException:
+        if world.is_first:
+            remove_tree(temporary)
+        raise
+    if world.is_first:
+        try:
+            prune(root, checkpoint.step, keep)
+        except OSError as error:
+            log(f"warning: a checkpoint that {final} replaces could not be deleted: {describe_io_error(error)}")
     return final
+
+
+def _write_rest(folder: Path, checkpoint: Checkpoint, config: str, sharded: bool) -> None:
+    """Everything but the shards."""
+    optimizer, tree = pack(checkpoint.optimizer)
+    _save_tensors(folder / OPTIMIZER, {path: tensor for path, tensor in optimizer.items() if not is_sharded(tensor)})
+    if not sharded:
+        _save_tensors(folder / WEIGHTS, checkpoint.weights)
+        for name, tensors in checkpoint.copies.items():
+            _save_tensors(folder / _copy_file(name), tensors)
+    if checkpoint.algorithm:
+        _save_tensors(folder / ALGORITHM, checkpoint.algorithm)
+    plain = set(checkpoint.copies) <= {MEAN} and not checkpoint.algorithm
+    layout = FORMAT if sharded else 1 if plain else 2
+    state = {"format": layout, "step": checkpoint.step, "info": checkpoint.info, "optimizer": tree}
+    for name, text in ((STATE, json.dumps(state, indent=1)), (CONFIG, config)):
+        with io_errors_of(folder / name):
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def read(folder: Path, verify: bool = True) -> Checkpoint:
@@ -147,6 +229,8 @@ def _read(folder: Path) -> Checkpoint:
     if named and int(named[1]) != step:
         raise ValueError(f"{STATE} is of step {step}")
     tensors = load_file(folder / OPTIMIZER)
+    if (folder / SHARDS).is_dir():
+        return _read_sharded(folder, state, tensors)
     optimizer = unpack(state["optimizer"], tensors)
     # Every tensor has its place, or one of the two files is another checkpoint's.
     if surplus := tensors.keys() - pack(optimizer)[0].keys():
@@ -159,6 +243,36 @@ def _read(folder: Path) -> Checkpoint:
         algorithm=load_file(folder / ALGORITHM) if (folder / ALGORITHM).is_file() else {},
         info=info,
     )
+
+
+def _read_sharded(folder: Path, state: dict[str, Any], plain: Tensors) -> Checkpoint:
+    """Read all but the values in shards, whose shapes alone are there."""
+    weights: Tensors = {}
+    copies: dict[str, Tensors] = {}
+    optimizer = dict(plain)
+    for name, tensor in shards.described(folder / SHARDS).items():
+        kind, _, rest = name.partition("/")
+        if kind == "copies":
+            copy, _, rest = rest.partition("/")
+            copies.setdefault(copy, {})[rest] = tensor
+        else:
+            (weights if kind == "weights" else optimizer)[rest] = tensor
+    return Checkpoint(
+        step=state["step"],
+        weights=weights,
+        optimizer=unpack(state["optimizer"], optimizer),
+        copies=copies,
+        algorithm=load_file(folder / ALGORITHM) if (folder / ALGORITHM).is_file() else {},
+        info=state["info"],
+        shards=folder / SHARDS,
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint that hold the weights a user would take away: by their bytes it is known."""
+    if (folder / SHARDS).is_dir():
+        return sorted((folder / SHARDS).iterdir())
+    return [folder / MEAN_FILE if (folder / MEAN_FILE).is_file() else folder / WEIGHTS]
 
 
 def _copy_file(name: str) -> str:
@@ -237,7 +351,8 @@ def _find_fault(folder: Path) -> str | None:
         if sha256_of([path]) != digest:
             return f"{name} has been altered (SHA-256 differs)"
     optional = [path.name for path in (folder / ALGORITHM, *_copies(folder).values()) if path.exists()]
-    for name in (STATE, WEIGHTS, OPTIMIZER, *optional):
+    weights = f"{SHARDS}/{shards.METADATA}" if (folder / SHARDS).is_dir() else WEIGHTS
+    for name in (STATE, weights, OPTIMIZER, *optional):
         if name not in entries:
             return f"{name} is not in its {MARKER} marker"
     return None
@@ -277,11 +392,12 @@ def _folders(root: Path) -> list[tuple[int, Path]]:
     return [(int(m[1]), path) for path in entries if path.is_dir() and (m := _STEP.fullmatch(path.name))]
 
 
-def _inventory(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def _inventory(folder: Path, known: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Bytes and SHA-256 of every file; `known` are those of files that other ranks have looked at."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of([path])}
-        for path in files
+        name: known[name] if name in known else {"bytes": path.stat().st_size, "sha256": sha256_of([path])}
+        for name, path in files.items()
     }
 
 
@@ -296,38 +412,3 @@ def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         seen.add(pointer)
     with io_errors_of(path):
         save_file(plain, path)
-
-
-def pack(tree: Any) -> tuple[Tensors, Any]:
-    """Split nested dicts, lists, tuples and scalars with tensors in them into tensors by name and a JSON document."""
-    tensors: Tensors = {}
-
-    def walk(node: Any, path: str) -> Any:
-        if isinstance(node, torch.Tensor):
-            tensors[path] = node
-            return {"tensor": path}
-        if isinstance(node, Mapping):
-            # As pairs, since JSON has no integer keys; sorted, so that equal states are equal files.
-            items = sorted(node.items(), key=lambda item: str(item[0]))
-            return {"dict": [[key, walk(value, f"{path}.{key}" if path else str(key))] for key, value in items]}
-        if isinstance(node, list | tuple):
-            items = [walk(value, f"{path}.{index}") for index, value in enumerate(node)]
-            return {"tuple" if isinstance(node, tuple) else "list": items}
-        if node is None or isinstance(node, bool | int | float | str):
-            return {"value": node}
-        raise TypeError(f"{path} is a {type(node).__name__}; a checkpoint holds tensors, containers and plain scalars")
-
-    document = walk(tree, "")
-    return tensors, document
-
-
-def unpack(document: Any, tensors: Tensors) -> Any:
-    """The inverse of `pack`."""
-    ((kind, content),) = document.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "dict":
-        return {key: unpack(value, tensors) for key, value in content}
-    if kind == "value":
-        return content
-    return {"tuple": tuple, "list": list}[kind](unpack(value, tensors) for value in content)

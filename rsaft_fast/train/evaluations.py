@@ -74,14 +74,16 @@ class Evaluations:
     def make(self, trainer: Trainer, drawn: Drawn, run_log: RunLog) -> None:
         """Measure pictures, write the record, keep the model if it is the best, and say what was found.
 
-        The record of the untrained model is written when the folder is made.
+        Of several ranks each measures its share, and rank 0 writes. The record of the untrained model is written when
+        the folder is made.
         """
         assert trainer.monitors is not None
         record = trainer.evaluate(drawn, self._agreement if trainer.step > 0 else {})
         if trainer.step > 0:
-            run_log.evaluation(record)
+            if trainer.world.is_first:
+                run_log.evaluation(record)
             if self.best is not None:
-                self.best.offer(record, trainer.export)
+                self.best.offer(record, trainer.export, trainer.world, together=trainer.is_sharded)
         for line in trainer.monitors.told(record):
             self.log(line)
 

@@ -85,7 +85,9 @@ def _train(config: Config, run: Run, stop: StopSignals, on_samples: Callable) ->
     trainer = run.trainer
     stop.finishing = "finishing the batch of pictures"
     # Drawn before a checkpoint is loaded: every grid shows what the model drew before any training.
-    run.baseline, drawn = run.draw(stop, config.samples.every > 0, run.evaluations.lacks(0), "of the untrained model")
+    run.baseline, drawn = run.draw(
+        stop, config.samples.every > 0, run.lacks_the_first_evaluation(), "of the untrained model"
+    )
     if not stop.agree():
         run.world.together(lambda: trainer.check_reward(run.baseline))
     if run.baseline is not None:
@@ -119,10 +121,10 @@ def _train(config: Config, run: Run, stop: StopSignals, on_samples: Callable) ->
         return Outcome(config.run_folder, trainer.step, None, run.farewell(stop.received), stop.received)
     if trainer.halted is not None and trainer.step == 0:
         return Outcome(config.run_folder, 0, None, f"ended before the first update: {trainer.halted}")
-    if not run.world.is_first:
-        return Outcome(config.run_folder, trainer.step, None, "rank 0 writes the model")
     stop.finishing = "the model is being written"
-    export = trainer.export(config.run_folder)
+    export = trainer.export(config.run_folder) if run.world.is_first or trainer.is_sharded else None
+    if export is None or not run.world.is_first:
+        return Outcome(config.run_folder, trainer.step, None, "rank 0 writes the model")
     return Outcome(config.run_folder, trainer.step, export, run.result(export), further=tuple(run.changes()))
 
 

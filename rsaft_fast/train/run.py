@@ -218,7 +218,8 @@ class Run:
                 self.note(record)
         except UnreachableError as error:
             # Pictures are scored before an iteration's first update: the weights are those between two iterations.
-            if self.trainer.step > self.saved:
+            # What is in shards all ranks would have to save, and the others do not know of it.
+            if self.trainer.step > self.saved and not self.trainer.is_sharded:
                 self.save()
             raise UnreachableError(f"{error}; {self.what_is_safe()}; {self.how_to_go_on()}") from error
         except BaseException:
@@ -251,7 +252,11 @@ class Run:
     def owes_an_evaluation(self) -> bool:
         """Whether the evaluation after the update that the run goes on from was due and is not there."""
         step = self.trainer.step
-        return step > 0 and self.is_due(self.evaluations.every) and self.evaluations.lacks(step)
+        return self.world.of_first(step > 0 and self.is_due(self.evaluations.every) and self.evaluations.lacks(step))
+
+    def lacks_the_first_evaluation(self) -> bool:
+        """Whether there is to be an evaluation of the untrained model, and is none."""
+        return self.world.of_first(self.evaluations.lacks(0))
 
     def draw(
         self, stop: StopSignals, grid: bool, evaluation: bool, when: str | None = None
@@ -266,7 +271,7 @@ class Run:
 
     def evaluate(self, drawn: Drawn) -> None:
         """Measure the pictures of an evaluation; those of trained weights are worth the run folder."""
-        if self.trainer.step > 0:
+        if self.trainer.step > 0 and self.world.is_first:
             self.open()
         self.evaluations.make(self.trainer, drawn, self.run_log)
         if self.progress is not None:
@@ -284,7 +289,8 @@ class Run:
         self.run_log.samples(lambda: compose_grid(self.trainer.sample_prompts, columns), step)
 
     def save(self) -> None:
-        if self.world.is_first:
+        sharded = self.trainer.is_sharded
+        if self.world.is_first or sharded:
             self.complete = checkpoints.write(
                 self.folder / CHECKPOINTS,
                 self.trainer.checkpoint(),
@@ -292,6 +298,7 @@ class Run:
                 self._finish_checkpoint,
                 self.config.keep_checkpoints,
                 self.log,
+                self.world if sharded else None,
             )
         self.saved = self.trainer.step
 

@@ -16,11 +16,12 @@ import torch
 from rsaft_fast import __version__
 from rsaft_fast.algorithms.ascent import KEPT
 from rsaft_fast.algorithms.auxiliary import AuxiliaryAdapter
-from rsaft_fast.algorithms.copies import MEAN
+from rsaft_fast.algorithms.copies import MEAN, load_parts
 from rsaft_fast.algorithms.update import update
 from rsaft_fast.backbones import save_lora
 from rsaft_fast.data.encodings import free_memory
 from rsaft_fast.distributed import World
+from rsaft_fast.distributed.shards import as_parts, like, local, local_parts, whole_on_host
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.monitors import Drawn
 from rsaft_fast.files import io_errors_of, remove_tree, replace_folder
@@ -31,7 +32,7 @@ from rsaft_fast.recipe.config import Config
 from rsaft_fast.sampling.pictures import sample_images
 from rsaft_fast.smoothing.precision import check_precision
 from rsaft_fast.train.assemble import Assembly, FileLoaders, Loaders, assemble
-from rsaft_fast.train.checkpoint import Checkpoint
+from rsaft_fast.train.checkpoint import Checkpoint, parameter_of
 from rsaft_fast.train.inputs import Inputs
 from rsaft_fast.train.model_card import describe_export
 from rsaft_fast.train.optimizer import check_state, learning_rate, load_state
@@ -242,14 +243,15 @@ class Trainer(Assembly):
         return float(torch.cat(scores).double().mean())
 
     def checkpoint(self) -> Checkpoint:
-        """What `load` needs to go on bit for bit."""
+        """What `load` needs to go on bit for bit. Of a run in shards every rank has its own parts in it."""
+        kept = self.ascent.kept if self.ascent is not None else {}
         return Checkpoint(
             step=self.step,
             weights={name: p.detach() for name, p in self.parameters.items()},
             optimizer=self.optimizer.state_dict(),
-            copies=({MEAN: self.ema.means} if self.ema is not None else {})
-            | (self.ascent.kept if self.ascent is not None else {})
-            | self.algorithm.copies.tensors,
+            copies=({MEAN: self.ema.whole()} if self.ema is not None else {})
+            | {name: as_parts(self.parameters, tensors) for name, tensors in kept.items()}
+            | self.algorithm.copies.whole(),
             algorithm=self.algorithm.state() | (self.steering.state() if self.steering is not None else {}),
             info=describe_software()
             | {"seed": self.config.seed, "reward": self.reward.spec.sha256, "optimizer": self._ordered_names()},
@@ -303,38 +305,59 @@ class Trainer(Assembly):
 
     @torch.no_grad()
     def load(self, saved: Checkpoint) -> None:
-        """Go on from a checkpoint, bit for bit."""
+        """Go on from a checkpoint, bit for bit on as many ranks as wrote it. Of a run in shards every rank does."""
         self.check_fit(saved)
-        for name, parameter in self.parameters.items():
-            parameter.copy_(saved.weights[name])
+        saved = saved.filled(self._parted if self.is_sharded else None)
+        load_parts(self.parameters, local_parts(self.parameters), saved.weights)
         load_state(self.optimizer, saved.optimizer)
         if self.ema is not None:
             self.ema.load(saved.copies[MEAN])
         self.algorithm.copies.load(saved.copies)
         for name, tensors in self.ascent.kept.items() if self.ascent is not None else ():
-            for key, tensor in tensors.items():
-                tensor.copy_(saved.copies[name][key])
+            load_parts(self.parameters, tensors, saved.copies[name])
         own, steered = split_state(saved.algorithm)
         self.algorithm.load(own)
         if self.steering is not None:
             self.steering.load(steered)
         self.step = saved.step
 
+    def _parted(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Make what a tensor of a checkpoint in shards is read into: parted as its parameter is."""
+        parameter = self.parameters[parameter_of(name, self._ordered_names())]
+        return like(parameter, torch.empty_like(local(parameter), dtype=tensor.dtype))
+
     def export(self, folder: Path) -> Path:
-        """Write what other programs load: `<folder>/lora`, or the denoiser as `<folder>/unet` or `/transformer`."""
+        """Write what other programs load: `<folder>/lora`, or the denoiser as `<folder>/unet` or `/transformer`.
+
+        Of a run in shards every rank calls this, and rank 0 writes.
+        """
         lora = self.config.parameters.train == "lora"
         final = folder / ("lora" if lora else self.backbone.denoiser_name)
         temporary = folder / f".{final.name}.tmp"
-        remove_tree(temporary)
-        try:
-            with self.final_weights(), io_errors_of(temporary):
-                self._save(temporary)
-                describe_export(temporary, final.name, self.config, self.backbone, self.step, self.reward.spec)
-            replace_folder(temporary, final)
-        except BaseException:
+        with self.final_weights():
+            whole = self._gathered()
+            if whole is not None and not self.world.is_first:
+                return final
             remove_tree(temporary)
-            raise
+            try:
+                with io_errors_of(temporary):
+                    self._save(temporary, whole)
+                    describe_export(temporary, final.name, self.config, self.backbone, self.step, self.reward.spec)
+                replace_folder(temporary, final)
+            except BaseException:
+                remove_tree(temporary)
+                raise
         return final
+
+    def _gathered(self) -> dict[str, torch.Tensor] | None:
+        """The denoiser's weights whole, on rank 0's host, a device holding one at a time; None where none are parted.
+
+        Every rank calls this; the others get nothing.
+        """
+        if not self.is_sharded:
+            return None
+        self.world.gathered(None)  # until no rank calls the network
+        return dict(whole_on_host(self.backbone.denoiser.state_dict(), keep=self.world.is_first))
 
     def export_lora(self, folder: Path) -> None:
         """Write `<folder>/lora`; a checkpoint is not complete, and not readable by others, without it."""
@@ -342,10 +365,12 @@ class Trainer(Assembly):
             with self.final_weights():
                 self._save(folder / "lora")
 
-    def _save(self, folder: Path) -> None:
+    def _save(self, folder: Path, whole: dict[str, torch.Tensor] | None = None) -> None:
         with io_errors_of(folder):
             if self.config.parameters.train == "lora":
                 save_lora(self.backbone, folder, self.config.parameters.lora)
+            elif whole is not None:
+                self.backbone.save_denoiser(folder, whole)
             else:
                 self.backbone.save_denoiser(folder)
 

@@ -17,6 +17,7 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.estimate import forecast as forecasts
 from rsaft_fast.estimate.estimate import RESERVED, estimate, one_rank, spare
 from rsaft_fast.estimate.forecast import announce, forecast
+from rsaft_fast.estimate.skeleton import skeleton_backbone
 from rsaft_fast.estimate.suggestions import candidates, changed, fitting, suggest
 from rsaft_fast.train.inputs import check_config
 from rsaft_fast.train.loop import train
@@ -37,6 +38,26 @@ def truth(tiny, tmp_path_factory):
 def output(arguments, capsys) -> str:
     assert main([str(argument) for argument in arguments]) == 0
     return capsys.readouterr().out
+
+
+def test_shards_are_a_part_of_weights_gradients_and_state_and_a_block_is_whole(tiny, out):
+    settings = config(tiny, out, "sd3", parameters__train="full", ema={"decay": 0.9}, smoothing=None)
+    whole, part = (estimate(settings, cuda=False, parts=parts) for parts in (1, 4))
+    shapes = skeleton_backbone(str(tiny.sd3), height=32, width=32, dtype=torch.float32)[0]
+    sizes = {name: p.numel() * 4 for name, p in shapes.denoiser.named_parameters()}
+    assert (whole.parts, part.parts) == (1, 4) and whole.standing["denoiser, trained"] == sum(sizes.values())
+    quarter = sum(-(-size // 4) for size in sizes.values())
+    assert part.standing["denoiser, trained"] == part.standing["running mean (fp32)"] == quarter
+    assert part.standing["moments (32 bits)"] == 2 * quarter
+    # Between the passes: weights, mean, two moments and the gradient, a quarter each.
+    saved = [each.phase(phases.AVERAGING) or each.phase(phases.SCORING) for each in (whole, part)]
+    assert saved[0].total - saved[1].total == pytest.approx(4 * (sum(sizes.values()) - quarter), rel=0.3)
+    blocks = [sum(p.numel() * 4 for p in block.parameters()) for block in shapes.blocks()]
+    rest = sum(sizes.values()) - sum(blocks)
+    told = f"{(2 * rest + 5 * max(blocks)) / 2**30:.2f}"
+    assert any("4 GPUs" in note and told in note for note in part.notes)
+    with pytest.raises(UserError, match=says("release_gradients", 4)):
+        estimate(config(tiny, out, "sd3", optimizer__release_gradients=True), parts=4)
 
 
 def test_the_table_adds_up_and_marks_the_largest(path, out, capsys):
@@ -188,7 +209,7 @@ def test_a_missing_prompt_file_does_not_matter_yet(path, capsys):
 
 
 def test_a_run_on_the_cpu_is_not_slowed_down(tiny, out, monkeypatch):
-    monkeypatch.setattr(forecasts, "estimate", lambda config: pytest.fail("estimated"))
+    monkeypatch.setattr(forecasts, "estimate", lambda *_, **__: pytest.fail("estimated"))
     lines = []
     assert announce(config(tiny, out), lines.append)(phases.SCORING) is None
     assert lines == []
@@ -211,7 +232,7 @@ def test_a_card_is_compared_and_warned_of(tiny, out, truth):
 
 
 def test_an_estimate_that_fails_stops_nothing(tiny, out, monkeypatch):
-    monkeypatch.setattr(forecasts, "estimate", lambda config: 1 // 0)
+    monkeypatch.setattr(forecasts, "estimate", lambda config, parts=1: 1 // 0)
     lines = []
     assert forecast(config(tiny, out), lines.append, card=2**40) is None
     assert lines == [

@@ -15,6 +15,7 @@ import torch
 from builders.clip import write_clip
 from builders.dino import write_dino
 from builders.messages import says
+from builders.ranks import command
 from builders.recipes import PROMPTS, config, run_cli, start_cli
 from transformers import Dinov2Model
 
@@ -289,6 +290,29 @@ def test_what_cannot_be_evaluated_is_said_before_anything_is_drawn(tiny, runs, t
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("rsaft-fast: error:") and all(word in error for word in words), error
     assert not list(tmp_path.glob("out/pictures/*/*.png"))
+
+
+@pytest.mark.slow
+def test_several_processes_find_what_one_finds(tiny, runs, judge, tmp_path):
+    """Each draws and scores its batches; the files are those of one, and so are the scores of `score`."""
+    options = ["--prompts", tiny.prompts, "--rewards", f"other:clip={judge}", "--s1", "0.3", "--batch-size", "3"]
+    assert main(["eval", *map(str, (*runs, *options)), "--output", str(tmp_path / "one")]) == 0
+    ranks = command(3, tmp_path / "logs", "eval", *runs, *options, "--output", tmp_path / "many")
+    assert ranks.wait() == [0] * 3, "\n".join(map(ranks.said, range(3)))
+    assert "table in" in ranks.said(0) and ranks.said(1) == ranks.said(2) == ""
+    assert figures(tmp_path / "one") == figures(tmp_path / "many")
+    pictures = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.png"))
+    assert pictures and all(
+        (tmp_path / "one" / path).read_bytes() == (tmp_path / "many" / path).read_bytes() for path in pictures
+    )
+    folder = str((tmp_path / "one" / pictures[0]).parent)
+    score = ["score", folder, "--reward", f"clip={judge}", "--batch-size", "1", "--output"]
+    assert main([*score, str(tmp_path / "one.csv")]) == 0
+    ranks = command(2, tmp_path / "more logs", *score, tmp_path / "two.csv")
+    assert ranks.wait() == [0] * 2, "\n".join(map(ranks.said, range(2)))
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes() and ranks.said(1) == ""
+    wrong = command(2, tmp_path / "last logs", *score, tmp_path / "one.csv")
+    assert wrong.wait() == [2, 2] and "exists" in wrong.said(0) and wrong.said(1) == ""
 
 
 def test_pictures_of_something_else_are_not_taken(tiny, runs, whole, judge, tmp_path, capsys):

@@ -1,1 +1,1 @@
-from builders.fixtures import out, tiny  # noqa: F401
+from builders.fixtures import aux, out, tiny  # noqa: F401

@@ -2,121 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 
 import pytest
-import torch
-from builders.clip import write_clip
-from builders.dino import write_dino
+from builders.many import CASES, compared, largest_difference, records, wide
 from builders.messages import says
-from builders.ranks import command, trained
+from builders.ranks import command
 from builders.recipes import config, recipe, write_recipe
-from safetensors.torch import load_file
 
 from rsaft_fast.distributed import launch
 from rsaft_fast.distributed.launch import Place, find_place
 from rsaft_fast.errors import UserError
-from rsaft_fast.recipe.check import check_several
-
-UPDATES = 5
-BOTH = {"image": {"radius": 0.3}, "parameters": {"rho": 0.2}}
-WEIGHTS_ALONE = {"image": None, "parameters": {"rho": 0.2}}
-COMMON = {"max_steps": UPDATES, "checkpoint_every": UPDATES, "sampler__steps": 3, "smoothing": BOTH}
-COMMON |= {"samples": {"every": UPDATES, "count": 3}, "optimizer": {"lr": 1e-3}, "data__batch_size": 2}
-# Two micro-batches of an update on one process, one or a half on several.
-REWARD_GRADIENT = COMMON | {"data__accumulate": 2, "data__plan_scope": "micro-batch"}
-GARDO = {"gate": {"share": 0.2}, "diversity": {"features": "DINO"}, "gate_convention": "code"}
-GROUPS = COMMON | {
-    "max_steps": 6,
-    "checkpoint_every": 6,
-    "smoothing": WEIGHTS_ALONE,
-    "data__group_size": 2,
-    "data__prompts_per_iteration": 5,  # more on one rank than on the other, and micro-batches that are not full
-}
-CASES = {
-    "draft": REWARD_GRADIENT | {"method": {"name": "draft"}},
-    "drtune": REWARD_GRADIENT | {"method": {"name": "drtune"}, "parameters__train": "full", "ema": {"decay": 0.9}},
-    "leaps, bi_lora": REWARD_GRADIENT
-    | {
-        "method": {"name": "flowbp_lagrange"},
-        "sampler": {"steps": 3},
-        "smoothing": {"image": {"radius": 0.3}, "parameters": {"rho": 0.1, "direction": "bi_lora"}},
-    },
-    "flow_grpo": GROUPS | {"method": {"name": "flow_grpo", "updates": 1, "gardo": GARDO}},
-    "flow_grpo, 3 updates": GROUPS
-    | {"method": {"name": "flow_grpo", "updates": 3, "gardo": GARDO}, "data__prompts_per_iteration": 6},
-    "nft": GROUPS
-    | {"method": {"name": "nft"}, "parameters__train": "full", "sampler__steps": 2, "data__prompts_per_iteration": 4},
-}
-
-
-@pytest.fixture(scope="module")
-def aux(tmp_path_factory):
-    """A second reward, and an encoder of pictures beside it."""
-    folder = tmp_path_factory.mktemp("aux")
-    write_clip(folder, seed=7, context=40)
-    write_dino(folder / "dino")
-    return folder
-
-
-def made(tiny, aux, folder, case, **keys):
-    keys = CASES[case] | keys
-    method = dict(keys["method"])
-    if "gardo" in method:
-        method["gardo"] = method["gardo"] | {"diversity": {"features": str(aux / "dino")}}
-        proxy = {"name": "clip", "path": str(tiny.clip), "label": "proxy"}
-        light = {"name": "clip", "path": str(aux), "label": "light", "weight": 0}
-        keys["reward"] = {"name": "combination", "parts": [proxy, light]}
-    return config(tiny, folder, "sd3", **(keys | {"method": method}))
-
-
-def wide(config):
-    """The same in float64, which no recipe may ask for."""
-    double = {"backbone": config.backbone.model_copy(update={"dtype": "fp64"})}
-    return config.model_copy(update=double | {"reward": config.reward.model_copy(update={"dtype": "fp64"})})
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def largest_difference(first, second, step=None):
-    """Of weights (and their mean, where there is one), relative to each tensor's norm."""
-    worst = 0.0
-    for path in sorted((first / "checkpoints").glob(f"step_{step or '*'}/*.safetensors")):
-        if path.name == "optimizer.safetensors":
-            continue
-        ours, theirs = load_file(path), load_file(second / path.relative_to(first))
-        assert ours.keys() == theirs.keys()
-        if path.name != "algorithm.safetensors":
-            whole = torch.cat([tensor.flatten().double() for tensor in ours.values()])
-            other = torch.cat([theirs[name].flatten().double() for name in ours])
-            worst = max(worst, float((whole - other).norm() / whole.norm()))
-    return worst
-
-
-def same_run(one, many, close):
-    """Pictures before any training to the byte; every figure of every update; the weights."""
-    assert (one / "samples/step_0.png").read_bytes() == (many / "samples/step_0.png").read_bytes()
-    ours, theirs = records(one), records(many)
-    assert [record.keys() for record in ours] == [record.keys() for record in theirs]
-    for before, after in zip(ours, theirs):
-        for name in before.keys() - {"seconds", "old_gap"}:  # the gap is rounding itself
-            expected = before[name] if before[name] is None else pytest.approx(before[name], rel=2e-3, abs=1e-5)
-            assert after[name] == expected, (before["step"], name)
-    assert largest_difference(one, many) < close
-    return ours
-
-
-def compared(tiny, aux, tmp_path, case, counts, close=1e-6, change=lambda config: config):
-    trained(1, tmp_path, change(made(tiny, aux, tmp_path / "one", case)))
-    for count in counts:
-        many = tmp_path / f"of {count}"
-        trained(count, tmp_path / f"logs {count}", change(made(tiny, aux, many, case)))
-        found = same_run(tmp_path / "one", many, close)
-    return found
+from rsaft_fast.recipe.check_several import check_several
 
 
 @pytest.mark.parametrize("case", ["draft", "flow_grpo, 3 updates"])
@@ -218,12 +116,8 @@ def test_a_rank_that_is_killed_ends_the_others_and_nothing_is_lost(tiny, tmp_pat
 
 
 def test_what_several_processes_cannot_do_is_refused(tiny, tmp_path):
-    for keys, said in (
-        ({"distributed": {"strategy": "shard"}}, ("distributed.strategy shard", "replicate")),
-        ({"optimizer__release_gradients": True}, ("optimizer.release_gradients", "2 processes")),
-    ):
-        with pytest.raises(UserError, match=says(*said)):
-            check_several(config(tiny, tmp_path / "run", **keys), 2)
+    with pytest.raises(UserError, match=says("optimizer.release_gradients", "2 processes")):
+        check_several(config(tiny, tmp_path / "run", optimizer__release_gradients=True), 2)
 
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}

@@ -1,12 +1,13 @@
 """Parameters that are shards of larger ones: DTensors, as FSDP2's `fully_shard` makes them.
 
-Kernels see a rank's own part alone, and everything that an optimizer keeps of a parameter is of that part. What crosses
-ranks is one sum a pass, that of the squared norm.
+Kernels see a rank's own part alone, and everything that is kept of a parameter (moments, masters, copies of the
+weights) is of that part: plain tensors, so that nothing done to them talks to other ranks by accident. What crosses
+ranks is said here: sums of a few numbers, and a whole tensor where somebody asks for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -103,3 +104,42 @@ def shard_group(params: Iterable[torch.Tensor]) -> dist.ProcessGroup | None:
     if len(dims) > 1:
         raise ValueError(f"parameters are parted over {len(dims)} dimensions of a mesh, and this takes one: {mesh}")
     return mesh.get_group(dims[0])
+
+
+def local_parts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return this rank's part of each tensor, by name."""
+    return {name: local(tensor) for name, tensor in tensors.items()}
+
+
+def as_parts(parameters: Mapping[str, torch.Tensor], parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors that are like the parameters of the same names, of which this rank holds `parts`."""
+    return {name: like(parameters[name], part) for name, part in parts.items()}
+
+
+def summed(numbers: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Return the sum over the ranks that hold parts of the same parameters; `numbers` itself where they are whole.
+
+    Args:
+        numbers: few, of this rank's parts.
+        group: as `shard_group` finds it.
+    """
+    if group is None:
+        return numbers
+    total = numbers.clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+@torch.no_grad()
+def whole_on_host(tensors: Mapping[str, torch.Tensor], keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Give each tensor whole, on the host, one after the other: a device holds one of them at a time.
+
+    Every rank of a sharded tensor goes through this to its end.
+
+    Args:
+        keep: False where this rank takes part alone, and has no use for them; nothing is given then.
+    """
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor() if is_sharded(tensor) else tensor
+        if keep:
+            yield name, whole.detach().cpu()
