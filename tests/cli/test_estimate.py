@@ -201,7 +201,7 @@ def test_what_training_refuses_is_refused_in_the_same_words(tiny, out, path, cap
 def test_an_unknown_recipe_is_named(capsys):
     assert main(["estimate", "no-such.yaml"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "no-such.yaml" in line and "sd15-lora-24gb.yaml" in line
+    assert "no-such.yaml" in line and "sd15-lora-24gb" in line
 
 
 def test_a_missing_prompt_file_does_not_matter_yet(path, capsys):
