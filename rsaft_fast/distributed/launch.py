@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -25,6 +26,8 @@ BEAT, PATIENCE = 1.0, 10.0
 _FAREWELL = 0.2
 # Seconds in which gloo's threads finish: in an interpreter that is shutting down they abort it (pytorch #179291).
 _KEY = "rsaft_fast"
+_RUNS = itertools.count()
+"""Runs that this process has joined: each rank counts the same ones."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,9 @@ def launched(place: Place | None, device: str, timeout: float) -> Iterator[World
         warnings.simplefilter("ignore")
     wait = timedelta(seconds=timeout)
     try:
-        store, rank, size = next(dist.rendezvous("env://", place.rank, place.size, timeout=wait))
+        whole, rank, size = next(dist.rendezvous("env://", place.rank, place.size, timeout=wait))
+        # torchrun keeps one store for as long as the processes live: a second run in them must not read the first's.
+        store = dist.PrefixStore(f"{_KEY}/{next(_RUNS)}", whole)
         # Numbers on the host go through gloo, gradients on a GPU through NCCL.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=wait
@@ -114,7 +119,7 @@ def launched(place: Place | None, device: str, timeout: float) -> Iterator[World
             f"{os.environ.get('MASTER_PORT')} ({first_line(error)}); start all of them, within distributed.timeout "
             f"{timeout:g} s"
         ) from error
-    notes = dist.PrefixStore(_KEY, store)
+    notes = dist.PrefixStore("notes", store)
     notes.set_timeout(wait)
     world = World(rank, size, local_rank=place.local_rank, store=notes)
     notes.set(f"who/{rank}", f"process {os.getpid()} on {socket.gethostname()}")

@@ -92,7 +92,7 @@ def sharded_blocks(denoiser: nn.Module) -> Iterator[nn.Module]:
     convolutions between resolutions.
     """
     yield from denoiser_blocks(denoiser)
-    if hasattr(denoiser, "transformer_blocks"):
+    if not hasattr(denoiser, "down_blocks"):
         return
     if denoiser.mid_block is not None:
         yield denoiser.mid_block.resnets[0]

@@ -53,7 +53,8 @@ def check_keys(config: Config) -> GradientPlan | None:
     if plan is not None and plan.leaps and config.sampler.eta:
         raise UserError(
             f"sampler.eta is {config.sampler.eta} with method.name {config.method.name}, whose leaps cannot cross the "
-            "noise that the sampler then draws; set sampler.eta=0, or take flowbp_sparse or flowbp_bridge"
+            "noise that the sampler then draws; set sampler.eta=0 (on a model that predicts epsilon flowbp_sparse and "
+            "flowbp_bridge go with it)"
         )
     _check_agreement(config)
     _check_offload(config)

@@ -184,10 +184,11 @@ def write(
 
 def _write_rest(folder: Path, checkpoint: Checkpoint, config: str, sharded: bool) -> None:
     """Everything but the shards."""
+    if not sharded:
+        _save_tensors(folder / WEIGHTS, checkpoint.weights)
     optimizer, tree = pack(checkpoint.optimizer)
     _save_tensors(folder / OPTIMIZER, {path: tensor for path, tensor in optimizer.items() if not is_sharded(tensor)})
     if not sharded:
-        _save_tensors(folder / WEIGHTS, checkpoint.weights)
         for name, tensors in checkpoint.copies.items():
             _save_tensors(folder / _copy_file(name), tensors)
     if checkpoint.algorithm:

@@ -145,7 +145,9 @@ def test_denoisers_own_checkpointing_acts_under_eval(family, tmp_path):
         checkpoint_denoiser(denoiser, enabled=checked is True)
         with saved_tensor_bytes(denoiser.parameters()) as saved:
             out = backbone.predict(x, step, branch)
-        results[checked] = (torch.autograd.grad(out.square().sum(), list(denoiser.parameters())), saved.peak)
+        # What the last block makes of the text is read by nobody in Qwen-Image: zeros.
+        gradients = torch.autograd.grad(out.square().sum(), list(denoiser.parameters()), materialize_grads=True)
+        results[checked] = (gradients, saved.peak)
         del out
         gc.collect()
         assert saved.alive == 0

@@ -84,7 +84,11 @@ class Surrogate:
                 negative = self.backbone.predict(x, step, conditioning.negative)
         else:
             negative = self.backbone.predict(x, step, conditioning.negative)
-        return negative + conditioning.guidance_scale * (f - negative)
+        guided = negative + conditioning.guidance_scale * (f - negative)
+        if self.backbone.linear_guidance:
+            return guided
+        # Qwen-Image: each token at its length in the conditional prediction.
+        return guided * f.square().sum(-1, keepdim=True).sqrt() / guided.square().sum(-1, keepdim=True).sqrt()
 
     def shared_input(self, z, i, share):
         return self.path.latent(share * z + (1 - share) * z.detach(), i)

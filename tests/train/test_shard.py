@@ -72,15 +72,21 @@ def test_shards_make_the_run_of_one(tiny, aux, tmp_path, case, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpoint", [["denoiser", "decoder"], []])
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "flux"])
+@pytest.mark.parametrize(
+    ("family", "checkpoint"),
+    [(family, kept) for family in ("sd15", "sdxl", "flux") for kept in (["denoiser", "decoder"], [])]
+    + [(family, ["denoiser", "decoder"]) for family in ("klein", "zimage", "qwen")],
+)
 def test_every_architecture_is_parted_by_its_blocks(tiny, tmp_path, family, checkpoint):
     """With and without recomputed activations, whose second forward pass finds the weights gathered."""
     keys = REWARD_GRADIENT | SHARD | {"method": {"name": "draft"}, "max_steps": 2, "checkpoint_every": 2}
     keys |= {"sampler": {"steps": 2, "guidance_scale": 2.0}, "backbone__checkpoint": checkpoint}
     for count, folder in ((1, tmp_path / "one"), (2, tmp_path / "two")):
         trained(count, tmp_path / f"logs {count}", config(tiny, folder, family, **keys))
-    same_run(tmp_path / "one", tmp_path / "two", 1e-6)
+    # Products of gathered weights round otherwise in some shapes (one level in 25 of 613,320 values of klein's pictures),
+    # and Adam's first steps enlarge what is left of gradients near zero: 2.5e-6 of Qwen-Image's weights.
+    close, levels = (1e-6, 0) if family in ("sd15", "sdxl", "flux") else (5e-6, 1)
+    same_run(tmp_path / "one", tmp_path / "two", close, levels)
 
 
 @pytest.mark.slow
