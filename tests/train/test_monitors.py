@@ -170,12 +170,12 @@ def test_a_killed_run_goes_on_to_the_same_evaluations(tiny, out, other, tmp_path
 
     honest = getattr(where, name)
 
-    def die(*given):
+    def die(*given, **named):
         nonlocal calls
         calls -= 1
         if calls == 0:
             raise Killed
-        return honest(*given)
+        return honest(*given, **named)
 
     with monkeypatch.context() as patched:
         patched.setattr(where, name, die)
