@@ -225,7 +225,7 @@ SETS: dict[str, Question] = {
     "baselines": Question("what else a practitioner would try, on the brittle proxy", _baselines),
     "controls": Question("what a held-out reward can do about over-optimisation, twice as long", _controls),
     "variants": Question("other ways to smooth, on the brittle proxy", _variants),
-    "methods": Question("the other four methods, plain and smoothed, on two proxies", _methods),
+    "methods": Question("ReFL, DRaFT-LV, AlignProp and DRTune, plain and smoothed, on two proxies", _methods),
     "trajectory": Question("LeapAlign and FlowBP, plain and smoothed, on the brittle proxy", _trajectory),
     "lora-space": Question("where LoRA's weights are perturbed: factors, weight, a second adapter", _lora_space),
     COUNTING: Question("policy gradients that count few objects for a proxy that can be hacked", _counting),
