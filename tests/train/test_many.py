@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -142,3 +145,17 @@ def test_launchers_say_which_process_this_is():
 def test_a_launcher_that_says_too_little_is_told(variables, said):
     with pytest.raises(UserError, match=says(*said)):
         find_place(variables)
+
+
+@pytest.mark.slow
+def test_a_second_run_in_the_same_processes_does_not_read_what_the_first_left(tmp_path):
+    """torchrun keeps its store for as long as they live."""
+    script = tmp_path / "two.py"
+    keys = "playground.yaml max_steps=1 samples.every=0 report=false logging.tensorboard=false data.batch_size=2"
+    script.write_text(
+        "from rsaft_fast.cli import main\n"
+        f"for run in range(2): assert main(['train', *{keys.split()!r}, f'output_dir={tmp_path}/{{run}}']) == 0\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    subprocess.run(launcher, check=True, timeout=200, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert all((tmp_path / f"{run}/metrics.jsonl").is_file() for run in range(2))
