@@ -88,8 +88,8 @@ class T5FlowBackbone(FlowBackbone):
         return limits | ({last: self.t5_length} if last in limits else {})
 
 
-class PackedBackbone(FlowBackbone):
-    """One whose latents are tokens: 2x2 patches of the VAE's, row by row, (H/16 * W/16, 4 C)."""
+class PatchedBackbone(FlowBackbone):
+    """One whose denoiser sees 2x2 patches of the VAE's latents, as so many channels more."""
 
     @property
     def size_divisor(self) -> int:
@@ -102,6 +102,10 @@ class PackedBackbone(FlowBackbone):
     @property
     def latent_channels(self) -> int:
         return self.denoiser.config.in_channels // PATCH**2
+
+
+class PackedBackbone(PatchedBackbone):
+    """One whose latents are tokens: 2x2 patches of the VAE's, row by row, (H/16 * W/16, 4 C)."""
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

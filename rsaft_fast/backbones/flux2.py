@@ -17,12 +17,19 @@ from transformers import PreTrainedTokenizerFast
 from rsaft_fast.backbones import text_specs
 from rsaft_fast.backbones.chat import ChatText
 from rsaft_fast.backbones.family import Config, KohyaHeader, Place, Published
-from rsaft_fast.backbones.flow import OF_PICTURE, OF_TEXT, FlowBackbone, FlowFamily, attention_width, check_axes
+from rsaft_fast.backbones.flow import (
+    OF_PICTURE,
+    OF_TEXT,
+    PATCH,
+    FlowFamily,
+    PatchedBackbone,
+    attention_width,
+    check_axes,
+)
 from rsaft_fast.errors import UserError
 from rsaft_fast.sampling.linear import LinearStep
 from rsaft_fast.sampling.protocol import Branch
 
-PATCH = 2  # pixels of the VAE's latent along one side of the denoiser's
 _MLP = {"linear_in": "0", "linear_out": "2"}
 _CODE = "https://github.com/black-forest-labs/flux2"
 
@@ -65,24 +72,12 @@ _Family = partial(
 )
 
 
-class FLUX2(ChatText, FlowBackbone):
+class FLUX2(ChatText, PatchedBackbone):
     """What klein and dev share: one sample's latent is (128, H/16, W/16), 2x2 patches of the VAE's 32 channels.
 
     The VAE's latents are normalised channel by channel, by the running mean and variance of its BatchNorm. The time
     shift depends on the number of steps as well as on the size: a schedule of 10 steps is no part of one of 50.
     """
-
-    @property
-    def size_divisor(self) -> int:
-        return self.vae_scale_factor * PATCH
-
-    @property
-    def default_size(self) -> int:
-        return self.pipeline.default_sample_size * self.vae_scale_factor
-
-    @property
-    def latent_channels(self) -> int:
-        return self.denoiser.config.in_channels // PATCH**2
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

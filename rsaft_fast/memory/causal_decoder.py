@@ -45,7 +45,7 @@ from rsaft_fast.memory.strips import (
     take,
     with_halo,
 )
-from rsaft_fast.memory.walk import Layer, StripDecoder, decode, is_plain, only_latents, segments
+from rsaft_fast.memory.walk import Layer, StripDecoder, decode, is_plain, modules_between, only_latents, segments
 
 LEAST_LENGTH = 1e-12
 """What a pixel's length is at the least when it is divided by: `normalize` of torch."""
@@ -143,27 +143,13 @@ class CausalStripForward(ReplacedForward):
 
 
 def _walk(decoder: QwenImageDecoder3d, strip_elements: int) -> StripDecoder:
-    layers = (_layer(module, strip_elements) for module in _modules(decoder))
+    layers = (
+        _layer(module, strip_elements) for module in modules_between(decoder, QwenImageMidBlock, QwenImageUpBlock)
+    )
     first = Recomputed(OneFrame(decoder.conv_in) if _is_causal(decoder.conv_in, 3) else _of_frame(decoder.conv_in))
     norms = [m.gamma.numel() for m in decoder.up_blocks[-1].modules() if isinstance(m, QwenImageRMS_norm)]
     widest = max([decoder.conv_out.in_channels, *norms])
     return StripDecoder(segments(first, layers, _tail(decoder, strip_elements)), widest)
-
-
-def _modules(decoder: QwenImageDecoder3d) -> Iterator[nn.Module]:
-    """List the modules between `conv_in` and the tail: resnets, attentions and upsamplers of the known kinds."""
-    mid = decoder.mid_block
-    if is_plain(mid, QwenImageMidBlock):
-        yield mid.resnets[0]
-        for attention, resnet in zip(mid.attentions, mid.resnets[1:]):
-            yield from (resnet,) if attention is None else (attention, resnet)
-    else:
-        yield mid
-    for block in decoder.up_blocks:
-        if is_plain(block, QwenImageUpBlock):
-            yield from (*block.resnets, *(block.upsamplers or ()))
-        else:
-            yield block
 
 
 def _layer(module: nn.Module, strip_elements: int) -> Layer:

@@ -13,7 +13,6 @@ another function with another gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -29,30 +28,14 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.memory.causal_decoder import CausalStripForward
 from rsaft_fast.memory.checkpointing import Checkpointing, ReplacedForward
 from rsaft_fast.memory.strips import STRIP_ELEMENTS, NormSiluConv, Recomputed, Resnet, Tail, Upsample
-from rsaft_fast.memory.walk import Layer, StripDecoder, decode, is_plain, only_latents, segments
+from rsaft_fast.memory.walk import Layer, StripDecoder, decode, is_plain, modules_between, only_latents, segments
 
 
 def _walk(decoder: Decoder, strip_elements: int) -> StripDecoder:
-    layers = (_layer(module, strip_elements) for module in _modules(decoder))
+    layers = (_layer(module, strip_elements) for module in modules_between(decoder, UNetMidBlock2D, UpDecoderBlock2D))
     norms = [m.num_channels for m in decoder.up_blocks[-1].modules() if isinstance(m, nn.GroupNorm)]
     widest = max([decoder.conv_out.in_channels, *norms])
     return StripDecoder(segments(Recomputed(decoder.conv_in), layers, _tail(decoder, strip_elements)), widest)
-
-
-def _modules(decoder: Decoder) -> Iterator[nn.Module]:
-    """List the modules between `conv_in` and the tail: resnets, attentions and upsamplers of the known kinds."""
-    mid = decoder.mid_block
-    if is_plain(mid, UNetMidBlock2D):
-        yield mid.resnets[0]
-        for attention, resnet in zip(mid.attentions, mid.resnets[1:]):
-            yield from (resnet,) if attention is None else (attention, resnet)
-    else:
-        yield mid
-    for block in decoder.up_blocks:
-        if is_plain(block, UpDecoderBlock2D):
-            yield from (*block.resnets, *(block.upsamplers or ()))
-        else:
-            yield block
 
 
 def _layer(module: nn.Module, strip_elements: int) -> Layer:

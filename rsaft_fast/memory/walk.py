@@ -160,6 +160,26 @@ def decode(walk: StripDecoder, latents: torch.Tensor) -> torch.Tensor:
         return walk.images(latents)
 
 
+def modules_between(decoder: nn.Module, middle: type[nn.Module], block: type[nn.Module]) -> Iterator[nn.Module]:
+    """List the modules between `conv_in` and the tail: resnets, attentions and upsamplers of the known kinds.
+
+    Args:
+        middle, block: classes of the middle and of an upsampling block that are taken apart; another is one module.
+    """
+    mid = decoder.mid_block
+    if is_plain(mid, middle):
+        yield mid.resnets[0]
+        for attention, resnet in zip(mid.attentions, mid.resnets[1:]):
+            yield from (resnet,) if attention is None else (attention, resnet)
+    else:
+        yield mid
+    for part in decoder.up_blocks:
+        if is_plain(part, block):
+            yield from (*part.resnets, *(part.upsamplers or ()))
+        else:
+            yield part
+
+
 def segments(first: Layer, layers: Iterable[Layer], tail: Layer) -> list[Chain]:
     """Split a decoder's layers by resolution.
 
