@@ -166,15 +166,18 @@ class Measurements:
         return self.trainer
 
     def updates(self, config: Config, count: int, warm: int = 0, memory: bool = False) -> list[Row]:
-        """Updates measured after `warm` others; `memory`: also their bytes on the CPU, which it slows down."""
+        """Iterations (of a reward gradient, updates) measured after `warm` others.
+
+        `memory`: also their bytes on the CPU, which it slows down.
+        """
         trainer, found = self.trained_by(config), []
         for _ in range(warm + count):
-            found.append(measure(self.device, trainer.update, partial(standing, trainer) if memory else None))
-            trainer.optimizer.zero_grad()
+            whole = partial(_iterate, trainer)
+            found.append(measure(self.device, whole, partial(standing, trainer) if memory else None))
         return found[warm:]
 
     def peak(self) -> Row:
-        """The first two updates: the first makes the optimizer's state, the second finds it."""
+        """The first two iterations: the first makes the optimizer's state, the second finds it."""
         return _highest(self.updates(self.config(), 2, memory=True))
 
     def times(self, part: str, modes: Iterable[str]) -> Row:
@@ -249,6 +252,11 @@ class Measurements:
         return step, tensors + [*conditioning.positive.values(), *(conditioning.negative or {}).values()]
 
 
+def _iterate(trainer: Trainer) -> None:
+    for _ in trainer.iterate():
+        trainer.optimizer.zero_grad()
+
+
 def rollout_calls(config: Config) -> tuple[int, ...]:
     """Network calls of each rollout of an update: the second may begin at the first graded one."""
     steps, graded = config.sampler.steps, config.method.k
@@ -259,8 +267,11 @@ def rollout_calls(config: Config) -> tuple[int, ...]:
 
 def standing(trainer: Trainer) -> list[torch.Tensor]:
     """What an update finds in memory."""
-    modules, state = (*trainer.backbone.modules(), trainer.reward), trainer.optimizer.state.values()
+    modules, state = [*trainer.backbone.modules(), trainer.reward], trainer.optimizer.state.values()
+    modules += [trainer.features] if trainer.features is not None else []
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    copies = [*trainer.algorithm.copies.tensors.values(), *([trainer.ema.means] if trainer.ema is not None else [])]
+    tensors += [t for copy in copies for t in copy.values()]
     tensors += [t for held in state for t in held.values() if torch.is_tensor(t) and t.ndim]
     for bucket in trainer.optimizer._buckets:
         tensors += [t for t in vars(bucket.table).values() if torch.is_tensor(t)]

@@ -30,8 +30,15 @@ MODELS = {
     "flux": Model("black-forest-labs/FLUX.1-dev", 1024, 28, 3.5),
 }
 
-BASE: Mapping[str, Any] = {
+NOTHING_WRITTEN: Mapping[str, Any] = {
     "output_dir": "unused",
+    "data.prompts": "unused",
+    "samples.every": 0,
+    "logging.tensorboard": False,
+    "logging.diagnostics": False,
+}
+BASE: Mapping[str, Any] = {
+    **NOTHING_WRITTEN,
     "max_steps": 1000,
     "backbone.dtype": "bf16",
     "backbone.checkpoint": ["denoiser", "decoder-strips"],
@@ -40,12 +47,8 @@ BASE: Mapping[str, Any] = {
     "method.name": "draft",
     "reward.name": "pickscore",
     "reward.path": "yuvalkirstain/PickScore_v1",  # CLIP-H
-    "data.prompts": "unused",
     "data.batch_size": 1,
     "data.accumulate": 1,
-    "samples.every": 0,
-    "logging.tensorboard": False,
-    "logging.diagnostics": False,
 }
 """DRaFT-1 with both smoothings, one picture an update. The reward is in fp32, as small image radii need it."""
 
@@ -59,6 +62,8 @@ FULL = {
     "optimizer.release_gradients": True,
 }
 NF4 = {"backbone.quantize": "nf4"}
+ONE_PROMPT = {"data.prompts_per_iteration": 1}
+TWO_PROMPTS = {"data.prompts_per_iteration": 2}
 
 CARD, PEAK, PEAK_K = "card", "peak", f"peak, K = {GRADED_STEPS}"
 TIME, KERNELS, WHOLE = "times", "kernels", "a whole run"
@@ -86,10 +91,16 @@ class Run:
     limit: float  # GiB that the peak must not exceed
     keys: Mapping[str, Any] = field(default_factory=dict)  # over `BASE` and the model's
     compare: bool = False  # whether its times are measured too, beside the step in plain PyTorch
+    shipped: str = ""  # a recipe of the package that takes the place of `BASE`, for a policy gradient
 
     @property
     def lora(self) -> bool:
         return "parameters.train" not in self.keys
+
+    @property
+    def grows(self) -> bool:
+        """Whether it has graded calls, of which there may be many."""
+        return self.lora and not self.shipped
 
     @property
     def steps(self) -> int:
@@ -98,7 +109,7 @@ class Run:
 
     def parts(self) -> tuple[str, ...]:
         """What is measured of it, in order."""
-        parts = (PEAK, PEAK_K) if self.lora else (PEAK,)
+        parts = (PEAK, PEAK_K) if self.grows else (PEAK,)
         return parts + ((TIME, KERNELS, WHOLE, PLAIN, PLAIN_UNCHECKED) if self.compare else ())
 
     def late_parts(self) -> tuple[str, ...]:
@@ -107,10 +118,15 @@ class Run:
 
     def estimates(self) -> tuple[str, ...]:
         """What is worked out of it without a device."""
-        return (ESTIMATE, ESTIMATE_K) if self.lora else (ESTIMATE,)
+        return (ESTIMATE, ESTIMATE_K) if self.grows else (ESTIMATE,)
 
     def recipe(self, device: str, overrides: Mapping[str, Any], part: str = PEAK) -> dict[str, Any]:
         """The recipe of a part as dotted keys; `overrides` are other keys of its model."""
+        if self.shipped:
+            from rsaft_fast.recipe.load import raw_recipe  # as below
+
+            own = {**raw_recipe(self.shipped), **NOTHING_WRITTEN, "backbone.device": device, "sampler.steps": STEPS}
+            return {**own, **self.keys, **overrides}
         model = MODELS[self.model]
         place = {"backbone.path": model.path, "backbone.height": model.size, "backbone.width": model.size}
         keys = {**BASE, **place, "backbone.device": device, "sampler.guidance_scale": model.guidance}
@@ -129,6 +145,12 @@ RUNS = (
     Run("flux-lora-nf4", "flux", 12, NF4),
     Run("sdxl-lora-nf4", "sdxl", 7, NF4),
     Run("sd15-lora", "sd15", 5, compare=True),
+    # An iteration of one or two prompts is as large as one of 48: what is sampled and trained together is the recipe's.
+    Run("sd3-grpo", "sd35m", 13, ONE_PROMPT, shipped="sd3-grpo-24gb"),
+    Run("sd3-nft", "sd35m", 62, TWO_PROMPTS, shipped="sd3-nft-80gb"),
+    Run("sd3-gardo", "sd35m", 66, TWO_PROMPTS, shipped="sd3-gardo-80gb"),
+    Run("flux-gardo", "flux", 45, ONE_PROMPT, shipped="flux-gardo-80gb"),
+    Run("sdxl-ddpo", "sdxl", 15, ONE_PROMPT, shipped="sdxl-ddpo-24gb"),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,11 +14,13 @@ from rsaft_fast.estimate.skeleton import pipeline_parts, quiet
 from rsaft_fast.recipe.check import check_settings
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards import Reward, RewardSettings
+from rsaft_fast.rewards.features import Features, feature_shapes
 from rsaft_fast.sampling.protocol import Branch
 from rsaft_fast.train.assemble import FileLoaders
 from rsaft_fast.train.inputs import Inputs
 from rsaft_fast.train.trainer import Trainer
 
+Network = TypeVar("Network", bound=torch.nn.Module)
 PROMPTS = ("a red circle", "two blue squares", "a green triangle above a red square", "one")
 
 
@@ -44,6 +46,9 @@ class RandomLoaders(FileLoaders):
 
     def judges(self) -> dict[str, Reward]:
         return {name: random_reward(judge, self.device) for name, judge in self.config.judges.items()}
+
+    def features(self, path: str) -> Features:
+        return _drawn(feature_shapes(path), self.device)
 
     def encode(self, encodings: Mapping[str, Branch]) -> None:
         """Do nothing: they are drawn."""
@@ -72,13 +77,17 @@ def random_trainer(config: Config) -> Trainer:
     return Trainer(config, inputs, loaders=RandomLoaders(config))
 
 
-@torch.no_grad()
 def random_reward(settings: RewardSettings, device: torch.device | str) -> Reward:
     """A reward of the shapes that its settings lead to, whose weights are drawn where they lie."""
     with quiet():
-        reward = settings.shapes(lambda line: None).to_empty(device=device)
-    for parameter in reward.parameters():
+        return _drawn(settings.shapes(lambda line: None), device)
+
+
+@torch.no_grad()
+def _drawn(network: Network, device: torch.device | str) -> Network:
+    network.to_empty(device=device)
+    for parameter in network.parameters():
         parameter.normal_(0.0, 0.02)
-    for buffer in reward.buffers():  # positions, or factors
+    for buffer in network.buffers():  # positions, or factors
         buffer.fill_(1) if buffer.is_floating_point() else buffer.copy_(torch.arange(buffer.shape[-1]))
-    return reward
+    return network

@@ -14,29 +14,40 @@ from rsaft_fast.importing import load_callable, make, makes
 from rsaft_fast.methods import NFT as NFTSettings
 from rsaft_fast.methods import FlowGRPO as FlowGRPOSettings
 from rsaft_fast.methods import GradientMethod, Method, PythonMethod
-from rsaft_fast.methods.gardo import Gardo
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards.base import Reward
-from rsaft_fast.rewards.features import Features, feature_shapes, load_features
+from rsaft_fast.rewards.features import Features
 from rsaft_fast.sampling import Schedule
 from rsaft_fast.sampling.protocol import Backbone
 
 
-def build_algorithm(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule) -> Algorithm:
+def build_algorithm(
+    config: Config, backbone: Backbone, reward: Reward, schedule: Schedule, features: Features | None = None
+) -> Algorithm:
     """Build the algorithm that the recipe's `method` names.
 
     Args:
         backbone: with its trained parameters attached.
         schedule: the sampler's steps.
+        features: in which pictures differ, where `features_path` asks for some.
 
     Raises:
         UserError: an algorithm of the user's own cannot be imported or made.
     """
     build = next(build for kind, build in BUILDERS.items() if isinstance(config.method, kind))
-    return build(config, backbone, reward, schedule)
+    return build(config, backbone, reward, schedule, features)
 
 
-def _reward_gradient(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule) -> RewardGradient:
+def features_path(method: Method) -> str | None:
+    """Return where the network lies in whose features a method compares pictures; None without one."""
+    if not isinstance(method, FlowGRPOSettings | NFTSettings) or method.gardo is None:
+        return None
+    return method.gardo.diversity.features if method.gardo.diversity is not None else None
+
+
+def _reward_gradient(
+    config: Config, backbone: Backbone, reward: Reward, schedule: Schedule, features: Features | None
+) -> RewardGradient:
     method = config.method
     assert isinstance(method, GradientMethod)
     return RewardGradient(
@@ -53,41 +64,23 @@ def _reward_gradient(config: Config, backbone: Backbone, reward: Reward, schedul
     )
 
 
-def _flow_grpo(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule) -> FlowGRPO:
+def _flow_grpo(
+    config: Config, backbone: Backbone, reward: Reward, schedule: Schedule, features: Features | None
+) -> FlowGRPO:
     method = config.method
     assert isinstance(method, FlowGRPOSettings)
-    return FlowGRPO(
-        backbone,
-        reward,
-        method,
-        len(schedule),
-        probe=config.sharpness,
-        features=_features(method.gardo, backbone),
-    )
+    return FlowGRPO(backbone, reward, method, len(schedule), probe=config.sharpness, features=features)
 
 
-def _nft(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule) -> NFT:
+def _nft(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule, features: Features | None) -> NFT:
     method = config.method
     assert isinstance(method, NFTSettings)
-    return NFT(
-        backbone,
-        reward,
-        method,
-        len(schedule),
-        probe=config.sharpness,
-        features=_features(method.gardo, backbone),
-    )
+    return NFT(backbone, reward, method, len(schedule), probe=config.sharpness, features=features)
 
 
-def _features(gardo: Gardo | None, backbone: Backbone) -> Features | None:
-    if gardo is None or gardo.diversity is None:
-        return None
-    if backbone.device.type == "meta":
-        return feature_shapes(gardo.diversity.features)
-    return load_features(gardo.diversity.features, device=backbone.device)
-
-
-def _own(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule) -> Algorithm:
+def _own(
+    config: Config, backbone: Backbone, reward: Reward, schedule: Schedule, features: Features | None
+) -> Algorithm:
     method = config.method
     assert isinstance(method, PythonMethod)
     found = load_callable(method.call, "method.call")
@@ -100,7 +93,7 @@ def _own(config: Config, backbone: Backbone, reward: Reward, schedule: Schedule)
     return make(found, Algorithm, f"method.call {method.call!r}", **given | method.arguments)
 
 
-BUILDERS: dict[type[Method], Callable[[Config, Backbone, Reward, Schedule], Algorithm]] = {
+BUILDERS: dict[type[Method], Callable[[Config, Backbone, Reward, Schedule, Features | None], Algorithm]] = {
     GradientMethod: _reward_gradient,
     FlowGRPOSettings: _flow_grpo,
     NFTSettings: _nft,

@@ -33,7 +33,7 @@ from rsaft_fast.recipe.check import check_path, check_settings
 from rsaft_fast.recipe.check_several import check_several
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards.base import Reward, TowerReward
-from rsaft_fast.rewards.features import Features
+from rsaft_fast.rewards.features import Features, feature_shapes
 from rsaft_fast.sampling.pictures import sample_images
 from rsaft_fast.sampling.protocol import Branch
 from rsaft_fast.smoothing.precision import low_precision, s1_error
@@ -195,6 +195,9 @@ class ShapeLoaders:
     def judges(self) -> dict[str, Reward]:
         return self._judges
 
+    def features(self, path: str) -> Features:
+        return feature_shapes(path)
+
     def encode(self, encodings: dict[str, Branch]) -> None:
         """Count the text encoders, which lie on the host and visit the device to encode.
 
@@ -207,7 +210,8 @@ class ShapeLoaders:
                 rows = list(encode_in_turns(backbone, [text or None for text in texts]))
             else:
                 shapes = backbone.embedding_shapes.items()
-                rows = [{name: torch.zeros(1, *shape, device="cpu") for name, shape in shapes} for _ in texts]
+                kept = {"dtype": backbone.compute_dtype, "device": "cpu"}
+                rows = [{name: torch.zeros(1, *shape, **kept) for name, shape in shapes} for _ in texts]
         encodings.update(zip(texts, rows))
 
     def settle(self, reward: Reward, prompts: Sequence[str]) -> Reward:

@@ -103,7 +103,7 @@ class _Campaign:
         os.environ["OMP_NUM_THREADS"] = "1"
         # Forked from a process that has imported everything once and started nothing.
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["rsaft_fast.experiments.run"])
+        self.context.set_forkserver_preload(["rsaft_fast.experiments.quiet", "rsaft_fast.experiments.run"])
 
     def run(self) -> None:
         try:

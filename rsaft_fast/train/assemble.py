@@ -19,7 +19,7 @@ from rsaft_fast.algorithms.auxiliary import AuxiliaryAdapter
 from rsaft_fast.algorithms.base import Algorithm
 from rsaft_fast.algorithms.copies import EMA
 from rsaft_fast.algorithms.denoising import DenoisingLoss, captions
-from rsaft_fast.algorithms.registry import build_algorithm
+from rsaft_fast.algorithms.registry import build_algorithm, features_path
 from rsaft_fast.backbones import Backbone, add_lora, load_backbone
 from rsaft_fast.backbones.own import refuse_pipeline_options
 from rsaft_fast.data.batches import PromptBatches
@@ -39,6 +39,7 @@ from rsaft_fast.phases import KEEPING, phase
 from rsaft_fast.recipe.check import pick_device
 from rsaft_fast.recipe.config import BackboneSettings, Config
 from rsaft_fast.rewards import Reward, load_reward
+from rsaft_fast.rewards.features import Features, load_features
 from rsaft_fast.sampling import derive_rng
 from rsaft_fast.sampling.leaps import require_leaps
 from rsaft_fast.sampling.linear import Schedule
@@ -75,6 +76,9 @@ class Loaders(Protocol):
 
     def judges(self) -> Mapping[str, Reward]:
         """Return the rewards that judge without being trained on, by name, on the host."""
+
+    def features(self, path: str) -> Features:
+        """Return the network in whose features a method compares pictures, on the device."""
 
     def encode(self, encodings: Any) -> None:
         """Encode what is missing."""
@@ -142,6 +146,10 @@ class FileLoaders:
             loaded[name] = load_reward(settings)
         return loaded
 
+    def features(self, path: str) -> Features:
+        self.stage(f"loading the features {path}")
+        return load_features(path, device=self.device)
+
     def encode(self, encodings: Encodings) -> None:
         encodings.complete(self.stage)
 
@@ -173,6 +181,7 @@ class Assembly:
         ema: the running mean of the weights; None without one.
         denoising: the pre-training loss on pictures; None without one.
         steering: what the judges say of an update, and what is done about it; None without judges.
+        features: in which the algorithm compares pictures; None where it does not.
         monitors: what is measured on fixed pictures; None without.
         evaluation_prompts: of those pictures, one each.
     """
@@ -195,6 +204,7 @@ class Assembly:
     denoising: DenoisingLoss | None
     sample_prompts: list[str]
     steering: Steering | None
+    features: Features | None
     monitors: Monitors | None
     evaluation_prompts: list[str]
 
@@ -221,7 +231,7 @@ class Assembly:
         self.config = config
         self.schedule = self.backbone.schedule(config.sampler.steps, config.sampler.eta)
         self.batches = PromptBatches(config.data, self.batches.prompts, config.seed, self.world)
-        self.algorithm = build_algorithm(config, self.backbone, self.reward, self.schedule)
+        self.algorithm = build_algorithm(config, self.backbone, self.reward, self.schedule, self.features)
         self.ascent = build_ascent(config, self.backbone)
         compared = {name: self.judges[name] for name in config.judges}
         self.steering = steer(config, self.algorithm, compared, self.encoded, self.fixed, self.optimizer, self.world)
@@ -292,7 +302,9 @@ def assemble(
             backbone.require_whole_saving()
             shard_network(backbone.denoiser, backbone.blocks(), world, loaders.device)
         parameters = backbone.trainable_parameters
-        algorithm = build_algorithm(config, backbone, reward, schedule)
+        compared_in = features_path(config.method)
+        features = loaders.features(compared_in) if compared_in is not None else None
+        algorithm = build_algorithm(config, backbone, reward, schedule, features)
         for note in algorithm.notes:
             log(note)
         if config.max_steps % algorithm.updates:
@@ -329,6 +341,7 @@ def assemble(
             sample_prompts=inputs.sample_prompts,
             evaluation_prompts=inputs.evaluation_prompts,
             steering=steer(config, algorithm, compared, encoded, fixed, optimizer, world, log),
+            features=features,
             monitors=monitors,
         )
 
