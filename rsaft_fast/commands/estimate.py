@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"note: {note}")
     if arguments.gpus > 1 and found.parts == 1:
         print(
-            f"note: of one of {arguments.gpus} GPUs, each with all weights; summing gradients takes up to "
+            f"note: of one of {arguments.gpus} GPUs, each with all trained weights; summing gradients takes up to "
             f"{_short(FLAT * 4)} GiB between the passes, and NCCL its own buffers"
         )
     print("not counted: " + ";\n             ".join(NOT_COUNTED))
@@ -89,7 +89,7 @@ def _advice(config: Config, found: Estimate, card: int | None) -> list[str]:
         lines.append(f"{phase.name}: what would lower it, by estimating again")
         lines += [f"  {str(s):{_WIDTH + 16}} saves {_gib(s.saves):>6} GiB (peak {_gib(s.peak)})" for s in suggestions]
         if card is not None and spare(found.peak, card) < 0:
-            fits = fitting(config, suggestions, card, found.parts)
+            fits = fitting(config, suggestions, card, found.gpus)
             lines.append(
                 f"these keys make it fit: {fits} (peak {_gib(fits.peak)} GiB)"
                 if fits

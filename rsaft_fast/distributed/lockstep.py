@@ -22,15 +22,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from rsaft_fast.distributed.shards import local, local_parts
-from rsaft_fast.distributed.world import World, noticing
+from rsaft_fast.distributed.turns import BACKWARD, CALL, GRADED, Turns, Want
+from rsaft_fast.distributed.world import noticing
 
 Tensors = Mapping[str, torch.Tensor]
-
-BACKWARD, CALL, GRADED, DONE = range(4)
-"""What a rank is about to do: walk back the graph of its last call, call without a graph, call with one, meet the
-others. Of several the lowest comes first: inside a backward pass no rank can go along with a call (FSDP takes it for a
-block that is recomputed), and outside of one a rank has no graph of its own that it has not walked yet."""
-
 
 _OF: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """What watches the network of a sharded parameter."""
@@ -43,9 +38,14 @@ class Lockstep:
         followed: calls and backward passes that this rank made for the others' sake.
     """
 
-    def __init__(self, network: torch.nn.Module, world: World, device: torch.device):
-        """`network`: sharded already, so that it is watched from outside of what FSDP does."""
-        self.network, self.world, self.device = network, world, device
+    def __init__(self, network: torch.nn.Module, turns: Turns, device: torch.device):
+        """
+        Args:
+            network: sharded already, so that it is watched from outside of what FSDP does.
+            turns: what the ranks agree by.
+            device: where the network computes.
+        """
+        self.network, self.turns, self.device = network, turns, device
         self.followed = 0
         self._inputs: tuple[tuple, dict[str, Any]] | None = None
         self._open = False  # whether the last call has a graph that no backward pass has walked
@@ -55,25 +55,18 @@ class Lockstep:
         self._in_place: list[tuple[int, Tensors]] = []  # number of a copy, and what it stands in place of
         network.register_forward_pre_hook(self._before_call, prepend=True, with_kwargs=True)
         network.register_forward_hook(self._after_call)
-        world.before.append(self.finish)
+        # Before a rank says that it is done.
+        turns.world.before.insert(0, self._refuse_open_graph)
+        turns.ways |= dict.fromkeys((BACKWARD, CALL, GRADED), self)
         for parameter in network.parameters():
             _OF[parameter] = self
-
-    def finish(self) -> None:
-        """Go along with the other ranks until none has a call to make.
-
-        Raises:
-            LostRankError: one of them is gone.
-            RuntimeError: the last call's graph was not walked back.
-        """
-        self._refuse_open_graph()
-        self._meet(DONE)
 
     def _before_call(self, network: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._follows:
             return
         self._refuse_open_graph()
         self._inputs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+        self.turns.ready = 1
         self._meet(GRADED if torch.is_grad_enabled() else CALL)
 
     def _after_call(self, network: torch.nn.Module, args: tuple, output: Any) -> Any:
@@ -87,7 +80,7 @@ class Lockstep:
         self._open = False
 
     def _refuse_open_graph(self) -> None:
-        """Hold every rank to what the order of `BACKWARD` and the others rests on."""
+        """Hold every rank to what the order in which turns come rests on."""
         if self._open:
             self._open = False
             raise RuntimeError(
@@ -96,55 +89,47 @@ class Lockstep:
             )
 
     def _meet(self, wanted: int) -> None:
-        """Go along with the others until it is the turn of what this rank wants."""
-        while True:
-            wants = self._announce(wanted)
-            turn = min((want for want in wants if want[0] != DONE), default=(wanted, self._weights))
-            if turn == (wanted, self._weights):
-                return
-            self._follow(*turn)
+        self.turns.take((wanted, self._weights))
 
     @property
     def _weights(self) -> int:
         """Which weights the network has: 0 for those that are trained, or the number of a copy."""
         return self._in_place[-1][0] if self._in_place else 0
 
-    def _announce(self, wanted: int) -> list[tuple[int, int]]:
-        """Tell the others what comes next, at which weights, and hear it of them; all then have inputs for it."""
-        told = torch.tensor([wanted, self._weights, self._inputs is not None])
-        heard = [torch.empty_like(told) for _ in range(self.world.size)]
-        with noticing():
-            dist.all_gather(heard, told, group=self.world.group)
-            wants, weights, known = zip(*(one.tolist() for one in heard))
-            if min(wants) < DONE and not all(known):
-                self._take_inputs(known.index(1))
-        return list(zip(wants, weights))
+    def begin(self, ready: list[int]) -> None:
+        """See that every rank has inputs for a call."""
+        if not all(ready):
+            self._take_inputs(ready.index(1))
 
     def _take_inputs(self, source: int) -> None:
         """A rank that has made no call yet gets another's inputs."""
         carried = [None]
-        if self.world.rank == source:
+        if self.turns.world.rank == source:
             carried = [tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), self._inputs)]
-        group = self.world.group
-        dist.broadcast_object_list(carried, source if group is None else dist.get_global_rank(group, source), group)
+        group = self.turns.world.group
+        with noticing():
+            dist.broadcast_object_list(carried, source if group is None else dist.get_global_rank(group, source), group)
         if self._inputs is None:
             self._inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), carried[0])
+            self.turns.ready = 1
 
-    def _follow(self, turn: int, weights: int) -> None:
+    def follow(self, turn: Want) -> None:
+        """Make a call, or a backward pass, whose gradients are zeros."""
         assert self._inputs is not None
+        kind, weights = turn
         self.followed += 1
         self._follows = True
         try:
             with self._at(weights):
-                if turn == BACKWARD:
+                if kind == BACKWARD:
                     output, self._other = self._other, None
                     outputs = [leaf for leaf in tree_leaves(output) if getattr(leaf, "requires_grad", False)]
                     torch.autograd.backward(outputs, [torch.zeros_like(leaf) for leaf in outputs])
                     return
                 args, kwargs = self._inputs
-                with torch.set_grad_enabled(turn == GRADED):
+                with torch.set_grad_enabled(kind == GRADED):
                     output = self.network(*args, **kwargs)
-                if turn == GRADED:
+                if kind == GRADED:
                     self._other = output
         finally:
             self._follows = False

@@ -10,10 +10,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from rsaft_fast.distributed.lockstep import Lockstep
+from rsaft_fast.distributed.turns import Turns
 from rsaft_fast.distributed.world import World
 
 
-def shard_network(network: nn.Module, blocks: Iterable[nn.Module], world: World, device: torch.device) -> Lockstep:
+def shard_network(
+    network: nn.Module, blocks: Iterable[nn.Module], world: World, device: torch.device, turns: Turns | None = None
+) -> Lockstep:
     """Keep a world's share of every parameter on this rank, and gather one block's at a time for its computation.
 
     Gradients are summed over ranks, not averaged: losses divide by the samples of all. Weights may be written in place
@@ -24,6 +27,7 @@ def shard_network(network: nn.Module, blocks: Iterable[nn.Module], world: World,
         blocks: parts of it that are gathered apart from each other, none inside another; what is in none of them is
             gathered as long as a call of the network, or its backward pass, takes.
         device: of the shards, and of the buffers.
+        turns: what the world's ranks agree by; one of its own where nothing else asks for turns.
 
     Returns:
         what keeps the ranks' calls of the network in step.
@@ -36,7 +40,7 @@ def shard_network(network: nn.Module, blocks: Iterable[nn.Module], world: World,
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    return Lockstep(network, world, device)
+    return Lockstep(network, turns or Turns(world), device)
 
 
 def own_class(network: nn.Module) -> type[nn.Module]:

@@ -28,6 +28,7 @@ from rsaft_fast.estimate.live import CUDA_BLOCK, LiveBytes, Peak, shapes_alone
 from rsaft_fast.estimate.reward_skeleton import skeleton_reward
 from rsaft_fast.estimate.skeleton import skeleton_backbone
 from rsaft_fast.estimate.states import AccountedOptimizer
+from rsaft_fast.memory.shared import RehearsedSharing
 from rsaft_fast.phases import ANCHORING, DENOISER, DENOISING, ENCODING, GRID, KEEPING, SAMPLING, phase
 from rsaft_fast.recipe.check import check_path, check_settings
 from rsaft_fast.recipe.check_several import check_several
@@ -84,12 +85,14 @@ class Estimate:
         phases: in the order in which they come.
         notes: what the figures rest on, beside the recipe.
         parts: GPUs among which the trained weights are parted.
+        gpus: that train together.
     """
 
     standing: Mapping[str, int]
     phases: tuple[Phase, ...]
     notes: tuple[str, ...] = field(default=())
     parts: int = 1
+    gpus: int = 1
 
     @property
     def largest(self) -> Phase:
@@ -116,7 +119,8 @@ def estimate(
     Args:
         cuda: as torch's CUDA allocator and attention kernels have it; else as on the CPU, byte by byte.
         log: gets a line before each stage that takes a while.
-        parts: GPUs that train together, among which the trained weights are parted where the recipe shards them.
+        parts: GPUs that train together, among which the trained weights are parted where the recipe shards them, and
+            frozen rewards where it shares them.
 
     Raises:
         UserError: keys that do not go together or do not fit the model; a pipeline or reward that has no config files
@@ -124,7 +128,8 @@ def estimate(
     """
     if parts > 1:
         check_several(config, parts)
-    return _Walk(config, cuda, log, parts if config.shards(parts) else 1).estimate()
+    found = _Walk(config, cuda, log, parts if config.shards(parts) else 1, parts).estimate()
+    return replace(found, gpus=parts)
 
 
 def one_rank(config: Config, gpus: int) -> Config:
@@ -245,8 +250,9 @@ class ShapePicture:
 class _Walk:
     """One update, its memory and its models."""
 
-    def __init__(self, config: Config, cuda: bool, log: Callable[[str], None], parts: int = 1):
+    def __init__(self, config: Config, cuda: bool, log: Callable[[str], None], parts: int = 1, gpus: int = 1):
         self.config, self.cuda, self.log, self.parts = config, cuda, log, parts
+        self.sharing = RehearsedSharing(gpus) if config.shares_rewards(gpus) else None
         self.live = LiveBytes("meta", CUDA_BLOCK if cuda else 1)
         self.loaders = ShapeLoaders(config, self.live, cuda)
         self.standing = self.loaders.standing
@@ -258,7 +264,7 @@ class _Walk:
         evaluated = [_PROMPT] * (config.evaluation.count if config.evaluation is not None else 0)
         pictures = [ShapePicture()] if config.denoising else []
         inputs = Inputs([_PROMPT], prompts, pictures, checkpoint=None, notes=[], evaluation_prompts=evaluated)
-        run = self.run = assemble(config, inputs, self.loaders)
+        run = self.run = assemble(config, inputs, self.loaders, sharing=self.sharing)
         trained = "adapters" if config.parameters.train == "lora" else "denoiser, trained"
         if self.parts > 1:
             self._part(run.parameters.values())
@@ -298,6 +304,14 @@ class _Walk:
         notes = self.loaders.notes + self._on_the_host()
         if self.parts > 1:
             notes += self._gather(found)
+        if self.sharing is not None:
+            largest = self.sharing.largest / GIB
+            notes += (
+                f"distributed.reward shared: blocks of frozen rewards are parted among {self.sharing.size} GPUs, and "
+                f"one at a time is whole, of up to {largest:.2f} GiB (from shapes, not measured)",
+            )
+        elif config.distributed.reward == "shared":
+            notes += ("distributed.reward shared: one GPU alone has the rewards whole; --gpus N has them parted",)
         phases = tuple(Phase(name, p.own, p.total) for name, p in found.items())
         return Estimate(self.standing, phases, notes, self.parts)
 

@@ -44,10 +44,10 @@ def suggest(
     if before is None:
         return []
     suggestions = []
-    for keys in candidates(config):
+    for keys in candidates(config, found.gpus):
         log(f"estimating again with {Suggestion(keys, 0, 0)}")
         try:
-            after = estimate(changed(config, keys), parts=found.parts)
+            after = estimate(changed(config, keys), parts=found.gpus)
         except UserError:
             continue  # it does not go with the rest of the recipe
         # What a change makes go away altogether saves all of it.
@@ -81,8 +81,8 @@ def fitting(config: Config, suggestions: list[Suggestion], card: int, parts: int
     return None
 
 
-def candidates(config: Config) -> Iterator[dict[str, Any]]:
-    """Changes that this recipe has not made yet, the same method with the same effective batch."""
+def candidates(config: Config, gpus: int = 1) -> Iterator[dict[str, Any]]:
+    """Changes that this recipe has not made yet, the same method with the same effective batch on so many GPUs."""
     backbone, data, optimizer = config.backbone, config.data, config.optimizer
     chosen = set(backbone.checkpoint)
     if "decoder-strips" not in chosen:
@@ -95,6 +95,8 @@ def candidates(config: Config) -> Iterator[dict[str, Any]]:
         yield {"backbone.keep_blocks": backbone.keep_blocks // 2}
         if backbone.keep_blocks > 1:
             yield {"backbone.keep_blocks": 0}
+    if gpus > 1 and config.distributed.reward == "own":
+        yield {"distributed.reward": "shared"}
     if config.speed.cfg == "batched":
         yield {"speed.cfg": "rollout"}
     if config.speed.cuda_graph:

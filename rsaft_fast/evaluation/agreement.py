@@ -18,6 +18,7 @@ import torch
 from rsaft_fast.algorithms.reward_gradient import PlannedBatch, RewardGradient, latent_adjoints
 from rsaft_fast.data.batches import MicroBatch, epoch_order
 from rsaft_fast.data.encoded import EncodedPrompts
+from rsaft_fast.distributed import World
 from rsaft_fast.evaluation.comparison import student_quantile
 from rsaft_fast.evaluation.sketch import LENGTH, fold
 from rsaft_fast.phases import COMPARING, SCORING, phase
@@ -68,17 +69,19 @@ class FixedSet:
         """Micro-batches."""
         return -(-len(self.prompts) // self.size)
 
-    def __iter__(self) -> Iterator[PlannedBatch]:
+    def __getitem__(self, index: int) -> PlannedBatch:
         method, backbone = self.algorithm.method, self.algorithm.backbone
         if method is None:
             raise ValueError("a RewardGradient without a method has no plans for a fixed set")
-        for index in range(len(self)):
-            samples = tuple(range(index * self.size, min((index + 1) * self.size, len(self.prompts))))
-            prompts = [self.prompts[i] for i in samples]
-            noise = NoiseSource(self.seed, FIXED_STEP, samples)
-            batch = MicroBatch(prompts, self.encoded(prompts), backbone.initial_latents(noise), noise, index)
-            rng = derive_rng(self.seed, FIXED_STEP, "plan", index)
-            yield PlannedBatch(batch, method.draw(len(self.algorithm.schedule), rng), len(self.prompts))
+        samples = tuple(range(index * self.size, min((index + 1) * self.size, len(self.prompts))))
+        prompts = [self.prompts[i] for i in samples]
+        noise = NoiseSource(self.seed, FIXED_STEP, samples)
+        batch = MicroBatch(prompts, self.encoded(prompts), backbone.initial_latents(noise), noise, index)
+        rng = derive_rng(self.seed, FIXED_STEP, "plan", index)
+        return PlannedBatch(batch, method.draw(len(self.algorithm.schedule), rng), len(self.prompts))
+
+    def __iter__(self) -> Iterator[PlannedBatch]:
+        return (self[index] for index in range(len(self)))
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,7 @@ def measure(
     keep: Totals | None = None,
     watch: Callable[[Sequence[int]], Iterator[int]] = iter,
     batches: int | None = None,
+    world: World | None = None,
 ) -> Agreement:
     """Compare the trained reward's gradient, at x and at x + delta for each ball, with each judge's at x.
 
@@ -181,9 +185,12 @@ def measure(
         space: where the gradients are compared. In pixels and latents the mean over samples of each one's own cosine
             is taken; in parameters the cosine of the gradients of the means, which is what an optimizer follows.
         length: of the folded parameter gradients.
-        keep: takes the judges' gradients themselves, in parameter space: a copy of the trained weights a judge.
+        keep: takes the judges' gradients themselves, in parameter space: a copy of the trained weights a judge; of
+            several ranks, their sum.
         watch: goes through the indices of the micro-batches, and may tell how far it is.
         batches: how many of them, from the first; None takes all. The memory estimate walks one.
+        world: whose ranks share the micro-batches, whole groups of them each; all return the same, which is what one
+            rank finds, bit for bit (`keep` up to the order of a sum).
 
     Raises:
         UserError: a judge without gradient.
@@ -191,25 +198,37 @@ def measure(
     """
     balls = tuple(balls)
     count = len(samples) if batches is None else batches
-    parts = iter(samples)
+    world = world or World()
     groups: dict[int, torch.Tensor] = {}
     rows: list[tuple[list[str], torch.Tensor]] = []
-    pictures = 0
+    group_of = [index * min(count, GROUPS) // count for index in range(count)]
+    own = world.share(max(group_of) + 1)
     with gradients_aside(algorithm.backbone):
-        for index in watch(range(count)):
-            part = next(parts)
-            pictures += len(part.batch.prompts)
+        for index in watch([index for index in range(count) if group_of[index] in own]):
+            part, group = samples[index], group_of[index]
             found = _vectors(algorithm, judges, part, balls, space, length, keep)
             if space == "parameter":
-                group = index * min(count, GROUPS) // count
                 groups[group] = groups[group] + found if group in groups else found
             else:
                 rows.append((list(part.batch.prompts), found))
+    pictures = min(count * samples.size, len(samples.prompts))
+    groups = {group: sums for found in world.gathered(groups) for group, sums in found.items()}
+    rows = [row for found in world.gathered(rows) for row in found]
+    if keep is not None:
+        _sum_over(world, keep, len(judges), list(algorithm.backbone.trainable_parameters.values()))
     if space != "parameter":
         products, counts = _by_prompt(rows)
         return Agreement(balls, tuple(judges), products, counts, pictures)
     folded = torch.stack([groups[group] for group in sorted(groups)])
     return Agreement(balls, tuple(judges), _products(folded), torch.ones(len(folded), dtype=torch.float64), pictures)
+
+
+def _sum_over(world: World, sums: Totals, judges: int, parameters: Sequence[torch.Tensor]) -> None:
+    """Replace gradients by their sums over ranks, in place; a rank that measured nothing adds zeros."""
+    for index in range(judges if world.size > 1 else 0):
+        if index == len(sums):
+            add_gradients(sums, index, [None] * len(parameters), parameters)
+        sums[index][:] = [world.sum(total) for total in sums[index]]
 
 
 def _products(folded: torch.Tensor) -> torch.Tensor:

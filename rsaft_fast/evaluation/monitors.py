@@ -23,6 +23,7 @@ from rsaft_fast.distributed import World
 from rsaft_fast.evaluation.alarms import DIVERSITY, IMAGE, change, find_alarms
 from rsaft_fast.evaluation.image_statistics import image_statistics
 from rsaft_fast.evaluation.known_preference import score_of, sharpness_of
+from rsaft_fast.memory.shared import Sharing, share_weights
 from rsaft_fast.phases import EVALUATING, phase
 from rsaft_fast.progress import watched
 from rsaft_fast.recipe.evaluation import ALARM, HELD_OUT, REWARD, EvaluationSettings
@@ -81,6 +82,7 @@ class Monitors:
         adapters: Mapping[str, torch.Tensor] | None = None,
         lora_scale: float = 1.0,
         world: World | None = None,
+        sharing: Sharing | None = None,
     ):
         """
         Args:
@@ -91,6 +93,7 @@ class Monitors:
             ball: at which the trained reward's S1 is measured; None leaves it out.
             adapters: the trained LoRA weights by name, None of full fine-tuning; and the factor alpha / rank.
             world: whose ranks share the pictures, each to draw and to score; all have what came out.
+            sharing: among whom the network of `settings.features` is parted; None keeps it whole.
         """
         self.world = world or World()
         self.settings, self.backbone, self.schedule = settings, backbone, schedule
@@ -100,7 +103,7 @@ class Monitors:
         self.adapters, self.lora_scale = adapters, lora_scale
         self.history: list[dict[str, Any]] = []
         self.identity = hashlib.sha256(json.dumps([self.seed, self.prompts]).encode()).hexdigest()[:16]
-        self.features, self.embed = _features(settings.features, reward, backbone.device)
+        self.features, self.embed = _features(settings.features, reward, backbone.device, sharing)
 
     @property
     def notes(self) -> list[str]:
@@ -287,11 +290,13 @@ def lora_norm(adapters: Mapping[str, torch.Tensor], scale: float) -> float:
     return abs(scale) * math.sqrt(max(0.0, total))
 
 
-def _features(path: str | None, reward: Reward, device: torch.device) -> tuple[str, Embed]:
+def _features(path: str | None, reward: Reward, device: torch.device, sharing: Sharing | None) -> tuple[str, Embed]:
     """Return what diversity is measured in: its name, and images (B, 3, H, W) to unit features (B, D)."""
     if path is not None:
-        made = feature_shapes(path) if device.type == "meta" else load_features(path, checkpoint=False, device=device)
-        return f"features of {made.spec.source} ({made.spec.name})", made
+        made = feature_shapes(path) if device.type == "meta" else load_features(path, checkpoint=False)
+        if sharing is not None:
+            share_weights(made.shared_blocks(), sharing)
+        return f"features of {made.spec.source} ({made.spec.name})", made.to(device)
     if isinstance(reward, ClipReward):
         return "the image tower of the trained reward", lambda images: reward.embed_images(reward.preprocess(images))
     return f"pixels ({_COARSE}x{_COARSE}), for the trained reward has no image tower of CLIP's kind", _pixels

@@ -4,7 +4,6 @@ from rsaft_fast.memory.accounting import SavedTensorBytes, saved_tensor_bytes
 from rsaft_fast.memory.checkpointing import (
     Checkpointing,
     checkpoint_calls,
-    checkpoint_clip_vision,
     checkpoint_vae_decoder,
 )
 from rsaft_fast.memory.decoder import decode_in_strips
@@ -14,7 +13,6 @@ __all__ = [
     "Checkpointing",
     "SavedTensorBytes",
     "checkpoint_calls",
-    "checkpoint_clip_vision",
     "checkpoint_denoiser",
     "checkpoint_networks",
     "checkpoint_vae_decoder",

@@ -89,11 +89,3 @@ def checkpoint_vae_decoder(vae: nn.Module) -> Checkpointing:
     resnet 1.5 GiB. The other kind diffusers cannot recompute at all.
     """
     return checkpoint_calls(m for m in vae.decoder.modules() if isinstance(m, _DECODER_LAYERS))
-
-
-def checkpoint_clip_vision(model: nn.Module) -> Checkpointing:
-    """Checkpoint each encoder layer of the image tower of a transformers `CLIPModel`.
-
-    CLIP-H, batch 32, bf16: 6.3 GiB of activations become 0.7.
-    """
-    return checkpoint_calls(model.vision_model.encoder.layers)

@@ -285,10 +285,16 @@ class DistributedSettings(Settings):
         strategy: replicate keeps all weights on every GPU and sums gradients. shard keeps a part of the trained
             denoiser on each, with its gradients and the optimizer's state, and gathers a block's weights when they are
             computed with (FSDP2). auto replicates with LoRA, and shards where all parameters are trained.
+        reward: own gives every GPU the frozen rewards whole: the trained one, held-out ones and judges, and the network
+            of features that diversity is measured in. shared keeps a part of them on each, and gathers a block's
+            weights when one of them computes with it: a reward of 15 GiB takes 2 on each of 8. Scores and gradients
+            are the same bits. A reward without such blocks (remote, ocr, counting, geneval, most of one's own) stays
+            whole, and a line says so.
         timeout: seconds that a process waits for another, at a sum or while models load, before it counts as gone.
     """
 
     strategy: Literal["auto", "replicate", "shard"] = "auto"
+    reward: Literal["own", "shared"] = "own"
     timeout: float = Field(default=1800.0, ge=1, le=10**6)
 
 
@@ -364,6 +370,10 @@ class Config(Settings):
         strategy = self.distributed.strategy
         full = strategy == "auto" and self.parameters.train == "full"
         return processes > 1 and (strategy == "shard" or full)
+
+    def shares_rewards(self, processes: int) -> bool:
+        """Whether frozen rewards are parted among so many processes."""
+        return processes > 1 and self.distributed.reward == "shared"
 
     @property
     def training_loss(self) -> Loss:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal, Unpack
 
 import torch
+from torch import nn
 from transformers import CLIPModel
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.files import sha256_of
-from rsaft_fast.memory.checkpointing import checkpoint_clip_vision
 from rsaft_fast.rewards.base import RewardSpec, TowerOptions, TowerReward, check_prompts, unit
 from rsaft_fast.rewards.clip import clip_shapes, image_processor_config, load_clip_model, preprocess_from_config
 from rsaft_fast.rewards.files import checkpoint_file, checkpoint_folder, weight_files
@@ -44,9 +44,9 @@ class AestheticReward(TowerReward):
         del model.text_model, model.text_projection
         super().__init__(model, prepare, spec, head=head, **tower)
 
-    def checkpoint_layers(self) -> None:
+    def tower_layers(self) -> list[nn.Module]:
         """Those of the image tower."""
-        checkpoint_clip_vision(self.model)
+        return list(self.model.vision_model.encoder.layers)
 
     def score_inputs(self, inputs: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Scores (B,) in fp32 (float64 for a float64 model) of preprocessed images.

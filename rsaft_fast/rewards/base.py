@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rsaft_fast.errors import UserError
+from rsaft_fast.memory.checkpointing import checkpoint_calls
 from rsaft_fast.rewards.preprocess import Preprocess, check_images
 
 
@@ -80,6 +81,14 @@ class Reward(nn.Module):
     def forward(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """`score`."""
         return self.score(images, prompts)
+
+    def shared_blocks(self) -> list[nn.Module]:
+        """Parts whose weights several GPUs may hold together (`distributed.reward`), each gathered when it is called.
+
+        None within another, and nobody but a part itself reads its weights. What is in none of them is whole on each
+        GPU; so is a reward that names none.
+        """
+        return []
 
     def prompt_notes(self, prompts: Sequence[str]) -> list[str]:
         """What the user of these prompts should know: how many are longer than the reward reads, and one of them."""
@@ -182,9 +191,20 @@ class TowerReward(Reward):
             self.checkpoint_layers()
         self.eval()
 
-    def checkpoint_layers(self) -> None:
-        """Recompute the model's layers in the backward pass."""
+    def tower_layers(self) -> list[nn.Module]:
+        """The model's layers that pictures go through: nearly all of its weights and activations."""
         raise NotImplementedError
+
+    def shared_blocks(self) -> list[nn.Module]:
+        """Its layers."""
+        return self.tower_layers()
+
+    def checkpoint_layers(self) -> None:
+        """Recompute the model's layers in the backward pass.
+
+        CLIP-H, batch 32, bf16: 6.3 GiB of activations become 0.7.
+        """
+        checkpoint_calls(self.tower_layers())
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Unpack
 
 import torch
+from torch import nn
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.memory.checkpointing import checkpoint_clip_vision
 from rsaft_fast.rewards.base import RewardSpec, TowerOptions, TowerReward, check_prompts, score_dtype, unit
 from rsaft_fast.rewards.files import checkpoint_folder, local_folder, read_json, weight_files
 from rsaft_fast.rewards.open_clip import VIT_H_14
@@ -95,9 +95,9 @@ class ClipReward(TowerReward):
         self.has_text_tower = True
         self._text_cache: OrderedDict[str, torch.Tensor] = OrderedDict()
 
-    def checkpoint_layers(self) -> None:
-        """Those of the image tower."""
-        checkpoint_clip_vision(self.model)
+    def tower_layers(self) -> list[nn.Module]:
+        """Those of the image tower; the text tower reads each prompt once, and leaves."""
+        return list(self.model.vision_model.encoder.layers)
 
     @property
     def context_length(self) -> int:

@@ -174,6 +174,10 @@ class Combination(Reward):
         """Refused: a combination's parts have an input space each."""
         raise UserError(_NO_INPUT_SPACE)
 
+    def shared_blocks(self) -> list[nn.Module]:
+        """Every part's."""
+        return [block for reward in self.rewards for block in reward.shared_blocks()]
+
     def prompt_notes(self, prompts: Sequence[str]) -> list[str]:
         """Every part's."""
         return list(dict.fromkeys(note for reward in self.rewards for note in reward.prompt_notes(prompts)))

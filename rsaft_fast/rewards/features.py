@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPModel, Dinov2Model, DINOv3ViTModel
 
 from rsaft_fast.errors import UserError
 from rsaft_fast.files import sha256_of
-from rsaft_fast.memory.checkpointing import checkpoint_calls, checkpoint_clip_vision
+from rsaft_fast.memory.checkpointing import checkpoint_calls
 from rsaft_fast.rewards.base import RewardSpec, unit
 from rsaft_fast.rewards.clip import image_processor_config, load_clip_model, preprocess_from_config
 from rsaft_fast.rewards.files import checkpoint_folder, local_folder, read_json, weight_files
@@ -72,9 +72,13 @@ class Features(nn.Module):
         if checkpoint:
             self.checkpoint_layers()
 
+    def shared_blocks(self) -> list[nn.Module]:
+        """The model's layers, whose weights several GPUs may hold together: see `Reward.shared_blocks`."""
+        raise NotImplementedError
+
     def checkpoint_layers(self) -> None:
         """Recompute the model's layers in the backward pass."""
-        raise NotImplementedError
+        checkpoint_calls(self.shared_blocks())
 
     def embed(self, inputs: torch.Tensor) -> torch.Tensor:
         """Features (B, D) of preprocessed pictures, of any length."""
@@ -106,8 +110,9 @@ class Features(nn.Module):
 class DinoFeatures(Features):
     """The class token's features of DINOv2 or DINOv3."""
 
-    def checkpoint_layers(self) -> None:
-        checkpoint_calls(_layers(self.model))
+    def shared_blocks(self) -> list[nn.Module]:
+        """The only list of modules in either model, wherever a version of transformers keeps it."""
+        return list(next(module for module in self.model.modules() if isinstance(module, nn.ModuleList)))
 
     def embed(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.model(pixel_values=inputs).pooler_output
@@ -124,8 +129,9 @@ class ClipFeatures(Features):
         del model.text_model, model.text_projection
         super().__init__(model, *arguments, **options)
 
-    def checkpoint_layers(self) -> None:
-        checkpoint_clip_vision(self.model)
+    def shared_blocks(self) -> list[nn.Module]:
+        """Those of the image tower."""
+        return list(self.model.vision_model.encoder.layers)
 
     def embed(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.model.get_image_features(pixel_values=inputs).pooler_output
@@ -245,11 +251,6 @@ def _of_shipped_reward(folder: Path, name: str, clamp: Clamp, dtype: torch.dtype
     prepare = preprocess_from_config(image_processor_config(folder), model.config.vision_config.image_size, clamp)
     spec = RewardSpec("clip", name, sha256_of(weight_files(folder)), prepare.describe())
     return ClipFeatures(model, prepare, spec, dtype=dtype, checkpoint=checkpoint)
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    """The only list of modules in either model, wherever a version of transformers keeps it."""
-    return list(next(module for module in model.modules() if isinstance(module, nn.ModuleList)))
 
 
 def _preprocess(config: Mapping[str, Any], clamp: Clamp) -> Preprocess:

@@ -13,7 +13,6 @@ from torch import nn
 from transformers import Qwen2VLConfig
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.memory.checkpointing import checkpoint_calls
 from rsaft_fast.pretrained import library_errors
 from rsaft_fast.rewards.base import RewardSpec, TowerOptions, TowerReward, check_prompts, score_dtype
 from rsaft_fast.rewards.files import checkpoint_file, local_file, local_folder, read_json
@@ -71,9 +70,13 @@ class Hpsv3Reward(TowerReward):
         super().__init__(model, prepare, spec, head=head, **tower)
         self.conversation = conversation
 
-    def checkpoint_layers(self) -> None:
+    def tower_layers(self) -> list[nn.Module]:
         """Those of both parts."""
-        checkpoint_calls(self.model.layers)
+        return self.model.layers
+
+    def shared_blocks(self) -> list[nn.Module]:
+        """Its layers and the vocabulary's embedding."""
+        return [*self.tower_layers(), self.model.language_model.embed_tokens]
 
     def score_inputs(self, inputs: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Scores (B,) in fp32 (float64 for a float64 model) of preprocessed images.

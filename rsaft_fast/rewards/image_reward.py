@@ -15,7 +15,6 @@ from transformers import BlipTextModel, BlipVisionModel, PreTrainedTokenizerBase
 from transformers.models.blip.configuration_blip import BlipTextConfig, BlipVisionConfig
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.memory.checkpointing import checkpoint_calls
 from rsaft_fast.rewards.base import RewardSpec, TowerOptions, TowerReward, check_prompts, score_dtype
 from rsaft_fast.rewards.files import checkpoint_file, local_file, read_json
 from rsaft_fast.rewards.heads import AffineHead
@@ -114,9 +113,13 @@ class ImageReward(TowerReward):
         super().__init__(model, prepare, spec, head=head, **tower)
         self.tokenizer = tokenizer
 
-    def checkpoint_layers(self) -> None:
+    def tower_layers(self) -> list[nn.Module]:
         """Those of both encoders."""
-        checkpoint_calls([*self.model.visual_encoder.encoder.layers, *self.model.text_encoder.encoder.layer])
+        return [*self.model.visual_encoder.encoder.layers, *self.model.text_encoder.encoder.layer]
+
+    def shared_blocks(self) -> list[nn.Module]:
+        """Its layers and the vocabulary's embedding."""
+        return [*self.tower_layers(), self.model.text_encoder.embeddings.word_embeddings]
 
     def prompt_notes(self, prompts: Sequence[str]) -> list[str]:
         """A line where some are cut at 35 tokens."""

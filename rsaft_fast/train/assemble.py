@@ -28,10 +28,12 @@ from rsaft_fast.data.encodings import Encodings, Watched, free_memory, load_shap
 from rsaft_fast.distributed import World
 from rsaft_fast.distributed.sharding import shard_network
 from rsaft_fast.distributed.shards import is_sharded
+from rsaft_fast.distributed.turns import Turns
 from rsaft_fast.dtypes import DTYPES
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.agreement import fixed_prompts
 from rsaft_fast.evaluation.monitors import Monitors
+from rsaft_fast.memory.shared import Sharing, share_weights
 from rsaft_fast.methods import GradientMethod
 from rsaft_fast.optim import SAMAdamW
 from rsaft_fast.out_of_memory import oom_as_user_error
@@ -40,6 +42,7 @@ from rsaft_fast.recipe.check import pick_device
 from rsaft_fast.recipe.config import BackboneSettings, Config
 from rsaft_fast.rewards import Reward, load_reward
 from rsaft_fast.rewards.features import Features, load_features
+from rsaft_fast.rewards.shared import share_reward
 from rsaft_fast.sampling import derive_rng
 from rsaft_fast.sampling.leaps import require_leaps
 from rsaft_fast.sampling.linear import Schedule
@@ -78,7 +81,7 @@ class Loaders(Protocol):
         """Return the rewards that judge without being trained on, by name, on the host."""
 
     def features(self, path: str) -> Features:
-        """Return the network in whose features a method compares pictures, on the device."""
+        """Return the network in whose features a method compares pictures; it may be on the host."""
 
     def encode(self, encodings: Any) -> None:
         """Encode what is missing."""
@@ -148,7 +151,7 @@ class FileLoaders:
 
     def features(self, path: str) -> Features:
         self.stage(f"loading the features {path}")
-        return load_features(path, device=self.device)
+        return load_features(path)
 
     def encode(self, encodings: Encodings) -> None:
         encodings.complete(self.stage)
@@ -184,6 +187,7 @@ class Assembly:
         features: in which the algorithm compares pictures; None where it does not.
         monitors: what is measured on fixed pictures; None without.
         evaluation_prompts: of those pictures, one each.
+        sharing: among whom frozen rewards are parted; None where each rank has them whole.
     """
 
     config: Config
@@ -207,6 +211,7 @@ class Assembly:
     features: Features | None
     monitors: Monitors | None
     evaluation_prompts: list[str]
+    sharing: Sharing | None = None
 
     @property
     def is_sharded(self) -> bool:
@@ -238,6 +243,7 @@ class Assembly:
         self.monitors = build_monitors(
             *(config, self.backbone, self.schedule, self.reward, self.judges, self.encoded, self.evaluation_prompts),
             world=self.world,
+            sharing=self.sharing,
         )
 
 
@@ -247,6 +253,7 @@ def assemble(
     loaders: Loaders,
     world: World | None = None,
     log: Log = lambda line: None,
+    sharing: Sharing | None = None,
 ) -> Assembly:
     """Build everything that a run needs.
 
@@ -258,12 +265,17 @@ def assemble(
         inputs: what the recipe's paths hold.
         loaders: where models come from.
         log: takes what the user should know.
+        sharing: among whom frozen rewards are parted, in place of the world's ranks, which is what the recipe's
+            `distributed.reward` says.
 
     Raises:
         UserError: something cannot be loaded, does not go together, or does not fit into memory.
     """
     world = world or World()
     sharded = config.shards(world.size)
+    turns = Turns(world) if sharded or config.shares_rewards(world.size) else None
+    if turns is not None and config.shares_rewards(world.size):
+        sharing = Sharing(turns)
     if sharded and isinstance(loaders, FileLoaders):
         loaders.denoiser_on_host = True
     batches = PromptBatches(config.data, inputs.prompts, config.seed, world)
@@ -279,6 +291,13 @@ def assemble(
     judges = dict(loaders.judges())
     for note in dict.fromkeys(note for scores in (reward, *judges.values()) for note in scores.prompt_notes(prompts)):
         log(note)
+    if sharing is not None:
+        # Before anything comes to the device, which would hold it whole.
+        for scores in (reward, *judges.values()):
+            for note in share_reward(scores, sharing):
+                log(note)
+    elif config.distributed.reward == "shared":
+        log("distributed.reward shared does nothing in one process: the rewards are whole here (torchrun starts more)")
     with oom_as_user_error("preparing the run"):
         with world.first_of_machine("encodings"):
             if world.local_rank:
@@ -300,10 +319,9 @@ def assemble(
         apply_speed(backbone, config.speed)
         if sharded:
             backbone.require_whole_saving()
-            shard_network(backbone.denoiser, backbone.blocks(), world, loaders.device)
+            shard_network(backbone.denoiser, backbone.blocks(), world, loaders.device, turns)
         parameters = backbone.trainable_parameters
-        compared_in = features_path(config.method)
-        features = loaders.features(compared_in) if compared_in is not None else None
+        features = load_compared(config, loaders, sharing)
         algorithm = build_algorithm(config, backbone, reward, schedule, features)
         for note in algorithm.notes:
             log(note)
@@ -315,7 +333,9 @@ def assemble(
         optimizer = build_optimizer(parameters, config.optimizer, config.smoothing.parameters, config.seed)
         compared = {name: judges[name] for name in config.judges}
         monitors = build_monitors(
-            *(config, backbone, schedule, reward, judges, encoded, inputs.evaluation_prompts), world=world
+            *(config, backbone, schedule, reward, judges, encoded, inputs.evaluation_prompts),
+            world=world,
+            sharing=sharing,
         )
         for note in monitors.notes if monitors is not None else ():
             log(note)
@@ -343,7 +363,19 @@ def assemble(
             steering=steer(config, algorithm, compared, encoded, fixed, optimizer, world, log),
             features=features,
             monitors=monitors,
+            sharing=sharing,
         )
+
+
+def load_compared(config: Config, loaders: Loaders, sharing: Sharing | None) -> Features | None:
+    """Load the network in whose features the method compares pictures; None where it does not."""
+    path = features_path(config.method)
+    if path is None:
+        return None
+    features = loaders.features(path)
+    if sharing is not None:
+        share_weights(features.shared_blocks(), sharing)
+    return features.to(loaders.device)
 
 
 def build_ascent(config: Config, backbone: Backbone) -> Ascent | AuxiliaryAdapter | None:
@@ -366,6 +398,7 @@ def build_monitors(
     encoded: EncodedPrompts,
     prompts: Sequence[str],
     world: World | None = None,
+    sharing: Sharing | None = None,
 ) -> Monitors | None:
     """Build what measures the run on fixed pictures; None where the recipe asks for nothing.
 
@@ -373,6 +406,7 @@ def build_monitors(
         held_out: rewards that are not trained on, by name; of those of `evaluation` the ones that are there.
         prompts: of the pictures.
         world: whose ranks share them.
+        sharing: among whom the network of features is parted.
     """
     settings = config.evaluation
     if settings is None:
@@ -392,6 +426,7 @@ def build_monitors(
         adapters=backbone.trainable_parameters if lora else None,
         lora_scale=config.parameters.lora.scale,
         world=world,
+        sharing=sharing,
     )
 
 

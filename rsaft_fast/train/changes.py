@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,27 @@ def what_changed(config: Config, checkpoint: Path, info: dict[str, Any], reward:
         if info.get(name, version) != version
     ]
     return lines
+
+
+def differing(config: Config, checkpoint: Path, keys: Sequence[str]) -> list[str]:
+    """Say which of these keys the run that wrote a checkpoint had otherwise; nothing where its recipe is unreadable."""
+    with suppress(UserError):
+        before = _flat(_with_defaults(respelled(read_yaml(checkpoint / checkpoints.CONFIG))))
+        now = _flat(parse_yaml(to_yaml(config)))
+        return [
+            f"{key} was {_value_of(key, before)} and is {_value_of(key, now)} now"
+            for key in keys
+            if _value_of(key, before) != _value_of(key, now)
+        ]
+    return []
+
+
+def _value_of(key: str, flat: Mapping[str, Any]) -> str:
+    """The value in words; of a key inside a section that is null, that."""
+    if key in flat:
+        return repr(flat[key])
+    section = key.rpartition(".")[0]
+    return f"not there ({section} is null)" if section in flat else "not there"
 
 
 def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:

@@ -123,9 +123,12 @@ def _train(config: Config, run: Run, stop: StopSignals, on_samples: Callable) ->
         return Outcome(config.run_folder, 0, None, f"ended before the first update: {trainer.halted}")
     stop.finishing = "the model is being written"
     export = trainer.export(config.run_folder) if run.world.is_first or trainer.is_sharded else None
+    changes = run.changes() if run.world.is_first else []
+    if trainer.sharing is not None:
+        run.world.gathered(None)  # till then the others lend rank 0 their parts of the reward
     if export is None or not run.world.is_first:
         return Outcome(config.run_folder, trainer.step, None, "rank 0 writes the model")
-    return Outcome(config.run_folder, trainer.step, export, run.result(export), further=tuple(run.changes()))
+    return Outcome(config.run_folder, trainer.step, export, run.result(export), further=tuple(changes))
 
 
 @contextmanager

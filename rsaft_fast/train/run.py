@@ -23,7 +23,7 @@ from rsaft_fast.recipe.load import to_yaml
 from rsaft_fast.train import checkpoint as checkpoints
 from rsaft_fast.train.assemble import FileLoaders, Loaders
 from rsaft_fast.train.bar import Progress
-from rsaft_fast.train.changes import what_changed
+from rsaft_fast.train.changes import differing, what_changed
 from rsaft_fast.train.evaluations import Evaluations
 from rsaft_fast.train.inputs import check_config, has_run
 from rsaft_fast.train.logging import (
@@ -42,7 +42,7 @@ from rsaft_fast.train.meter import RUN, Meter
 from rsaft_fast.train.signals import StopSignals
 from rsaft_fast.train.trackers import TENSORBOARD as BOARD
 from rsaft_fast.train.trackers import Tracker
-from rsaft_fast.train.trainer import Trainer, describe_software
+from rsaft_fast.train.trainer import PeerUnreachableError, Trainer, describe_software
 
 Log = Callable[[str], None]
 Forecaster = Callable[[Config, Log], Callable[[str], str | None]]
@@ -148,9 +148,14 @@ class Run:
         self.evaluations.watch(self.trainer)
         self.meter = Meter(self.trainer.device, describe_software())
         if self._saved is not None and self.resumed is not None:
-            self.trainer.check_fit(self._saved)
+            self.trainer.check_fit(self._saved, partial(differing, config, self.resumed))
             self.log(f"resuming from {self.resumed}, after update {self.start}")
-            for line in what_changed(config, self.resumed, self._saved.info, self.trainer.reward.spec.sha256):
+            changed = what_changed(config, self.resumed, self._saved.info, self.trainer.reward.spec.sha256)
+            if changed and self.start >= config.max_steps:
+                self.log(
+                    f"max_steps is {config.max_steps}: no update is left, and what is otherwise now trains nothing:"
+                )
+            for line in changed:
                 self.log(line)
 
     def _read_earlier(self, checkpoint: Path) -> None:
@@ -211,16 +216,19 @@ class Run:
         """Make an iteration's updates, and note each.
 
         Raises:
-            UnreachableError: a reward server is gone; what was trained before it went is saved.
+            UnreachableError, PeerUnreachableError: a reward server is gone; what was trained before it went is saved.
         """
         try:
             for record in self.trainer.iterate():
                 self.note(record)
-        except UnreachableError as error:
-            # Pictures are scored before an iteration's first update: the weights are those between two iterations.
-            # What is in shards all ranks would have to save, and the others do not know of it.
-            if self.trainer.step > self.saved and not self.trainer.is_sharded:
+        except (UnreachableError, PeerUnreachableError) as error:
+            # Pictures are scored before an iteration's first update: the weights are those between two iterations, and
+            # all ranks know of it.
+            if self.trainer.step > self.saved:
                 self.save()
+            self.world.gathered(None)  # a launcher ends all as soon as one has ended
+            if isinstance(error, PeerUnreachableError):
+                raise
             raise UnreachableError(f"{error}; {self.what_is_safe()}; {self.how_to_go_on()}") from error
         except BaseException:
             if self.trainer.optimizer.half_stepped:

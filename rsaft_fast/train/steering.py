@@ -173,6 +173,7 @@ class Steering:
             balls_of(self.ball, sorted(radii)),
             space,
             watch=lambda batches: watched(batches, "finding the image radius", len(batches), "batch"),
+            world=self.world,
         )
         report = find_radius(found)
         if report.radius != self.radius:
@@ -183,7 +184,7 @@ class Steering:
         figures = {RADIUS: report.radius}
         figures |= {AGREEMENT + name: report.cosines[row][j] for j, name in enumerate(report.judges)}
         figures |= {AGREEMENT_ERROR + name: report.errors[row][j] for j, name in enumerate(report.judges)}
-        # Every rank measures the same pictures; what follows from it must not hang on its last bit.
+        # The same on every rank, but for its own processor's last bits, which nothing that follows may hang on.
         figures = self.world.of_first(figures)
         self._take(figures[RADIUS])
         return figures
@@ -207,9 +208,10 @@ class Steering:
             keep=keep,
             watch=lambda rows: watched(rows, "comparing gradients", len(rows), "batch"),
             batches=batches,
+            world=self.world,
         )
         if keep is not None:
-            self._direction = [self.world.sum(total) / self.world.size for total in _mean_of_units(keep)]
+            self._direction = _mean_of_units(keep)
         if batches is not None:
             return {}
         if not self._warned:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +22,8 @@ from rsaft_fast.backbones import save_lora
 from rsaft_fast.data.encodings import free_memory
 from rsaft_fast.distributed import World
 from rsaft_fast.distributed.shards import as_parts, like, local, local_parts, whole_on_host
-from rsaft_fast.errors import UserError
+from rsaft_fast.distributed.world import PeerError
+from rsaft_fast.errors import UnreachableError, UserError
 from rsaft_fast.evaluation.monitors import Drawn
 from rsaft_fast.files import io_errors_of, remove_tree, replace_folder
 from rsaft_fast.out_of_memory import oom_as_user_error
@@ -39,6 +40,10 @@ from rsaft_fast.train.optimizer import check_state, learning_rate, load_state
 from rsaft_fast.train.steering import split_state
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors")
+
+
+class PeerUnreachableError(PeerError):
+    """A reward server is gone; rank 0 says which. All ranks are between two iterations."""
 
 
 class Trainer(Assembly):
@@ -101,6 +106,8 @@ class Trainer(Assembly):
         Raises:
             NonFiniteRewardError, UserError: a NaN reward, no memory left; weights are those before the update, or the
                 error and `optimizer.half_stepped` say that a released update broke off.
+            UnreachableError, PeerUnreachableError: a reward server is gone, of rank 0 and the others: all ranks are
+                between two iterations.
         """
         started = time.perf_counter()
         algorithm, iteration = self.algorithm, self.step // self.algorithm.updates
@@ -110,11 +117,26 @@ class Trainer(Assembly):
                 asked = self.steering.look(self.step)
                 if self.halted is not None:
                     return
-            experience = algorithm.collect(self.batches(self.backbone, self.encoded, iteration))
+            experience = self._collect(iteration)
             algorithm.judge(experience, self.world)
         for index in range(algorithm.updates):
             yield self._update(experience, index, started, asked)
             started = time.perf_counter()
+
+    def _collect(self, iteration: int) -> Any:
+        """Sample and score; where a rank's reward server is gone, all ranks end alike, and rank 0 says it."""
+        gone, experience = None, None
+        try:
+            experience = self.algorithm.collect(self.batches(self.backbone, self.encoded, iteration))
+        except UnreachableError as error:
+            gone = error
+        told = self.world.gathered(None if gone is None else str(gone))
+        first = next((rank for rank, said in enumerate(told) if said is not None), None)
+        if first is None:
+            return experience
+        if not self.world.is_first:
+            raise PeerUnreachableError(f"the reward server of rank {first} is gone") from gone
+        raise UnreachableError(f"{told[first]} (so says rank {first})" if first else str(told[0])) from gone
 
     def update(self) -> dict[str, Any]:
         """Make one iteration of an algorithm that updates once in it; return its record. See `iterate`."""
@@ -257,8 +279,12 @@ class Trainer(Assembly):
             | {"seed": self.config.seed, "reward": self.reward.spec.sha256, "optimizer": self._ordered_names()},
         )
 
-    def check_fit(self, saved: Checkpoint) -> None:
-        """Raise `UserError` if a checkpoint is another model's, or its optimizer state another optimizer's."""
+    def check_fit(self, saved: Checkpoint, differing: Callable[[Sequence[str]], list[str]] = lambda keys: []) -> None:
+        """Raise `UserError` if a checkpoint is another model's, or its optimizer state another optimizer's.
+
+        Args:
+            differing: which of these keys the checkpoint's run had otherwise, and how, for the message.
+        """
         if saved.step % self.algorithm.updates:
             raise UserError(
                 f"resume: the checkpoint is of update {saved.step}, and an iteration of method "
@@ -268,10 +294,12 @@ class Trainer(Assembly):
         if (MEAN in saved.copies) != (self.ema is not None):
             raise UserError("resume: the checkpoint and the recipe disagree on ema; set it as the run had it")
         kept = set(self.ascent.kept) if self.ascent is not None else set()
-        if odd := {name for name in saved.copies if name in KEPT} ^ kept:
+        if {name for name in saved.copies if name in KEPT} ^ kept:
+            keys = ["smoothing.parameters.direction", "smoothing.parameters.reuse"]
+            told = "; ".join(differing(keys)) or f"{' or '.join(keys)} is not what the run had"
             raise UserError(
-                f"resume: the checkpoint and the recipe disagree on {min(odd)!r}, which smoothing.parameters.direction "
-                "and reuse keep; set them as the run had them"
+                f"resume: {told}: the weight perturbation's direction keeps tensors between updates, and those in the "
+                "checkpoint are not this recipe's; set it as the run had it"
             )
         if odd := (saved.copies.keys() ^ self.algorithm.copies.tensors.keys()) - {MEAN, *KEPT}:
             raise UserError(

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from builders.clip import write_clip
 from builders.messages import says
 from builders.recipes import config, recipe, write_recipe
 
@@ -17,8 +18,12 @@ from rsaft_fast.errors import UserError
 from rsaft_fast.estimate import forecast as forecasts
 from rsaft_fast.estimate.estimate import RESERVED, estimate, one_rank, spare
 from rsaft_fast.estimate.forecast import announce, forecast
+from rsaft_fast.estimate.live import LiveBytes, shapes_alone
+from rsaft_fast.estimate.reward_skeleton import skeleton_reward
 from rsaft_fast.estimate.skeleton import skeleton_backbone
 from rsaft_fast.estimate.suggestions import candidates, changed, fitting, suggest
+from rsaft_fast.memory.shared import RehearsedSharing, share_weights
+from rsaft_fast.rewards import RewardSettings
 from rsaft_fast.train.inputs import check_config
 from rsaft_fast.train.loop import train
 from rsaft_fast.train.trainer import Trainer
@@ -58,6 +63,43 @@ def test_shards_are_a_part_of_weights_gradients_and_state_and_a_block_is_whole(t
     assert any("4 GPUs" in note and told in note for note in part.notes)
     with pytest.raises(UserError, match=says("release_gradients", 4)):
         estimate(config(tiny, out, "sd3", optimizer__release_gradients=True), parts=4)
+
+
+def scoring_bytes(settings, sharing):
+    """What a score brings beside the reward itself, at its peak."""
+    reward, live = skeleton_reward(settings)[0], LiveBytes("meta")
+    if sharing is not None:
+        share_weights(reward.shared_blocks(), sharing)
+    with torch.no_grad(), shapes_alone(cuda=False), live:
+        reward.keep_prompts(["one"])
+        standing = live.see([*reward.parameters(), *reward.buffers()])
+        reward.score(torch.empty(1, 3, 32, 32, device="meta"), ["one"])
+    return live.peak - standing
+
+
+def test_of_a_shared_reward_one_block_at_a_time_is_whole(tmp_path):
+    wide = RewardSettings(path=str(write_clip(tmp_path / "wide", hidden_size=128, intermediate_size=512)))
+    own, shared = (scoring_bytes(wide, sharing) for sharing in (None, RehearsedSharing(4)))
+    block = 4 * (2 * 128 * 512 + 4 * 128 * 128)
+    assert 0.9 * block < shared - own < 1.1 * block
+
+
+@pytest.mark.slow
+def test_a_shared_reward_is_a_part_of_its_blocks(tiny, out):
+    keys = {"distributed": {"reward": "shared", "timeout": 60}}
+    whole, part = (estimate(config(tiny, out, **each), cuda=False, parts=4) for each in ({}, keys))
+    layers = skeleton_reward(config(tiny, out).reward)[0].shared_blocks()
+    padded = [sum(-(-4 * p.numel() // 256) * 256 for p in layer.parameters()) for layer in layers]
+    plain = [sum(4 * p.numel() for p in layer.parameters()) for layer in layers]
+    assert len(layers) == 2 and whole.standing["reward"] - part.standing["reward"] == sum(plain) - sum(padded) // 4
+    assert (part.gpus, part.parts) == (4, 1) and any("4 GPUs" in note for note in part.notes)
+    alone = estimate(config(tiny, out, **keys), cuda=False)
+    assert alone.standing == whole.standing and any("--gpus" in note for note in alone.notes)
+
+
+def test_sharing_the_reward_is_suggested_to_several_gpus(tiny, out):
+    shared = {"distributed.reward": "shared"}
+    assert shared in list(candidates(config(tiny, out), 4)) and shared not in list(candidates(config(tiny, out)))
 
 
 def test_the_table_adds_up_and_marks_the_largest(path, out, capsys):

@@ -4,9 +4,11 @@ import pytest
 import torch
 from builders.backbones import PROMPTS, make_backbone
 from builders.clip import write_clip
+from builders.ranks import computed
 
 from rsaft_fast.algorithms.reward_gradient import RewardGradient
 from rsaft_fast.data.encoded import EncodedPrompts
+from rsaft_fast.distributed import World
 from rsaft_fast.evaluation.agreement import Agreement, FixedSet, fixed_prompts, jackknife, measure
 from rsaft_fast.evaluation.sketch import fold
 from rsaft_fast.methods import DRaFT
@@ -111,6 +113,28 @@ def test_cosines_of_samples_are_means_of_each_ones_own(made, rewards, space):
     torch.testing.assert_close(found.cosines, torch.stack(own).mean(0), rtol=1e-9, atol=1e-9)
     # Pictures of one prompt are one witness.
     assert len(found.replicates()) == len(set(samples.prompts)) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("space", "ranks"), [("parameter", 4), ("latent", 7)])
+def test_ranks_that_share_the_pictures_find_what_one_finds_to_the_bit(made, rewards, tmp_path, space, ranks):
+    """Of six groups each rank has one or two; of seven ranks one has none."""
+    algorithm, samples = made
+    judges = dict(zip("ab", rewards[1:]))
+
+    def measured(rank, size=ranks):
+        kept, done = [] if space == "parameter" else None, []
+        watch = lambda indices: (done.append(index) or index for index in indices)  # noqa: E731
+        keys = {"length": 2**12, "keep": kept, "watch": watch, "world": World(rank, size)}
+        return measure(algorithm, judges, samples, [None, BALL], space, **keys), kept, done
+
+    one, kept, done = measured(0, 1)
+    several = computed(ranks, tmp_path, measured)
+    assert done == list(range(PICTURES)) == [index for _, _, own in several for index in own]
+    for found, sums, _ in several:
+        assert torch.equal(found.products, one.products) and torch.equal(found.counts, one.counts)
+        assert (found.pictures, found.judges) == (one.pictures, one.judges)
+        torch.testing.assert_close(sums, kept, rtol=1e-12, atol=1e-15)
 
 
 def test_the_fixed_set_is_another_than_the_updates(made):

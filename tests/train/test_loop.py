@@ -199,8 +199,11 @@ def test_a_checkpoint_of_another_model_is_refused(tiny, ran, overrides, line):
 
 def test_a_finished_run_says_so_and_changes_nothing_but_the_export(tiny, ran):
     shutil.rmtree(ran / "lora")
-    outcome = train(config(tiny, ran, resume="auto"))
+    said = []
+    outcome = train(config(tiny, ran, resume="auto", optimizer__lr=5e-3), log=said.append)
     assert says(2, "updates").search(outcome.message) and (ran / "lora").is_dir()
+    resumed, nothing, changed = notes(said)
+    assert says("no update", "max_steps", 2).search(nothing) and says("optimizer.lr", 0.01, 0.005).search(changed)
 
 
 def test_resume_auto_without_a_run_starts_one(tiny, out):

@@ -26,6 +26,7 @@ from builders.many import (
     wide,
 )
 from builders.messages import says
+from builders.pipelines import tiny_flux2_dev
 from builders.ranks import Ranks, command, trained
 from builders.recipes import config, recipe, write_recipe
 from safetensors.torch import load_file
@@ -75,12 +76,14 @@ def test_shards_make_the_run_of_one(tiny, aux, tmp_path, case, count):
 @pytest.mark.parametrize(
     ("family", "checkpoint"),
     [(family, kept) for family in ("sd15", "sdxl", "flux") for kept in (["denoiser", "decoder"], [])]
-    + [(family, ["denoiser", "decoder"]) for family in ("klein", "zimage", "qwen")],
+    + [(family, ["denoiser", "decoder"]) for family in ("klein", "flux2-dev", "zimage", "qwen")],
 )
 def test_every_architecture_is_parted_by_its_blocks(tiny, tmp_path, family, checkpoint):
     """With and without recomputed activations, whose second forward pass finds the weights gathered."""
     keys = REWARD_GRADIENT | SHARD | {"method": {"name": "draft"}, "max_steps": 2, "checkpoint_every": 2}
     keys |= {"sampler": {"steps": 2, "guidance_scale": 2.0}, "backbone__checkpoint": checkpoint}
+    if family == "flux2-dev":
+        family, keys["backbone__path"] = "klein", str(tiny_flux2_dev(tmp_path / "dev"))
     for count, folder in ((1, tmp_path / "one"), (2, tmp_path / "two")):
         trained(count, tmp_path / f"logs {count}", config(tiny, folder, family, **keys))
     # Products of gathered weights round otherwise in some shapes (one level in 25 of 613,320 values of klein),
