@@ -194,8 +194,9 @@ def _nearest(key: str, level: list[type[BaseModel]], root: type[BaseModel]) -> s
 
 def _choice(value: Any, options: list[str]) -> str:
     text = value if isinstance(value, str) else shown(value)
-    close = difflib.get_close_matches(text[:60], options, 1, cutoff=0.5)
-    hint = f"did you mean {close[0]}? " if close else ""
+    begun = [option for option in options if text and option.startswith(text)]
+    close = begun or difflib.get_close_matches(text[:60], options, 1, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
     return f"{hint}it must be one of {', '.join(options)}"
 
 

@@ -298,6 +298,8 @@ def assemble(
                 log(note)
     elif config.distributed.reward == "shared":
         log("distributed.reward shared does nothing in one process: the rewards are whole here (torchrun starts more)")
+    if config.parameters.train == "full" and "lora" in config.parameters.model_fields_set:
+        log("parameters.lora is not used: parameters.train is full, which trains all weights; lora trains adapters")
     with oom_as_user_error("preparing the run"):
         with world.first_of_machine("encodings"):
             if world.local_rank:

@@ -47,6 +47,7 @@ def path(tiny, out, tmp_path) -> Path:
             "method.name=drat",
             says("method.name", "'drat'", "command line", "draft?", "refl, draft, draft_lv"),
         ),
+        ("method.name=flowbp", says("'flowbp'", "did you mean flowbp_sparse or flowbp_bridge or flowbp_lagrange?")),
         ("method={}", says("missing", "method.name", "command line", "refl, draft, draft_lv, alignprop, drtune")),
         ("method=3", says("method is 3", "command line", "section")),
         ("max_steps=x", says("max_steps", "'x'", "command line", "whole number")),
