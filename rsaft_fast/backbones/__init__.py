@@ -9,6 +9,7 @@ import torch
 from rsaft_fast.backbones.flux import FLUX
 from rsaft_fast.backbones.flux2 import FLUX2Dev, FLUX2Klein
 from rsaft_fast.backbones.folder import find_folder, is_text_encoder, read_index, read_pipeline
+from rsaft_fast.backbones.krea2 import Krea2
 from rsaft_fast.backbones.lora import LoRASettings, add_lora, save_lora
 from rsaft_fast.backbones.own import is_own, make_own
 from rsaft_fast.backbones.pipeline import PipelineBackbone
@@ -123,6 +124,7 @@ __all__ = [
     "Conditioning",
     "FLUX2Dev",
     "FLUX2Klein",
+    "Krea2",
     "LoRASettings",
     "PipelineBackbone",
     "Quantization",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import CLIPTokenizer
 
+from rsaft_fast.backbones.casting import cast_network
 from rsaft_fast.backbones.folder import Part, PipelineFolder, is_text_encoder
 from rsaft_fast.errors import UserError
 from rsaft_fast.pretrained import Weights, library_errors, load_model
@@ -46,8 +47,7 @@ def _shape_alone(part: Part, dtype: torch.dtype) -> torch.nn.Module:
     """A network on the meta device."""
     with torch.device("meta"):
         network = part.made.from_config(part.config)
-    # diffusers' own `to` speaks of layers to keep in fp32.
-    return torch.nn.Module.to(network, dtype)
+    return cast_network(network, dtype)
 
 
 _LEFT_UNREAD = r"position_ids$|^(vision_model|visual_projection|text_projection|logit_scale|decoder|lm_head)\b"

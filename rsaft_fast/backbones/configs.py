@@ -4,9 +4,9 @@ The yardstick is the pipeline of diffusers for the same folder. What a network's
 schedulers take from a config, they apply. Beside those:
 
 * The VAE's numbers belong to the pipelines, and each pipeline has its own: all divide by `scaling_factor`; SD3's and
-  FLUX.1's add `shift_factor`; SDXL's knows `latents_mean` and `latents_std` too, Qwen-Image's these alone; FLUX.2's has
-  none in its config, but the running statistics of a BatchNorm beside its weights. Numbers that diffusers' pipeline
-  would pass over are refused: the VAE was trained with them.
+  FLUX.1's add `shift_factor`; SDXL's knows `latents_mean` and `latents_std` too, Qwen-Image's and Krea-2's these alone;
+  FLUX.2's has none in its config, but the running statistics of a BatchNorm beside its weights. Numbers that diffusers'
+  pipeline would pass over are refused: the VAE was trained with them.
 * UNets are sampled by DDIM whichever scheduler is named. What that one does beside placing its steps (solver order and
   type, last sigma, interpolation, Karras and other spacings of sigmas) is its own affair; spacings are said in a line.
   Keys that change what the network is asked (continuous timesteps, flow sigmas) are refused.
@@ -77,22 +77,22 @@ def check_keys(path: str, part: Part, family: Family) -> list[str]:
 def _check_types(file: str, part: Part) -> None:
     """Refuse values of another kind than the class says: some break it when it computes, some mean another thing."""
     for key, hint in typing.get_type_hints(part.made.__init__).items():
-        if part.config.get(key) is not None and not _is_a(part.config[key], hint):
+        if part.config.get(key) is not None and not is_a(part.config[key], hint):
             wanted = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
             raise UserError(f"{file}: {key} is {part.config[key]!r}; {part.made.__name__} takes {wanted}: mend it")
 
 
-def _is_a(value: Any, hint: Any) -> bool:
-    """Whether a value out of JSON is of an annotation; of one that says nothing, anything is."""
+def is_a(value: Any, hint: Any) -> bool:
+    """Tell whether a value out of JSON is of an annotation; of one that says nothing, anything is."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return value is None or any(_is_a(value, one) for one in inner if one is not type(None))
+        return value is None or any(is_a(value, one) for one in inner if one is not type(None))
     if origin is typing.Literal:
         return value in inner
     if origin in (tuple, list) or hint in (tuple, list):
         # Annotations of lengths are loose: tuple[int] has many, and some have lists of lists.
         return isinstance(value, list) and all(
-            isinstance(item, list) or any(_is_a(item, one) for one in inner if one is not Ellipsis) or not inner
+            isinstance(item, list) or any(is_a(item, one) for one in inner if one is not Ellipsis) or not inner
             for item in value
         )
     if hint in (int, float):

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from rsaft_fast.backbones.configs import is_number
 from rsaft_fast.backbones.family import Config, Family
 from rsaft_fast.backbones.pipeline import PipelineBackbone
 from rsaft_fast.errors import UserError
+from rsaft_fast.sampling.branches import LENGTHS
 from rsaft_fast.sampling.linear import Schedule, flow_schedule
+from rsaft_fast.sampling.protocol import Branch
 
 PATCH = 2  # pixels of the VAE's latent along one side of a token
 
@@ -86,6 +89,22 @@ class T5FlowBackbone(FlowBackbone):
         limits = super().text_limits
         last = self.text_encoder_names()[-1]
         return limits | ({last: self.t5_length} if last in limits else {})
+
+
+class MaskedTextBackbone(FlowBackbone):
+    """One that takes a prompt's own tokens alone, and in a batch masks what fills the shorter ones up."""
+
+    def masked_text(self, branch: Branch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The text (B, L, C), and (B, L), True where a token is; None where all are there."""
+        text = branch["encoder_hidden_states"]
+        lengths = [text.shape[1]] * len(text) if LENGTHS not in branch else branch[LENGTHS].tolist()
+        missing = -text.shape[1] % self.text_multiple
+        if not missing and self.text_multiple == 1 and min(lengths) == text.shape[1]:
+            return text, None
+        text = pad(text, (0, 0, 0, missing)) if missing else text
+        # Numbers of the host as they are: nothing is copied to the device, and nothing waits for it.
+        places = torch.arange(text.shape[1], device=text.device)
+        return text, torch.stack([places < length for length in lengths])
 
 
 class PatchedBackbone(FlowBackbone):

@@ -7,6 +7,7 @@ transformers alone.
 from __future__ import annotations
 
 import os
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from diffusers import SchedulerMixin
 from transformers import PreTrainedTokenizerFast
 
 from rsaft_fast import hub
-from rsaft_fast.backbones.configs import check_keys
+from rsaft_fast.backbones.configs import check_keys, is_a
 from rsaft_fast.backbones.family import Family
 from rsaft_fast.backbones.parts import Part, config_name
 from rsaft_fast.errors import UserError
@@ -70,7 +71,7 @@ class PipelineFolder:
 
 def is_text_encoder(name: str) -> bool:
     """Whether a pipeline's component of that name is one."""
-    return name.startswith("text_encoder")
+    return re.fullmatch(r"text_encoder(_\d+)?", name) is not None
 
 
 def find_folder(path: str | Path) -> Path:
@@ -139,9 +140,7 @@ def read_index(path: str | Path, folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} has no {INDEX}; give the folder of a diffusers pipeline, or its hub id")
     index = read_config(folder / INDEX, "pipeline index")
     for name, entry in index.items():
-        if not isinstance(entry, list) or name == "_class_name":
-            continue
-        if entry == [None, None]:
+        if not isinstance(entry, list) or name == "_class_name" or entry == [None, None] or is_setting(entry):
             continue
         if len(entry) != 2 or not all(isinstance(text, str) for text in entry):
             raise UserError(f"{path}: {INDEX} has {name}: {entry}; expected [library, class]: download it anew")
@@ -170,11 +169,13 @@ def read_pipeline(path: str | Path, family: Family, text: bool = True) -> Pipeli
     for name, entry in index.items():
         if name.startswith("_") or name in unused:
             continue
-        if not isinstance(entry, list):
-            if name in expected and isinstance(entry, bool):
-                settings[name] = entry
-            elif entry not in (None, False):
+        if entry is not None and _takes_numbers(expected.get(name)):
+            settings[name] = _checked_setting(path, family, name, entry, expected[name])
+        elif not isinstance(entry, list):
+            if entry not in (None, False):
                 notes.append(f"{path}: {INDEX} has {name}: {entry}, left unread")
+        elif is_setting(entry):
+            raise UserError(f"{path}: {INDEX} has {name}: {entry}; expected [library, class]: download it anew")
         elif name not in expected:
             raise UserError(
                 f"{path}: {INDEX} names {name}, which a {family.pipeline_class.__name__} does not have; its pictures "
@@ -186,6 +187,28 @@ def read_pipeline(path: str | Path, family: Family, text: bool = True) -> Pipeli
     for part in parts.values():
         notes += check_keys(str(path), part, family)
     return PipelineFolder(str(path), folder, parts, settings, tuple(notes))
+
+
+def is_setting(entry: Any) -> bool:
+    """Tell whether an entry of the index is a list of numbers (layers of a text encoder), and names no component."""
+    return isinstance(entry, list) and bool(entry) and all(type(item) is int for item in entry)
+
+
+def _takes_numbers(expected: Any) -> bool:
+    """Whether an argument of a pipeline's constructor is a number or several, and no component."""
+    inner = typing.get_args(expected)
+    if typing.get_origin(expected) in (tuple, list):
+        return set(inner) <= {int, float, Ellipsis}
+    return expected in (bool, int, float) or any(_takes_numbers(one) for one in inner)
+
+
+def _checked_setting(path: str | Path, family: Family, name: str, entry: Any, expected: Any) -> Any:
+    """An argument of the pipeline's constructor that is no component; of another kind it would mean another picture."""
+    if is_a(entry, expected):
+        return entry
+    raise UserError(
+        f"{path}: {INDEX} has {name}: {entry!r}; {family.pipeline_class.__name__} takes {expected}: mend it"
+    )
 
 
 def _require(path: str | Path, family: Family, parts: dict[str, Part], text: bool) -> None:

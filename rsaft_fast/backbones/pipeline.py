@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline
 
+from rsaft_fast.backbones.casting import cast_network, has_dtype
 from rsaft_fast.backbones.components import load_components
 from rsaft_fast.backbones.family import Family
 from rsaft_fast.backbones.folder import is_text_encoder, read_pipeline
@@ -73,19 +74,15 @@ class PipelineBackbone(Backbone):
         for module in self.modules():
             wanted = self.vae_dtype(dtype) if module is pipeline.vae else dtype
             module.requires_grad_(False).eval()
+            if not has_dtype(module, wanted):
+                cast_network(module, wanted)
             if module is self.denoiser and quantize:
-                if module.dtype != wanted:
-                    module.to(wanted)
                 quantize_denoiser(module, quantize, self.device)
             if module is self.denoiser and offload_blocks:
-                if module.dtype != wanted:
-                    module.to(wanted)
                 self.offloaded = OffloadedBlocks(module, offload_blocks, self.device)
                 continue
             if not stays and not (denoiser_on_host and module is self.denoiser):
                 module.to(self.device)
-            if module.dtype != wanted:
-                module.to(wanted)
         self._check_channels()
         self.height = height or self.default_size
         self.width = width or self.default_size

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
-from torch.nn.functional import pad
 
 from rsaft_fast.backbones import text_specs
 from rsaft_fast.backbones.causal_vae import CausalVAEBackbone
 from rsaft_fast.backbones.family import Config, KohyaHeader, Place, Published
-from rsaft_fast.backbones.flow import FlowFamily, check_axes
+from rsaft_fast.backbones.flow import FlowFamily, MaskedTextBackbone, check_axes
 from rsaft_fast.errors import UserError
 from rsaft_fast.sampling.branches import LENGTHS, join_rows
 from rsaft_fast.sampling.guidance import guide_at_length
@@ -27,7 +26,7 @@ def _kohya_place(layer: str, config: Config) -> Place | None:
     return Place(layer) if layer.startswith("transformer_blocks.") else None
 
 
-class QwenImage(CausalVAEBackbone):
+class QwenImage(MaskedTextBackbone, CausalVAEBackbone):
     """`QwenImagePipeline`: one sample's latent is (H/16 * W/16, 64), 2x2 patches of 16 channels as tokens, row by row.
 
     A prompt has as many tokens as it has; in a batch of unequal ones the shorter are masked. `guidance_scale` is what
@@ -129,15 +128,3 @@ class QwenImage(CausalVAEBackbone):
             return_dict=False,
         )[0]
         return out.to(x.dtype)
-
-    def masked_text(self, branch: Branch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The text (B, L, C), and (B, L), True where a token is; None where all are there."""
-        text = branch["encoder_hidden_states"]
-        lengths = [text.shape[1]] * len(text) if LENGTHS not in branch else branch[LENGTHS].tolist()
-        missing = -text.shape[1] % self.text_multiple
-        if not missing and self.text_multiple == 1 and min(lengths) == text.shape[1]:
-            return text, None
-        text = pad(text, (0, 0, 0, missing)) if missing else text
-        # Numbers of the host as they are: nothing is copied to the device, and nothing waits for it.
-        places = torch.arange(text.shape[1], device=text.device)
-        return text, torch.stack([places < length for length in lengths])

@@ -15,6 +15,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
+from rsaft_fast.backbones.casting import cast_network
 from rsaft_fast.backbones.pipeline import PipelineBackbone, required_components
 from rsaft_fast.backbones.quantized import Quantization
 from rsaft_fast.backbones.registry import ADAPTERS
@@ -89,7 +90,7 @@ def random_network(
         raise UserError(f"the spec does not fit {network_class.__name__}: its config {what}")
     with torch.device("meta"):
         network = network_class(**options)
-    torch.nn.Module.to(network, dtype).eval()  # diffusers' own warns of layers to keep in fp32 though there are none
+    cast_network(network, dtype).eval()
     if torch.device(device).type == "meta":
         return network
     network.to_empty(device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rsaft_fast.backbones.flux import FLUX
 from rsaft_fast.backbones.flux2 import FLUX2Dev, FLUX2Klein
+from rsaft_fast.backbones.krea2 import Krea2
 from rsaft_fast.backbones.pipeline import PipelineBackbone
 from rsaft_fast.backbones.qwen_image import QwenImage
 from rsaft_fast.backbones.sd3 import SD3
@@ -17,6 +18,7 @@ _ADAPTERS: tuple[type[PipelineBackbone], ...] = (
     SD3,
     FLUX,
     QwenImage,
+    Krea2,
     FLUX2Klein,
     FLUX2Dev,
     ZImage,

@@ -65,6 +65,35 @@ QWEN2_5_VL_7B: Parts = {
     "tokenizer": ("transformers", "PreTrainedTokenizer", {"model_max_length": 131072}),
 }
 
+QWEN3_VL_4B: Parts = {
+    "text_encoder": (
+        "transformers",
+        "Qwen3VLModel",
+        {
+            "text_config": {
+                "vocab_size": 151936,
+                "hidden_size": 2560,
+                "intermediate_size": 9728,
+                "num_hidden_layers": 36,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "max_position_embeddings": 262144,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+            },
+            "vision_config": {
+                "depth": 24,
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_heads": 16,
+                "out_hidden_size": 2560,
+                "deepstack_visual_indexes": [5, 11, 17],
+            },
+        },
+    ),
+    "tokenizer": ("transformers", "PreTrainedTokenizer", {"model_max_length": 131072}),
+}
+
 
 def tokenizer(length: int) -> tuple[str, str, Config]:
     """A tokenizer that gives that many tokens, as a component."""

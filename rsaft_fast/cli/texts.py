@@ -109,7 +109,7 @@ examples:
 Without --run, steps and guidance are those of diffusers' pipelines, or of the model's authors: SD1.5 50 and 7.5, SDXL
 50 and 5, SD3 28 and 7, SD3.5 28 and 4.5, FLUX.1-dev 28 and 3.5, FLUX.1-schnell 4 and none, FLUX.2-dev and -klein-base
 50 and 4, FLUX.2-klein 4 and none, Z-Image 50 and 6 (its own pipeline calls this 5), Z-Image-Turbo 8 and none,
-Qwen-Image 50 and 4.
+Qwen-Image 50 and 4, Krea-2 28 and 5.5 (its own pipeline calls this 4.5), Krea-2-Turbo 8 and none.
 
 A picture depends on its prompt and seed alone. Writes one PNG a picture, grid.png and pictures.json into --output.
 """

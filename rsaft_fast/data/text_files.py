@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from rsaft_fast.backbones import is_text_encoder
-from rsaft_fast.backbones.folder import INDEX, read_index
+from rsaft_fast.backbones.folder import INDEX, is_setting, read_index
 from rsaft_fast.files import replace_file
 from rsaft_fast.hub import cached_file
 
@@ -46,7 +46,7 @@ class TextFiles:
             return {"hub": f"{self.path}@{index.parent.name}"} if index is not None else None
         found = {name: self._of_component(name) for name in self.components}
         known = {name: digest for name, digest in found.items() if digest is not None}
-        return known if len(known) == len(found) else None
+        return known | self._settings if len(known) == len(found) else None
 
     @cached_property
     def components(self) -> list[str]:
@@ -54,6 +54,12 @@ class TextFiles:
         index = read_index(self.path, self.folder)
         parts = [name for name, entry in index.items() if isinstance(entry, list) and any(entry)]
         return [name for name in parts if is_text_encoder(name) or name.startswith("tokenizer")]
+
+    @property
+    def _settings(self) -> dict[str, str]:
+        """What the index itself says of the text: which layers of the encoder are taken."""
+        index = read_index(self.path, self.folder)
+        return {name: json.dumps(entry) for name, entry in index.items() if is_setting(entry)}
 
     def without_weights(self) -> list[str]:
         """List the text encoders of a folder that cannot be loaded."""

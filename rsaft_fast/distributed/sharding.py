@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -33,7 +34,7 @@ def shard_network(
         what keeps the ranks' calls of the network in step.
     """
     mesh = init_device_mesh(device.type, (world.size,))
-    for module in (*blocks, network):
+    for module in (*_of_other_dtypes(network), *blocks, network):
         # Stated for the root too, which would else stay gathered, and not see a weight that changes.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     for module in network.modules():
@@ -41,6 +42,18 @@ def shard_network(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return Lockstep(network, turns or Turns(world), device)
+
+
+def _of_other_dtypes(network: nn.Module) -> list[nn.Module]:
+    """List the modules whose own parameters are of another dtype than most of the network's.
+
+    FSDP2 gathers tensors of one dtype together; Krea-2's normalisations are in fp32 beside bf16.
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in network.parameters():
+        sizes[parameter.dtype] += parameter.numel()
+    usual = sizes.most_common(1)[0][0]
+    return [m for m in network.modules() if any(p.dtype != usual for p in m.parameters(recurse=False))]
 
 
 def own_class(network: nn.Module) -> type[nn.Module]:

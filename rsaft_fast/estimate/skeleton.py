@@ -13,8 +13,9 @@ import torch
 import transformers
 
 from rsaft_fast.backbones import ADAPTERS, Backbone, Quantization, adapter_for
+from rsaft_fast.backbones.casting import cast_network
 from rsaft_fast.backbones.family import Family, Parts
-from rsaft_fast.backbones.folder import INDEX, read_index
+from rsaft_fast.backbones.folder import INDEX, read_index, read_pipeline
 from rsaft_fast.backbones.own import is_own, make_own
 from rsaft_fast.backbones.pipeline import required_components
 from rsaft_fast.backbones.published import KNOWN, published_pipeline
@@ -42,9 +43,9 @@ def skeleton_backbone(
     how |= {"offload_blocks": offload_blocks, "quantize": quantize}
     if is_own(path):
         return make_own(path, **how), []
-    family, parts, notes = pipeline_parts(path)
+    family, parts, settings, notes = pipeline_parts(path)
     options = family.unused
-    components = {**dict.fromkeys(required_components(family.pipeline_class)), **options}
+    components = {**dict.fromkeys(required_components(family.pipeline_class)), **settings, **options}
     with quiet(), torch.device("meta"):
         for part, (library, kind, config) in parts.items():
             if part not in options and part in components:
@@ -65,13 +66,15 @@ def _component(part: str, library: str, kind: str, config: Mapping[str, Any], dt
         if part.startswith("scheduler"):
             with torch.device("cpu"):  # its tables are numbers that the schedule is made of
                 return made.from_config(config)
-        return made.from_config(config).to(dtype).eval()
+        return cast_network(made.from_config(config), dtype).eval()
     made = getattr(transformers, kind)
     return made(made.config_class.from_dict(dict(config))).to(dtype).eval()
 
 
-def pipeline_parts(path: str) -> tuple[Family, Parts, list[str]]:
+def pipeline_parts(path: str) -> tuple[Family, Parts, dict[str, Any], list[str]]:
     """Find the configs of the pipeline at a folder or hub id, and what there is to say about where they came from.
+
+    Third are arguments of the pipeline's class beside its components, where a folder has some.
 
     Raises:
         UserError: no pipeline there, and none published of that name that is known here.
@@ -85,7 +88,8 @@ def pipeline_parts(path: str) -> tuple[Family, Parts, list[str]]:
         cached = cached_file(path, INDEX)
         folder = cached.parent if cached is not None else folder
     if os.path.exists(folder):
-        return adapter_for(folder, text=False).family, _parts_of_folder(folder), []
+        family = adapter_for(folder, text=False).family
+        return family, _parts_of_folder(folder), read_pipeline(folder, family, text=False).settings, []
     found = published_pipeline(path)
     if found is None:
         raise UserError(
@@ -94,7 +98,7 @@ def pipeline_parts(path: str) -> tuple[Family, Parts, list[str]]:
         )
     family, parts = found
     name = family.pipeline_class.__name__
-    return family, parts, [f"{path} is not on this machine: shapes are those of the published {name} of that name"]
+    return family, parts, {}, [f"{path} is not on this machine: shapes are those of the published {name} of that name"]
 
 
 def _parts_of_folder(folder: Path) -> Parts:

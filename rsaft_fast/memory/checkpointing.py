@@ -42,6 +42,12 @@ class _RecomputedForward(ReplacedForward):
         return checkpoint(self.run, *args, use_reentrant=False, preserve_rng_state=self.module.training, **kwargs)
 
 
+def _restore(module: nn.Module) -> None:
+    inner = module.__dict__.pop("forward").inner
+    if inner is not None:
+        module.forward = inner
+
+
 class Checkpointing:
     """Modules under checkpointing, until `remove()` or the end of the `with` block."""
 
@@ -55,9 +61,7 @@ class Checkpointing:
     def remove(self) -> None:
         """Give every module its own forward back."""
         for module in self.modules:
-            inner = module.__dict__.pop("forward").inner
-            if inner is not None:
-                module.forward = inner
+            _restore(module)
         self.modules = []
 
     def __enter__(self) -> Checkpointing:
@@ -77,6 +81,13 @@ def checkpoint_calls(modules: Iterable[nn.Module]) -> Checkpointing:
         a handle whose `remove()` undoes it; also a context manager.
     """
     return Checkpointing(modules)
+
+
+def keep_calls(modules: Iterable[nn.Module]) -> None:
+    """Undo `checkpoint_calls` where its handle is gone; other modules are left as they are."""
+    for module in modules:
+        if isinstance(module.__dict__.get("forward"), _RecomputedForward):
+            _restore(module)
 
 
 _DECODER_LAYERS = (ResnetBlock2D, Attention, QwenImageResidualBlock, QwenImageAttentionBlock)

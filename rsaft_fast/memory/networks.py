@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rsaft_fast.errors import UserError
-from rsaft_fast.memory.checkpointing import checkpoint_vae_decoder
+from rsaft_fast.memory.checkpointing import checkpoint_calls, checkpoint_vae_decoder, keep_calls
 from rsaft_fast.memory.decoder import decode_in_strips
 from rsaft_fast.memory.offload import transformer_blocks
 
@@ -28,8 +28,15 @@ def checkpoint_networks(denoiser: nn.Module, vae: nn.Module, names: Collection[s
         decode_in_strips(vae)
 
 
+_LEFT_OUT = ("Krea2TextFusionBlock",)
+"""Classes of blocks that diffusers does not checkpoint. Krea-2's work on twelve layers of every token of the text: of
+512 tokens they keep 1.4 GiB under LoRA and 2.1 in full training, and their inputs are 0.07."""
+
+
 def checkpoint_denoiser(denoiser: nn.Module, enabled: bool = True, keep_blocks: int = 0) -> None:
     """Turn a diffusers denoiser's own per-block checkpointing on or off; it acts under `eval()` too.
+
+    Blocks that diffusers leaves out are checkpointed as well, by this package.
 
     Args:
         keep_blocks: blocks, counted from the last one, that keep their activations. The backward pass comes to them
@@ -39,7 +46,9 @@ def checkpoint_denoiser(denoiser: nn.Module, enabled: bool = True, keep_blocks: 
     Raises:
         UserError: there are fewer blocks.
     """
+    beside = [module for module in denoiser.modules() if type(module).__name__ in _LEFT_OUT]
     if not enabled:
+        keep_calls(beside)
         denoiser.disable_gradient_checkpointing()
         return
     blocks = list(denoiser_blocks(denoiser))
@@ -48,6 +57,7 @@ def checkpoint_denoiser(denoiser: nn.Module, enabled: bool = True, keep_blocks: 
             f"backbone.keep_blocks is {keep_blocks}; this {type(denoiser).__name__} has {len(blocks)} blocks (to keep "
             "all of them, leave denoiser out of backbone.checkpoint)"
         )
+    checkpoint_calls(beside)
     denoiser.enable_gradient_checkpointing(_CheckpointedCall(blocks[len(blocks) - keep_blocks :]))
 
 

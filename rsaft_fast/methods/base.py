@@ -52,6 +52,4 @@ class GradientMethod(Method):
 def require_at_most(name: str, value: int, num_steps: int) -> None:
     """Refuse a count of gradient steps that the schedule does not have."""
     if value > num_steps:
-        raise UserError(
-            f"{name} is {value}, but sampler.steps is {num_steps}; lower {name} or raise sampler.steps"
-        )
+        raise UserError(f"{name} is {value}, but sampler.steps is {num_steps}; lower {name} or raise sampler.steps")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
@@ -107,12 +108,17 @@ def set_attention(model: nn.Module, name: str) -> None:
     layers = [m for m in model.modules() if isinstance(m, Attention | AttentionModuleMixin)]
     parameter = next(model.parameters())
     if parameter.device.type != "meta":
-        check_attention(name, parameter.device, parameter.dtype, {m.inner_dim // m.heads for m in layers})
+        check_attention(name, parameter.device, parameter.dtype, {_head_dim(m) for m in layers})
     for layer in layers:
         if hasattr(layer.processor, "_attention_backend"):  # else the environment could name another
             layer.processor._attention_backend = "native"
         if name != "sdpa":
             layer.forward = _ForwardWithKernel(layer.forward, _with_kernel(name))
+
+
+def _head_dim(layer: Any) -> int:
+    """Channels of one head: newer classes of diffusers say it themselves."""
+    return layer.head_dim if hasattr(layer, "head_dim") else layer.inner_dim // layer.heads
 
 
 def check_attention(name: str, device: torch.device, dtype: torch.dtype, head_dims: Iterable[int] = (64,)) -> None:

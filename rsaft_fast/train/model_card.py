@@ -47,6 +47,10 @@ LICENCES: dict[str, dict[str, str]] = {
     **{f"black-forest-labs/FLUX.2-klein-{name}4B": {"license": "apache-2.0"} for name in ("", "base-")},
     **{f"Qwen/Qwen-Image{name}": {"license": "apache-2.0"} for name in ("", "-2512")},
     **{f"Tongyi-MAI/Z-Image{name}": {"license": "apache-2.0"} for name in ("", "-Turbo")},
+    **{
+        f"krea/Krea-2-{name}": {"license": "other", "license_name": "krea-2-community-license"}
+        for name in ("Raw", "Turbo")
+    },
 }
 """What the hub's front matter says of base models that recipes name."""
 

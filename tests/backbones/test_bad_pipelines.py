@@ -89,5 +89,5 @@ def test_text_encoders_are_left_out_and_missed_clearly(originals, family):
     ]
     with pytest.raises(UserError, match=says("prompts", "text_encoder")):
         backbone.encode(PROMPTS)
-    drawn = backbone.random_conditioning(3, 1.0)
+    drawn = backbone.random_conditioning(3)
     assert len(drawn) == 3 and drawn.negative is None

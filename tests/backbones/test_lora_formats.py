@@ -85,7 +85,7 @@ def test_unets_have_all_the_names_of_sd_scripts(spec, attentions, count):
 @pytest.mark.parametrize(
     "spec, count",
     [("sd35-medium", 24 * 3 + 23), ("flux1", 19 * 4 + 38), ("klein-9b", 8 * 4 + 24 * 2), ("z-image", 34 * 2)]
-    + [("qwen-image", 60 * 8)],
+    + [("qwen-image", 60 * 8), ("krea-2", 32 * 5)],
 )
 def test_transformers_have_the_names_of_their_own_code(spec, count):
     backbone, state = adapted(spec)
@@ -102,6 +102,10 @@ def test_transformers_have_the_names_of_their_own_code(spec, count):
         # As musubi-tuner has them, whose code of the model has diffusers' names.
         parts = ("to_q", "to_k", "to_v", "to_out_0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
         expected = {f"transformer_blocks_{i}_attn_{part}" for i in range(60) for part in parts}
+    elif spec == "krea-2":
+        lists = {"blocks": 28, "txtfusion_layerwise_blocks": 2, "txtfusion_refiner_blocks": 2}
+        expected = {f"{name}_{i}_attn_{part}" for name, count in lists.items() for i in range(count)
+                    for part in ("wq", "wk", "wv", "wo", "gate")}  # fmt: skip
     elif spec == "z-image":
         # As ComfyUI's own table has them (comfy/utils.py, z_image_to_diffusers): query, key and value are one layer.
         lists = {"layers": 30, "noise_refiner": 2, "context_refiner": 2}

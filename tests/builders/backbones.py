@@ -10,6 +10,7 @@ import torch
 from builders.pipelines import (
     tiny_flux,
     tiny_klein,
+    tiny_krea2,
     tiny_qwen_image,
     tiny_sd3,
     tiny_sd15,
@@ -27,8 +28,9 @@ BUILDERS = {
     "klein": tiny_klein,
     "zimage": tiny_zimage,
     "qwen": tiny_qwen_image,
+    "krea": tiny_krea2,
 }
-_SLOW = ("klein", "zimage", "qwen")
+_SLOW = ("klein", "zimage", "qwen", "krea")
 FAMILIES = [pytest.param(name, marks=pytest.mark.slow) if name in _SLOW else name for name in BUILDERS]
 """All of them, for what each must pass: the later ones are among the slow tests, and have short ones of their own."""
 SIZE = 32  # pixels a side, the default of all but FLUX

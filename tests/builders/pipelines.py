@@ -18,6 +18,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     PNDMScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -46,6 +48,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
 )
@@ -348,6 +352,49 @@ def tiny_qwen_image(path: str | Path, seed: int = 0) -> Path:
     return _save(pipeline, path)
 
 
+def tiny_krea2(path: str | Path, seed: int = 0, is_distilled: bool = False) -> Path:
+    """Write a `Krea2Pipeline` folder: packed latents of a causal VAE, three layers of Qwen3-VL, two heads that share a
+    key."""
+    torch.manual_seed(seed)
+    transformer = Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        timestep_embed_dim=16,
+        text_hidden_dim=16,
+        num_text_layers=3,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=24,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 2, 2),
+    )
+    _fill_zero_layers(transformer)
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            if ".norm" in name or "_table" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            elif ".to_" in name or "txt_in" in name:
+                parameter.mul_(2)  # so that a picture depends on its prompt
+    tokenizer = qwen_tokenizer()
+    pipeline = Krea2Pipeline(
+        vae=tiny_causal_vae(),
+        text_encoder=Qwen3VLModel(_qwen3_vl_config(len(tokenizer))).eval(),
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=6400
+        ),
+        text_encoder_select_layers=(0, 1, 3),
+        is_distilled=is_distilled,
+    )
+    return _save(pipeline, path)
+
+
 def tiny_causal_vae(**config) -> AutoencoderKLQwenImage:
     """Qwen-Image's VAE: of two doublings one in time too."""
     options = {
@@ -405,6 +452,30 @@ def _qwen_vl_config(vocabulary: int) -> Qwen2_5_VLConfig:
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
         },
         vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16},
+    )
+
+
+def _qwen3_vl_config(vocabulary: int) -> Qwen3VLConfig:
+    return Qwen3VLConfig(
+        text_config={
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "vocab_size": vocabulary,
+            "max_position_embeddings": 262144,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [2, 1, 1]},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 16,
+            "deepstack_visual_indexes": [0],
+        },
     )
 
 

@@ -17,6 +17,7 @@ from builders.clip import write_clip
 from builders.pipelines import (
     tiny_flux,
     tiny_klein,
+    tiny_krea2,
     tiny_qwen_image,
     tiny_sd3,
     tiny_sd15,
@@ -38,6 +39,7 @@ class Tiny:
     sd3: Path
     flux: Path
     qwen: Path
+    krea: Path
     klein: Path
     zimage: Path
     clip: Path
@@ -53,6 +55,7 @@ def write_tiny(folder: Path) -> Tiny:
         sd3=tiny_sd3(folder / "sd3"),
         flux=tiny_flux(folder / "flux"),
         qwen=tiny_qwen_image(folder / "qwen"),
+        krea=tiny_krea2(folder / "krea"),
         klein=tiny_klein(folder / "klein"),
         zimage=tiny_zimage(folder / "zimage"),
         clip=write_clip(folder / "clip", context=40),  # longer than any of `PROMPTS`

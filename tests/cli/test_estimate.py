@@ -188,7 +188,9 @@ def test_advice_is_what_estimating_again_says(path, capsys):
     assert any("data.batch_size=1" in keys for keys, _, _ in lines) or "checkpoint" in lines[0][0]
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "qwen"])
+@pytest.mark.parametrize(
+    "family", ["sd15", "sdxl", "sd3", "flux", "qwen", pytest.param("krea", marks=pytest.mark.slow)]
+)
 def test_every_family_is_walked_from_its_own_folder(tiny, out, family):
     found = estimate(config(tiny, out, family))
     assert not found.notes

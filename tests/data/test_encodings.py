@@ -65,7 +65,7 @@ def no_text_encoders(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [("sd15", "fp32"), ("sdxl", "bf16"), ("sd3", "fp16"), ("sd3", "fp32"), ("flux", "bf16"), ("zimage", "bf16")]
-    + [("qwen", "bf16")],
+    + [("qwen", "bf16"), pytest.param("krea", "bf16", marks=pytest.mark.slow)],
 )
 def test_the_cache_changes_no_bit_and_is_enough(tiny, out, cache, family, dtype, monkeypatch):
     guided = GUIDED if family != "flux" else {"sampler": {"steps": 2, "guidance_scale": 3.5}}

@@ -15,7 +15,7 @@ from builders.recipes import config as tiny_config
 from torch.utils._pytree import tree_map_only
 
 from rsaft_fast import phases
-from rsaft_fast.backbones import Conditioning, qwen_image, turns
+from rsaft_fast.backbones import Conditioning, krea2, qwen_image, turns
 from rsaft_fast.data.encoded import EncodedPrompts
 from rsaft_fast.data.encodings import load_shapes, load_text_encoders
 from rsaft_fast.estimate.estimate import estimate
@@ -128,20 +128,28 @@ CASES |= {
     ("qwen", "nf4, checkpointed, a block on the host"): CHECKPOINTED
     | {"backbone__quantize": "nf4", "backbone__offload_blocks": 1},
 }
+CASES |= {
+    ("krea", "guided, checkpointed"): CHECKPOINTED | {"sampler": {"steps": 3, "guidance_scale": 3.0}},
+    ("krea", "full, 8 bits, decoded in strips"): FULL_8BIT | {"backbone__checkpoint": ["denoiser", "decoder-strips"]},
+    ("krea", "nf4, checkpointed, a block on the host"): CHECKPOINTED
+    | {"backbone__quantize": "nf4", "backbone__offload_blocks": 1},
+}
+MARKED = [pytest.param(*case, marks=pytest.mark.slow) if case[0] == "krea" else case for case in CASES]
 pytestmark = pytest.mark.filterwarnings("ignore:this is not the instruction")
 
 
 @pytest.fixture(autouse=True)
 def short_texts(monkeypatch):
-    """Estimates count a text of Qwen-Image's at its longest; this is as long as the prompts here are."""
+    """Estimates count texts of Qwen-Image and Krea-2 at their longest; these are as long as the prompts here are."""
     monkeypatch.setattr(qwen_image, "MOST_TEXT", 8)
+    monkeypatch.setattr(krea2, "MOST_TEXT", 8)
 
 
 UPDATE = (phases.SAMPLING, phases.SCORING, phases.DECODER, phases.DENOISER)
 
 
 @pytest.mark.usefixtures("kernels_on_the_host")
-@pytest.mark.parametrize(("family", "case"), CASES)
+@pytest.mark.parametrize(("family", "case"), MARKED)
 def test_every_phase_is_what_really_is_alive(tiny, out, family, case):
     config = tiny_config(tiny, out, family, **CASES[family, case])
     if family == "zimage":  # the estimate is for texts as long as the pipeline reads them
@@ -168,7 +176,7 @@ def on_a_device_of_its_own(monkeypatch) -> None:
     monkeypatch.setattr(turns, "_moved", lambda tree, to: moved(tree, to if isinstance(to, str) else "device"))
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "klein", "zimage", "qwen"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "klein", "zimage", "qwen", "krea"])
 def test_encoding_needs_what_it_really_needs(tiny, out, family, monkeypatch):
     settings = tiny_config(
         tiny, out, family, sampler={"steps": 2, "guidance_scale": 3.0} if family != "flux" else {"steps": 2}

@@ -18,6 +18,7 @@ MADE |= {f"{model}-full-{card}gb.yaml" for model in ("sd15", "sdxl", "sd3") for 
 MADE |= {"flux-full-80gb.yaml"}
 MADE |= {f"{name}.yaml" for name in ("sd3-grpo-24gb", "sd3-gardo-80gb", "flux-gardo-80gb", "sd3-nft-80gb")}
 MADE |= {"sdxl-ddpo-24gb.yaml", "flux2-dev-lora-80gb.yaml", "qwen-lora-24gb.yaml", "qwen-lora-80gb.yaml"}
+MADE |= {"krea-lora-24gb.yaml", "krea-lora-80gb.yaml"}
 MADE |= {f"{model}-{kind}gb.yaml" for model in ("klein", "zimage") for kind in ("lora-24", "lora-80", "full-80")}
 
 
@@ -47,7 +48,8 @@ def test_a_recipe_brings_its_prompts(name):
 @pytest.mark.parametrize(
     "name",
     ["sd15-lora-24gb.yaml", "sdxl-full-24gb.yaml", "flux-lora-24gb.yaml", "flux-lora-12gb.yaml", "sd3-gardo-80gb.yaml"]
-    + ["klein-lora-24gb.yaml", "zimage-full-80gb.yaml", "qwen-lora-24gb.yaml"],
+    + ["klein-lora-24gb.yaml", "zimage-full-80gb.yaml", "qwen-lora-24gb.yaml"]
+    + ["krea-lora-24gb.yaml"],
 )
 def test_the_stated_peak_is_the_estimate(name):
     assert estimate(load_config(find_recipe(name))).peak / GIB == pytest.approx(stated_peak(name), rel=0.01)

@@ -10,7 +10,7 @@ from builders.backbones import FAMILIES, make_backbone, noise_source
 from builders.messages import says
 from builders.recipes import config
 
-from rsaft_fast.backbones import SD15
+from rsaft_fast.backbones import SD15, Krea2
 from rsaft_fast.errors import UserError
 from rsaft_fast.estimate.estimate import estimate
 from rsaft_fast.estimate.suggestions import candidates, changed
@@ -69,7 +69,9 @@ def test_each_kept_block_costs_bytes_and_no_bit_changes(backbone):
         found, kept = graded_call(backbone)
         assert all(torch.equal(a, b) for a, b in zip(found, plain))
         kept_bytes.append(kept)
-    assert kept_bytes == sorted(kept_bytes) and kept_bytes[-1] == most
+    assert kept_bytes == sorted(kept_bytes)
+    # Of Krea-2 the blocks over the text are recomputed still.
+    assert kept_bytes[-1] < most if isinstance(backbone, Krea2) else kept_bytes[-1] == most
     assert len(set(kept_bytes)) == 1 + len(in_the_graph(backbone))
 
 

@@ -19,7 +19,7 @@ from builders.backbones import (
 )
 from builders.messages import says
 
-from rsaft_fast.backbones import SD3, SD15, Conditioning, FLUX2Klein, QwenImage, ZImage
+from rsaft_fast.backbones import SD3, SD15, Conditioning, FLUX2Klein, Krea2, QwenImage, ZImage
 from rsaft_fast.backbones.flow import FlowBackbone
 from rsaft_fast.errors import UserError
 from rsaft_fast.memory.accounting import saved_tensor_bytes
@@ -182,7 +182,7 @@ def test_network_calls_where_guidance_is_not_linear(tmp_path, monkeypatch, batch
 
 
 def test_branches_that_cannot_share_a_call_are_refused(backbone64, monkeypatch):
-    if isinstance(backbone64, ZImage | QwenImage):
+    if isinstance(backbone64, ZImage | QwenImage | Krea2):
         pytest.skip("their texts have lengths of their own, and any can share a call")
     monkeypatch.setattr(backbone64, "cfg_batching", "rollout")
     both = backbone64.encode(PROMPTS[:2], "blurry", **cfg(backbone64, 4.0))

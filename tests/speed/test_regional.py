@@ -51,7 +51,7 @@ def assert_close(ours: dict, truth: dict) -> None:
     ("family", "checkpointed"),
     # Some ten seconds each, mostly of compiling: of transformers and UNets one as it is and one under checkpointing.
     [("sd3", False), ("flux", True), ("sd15", False), ("sdxl", True), ("klein", True), ("zimage", False)]
-    + [("qwen", True)],
+    + [("qwen", True), ("krea", True)],
 )
 def test_compiled_blocks_compute_the_same_and_compile_once(family, checkpointed, tmp_path):
     backbone = make_backbone(family, tmp_path)

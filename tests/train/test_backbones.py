@@ -53,7 +53,7 @@ RUNS = {
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:this is not the instruction")
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("family", ["klein", "zimage", "qwen"])
+@pytest.mark.parametrize("family", ["klein", "zimage", "qwen", "krea"])
 def test_runs_go_through_and_move_the_weights(tiny, tmp_path, family, run):
     settings = config(tiny, tmp_path / "run", family, **RUNS[run])
     outcome = train(settings, log=lambda line: None)
@@ -69,7 +69,7 @@ def test_runs_go_through_and_move_the_weights(tiny, tmp_path, family, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["klein", "zimage", "qwen"])
+@pytest.mark.parametrize("family", ["klein", "zimage", "qwen", "krea"])
 def test_a_run_in_two_halves_is_one_run(tiny, tmp_path, family):
     """Prompts of unequal lengths are drawn again, their encodings read from the cache."""
     keys = GUIDED | {"checkpoint_every": 1, "data__encoding_cache": str(tmp_path / "cache")}

@@ -34,7 +34,8 @@ def front_matter(card):
 
 @pytest.mark.parametrize(
     "family, changes",
-    [("sd15", {}), ("sdxl", {}), ("sd3", {}), ("sd15", FULL), ("klein", {}), ("zimage", {}), ("qwen", {})],
+    [("sd15", {}), ("sdxl", {}), ("sd3", {}), ("sd15", FULL), ("klein", {}), ("zimage", {}), ("qwen", {})]
+    + [pytest.param("krea", {}, marks=pytest.mark.slow)],
 )
 def test_the_card_says_what_made_the_weights_and_its_code_loads_them(tiny, out, family, changes, tmp_path, monkeypatch):
     folder, card = exported(tiny, out, family, **changes)
