@@ -279,6 +279,7 @@ def written(folder, out, method, **keys):
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["nft", "flow_grpo"])
 def test_gardo_trains_and_resumes_to_the_same_bits(tmp_path, method, capfd):
     assert main(["train", written(tmp_path, "whole", method)]) == 0

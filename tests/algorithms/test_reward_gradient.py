@@ -168,8 +168,8 @@ def test_smoothing_changes_the_gradient(backbone, reward):
     "method, resample, delta_from",
     [
         (DRaFT(k=2), "full", "first"),
-        (DRaFTLV(n_extra=1), "full", "first"),
-        (DRTune(k=2), "graded_only", "first"),
+        pytest.param(DRaFTLV(n_extra=1), "full", "first", marks=pytest.mark.slow),
+        pytest.param(DRTune(k=2), "graded_only", "first", marks=pytest.mark.slow),
         (ReFL(window=(0.5, 1.0)), "full", "perturbed"),
     ],
     ids=lambda value: getattr(value, "name", value),

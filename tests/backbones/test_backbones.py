@@ -47,6 +47,7 @@ OWN_OPTIONS = {
         "max_sequence_length": pipeline.tokenizer.model_max_length,
         "guidance_scale": options["guidance_scale"] - 1,
     },
+    "Krea2Pipeline": lambda pipeline, options: {"guidance_scale": options["guidance_scale"] - 1},
 }
 
 

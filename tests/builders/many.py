@@ -104,7 +104,8 @@ def same_run(one, many, close, levels=0):
         for name in before.keys() - {"seconds", "old_gap"}:  # the gap is rounding itself
             expected = before[name] if before[name] is None else pytest.approx(before[name], rel=2e-3, abs=1e-5)
             assert after[name] == expected, (before["step"], name)
-    assert largest_difference(one, many) < close
+    difference = largest_difference(one, many)
+    assert difference < close, difference
     return ours
 
 

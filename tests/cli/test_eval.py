@@ -75,6 +75,7 @@ def arguments_of(tiny, runs, judge) -> list:
     return [*runs, *given, "--rewards", f"held:clip={judge}"]
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_score_and_sharpness_on_the_same_pictures(tiny, whole, judge, tmp_path):
     rows = table(whole / "scores.csv")
     model = next(row["model"] for row in rows if row["updates"] == "2")
@@ -228,6 +229,7 @@ def test_distances_are_those_of_the_named_network(tiny, runs, whole, judge, tmp_
     assert found["specs"]["features"]["name"] == "dinov2"
 
 
+@pytest.mark.slow
 def test_full_training_and_the_best_checkpoint(tiny, tmp_path, capsys):
     run = tmp_path / "run"
     full = dict(parameters={"train": "full"}, checkpoint_every=1, keep_checkpoints=None, optimizer__lr=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from builders.experiment_runs import finish
 from builders.messages import says
 
@@ -21,6 +22,7 @@ def test_the_list_tells_what_is_done_and_what_waits(tmp_path, capsys):
     assert "(1 of " in core
 
 
+@pytest.mark.slow
 def test_a_report_trains_nothing_and_fills_pages(tmp_path, capsys):
     assert main(["experiment", "--report", "--output", str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == NOTHING

@@ -28,6 +28,7 @@ def other(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("other"), context=40, seed=7)
 
 
+@pytest.mark.slow
 def test_a_radius_is_looked_for_at_the_start_and_at_a_run_of_the_recipe(path, out, other, tmp_path, capsys):
     words = ["radius", path, "--judges", f"clip={other}", f"same:clip={load_config(path).reward.path}"]
     words += ["--radii", "0,0.5,2", "--pictures", "8"]

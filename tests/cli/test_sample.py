@@ -37,6 +37,7 @@ def draw(tmp_path, name, *arguments, prompts=("a red circle", "one")) -> dict[st
     return pixels(output)
 
 
+@pytest.mark.slow
 def test_before_and_after_a_run_that_knows_its_pipeline(tiny, run, tmp_path):
     after = draw(tmp_path, "after", "--run", run)
     assert after == draw(tmp_path, "named", tiny.sd15, "--run", run)

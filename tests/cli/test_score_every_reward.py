@@ -44,6 +44,7 @@ def rewards(tmp_path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:this is not the instruction")
 def test_every_reward_scores_pictures_of_different_sizes(rewards, tmp_path):
     assert rewards.keys() | {"combination", "remote", "python"} == REWARDS.keys()

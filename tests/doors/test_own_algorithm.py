@@ -78,6 +78,7 @@ def test_what_is_wrong_is_said_in_a_line(tiny, tmp_path, capsys, keys, said):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_kind_is_refused(tiny, tmp_path):
     assert main(["train", written(tiny, tmp_path / "run")]) == 0
     other = {"method": {"name": "draft"}, "max_steps": 6}

@@ -119,6 +119,7 @@ def family():
     REWARDS.pop("brightness")
 
 
+@pytest.mark.slow
 def test_a_family_of_ones_own_is_as_good_as_those_of_the_package(tiny, folder, family, capsys):
     raw = recipe(tiny, folder / "run", reward={"name": "brightness", "gain": 2.0}, max_steps=1, checkpoint_every=1)
     (line,) = run(folder, raw)

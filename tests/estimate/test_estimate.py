@@ -134,7 +134,8 @@ CASES |= {
     ("krea", "nf4, checkpointed, a block on the host"): CHECKPOINTED
     | {"backbone__quantize": "nf4", "backbone__offload_blocks": 1},
 }
-MARKED = [pytest.param(*case, marks=pytest.mark.slow) if case[0] == "krea" else case for case in CASES]
+OFTEN = ("sd15", "sd3", "flux")  # the other families are seen with the slow tests
+MARKED = [case if case[0] in OFTEN else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 pytestmark = pytest.mark.filterwarnings("ignore:this is not the instruction")
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from builders.messages import says
 from builders.recipes import environment
 from builders.reward_server import Mean
@@ -19,6 +20,7 @@ from rsaft_fast.commands.serve import _announce, _listen
 from rsaft_fast.rewards import wire
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_it_is_told_to_stop(folder, local, tmp_path, capsys, monkeypatch):
     command = [sys.executable, "-m", "rsaft_fast", "serve", "--reward", f"pickscore={folder}", "--port", "0"]
     process = subprocess.Popen(

@@ -59,6 +59,7 @@ def package(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_another_packages_kernel_attends_in_every_layer_and_nowhere_else(family, checkpointed, tmp_path, package):

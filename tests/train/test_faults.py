@@ -246,6 +246,7 @@ def test_a_run_without_end_begins_at_once_with_every_prompt(tiny, out, first_ste
     assert some == [text for step in (first_step, first_step + 1) for text in batches.texts(step)]
 
 
+@pytest.mark.slow
 def test_a_grid_that_a_signal_kept_from_being_drawn_is_drawn_when_the_run_goes_on(tiny, tmp_path, monkeypatch):
     import signal
 

@@ -148,6 +148,7 @@ def test_a_checkpoint_is_complete_only_when_the_log_before_it_is_on_the_disk(tin
     assert seen == [(1, True, 1, 1), (2, True, 2, 2)]
 
 
+@pytest.mark.slow
 def test_a_run_whose_grids_cannot_be_drawn_goes_on_and_draws_the_last_one_when_it_is_resumed(tiny, out, monkeypatch):
     grids = {"every": 1, "count": 1}
     said = []

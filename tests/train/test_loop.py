@@ -76,7 +76,10 @@ def test_a_run_leaves_a_log_grids_checkpoints_and_a_lora(tiny, out, family, caps
     [
         {},
         pytest.param({"smoothing": None}, marks=pytest.mark.slow),
-        {"method": {"name": "draft_lv", "n_extra": 1}, "ema": {"decay": 0.5}, "data__accumulate": 2},
+        pytest.param(
+            {"method": {"name": "draft_lv", "n_extra": 1}, "ema": {"decay": 0.5}, "data__accumulate": 2},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {"method": {"name": "alignprop"}, "sampler": {"steps": 3, "eta": 1.0, "guidance_scale": 2.0}},
             marks=pytest.mark.slow,

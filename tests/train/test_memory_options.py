@@ -119,6 +119,7 @@ def test_memory_running_out_inside_the_released_backward_goes_back_to_the_checkp
         assert not list(out.glob("checkpoints/step_*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [{"parameters": {"train": "full"}, "backbone__dtype": "bf16"}, RELEASED])
 def test_state_on_the_host_trains_to_the_same_checkpoint_and_resumes_in_either_place(tiny, tmp_path, overrides):
     """Byte for byte the same files, wherever the state was, and wherever the run goes on from."""

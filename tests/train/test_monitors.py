@@ -190,6 +190,7 @@ def test_a_killed_run_goes_on_to_the_same_evaluations(tiny, out, other, tmp_path
     assert best[0] == best[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_in_an_evaluation_makes_it_first(tiny, out, other, tmp_path, monkeypatch):
     keys = {"max_steps": 3, "evaluation": watched(other)}
     train(config(tiny, tmp_path / "whole", "sd3", **keys), log=lambda line: None)
@@ -232,6 +233,7 @@ def test_a_later_best_model_is_made_again_when_the_run_goes_back(tiny, out, othe
     assert json.loads((out / "best/evaluation.json").read_text())["step"] == 8
 
 
+@pytest.mark.slow
 def test_other_pictures_begin_a_new_list(tiny, out, other):
     train(config(tiny, out, "sd3", max_steps=2, evaluation=watched(other)), log=lambda line: None)
     said: list[str] = []

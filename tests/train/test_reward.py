@@ -46,6 +46,7 @@ def test_errors_name_the_part(tiny, out, tmp_path):
         assert line in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_run_logs_each_part_and_follows_their_sum(tiny, tmp_path):
     """Half of a reward and half of the same reward are that reward: the run does not tell them apart."""
     runs = {}

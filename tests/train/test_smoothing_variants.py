@@ -89,6 +89,7 @@ def test_first_passes_are_saved(tiny, out, monkeypatch):
     assert all(record["s1"] > 0 and record["eps_norm"] == pytest.approx(0.1, rel=1e-4) for record in records)
 
 
+@pytest.mark.slow
 def test_estimates_know_what_is_kept(tiny, out):
     def standing(parameters):
         found = estimate(config(tiny, out, "sd3", **smoothing({"radius": 0.3}, parameters)), cuda=False)

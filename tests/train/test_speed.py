@@ -56,6 +56,7 @@ def distance(ours: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
     return float((sum(d for d, _ in squares) / sum(t for _, t in squares)).sqrt())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "limit"), [(50, 1.13), (28, 1.20)])
 def test_graded_only_shares_the_prefix_of_the_two_passes(tiny, out, steps, limit):
     """A graded call runs forward in the rollout, and forward and backward (twice a forward) on the way back: the plain
@@ -74,6 +75,7 @@ def test_graded_only_shares_the_prefix_of_the_two_passes(tiny, out, steps, limit
     assert cost["graded_only"] / cost["plain"] <= limit and cost["exact"] / cost["plain"] <= 2.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
 def test_guidance_in_one_call_trains_alike(tiny, out, family):
     wanted = {
@@ -113,6 +115,7 @@ def test_gradients_of_both_branches_in_one_backward_can_be_released(tiny, tmp_pa
     same_files(tmp_path / "True/checkpoints/step_1", tmp_path / "False/checkpoints/step_1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [{}, FULL_BF16, {"family": "sdxl", "parameters": {"train": "full"}}])
 def test_channels_last_runs_resume_and_export_as_others_do(tiny, tmp_path, overrides):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -265,6 +268,7 @@ def test_low_precision_products_that_drown_a_radius_are_warned_of(tiny, out, pre
     assert any("torch.get_float32_matmul_precision()" in note for note in notes) == warned
 
 
+@pytest.mark.slow
 def test_the_estimate_sees_what_batching_costs(tiny, out):
     """Both branches' activations in graded calls; without checkpointing, and where the denoiser is what counts."""
     own = {

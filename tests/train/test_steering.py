@@ -47,6 +47,7 @@ def comparable(records):
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
+@pytest.mark.slow
 def test_agreement_is_logged_from_before_the_first_update(tiny, out, other):
     said = []
     judges = {"itself": {"path": str(tiny.clip)}, "opposite": opposite(tiny), "other": other}

@@ -29,6 +29,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_loaded(ti
     assert check_config(config(tiny, out, logging__trackers=["tensorboard"])).prompts
 
 
+@pytest.mark.slow
 def test_wandb_gets_the_recipe_every_figure_and_the_grids(tiny, out, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
