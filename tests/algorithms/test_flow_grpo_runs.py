@@ -62,6 +62,7 @@ def test_the_sharpness_of_a_reward_with_a_gradient_is_logged(tiny, tmp_path):
     assert record["s1"] > 0 and record["ratio"] == 1 and record["ratio_std"] == record["clipped"] == 0
 
 
+@pytest.mark.slow
 def test_its_memory_is_that_of_collection_and_of_one_trained_call(tiny, tmp_path):
     small = estimate(grpo(tiny, tmp_path / "run"))
     assert {SAMPLING, SCORING, DENOISER} <= {phase.name for phase in small.phases}

@@ -343,6 +343,7 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(
     assert all(word in line for word in words) and not out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "quantization"), [("sd15", "nf4"), ("flux", "int8")])
 def test_a_run_trains_resumes_bit_for_bit_and_is_sampled(tiny, tmp_path, family, quantization):
     overrides = dict(

@@ -54,7 +54,12 @@ def dtype_of(backbone, name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if wide else dtype
 
 
-@pytest.mark.parametrize("name", NAMES)
+LONG = ("sdxl", "sd35-large", "flux1", "qwen-image")  # to walk, on shapes alone
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in NAMES]
+)
 def test_published_architectures_take_their_own_conditioning_and_latents(name):
     backbone = random_backbone(name, dtype=torch.bfloat16, device="meta")
     for tensor_name, tensor in tensors_of(backbone).items():

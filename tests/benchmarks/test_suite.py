@@ -81,6 +81,7 @@ def test_a_job_measures_side_by_side(run):
     assert run.failed == [] and run.left_out == []
 
 
+@pytest.mark.slow
 def test_a_failing_provider_is_a_row_and_the_others_are_measured(run, monkeypatch):
     def fail(problem):
         raise ValueError("no such card\nmore")
@@ -125,6 +126,7 @@ def test_a_spent_budget_begins_nothing_and_says_what_is_left(tmp_path):
     assert results.head["left_out"] == run.left_out and '"left_out"' in results.path.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["usual-fused", "ours-torch"])
 def test_what_does_not_fit_says_so_and_is_no_failure(run, monkeypatch, name):
     def too_much(problem):
@@ -137,6 +139,7 @@ def test_what_does_not_fit_says_so_and_is_no_failure(run, monkeypatch, name):
     assert missing[name].startswith("does not fit: ") and missing[name].endswith("Tried to allocate 80 GiB")
 
 
+@pytest.mark.slow
 def test_providers_take_turns_one_at_a_time(run, monkeypatch):
     built, names = [], ("usual-fused", "adamw-alone")
     for name in names:

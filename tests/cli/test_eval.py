@@ -130,6 +130,7 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(tiny, runs, whole, judge
     assert not mine
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_it_goes_on_to_the_same_figures(tiny, runs, whole, judge, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
     arguments = arguments_of(tiny, runs, judge)

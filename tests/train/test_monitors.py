@@ -257,6 +257,7 @@ def falling(tmp_path, monkeypatch, name: str = "falling") -> dict:
     return {"name": "python", "path": f"{name}:score"}
 
 
+@pytest.mark.slow
 def test_a_run_ends_when_its_score_no_longer_rises(tiny, out, tmp_path, monkeypatch):
     rewards = {"start": falling(tmp_path, monkeypatch)}
     keys = {"max_steps": 5, "checkpoint_every": 5, "optimizer__lr": 0.05}
@@ -326,6 +327,7 @@ def test_a_judge_and_a_held_out_reward_of_one_name_are_one(tiny, out, other):
         assert record["values"]["agreement/other"] == pytest.approx(metrics[source]["agreement/other"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_estimate_counts_what_an_evaluation_needs(tiny, out, other, tmp_path):
     plain = estimate(config(tiny, out, data__batch_size=1), cuda=False)
     folder = write_dino(tmp_path / "dino")

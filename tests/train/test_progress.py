@@ -83,6 +83,7 @@ def test_a_file_hears_how_much_is_done_until_all_is(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == ["reading: 1 of 3", "reading: 2 of 3"]
 
 
+@pytest.mark.slow
 def test_every_stage_is_said_before_it_begins(tiny, out):
     said = []
     outcome = train(config(tiny, out, samples={"every": 2, "count": 3}, data__encoding_cache=None), log=said.append)
