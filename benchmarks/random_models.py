@@ -16,8 +16,8 @@ from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards import Reward, RewardSettings
 from rsaft_fast.rewards.features import Features, feature_shapes
 from rsaft_fast.sampling.protocol import Branch
-from rsaft_fast.train.assemble import FileLoaders
 from rsaft_fast.train.inputs import Inputs
+from rsaft_fast.train.loaders import FileLoaders
 from rsaft_fast.train.trainer import Trainer
 
 Network = TypeVar("Network", bound=torch.nn.Module)

@@ -17,7 +17,7 @@ from rsaft_fast.report.page import write_run_report
 from rsaft_fast.rewards import Reward
 from rsaft_fast.rewards.python import Score, handed_over
 from rsaft_fast.sampling.protocol import Backbone
-from rsaft_fast.train.assemble import FileLoaders
+from rsaft_fast.train.loaders import FileLoaders
 from rsaft_fast.train.loop import train
 from rsaft_fast.train.run import Outcome
 

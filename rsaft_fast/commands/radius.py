@@ -26,8 +26,9 @@ from rsaft_fast.recipe.config import Config
 from rsaft_fast.recipe.load import load_config
 from rsaft_fast.smoothing.search import LEAST_FIXED, MOST_FIXED, RadiusSearch
 from rsaft_fast.smoothing.settings import ImageSmoothing
-from rsaft_fast.train.assemble import Assembly, FileLoaders, assemble
+from rsaft_fast.train.assemble import Assembly, assemble
 from rsaft_fast.train.inputs import Inputs
+from rsaft_fast.train.loaders import FileLoaders
 
 RESULT, CURVE = "radius.json", "radius.png"
 

@@ -37,7 +37,7 @@ from rsaft_fast.sampling.pictures import sample_images
 from rsaft_fast.settings import Settings
 from rsaft_fast.speed import SpeedSettings, apply_speed
 from rsaft_fast.train import checkpoint as checkpoints
-from rsaft_fast.train.assemble import prepare_backbone
+from rsaft_fast.train.loaders import prepare_backbone
 from rsaft_fast.train.logging import BEST, CONFIG
 
 Group = TypeVar("Group", bound=Settings)

@@ -33,7 +33,7 @@ from rsaft_fast.rewards import Reward, load_reward
 from rsaft_fast.rewards.ensemble import win_rates
 from rsaft_fast.sampling.protocol import Backbone
 from rsaft_fast.smoothing.sharpness import searched_sharpness
-from rsaft_fast.train.assemble import prepare_backbone
+from rsaft_fast.train.loaders import prepare_backbone
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 ONE_STEP, SEARCH, SPREAD = "one step", "search", "spread of the reward"

@@ -29,7 +29,7 @@ from rsaft_fast.rewards import Reward, load_reward
 from rsaft_fast.rewards.features import Features, load_features
 from rsaft_fast.sampling.pictures import sample_images
 from rsaft_fast.smoothing.settings import ImageSmoothing
-from rsaft_fast.train.assemble import FileLoaders
+from rsaft_fast.train.loaders import FileLoaders
 from rsaft_fast.train.loop import train
 from rsaft_fast.train.trainer import Trainer
 

@@ -14,7 +14,7 @@ from rsaft_fast.files import check_writable, describe_io_error, mend_of
 from rsaft_fast.lock import sole_writer
 from rsaft_fast.progress import tell
 from rsaft_fast.recipe.config import Config
-from rsaft_fast.train.assemble import FileLoaders, Loaders
+from rsaft_fast.train.loaders import FileLoaders, Loaders
 from rsaft_fast.train.run import Forecaster, Log, Outcome, Run
 from rsaft_fast.train.signals import Interrupted, StopSignals
 from rsaft_fast.train.trainer import Trainer

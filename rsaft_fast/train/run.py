@@ -21,11 +21,11 @@ from rsaft_fast.files import describe_io_error
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.recipe.load import to_yaml
 from rsaft_fast.train import checkpoint as checkpoints
-from rsaft_fast.train.assemble import FileLoaders, Loaders
 from rsaft_fast.train.bar import Progress
 from rsaft_fast.train.changes import differing, what_changed
 from rsaft_fast.train.evaluations import Evaluations
 from rsaft_fast.train.inputs import check_config, has_run
+from rsaft_fast.train.loaders import FileLoaders, Loaders
 from rsaft_fast.train.logging import (
     BEST,
     CHECKPOINTS,

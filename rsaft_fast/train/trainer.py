@@ -32,9 +32,10 @@ from rsaft_fast.progress import watched
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.sampling.pictures import sample_images
 from rsaft_fast.smoothing.precision import check_precision
-from rsaft_fast.train.assemble import Assembly, FileLoaders, Loaders, assemble
+from rsaft_fast.train.assemble import Assembly, assemble
 from rsaft_fast.train.checkpoint import Checkpoint, parameter_of
 from rsaft_fast.train.inputs import Inputs
+from rsaft_fast.train.loaders import FileLoaders, Loaders
 from rsaft_fast.train.model_card import describe_export
 from rsaft_fast.train.optimizer import check_state, learning_rate, load_state
 from rsaft_fast.train.steering import split_state

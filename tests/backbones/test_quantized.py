@@ -336,7 +336,7 @@ def test_on_a_gpu_loading_never_holds_the_whole_denoiser(quantization, tmp_path)
 def test_what_cannot_be_is_refused_before_anything_is_loaded(
     tiny, out, tmp_path, capsys, monkeypatch, override, words, command
 ):
-    monkeypatch.setattr("rsaft_fast.train.assemble.load_backbone", lambda *a, **o: pytest.fail("loaded"))
+    monkeypatch.setattr("rsaft_fast.train.loaders.load_backbone", lambda *a, **o: pytest.fail("loaded"))
     path = write_recipe(tmp_path / "recipe.yaml", recipe(tiny, out))
     assert main([command, str(path), *override.split()]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()

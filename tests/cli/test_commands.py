@@ -207,7 +207,7 @@ def test_a_signal_interrupts_at_once_while_there_is_nothing_to_finish():
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_stopped_while_loading_nothing_is_written(tiny, out, monkeypatch, number, code):
-    monkeypatch.setattr("rsaft_fast.train.assemble.load_reward", lambda settings: signal.raise_signal(number))
+    monkeypatch.setattr("rsaft_fast.train.loaders.load_reward", lambda settings: signal.raise_signal(number))
     outcome = train(config(tiny, out))
     assert outcome.exit_code == code and "nothing was written" in outcome.message
     assert not out.exists()

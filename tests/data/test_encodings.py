@@ -22,9 +22,9 @@ from rsaft_fast.data.encodings import DamagedEncodingError, EncodingCache, Watch
 from rsaft_fast.data.text_files import TextFiles
 from rsaft_fast.errors import UserError
 from rsaft_fast.recipe.config import Config
-from rsaft_fast.train import assemble
-from rsaft_fast.train.assemble import FileLoaders
+from rsaft_fast.train import loaders
 from rsaft_fast.train.inputs import check_config
+from rsaft_fast.train.loaders import FileLoaders
 from rsaft_fast.train.logging import read_metrics
 from rsaft_fast.train.loop import train
 from rsaft_fast.train.trainer import Trainer
@@ -112,7 +112,7 @@ def test_a_missing_text_encoder_is_told_before_anything_is_loaded(tiny, out, cop
     else:
         (pipeline / "text_encoder_3/model.safetensors").unlink()
     for name in ("load_reward", "prepare_backbone"):
-        monkeypatch.setattr(assemble, name, lambda *args, **options: pytest.fail("something was loaded"))
+        monkeypatch.setattr(loaders, name, lambda *args, **options: pytest.fail("something was loaded"))
     no_text_encoders(monkeypatch)
     with pytest.raises(UserError) as caught:
         start(config(tiny, out, "sd3", **options))
@@ -124,7 +124,7 @@ def test_a_missing_text_encoder_is_told_before_anything_is_loaded(tiny, out, cop
 
 def test_a_bad_reward_ends_the_run_before_a_prompt_is_encoded(tiny, out, cache, monkeypatch):
     no_text_encoders(monkeypatch)
-    monkeypatch.setattr(assemble, "prepare_backbone", lambda *args, **options: pytest.fail("it was loaded"))
+    monkeypatch.setattr(loaders, "prepare_backbone", lambda *args, **options: pytest.fail("it was loaded"))
     with pytest.raises(UserError, match=says("reward", "'/no/such/reward'")):
         start(config(tiny, out, data__encoding_cache=str(cache), reward__path="/no/such/reward"))
 
@@ -344,7 +344,7 @@ def test_prompts_that_the_reward_cuts_are_said_once(tiny, out, cache, tmp_path):
 def test_what_leaves_has_left_before_the_next_comes(tiny, out, monkeypatch):
     """Text encoders, then the reward, whose text tower goes, then the networks."""
     seen, encoders = [], []
-    load_text, keep, prepare = encodings.load_text_encoders, FileLoaders.settle, assemble.prepare_backbone
+    load_text, keep, prepare = encodings.load_text_encoders, FileLoaders.settle, loaders.prepare_backbone
 
     def loaded_text(*args):
         backbone = load_text(*args)
@@ -369,7 +369,7 @@ def test_what_leaves_has_left_before_the_next_comes(tiny, out, monkeypatch):
 
     monkeypatch.setattr(encodings, "load_text_encoders", loaded_text)
     monkeypatch.setattr(FileLoaders, "settle", kept)
-    monkeypatch.setattr(assemble, "prepare_backbone", prepared)
+    monkeypatch.setattr(loaders, "prepare_backbone", prepared)
     run = start(config(tiny, out, "sd3", data__encoding_cache=None, samples={"every": 1, "count": 6}))
     assert seen == ["text encoders", "reward", "networks"]
     assert run.backbone.pipeline.text_encoder is run.backbone.pipeline.text_encoder_3 is None

@@ -18,8 +18,8 @@ from rsaft_fast.memory import checkpoint_denoiser, checkpoint_networks, denoiser
 from rsaft_fast.memory.decoder import StripForward
 from rsaft_fast.phases import DENOISER
 from rsaft_fast.recipe.check import check_settings
-from rsaft_fast.train.assemble import prepare_backbone
 from rsaft_fast.train.inputs import check_config
+from rsaft_fast.train.loaders import prepare_backbone
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
