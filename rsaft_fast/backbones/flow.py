@@ -66,6 +66,15 @@ class FlowBackbone(PipelineBackbone):
         mu = self.shift(num_steps) if scheduler.config.use_dynamic_shifting else None
         return flow_schedule(scheduler, num_steps, mu, self.unshifted_sigmas(num_steps))
 
+    def cfg_scale(self, guidance_scale: float, true_cfg_scale: float = 1.0) -> float:
+        w = super().cfg_scale(guidance_scale, true_cfg_scale)
+        if (own := self.family.pipeline_guidance(w)) < 0:
+            raise UserError(
+                f"sampler.guidance_scale is {w:g}, which {self.family.name}'s pipeline would call {own:g}; it guides "
+                "above 0 alone: set it to 1, which is without guidance, or higher"
+            )
+        return w
+
     def shift(self, num_steps: int) -> float:
         """mu of a scheduler that shifts dynamically, as the pipeline sets it."""
         return dynamic_shift(self.pipeline.scheduler.config, self.image_tokens)

@@ -28,14 +28,14 @@ from rsaft_fast.distributed.turns import Turns
 from rsaft_fast.errors import UserError
 from rsaft_fast.evaluation.agreement import fixed_prompts
 from rsaft_fast.evaluation.monitors import Monitors
-from rsaft_fast.memory.shared import Sharing, share_weights
+from rsaft_fast.memory.shared import Sharing
 from rsaft_fast.methods import GradientMethod
 from rsaft_fast.optim import SAMAdamW
 from rsaft_fast.out_of_memory import oom_as_user_error
 from rsaft_fast.recipe.config import Config
 from rsaft_fast.rewards import Reward
 from rsaft_fast.rewards.features import Features
-from rsaft_fast.rewards.shared import share_reward
+from rsaft_fast.rewards.shared import share_features, share_reward
 from rsaft_fast.sampling import derive_rng
 from rsaft_fast.sampling.leaps import require_leaps
 from rsaft_fast.sampling.linear import Schedule
@@ -200,7 +200,7 @@ def assemble(
             backbone.require_whole_saving()
             shard_network(backbone.denoiser, backbone.blocks(), world, loaders.device, turns)
         parameters = backbone.trainable_parameters
-        features = load_compared(config, loaders, sharing)
+        features = load_compared(config, loaders, sharing, log)
         algorithm = build_algorithm(config, backbone, reward, schedule, features)
         for note in algorithm.notes:
             log(note)
@@ -246,14 +246,14 @@ def assemble(
         )
 
 
-def load_compared(config: Config, loaders: Loaders, sharing: Sharing | None) -> Features | None:
+def load_compared(config: Config, loaders: Loaders, sharing: Sharing | None, log: Log) -> Features | None:
     """Load the network in whose features the method compares pictures; None where it does not."""
     path = features_path(config.method)
     if path is None:
         return None
     features = loaders.features(path)
     if sharing is not None:
-        share_weights(features.shared_blocks(), sharing)
+        log(share_features(features, sharing))
     return features.to(loaders.device)
 
 

@@ -34,11 +34,8 @@ def what_changed(config: Config, checkpoint: Path, info: dict[str, Any], reward:
     except UserError as error:
         return [f"what has changed since cannot be said: {error}"]
     now = _flat(parse_yaml(to_yaml(config)))
-    lines = [
-        f"{key} was {before.get(key)!r} and is {value!r} now"
-        for key, value in now.items()
-        if before.get(key) != value and not _FREE_KEYS & {key, key.partition(".")[0]}
-    ]
+    keys = [key for key in dict.fromkeys([*now, *before]) if not _FREE_KEYS & {key, key.partition(".")[0]}]
+    lines = _differences(keys, before, now)
     if reward != info.get("reward", reward):
         lines.append(
             f"warning: the reward's files are others (SHA-256 {info['reward']} before, {reward} now): its scores "
@@ -57,12 +54,18 @@ def differing(config: Config, checkpoint: Path, keys: Sequence[str]) -> list[str
     with suppress(UserError):
         before = _flat(_with_defaults(respelled(read_yaml(checkpoint / checkpoints.CONFIG))))
         now = _flat(parse_yaml(to_yaml(config)))
-        return [
-            f"{key} was {_value_of(key, before)} and is {_value_of(key, now)} now"
-            for key in keys
-            if _value_of(key, before) != _value_of(key, now)
-        ]
+        return _differences(keys, before, now)
     return []
+
+
+def _differences(keys: Sequence[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Say which keys differ; of a section that is null on one side, the keys that it has on the other."""
+    return [
+        f"{key} was {_value_of(key, before)} and is {_value_of(key, now)} now"
+        for key in keys
+        if _value_of(key, before) != _value_of(key, now)
+        and not any(other.startswith(f"{key}.") for flat in (before, now) for other in flat)
+    ]
 
 
 def _value_of(key: str, flat: Mapping[str, Any]) -> str:

@@ -103,6 +103,11 @@ def test_pictures_are_the_pipelines_whatever_the_lengths(folder, prompts, w, neg
     assert (images - truth).abs().max() < 1e-4
 
 
+def test_guidance_that_the_pipeline_would_not_make_is_refused(backbone):
+    with pytest.raises(UserError, match=says("sampler.guidance_scale", 0.5, -0.5, "set it to 1")):
+        backbone.encode(["one"], guidance_scale=0.5)
+
+
 def test_a_picture_depends_on_the_prompt_on_guidance_and_on_what_it_leads_away_from(backbone):
     noise, given = noise_source(1), [(PROMPTS[0], None, 1.0), (PROMPTS[1], None, 1.0), (PROMPTS[0], None, 5.5)]
     given.append((PROMPTS[0], "ugly", 5.5))

@@ -98,6 +98,10 @@ def test_a_recipe_that_names_no_family_is_clips(tiny, out):
     assert validate(recipe(tiny, out), "the test's recipe").reward == RewardSettings(name="clip", path=str(tiny.clip))
 
 
+def plain(config):
+    return config.model_copy(update={"smoothing": config.smoothing.model_copy(update={"image": None})})
+
+
 def test_keys_that_have_come_since_are_no_change(tiny, out, tmp_path):
     now = config(tiny, out)
     old = yaml.safe_load(to_yaml(now))
@@ -108,3 +112,7 @@ def test_keys_that_have_come_since_are_no_change(tiny, out, tmp_path):
     assert what_changed(config(tiny, out, smoothing={"parameters": {"reuse": 3}}), tmp_path, {}) == [
         "smoothing.parameters.reuse was 1 and is 3 now"
     ]
+    gone = what_changed(config(tiny, out, smoothing={"parameters": None}), tmp_path, {})
+    assert "smoothing.parameters.rho was 0.01 and is not there (smoothing.parameters is null) now" in gone
+    assert all(line.startswith("smoothing.parameters.") for line in gone)
+    assert any(line.startswith("smoothing.image.radius was 0.01") for line in what_changed(plain(now), tmp_path, {}))

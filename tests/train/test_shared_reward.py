@@ -17,7 +17,8 @@ from builders.recipes import config, recipe, write_recipe
 from rsaft_fast.distributed import launch
 from rsaft_fast.memory.shared import RehearsedSharing
 from rsaft_fast.rewards import RewardSettings, load_reward
-from rsaft_fast.rewards.shared import share_reward
+from rsaft_fast.rewards.features import load_features
+from rsaft_fast.rewards.shared import share_features, share_reward
 from rsaft_fast.train.loop import train
 
 OTHER = "OTHER"
@@ -91,8 +92,10 @@ def test_what_is_parted_and_what_stays_whole_is_said(tiny):
     ]
     reward = load_reward(RewardSettings(name="combination", parts=parts))
     parted, whole = share_reward(reward, RehearsedSharing(4))
-    assert says("distributed.reward shared", "clip", "parts", "4 GPUs").search(parted)
+    assert says("distributed.reward shared", "MiB", "clip", "parts", "4 processes").search(parted)
     assert says("distributed.reward shared", "python", "shared_blocks", "whole").search(whole)
+    features = share_features(load_features("playground/fair"), RehearsedSharing(4))
+    assert says("distributed.reward shared", "MiB", "features", "playground/fair", "4 processes").search(features)
 
 
 def test_one_process_has_nobody_to_share_with_and_says_so(tiny, tmp_path):
