@@ -64,7 +64,7 @@ class RandomLoaders(FileLoaders):
 def random_pipeline(config: Config, device: torch.device | str, **loading: Any) -> PipelineBackbone:
     """A recipe's backbone, of the shapes that its path leads to, with drawn weights."""
     settings = config.backbone
-    family, parts, _ = pipeline_parts(settings.path)
+    family, parts, *_ = pipeline_parts(settings.path)
     configs = (parts[name][2] for name in (family.denoiser_name, "vae", "scheduler"))
     spec = Spec(family.pipeline_class.__name__, *configs)
     size = {"height": settings.height, "width": settings.width}

@@ -49,7 +49,7 @@ def path(tiny, out, tmp_path) -> Path:
     ("override", "words"),
     [
         ("method.kk=3", ["method.kk", "method.k?"]),
-        ("method.k=3", ["method.k is 3", "2 steps", "sampler.steps"]),
+        ("method.k=3", ["method.k is 3", "sampler.steps is 2"]),
         ("smoothing.parameters.rho=0", ["smoothing.parameters.rho is 0", "greater than 0", "null turns"]),
         ("smoothing.parameters.rho=-0.1", ["smoothing.parameters.rho is -0.1", "greater than 0"]),
         ("smoothing.image.radius=0", ["smoothing.image.radius is 0", "greater than 0"]),

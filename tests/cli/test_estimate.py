@@ -212,7 +212,7 @@ def test_every_suggestion_makes_a_valid_recipe(tiny, out):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("method.k=3", ["method.k is 3", "2 steps"]),
+        ("method.k=3", ["method.k is 3", "sampler.steps is 2"]),
         ("method.kk=3", ["method.kk", "method.k?"]),
         ("backbone.height=33", ["height is 33", "multiples of"]),
         ("backbone.device=abacus", ["'abacus'"]),

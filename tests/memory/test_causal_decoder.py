@@ -98,15 +98,15 @@ def test_in_fp32_and_bf16_they_are_those_of_the_plain_decoder_to_rounding(monkey
     monkeypatch.undo()
     vae, latents = make_vae(base_dim=4), torch.randn(2, 4, 5, 6, dtype=torch.float64)
     truth = decoded(vae, latents)
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, None)):
+    for dtype in (torch.float32, torch.bfloat16):
         low = make_vae(base_dim=4).to(dtype)
         plain = decoded(low, latents.to(dtype))
         with decode_in_strips(low, 333):
             found = decoded(low, latents.to(dtype))
         for ours, theirs, exact in zip(found, plain, truth, strict=True):
             assert ours.dtype == dtype
-            error = relative_error(ours, exact)
-            assert error < (tolerance or 2 * relative_error(theirs, exact))
+            # How far convolutions round depends on the processor.
+            assert relative_error(ours, exact) < 2 * relative_error(theirs, exact)
 
 
 def test_several_frames_and_a_cache_are_left_to_the_plain_decoder():

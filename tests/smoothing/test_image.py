@@ -78,7 +78,9 @@ def test_more_steps_stay_in_the_ball_and_go_lower(pictures, space, norm):
         length = radius * (math.sqrt(240) if norm == "rms" else 1) / (2 if space == "pixel11" else 1)
         assert (around[0].flatten(1).norm(dim=1) <= length * (1 + 1e-12)).all()
         drops.append(seen.rewards - rewards_around(BACKBONE, reward, seen, PROMPTS, around, space))
-    assert (drops[1] >= drops[0]).all() and (drops[2] >= drops[1]).all() and drops[2].mean() > drops[0].mean()
+    # A step more may come back to the same picture, and its reward be rounded otherwise.
+    least = [drop - 1e-12 for drop in drops]
+    assert (drops[1] >= least[0]).all() and (drops[2] >= least[1]).all() and drops[2].mean() > drops[0].mean()
 
 
 def test_many_steps_find_a_bowls_middle():
