@@ -152,7 +152,9 @@ def test_step_equals_the_equations_on_the_other_backbones(family, reward, tmp_pa
     ours, report = step(backbone, reward, BALLS["both"], batches)
     truth = equations(copy.deepcopy(backbone), reward, batches[0], BALLS["both"])
     # Within these networks norms and positions are fp32: where an input's last bit differs, so may one of theirs.
-    assert relative_error(ours, truth) < (1e-7 if family in ("qwen", "krea") else 1e-9)
+    # How often depends on the processor: 1.3e-9 of Z-Image's on one.
+    close = {"qwen": 1e-7, "krea": 1e-7, "zimage": 1e-8}
+    assert relative_error(ours, truth) < close.get(family, 1e-9)
     assert report.reward != report.smoothed_reward
 
 
