@@ -53,7 +53,7 @@ def test_a_shared_reward_makes_the_run_of_whole_ones_to_the_bit(tiny, aux, tmp_p
     ours, theirs = ([record | {"seconds": 0} for record in records(folder)] for folder in (own, shared))
     assert ours == theirs and len(ours) == CASES[case]["max_steps"]
     said = [(tmp_path / f"logs {reward}/0.log").read_text() for reward in ("own", "shared")]
-    assert [text.count("GiB of reward clip") for text in said] == [0, {"draft": 1}.get(case, 2)]
+    assert [text.count("MiB of reward clip") for text in said] == [0, {"draft": 1}.get(case, 2)]
     first, second = checkpoint(own), checkpoint(shared)
     for before, after in (
         (first.weights, second.weights),
