@@ -267,8 +267,8 @@ def rollout_calls(config: Config) -> tuple[int, ...]:
 
 def standing(trainer: Trainer) -> list[torch.Tensor]:
     """What an update finds in memory."""
-    modules, state = [*trainer.backbone.modules(), trainer.reward], trainer.optimizer.state.values()
-    modules += [trainer.features] if trainer.features is not None else []
+    modules = (*trainer.backbone.modules(), trainer.reward, *trainer.features.values())
+    state = trainer.optimizer.state.values()
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     copies = [*trainer.algorithm.copies.tensors.values(), *([trainer.ema.means] if trainer.ema is not None else [])]
     tensors += [t for copy in copies for t in copy.values()]

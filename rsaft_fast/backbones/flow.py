@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -98,6 +98,25 @@ class T5FlowBackbone(FlowBackbone):
         limits = super().text_limits
         last = self.text_encoder_names()[-1]
         return limits | ({last: self.t5_length} if last in limits else {})
+
+
+class DistilledByIndex(FlowBackbone):
+    """One whose `model_index.json` says whether it is a distilled model."""
+
+    distilled_steps: ClassVar[int]
+    """How many steps the distilled model is made for."""
+
+    @property
+    def is_distilled(self) -> bool:
+        return bool(self.pipeline.config.is_distilled)
+
+    @property
+    def usual_sampling(self) -> tuple[int, float]:
+        return (self.distilled_steps, 1.0) if self.is_distilled else super().usual_sampling
+
+    @property
+    def distilled(self) -> str | None:
+        return "is_distilled in its model_index.json" if self.is_distilled else None
 
 
 class MaskedTextBackbone(FlowBackbone):

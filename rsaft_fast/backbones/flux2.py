@@ -21,6 +21,7 @@ from rsaft_fast.backbones.flow import (
     OF_PICTURE,
     OF_TEXT,
     PATCH,
+    DistilledByIndex,
     FlowFamily,
     PatchedBackbone,
     attention_width,
@@ -166,7 +167,7 @@ def _unpatchify(x: torch.Tensor) -> torch.Tensor:
     return patches.reshape(batch, channels // PATCH**2, height * PATCH, width * PATCH)
 
 
-class FLUX2Klein(FLUX2):
+class FLUX2Klein(DistilledByIndex, FLUX2):
     """`Flux2KleinPipeline`: three hidden layers of Qwen3 side by side, 512 tokens whatever the prompt.
 
     Base models are guided by classifier-free guidance; the distilled ones do without, as their pipeline has it.
@@ -184,18 +185,7 @@ class FLUX2Klein(FLUX2):
         published_text={},
     )
     template = MappingProxyType({"add_generation_prompt": True, "enable_thinking": False})
-
-    @property
-    def is_distilled(self) -> bool:
-        return bool(self.pipeline.config.is_distilled)
-
-    @property
-    def usual_sampling(self) -> tuple[int, float]:
-        return (4, 1.0) if self.is_distilled else super().usual_sampling
-
-    @property
-    def distilled(self) -> str | None:
-        return "is_distilled in its model_index.json" if self.is_distilled else None
+    distilled_steps = 4
 
     def cfg_scale(self, guidance_scale: float, true_cfg_scale: float = 1.0) -> float:
         if guidance_scale != 1.0 and self.is_distilled:

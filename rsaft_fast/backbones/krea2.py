@@ -12,7 +12,7 @@ from transformers import Qwen2Tokenizer, Qwen3VLModel
 from rsaft_fast.backbones import text_specs
 from rsaft_fast.backbones.causal_vae import CausalVAEBackbone
 from rsaft_fast.backbones.family import Config, KohyaHeader, Place, Published
-from rsaft_fast.backbones.flow import PATCH, FlowFamily, MaskedTextBackbone, check_axes
+from rsaft_fast.backbones.flow import PATCH, DistilledByIndex, FlowFamily, MaskedTextBackbone, check_axes
 from rsaft_fast.errors import UserError
 from rsaft_fast.sampling.branches import LENGTHS, join_rows
 from rsaft_fast.sampling.linear import LinearStep
@@ -52,7 +52,7 @@ def _kohya_place(layer: str, config: Config) -> Place | None:
     return Place(f"{_BLOCKS[blocks]}.{number}.mlp.{inner}")
 
 
-class Krea2(MaskedTextBackbone, CausalVAEBackbone):
+class Krea2(DistilledByIndex, MaskedTextBackbone, CausalVAEBackbone):
     """`Krea2Pipeline`: one sample's latent is (H/16 * W/16, 64), 2x2 patches of 16 channels as tokens, row by row.
 
     Of each token of a prompt the transformer takes the hidden states of several layers of Qwen3-VL, side by side here.
@@ -87,6 +87,7 @@ class Krea2(MaskedTextBackbone, CausalVAEBackbone):
         published=(Published(("krea-2",), "krea-2", without=("edit",)),),
         published_text=text_specs.QWEN3_VL_4B,
     )
+    distilled_steps = 8
 
     def __init__(self, pipeline: Krea2Pipeline, **options):
         super().__init__(pipeline, **options)
@@ -105,18 +106,6 @@ class Krea2(MaskedTextBackbone, CausalVAEBackbone):
     @property
     def default_size(self) -> int:
         return 1024
-
-    @property
-    def is_distilled(self) -> bool:
-        return bool(self.pipeline.config.is_distilled)
-
-    @property
-    def usual_sampling(self) -> tuple[int, float]:
-        return (8, 1.0) if self.is_distilled else super().usual_sampling
-
-    @property
-    def distilled(self) -> str | None:
-        return "is_distilled in its model_index.json" if self.is_distilled else None
 
     def shift(self, num_steps: int) -> float:
         return DISTILLED_SHIFT if self.is_distilled else super().shift(num_steps)

@@ -215,8 +215,7 @@ class ShapeLoaders:
                 rows = list(encode_in_turns(backbone, [text or None for text in texts]))
             else:
                 shapes = backbone.embedding_shapes.items()
-                kept = {"dtype": backbone.compute_dtype, "device": "cpu"}
-                rows = [{name: torch.zeros(1, *shape, **kept) for name, shape in shapes} for _ in texts]
+                rows = [{name: torch.zeros(1, *shape, device="cpu") for name, shape in shapes} for _ in texts]
         encodings.update(zip(texts, rows))
 
     def settle(self, reward: Reward, prompts: Sequence[str]) -> Reward:

@@ -23,13 +23,12 @@ from rsaft_fast.distributed import World
 from rsaft_fast.evaluation.alarms import DIVERSITY, IMAGE, change, find_alarms
 from rsaft_fast.evaluation.image_statistics import image_statistics
 from rsaft_fast.evaluation.known_preference import score_of, sharpness_of
-from rsaft_fast.memory.shared import Sharing, share_weights
 from rsaft_fast.phases import EVALUATING, phase
 from rsaft_fast.progress import watched
 from rsaft_fast.recipe.evaluation import ALARM, HELD_OUT, REWARD, EvaluationSettings
 from rsaft_fast.rewards import ClipReward, Reward
 from rsaft_fast.rewards.base import unit
-from rsaft_fast.rewards.features import cosine_distances, feature_shapes, load_features
+from rsaft_fast.rewards.features import Features, cosine_distances
 from rsaft_fast.sampling.linear import Schedule
 from rsaft_fast.sampling.pictures import sample_images
 from rsaft_fast.sampling.protocol import Backbone
@@ -82,7 +81,7 @@ class Monitors:
         adapters: Mapping[str, torch.Tensor] | None = None,
         lora_scale: float = 1.0,
         world: World | None = None,
-        sharing: Sharing | None = None,
+        features: Features | None = None,
     ):
         """
         Args:
@@ -93,7 +92,7 @@ class Monitors:
             ball: at which the trained reward's S1 is measured; None leaves it out.
             adapters: the trained LoRA weights by name, None of full fine-tuning; and the factor alpha / rank.
             world: whose ranks share the pictures, each to draw and to score; all have what came out.
-            sharing: among whom the network of `settings.features` is parted; None keeps it whole.
+            features: the network of `settings.features`, in which diversity is measured; None takes what is there.
         """
         self.world = world or World()
         self.settings, self.backbone, self.schedule = settings, backbone, schedule
@@ -103,12 +102,12 @@ class Monitors:
         self.adapters, self.lora_scale = adapters, lora_scale
         self.history: list[dict[str, Any]] = []
         self.identity = hashlib.sha256(json.dumps([self.seed, self.prompts]).encode()).hexdigest()[:16]
-        self.features, self.embed = _features(settings.features, reward, backbone.device, sharing)
+        self.features, self.embed = _features(features, reward)
 
     @property
     def notes(self) -> list[str]:
-        held_out = ", ".join(self.rewards) or "no reward"
         """What the figures rest on, in lines for the user."""
+        held_out = ", ".join(self.rewards) or "no reward"
         return [
             f"evaluation: {len(self.prompts)} pictures every {self.settings.every} updates, held out: {held_out}; "
             f"diversity is measured in {self.features}"
@@ -290,13 +289,10 @@ def lora_norm(adapters: Mapping[str, torch.Tensor], scale: float) -> float:
     return abs(scale) * math.sqrt(max(0.0, total))
 
 
-def _features(path: str | None, reward: Reward, device: torch.device, sharing: Sharing | None) -> tuple[str, Embed]:
+def _features(network: Features | None, reward: Reward) -> tuple[str, Embed]:
     """Return what diversity is measured in: its name, and images (B, 3, H, W) to unit features (B, D)."""
-    if path is not None:
-        made = feature_shapes(path) if device.type == "meta" else load_features(path, checkpoint=False)
-        if sharing is not None:
-            share_weights(made.shared_blocks(), sharing)
-        return f"features of {made.spec.source} ({made.spec.name})", made.to(device)
+    if network is not None:
+        return f"features of {network.spec.source} ({network.spec.name})", network
     if isinstance(reward, ClipReward):
         return "the image tower of the trained reward", lambda images: reward.embed_images(reward.preprocess(images))
     return f"pixels ({_COARSE}x{_COARSE}), for the trained reward has no image tower of CLIP's kind", _pixels

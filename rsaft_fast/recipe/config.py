@@ -89,8 +89,9 @@ class SamplerSettings(Settings):
         steps: network calls of one picture. The paper takes 50 for SD1.5 and SDXL, 28 for SD3.
         eta: DDIM's ancestral noise, 0 (deterministic) to 1; flow models take 0.
         guidance_scale: w in f = f_u + w (f_c - f_u); 1 samples without guidance at half the cost. FLUX.1-dev has an
-            embedding for it instead, which costs nothing; 3.5 is usual there, and 4 for FLUX.2-dev. The
-            pipelines of Z-Image and Krea-2 call w - 1 so. Distilled models (FLUX.2-klein without base) take 1.
+            embedding for it instead, which costs nothing; 3.5 is usual there, and 4 for FLUX.2-dev. What
+            the pipelines of Z-Image and Krea-2 call guidance is w - 1. Distilled models (FLUX.2-klein without base)
+            take 1.
         true_cfg_scale: w of FLUX.1 alone, on top of its embedded scale; 1, its usual setting, is without.
         negative_prompt: what guidance steers away from; empty is the model's own unconditional prompt.
     """

@@ -61,10 +61,9 @@ class Assembly:
         ema: the running mean of the weights; None without one.
         denoising: the pre-training loss on pictures; None without one.
         steering: what the judges say of an update, and what is done about it; None without judges.
-        features: in which the algorithm compares pictures; None where it does not.
+        features: networks in whose features pictures are compared, by path.
         monitors: what is measured on fixed pictures; None without.
         evaluation_prompts: of those pictures, one each.
-        sharing: among whom frozen rewards are parted; None where each rank has them whole.
     """
 
     config: Config
@@ -85,10 +84,9 @@ class Assembly:
     denoising: DenoisingLoss | None
     sample_prompts: list[str]
     steering: Steering | None
-    features: Features | None
+    features: Mapping[str, Features]
     monitors: Monitors | None
     evaluation_prompts: list[str]
-    sharing: Sharing | None = None
 
     @property
     def is_sharded(self) -> bool:
@@ -113,14 +111,15 @@ class Assembly:
         self.config = config
         self.schedule = self.backbone.schedule(config.sampler.steps, config.sampler.eta)
         self.batches = PromptBatches(config.data, self.batches.prompts, config.seed, self.world)
-        self.algorithm = build_algorithm(config, self.backbone, self.reward, self.schedule, self.features)
+        compared_in = self.features.get(features_path(config.method) or "")
+        self.algorithm = build_algorithm(config, self.backbone, self.reward, self.schedule, compared_in)
         self.ascent = build_ascent(config, self.backbone)
         compared = {name: self.judges[name] for name in config.judges}
         self.steering = steer(config, self.algorithm, compared, self.encoded, self.fixed, self.optimizer, self.world)
         self.monitors = build_monitors(
             *(config, self.backbone, self.schedule, self.reward, self.judges, self.encoded, self.evaluation_prompts),
+            features=self.features,
             world=self.world,
-            sharing=self.sharing,
         )
 
 
@@ -201,7 +200,8 @@ def assemble(
             shard_network(backbone.denoiser, backbone.blocks(), world, loaders.device, turns)
         parameters = backbone.trainable_parameters
         features = load_compared(config, loaders, sharing, log)
-        algorithm = build_algorithm(config, backbone, reward, schedule, features)
+        compared_in = features.get(features_path(config.method) or "")
+        algorithm = build_algorithm(config, backbone, reward, schedule, compared_in)
         for note in algorithm.notes:
             log(note)
         if config.max_steps % algorithm.updates:
@@ -213,8 +213,8 @@ def assemble(
         compared = {name: judges[name] for name in config.judges}
         monitors = build_monitors(
             *(config, backbone, schedule, reward, judges, encoded, inputs.evaluation_prompts),
+            features=features,
             world=world,
-            sharing=sharing,
         )
         for note in monitors.notes if monitors is not None else ():
             log(note)
@@ -242,19 +242,19 @@ def assemble(
             steering=steer(config, algorithm, compared, encoded, fixed, optimizer, world, log),
             features=features,
             monitors=monitors,
-            sharing=sharing,
         )
 
 
-def load_compared(config: Config, loaders: Loaders, sharing: Sharing | None, log: Log) -> Features | None:
-    """Load the network in whose features the method compares pictures; None where it does not."""
-    path = features_path(config.method)
-    if path is None:
-        return None
-    features = loaders.features(path)
-    if sharing is not None:
-        log(share_features(features, sharing))
-    return features.to(loaders.device)
+def load_compared(config: Config, loaders: Loaders, sharing: Sharing | None, log: Log) -> dict[str, Features]:
+    """Load the networks in whose features the method and the evaluation compare pictures, each once, by path."""
+    watched = config.evaluation.features if config.evaluation is not None else None
+    loaded = {}
+    for path in filter(None, dict.fromkeys([features_path(config.method), watched])):
+        features = loaders.features(path)
+        if sharing is not None:
+            log(share_features(features, sharing))
+        loaded[path] = features.to(loaders.device)
+    return loaded
 
 
 def build_ascent(config: Config, backbone: Backbone) -> Ascent | AuxiliaryAdapter | None:
@@ -276,16 +276,16 @@ def build_monitors(
     held_out: Mapping[str, Reward],
     encoded: EncodedPrompts,
     prompts: Sequence[str],
+    features: Mapping[str, Features],
     world: World | None = None,
-    sharing: Sharing | None = None,
 ) -> Monitors | None:
     """Build what measures the run on fixed pictures; None where the recipe asks for nothing.
 
     Args:
         held_out: rewards that are not trained on, by name; of those of `evaluation` the ones that are there.
         prompts: of the pictures.
-        world: whose ranks share them.
-        sharing: among whom the network of features is parted.
+        features: networks of features, by path.
+        world: whose ranks share the pictures.
     """
     settings = config.evaluation
     if settings is None:
@@ -304,8 +304,8 @@ def build_monitors(
         ball=config.sharpness,
         adapters=backbone.trainable_parameters if lora else None,
         lora_scale=config.parameters.lora.scale,
+        features=features.get(settings.features or ""),
         world=world,
-        sharing=sharing,
     )
 
 

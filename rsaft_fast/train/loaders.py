@@ -48,7 +48,7 @@ class Loaders(Protocol):
         """Return the rewards that judge without being trained on, by name, on the host."""
 
     def features(self, path: str) -> Features:
-        """Return the network in whose features a method compares pictures; it may be on the host."""
+        """Return a network in whose features pictures are compared; it may be on the host."""
 
     def encode(self, encodings: Any) -> None:
         """Encode what is missing."""

@@ -124,7 +124,7 @@ def _train(config: Config, run: Run, stop: StopSignals, on_samples: Callable) ->
     stop.finishing = "the model is being written"
     export = trainer.export(config.run_folder) if run.world.is_first or trainer.is_sharded else None
     changes = run.changes() if run.world.is_first else []
-    if trainer.sharing is not None:
+    if config.shares_rewards(run.world.size):
         run.world.gathered(None)  # till then the others lend rank 0 their parts of the reward
     if export is None or not run.world.is_first:
         return Outcome(config.run_folder, trainer.step, None, "rank 0 writes the model")

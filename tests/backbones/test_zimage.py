@@ -80,6 +80,11 @@ def test_pictures_of_texts_of_unequal_lengths_are_the_pipelines(folder, w):
     close(drawn(backbone, conditioning), theirs(folder, backbone, guidance_scale=w - 1, **negative))
 
 
+def test_guidance_that_the_pipeline_would_not_make_is_refused(folder):
+    with pytest.raises(UserError, match=says("sampler.guidance_scale", 0.5, -0.5, "set it to 1")):
+        load(folder).encode(TEXTS, guidance_scale=0.5)
+
+
 @pytest.mark.parametrize("cfg", ["separate", "rollout", "batched"])
 def test_a_text_gives_the_same_alone_and_beside_longer_ones(folder, cfg):
     backbone = load(folder)

@@ -16,9 +16,12 @@ from builders.recipes import config, recipe, write_recipe
 
 from rsaft_fast.distributed import launch
 from rsaft_fast.memory.shared import RehearsedSharing
+from rsaft_fast.recipe.load import load_config
 from rsaft_fast.rewards import RewardSettings, load_reward
 from rsaft_fast.rewards.features import load_features
 from rsaft_fast.rewards.shared import share_features, share_reward
+from rsaft_fast.train.assemble import load_compared
+from rsaft_fast.train.loaders import FileLoaders
 from rsaft_fast.train.loop import train
 
 OTHER = "OTHER"
@@ -96,6 +99,14 @@ def test_what_is_parted_and_what_stays_whole_is_said(tiny):
     assert says("distributed.reward shared", "python", "shared_blocks", "whole").search(whole)
     features = share_features(load_features("playground/fair"), RehearsedSharing(4))
     assert says("distributed.reward shared", "MiB", "features", "playground/fair", "4 processes").search(features)
+
+
+@pytest.mark.parametrize(("watched", "count"), [("playground/brittle", 1), ("playground/fair", 2)])
+def test_features_that_the_method_and_the_evaluation_compare_in_are_loaded_once(watched, count):
+    config = load_config("playground-gardo.yaml", [f"evaluation={{every: 2, features: {watched}}}"])
+    said: list[str] = []
+    loaded = load_compared(config, FileLoaders(config), RehearsedSharing(4), said.append)
+    assert list(loaded) == ["playground/brittle", watched][:count] and len(said) == count
 
 
 def test_one_process_has_nobody_to_share_with_and_says_so(tiny, tmp_path):
