@@ -62,6 +62,13 @@ def pytest_collection_modifyitems(config, items):
         items[:] = kept
 
 
+def pytest_collection_finish(session):
+    # Every module is imported by now, of which some millions of objects will live to the end: left out of what the
+    # garbage collector looks at, as it does whenever a run lets its text encoders go, they cost no second each time.
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_unconfigure(config):
     # execnet sends a worker of xdist that is not gone five seconds after the last test a SIGINT. In hypothesis'
     # callback of the garbage collector it cannot be raised, and is printed below a green run.

@@ -24,6 +24,7 @@ from rsaft_fast.algorithms.base import At
 from rsaft_fast.algorithms.copies import REFERENCE, Copies
 from rsaft_fast.algorithms.flow_grpo import FlowGRPO
 from rsaft_fast.algorithms.update import update
+from rsaft_fast.backbones import SD3, SD15
 from rsaft_fast.data.batches import PromptBatches
 from rsaft_fast.data.encoded import EncodedPrompts
 from rsaft_fast.distributed import World
@@ -165,6 +166,8 @@ def autograd_of(backbone, loss):
 def test_both_updates_gradients_are_the_equations(any_backbone, guidance):
     """Ratio 1 in the first; in the second the weights have moved, and some samples are clipped."""
     backbone = any_backbone
+    if guidance == 1.0 and not isinstance(backbone, (SD15, SD3)):
+        pytest.skip("without guidance there is a sampler and no backbone's own: tried with the first of each sampler")
     flow = backbone.schedule(T)[0].a == 1
     level = 0.7 if flow else 1.0
     algorithm, experience = prepared(

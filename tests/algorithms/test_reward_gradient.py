@@ -1,6 +1,7 @@
 """The update is RSA-FT as the equations say, written a second time in plain autograd."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -132,8 +133,7 @@ def equations(backbone, reward, batch, smoothing, loss=LINEAR):
     return dict(zip(parameters, found))
 
 
-@pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("balls", BALLS)
+@pytest.mark.parametrize(("balls", "k"), [*itertools.product(BALLS, [3]), ("both", 1)])
 def test_step_equals_the_equations(backbone, reward, balls, k):
     batches = make_batches(backbone, DRaFT(k=k))
     ours, report = step(backbone, reward, BALLS[balls], batches)
@@ -355,8 +355,7 @@ def test_s1_of_the_probe(backbone, reward):
         assert report.s1 == pytest.approx(expected, rel=1e-9), name
 
 
-@pytest.mark.parametrize("when", [1, 2, 3])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("when", "value"), [(1, float("nan")), (2, float("inf")), (3, float("nan"))])
 def test_a_reward_that_is_not_finite_loses_nothing(backbone, reward, monkeypatch, when, value):
     """In whichever evaluation it comes: the weights are those before the step, to the bit."""
     before = weights_of(backbone)

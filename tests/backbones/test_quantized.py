@@ -200,8 +200,9 @@ def test_the_blocks_linear_layers_are_taken_and_nothing_else(folder, quantizatio
         backbone.train_all_parameters()
 
 
-@formats
-@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize(
+    ("quantization", "dtype"), [*((name, BF16) for name in FORMATS), ("nf4", torch.float32)], ids=str
+)
 def test_a_model_is_the_one_with_the_whole_weights(folder, quantization, dtype):
     backbone = load(folder, quantization, dtype)
     twin = with_random_lora(whole_twin(folder, backbone, dtype))
