@@ -15,7 +15,7 @@ COUNTING_SEEDS = (30, 31, 32, 33, 34, 35, 36, 37)
 
 BESIDE_SEEDS = (30, 31, 32)
 """Of everything else: the first with `counting`, the others with `counting-more`."""
-COUNTING = "counting"
+COUNTING, COUNTING_PROXY = "counting", "loose-counter"
 COUNTER = "rsaft_fast.experiments.counting:count_loosely"
 FEATURES = "playground/brittle"
 """In which the diversity of pictures is measured, and weighed by GARDO. In those of fair all pictures are alike: the
@@ -96,7 +96,7 @@ class CountingRow(Row):
 def _counted(kinds: Mapping[str, Mapping[str, tuple[str, ...]]], seeds: Sequence[int]) -> Iterator[Row]:
     for seed, (method, variants) in itertools.product(seeds, kinds.items()):
         for name, overrides in variants.items():
-            place = (COUNTING, "loose-counter", method, name, seed)
+            place = (COUNTING, COUNTING_PROXY, method, name, seed)
             yield CountingRow(*place, 24, 6, 96, (POLICIES[method], *overrides))
 
 

@@ -72,8 +72,17 @@ class Row:
     @property
     def cost(self) -> float:
         """Roughly its time, in plain updates: a picture of an evaluation takes a tenth of one."""
-        perturbs = not any(text in ("smoothing=null", "smoothing.parameters=null") for text in self.overrides)
-        return self.updates * (2 if perturbs else 1) + self.evaluations * self.pictures / 10
+        return self.updates * self._passes + self.evaluations * self.pictures / 10
+
+    @property
+    def _passes(self) -> float:
+        """Forward and backward passes of an update."""
+        if any(text in ("smoothing=null", "smoothing.parameters=null") for text in self.overrides):
+            return 1
+        keys = dict(text.split("=", 1) for text in self.overrides)
+        if keys.get("smoothing.parameters.direction") in ("momentum", "bi_lora"):
+            return 1
+        return 1 + 1 / int(keys.get("smoothing.parameters.reuse", 1))
 
 
 def config_of(row: Row, folder: Path) -> Config:

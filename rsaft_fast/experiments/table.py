@@ -9,7 +9,7 @@ from string import Template
 
 from rsaft_fast import playground
 from rsaft_fast.errors import UserError
-from rsaft_fast.experiments.counting_table import COUNTING, counting_rows, more_counting_rows
+from rsaft_fast.experiments.counting_table import COUNTING, COUNTING_PROXY, counting_rows, more_counting_rows
 from rsaft_fast.experiments.row import RECIPE, Row
 from rsaft_fast.experiments.variants import (
     BASELINES,
@@ -164,7 +164,8 @@ def _core(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiti
 def _methods(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
     methods = [method for method in METHODS if method != DRAFT]
     variants = {name: SMOOTHINGS[name] for name in (PLAIN, BOTH)}
-    yield from _product("methods", methods, (BRITTLE, judge_of(BRITTLE)), variants, seeds or SEEDS, choices)
+    two, coarse = (BRITTLE, judge_of(BRITTLE)), Size(every=20)
+    yield from _product("methods", methods, two, variants, seeds or SEEDS, choices, coarse)
 
 
 def _trajectory(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
@@ -178,11 +179,11 @@ def _baselines(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | 
 
 def _controls(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
     long = Size(updates=80, every=20)
-    yield from _product("controls", (DRAFT,), (BRITTLE,), CONTROLS, seeds or SEEDS, choices, long)
+    yield from _product("controls", (DRAFT,), (BRITTLE,), CONTROLS, seeds or FEW_SEEDS, choices, long)
 
 
 def _variants(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
-    yield from _product("variants", (DRAFT,), (BRITTLE,), VARIANTS, seeds or SEEDS, choices)
+    yield from _product("variants", (DRAFT,), (BRITTLE,), VARIANTS, seeds or FEW_SEEDS, choices)
 
 
 def _lora_space(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
@@ -249,8 +250,9 @@ def rows_of(
     """
     if name not in SETS:
         raise UserError(f"--set {name}: there is no such set; there are {', '.join(SETS)}")
-    if unknown := [proxy for proxy in only or () if proxy not in proxies()]:
-        raise UserError(f"--proxies {unknown[0]}: nothing is trained on it; there are {', '.join(proxies())}")
+    trained = [*proxies(), COUNTING_PROXY]
+    if unknown := [proxy for proxy in only or () if proxy not in trained]:
+        raise UserError(f"--proxies {unknown[0]}: nothing is trained on it; there are {', '.join(trained)}")
     found = [row for row in SETS[name].rows(choices, seeds) if only is None or row.proxy in only]
     return [row for row in found if isinstance(row, Row)], [row for row in found if isinstance(row, Waiting)]
 

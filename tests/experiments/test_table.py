@@ -112,3 +112,13 @@ def test_counting_trains_few_objects_and_judges_more():
 
 def _kinds(rows):
     return {(row.method, row.variant) for row in rows}
+
+
+def test_a_row_costs_what_its_passes_take():
+    rows = {row.variant: row for row in rows_of("variants", CHOICES, [1])[0]}
+    plain = next(row for row in rows_of("core", CHOICES, [1])[0] if row.variant == "plain")
+    second_pass = plain.updates
+    over = {name: round((row.cost - plain.cost) / second_pass, 3) for name, row in rows.items()}
+    assert (over["friendly"], over["momentum"], over["reuse-5"], over["lowpass"]) == (1, 0, 0.2, 0)
+    assert {row.proxy for row in rows_of("counting", {}, [30], ["loose-counter"])[0]} == {"loose-counter"}
+    assert rows_of("core", CHOICES, [1], ["loose-counter"]) == ([], [])
