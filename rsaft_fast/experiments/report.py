@@ -16,7 +16,6 @@ from rsaft_fast.experiments.groups import Key, Seeds, Summary
 from rsaft_fast.experiments.records import PROXY, S1, Run
 from rsaft_fast.experiments.selection import RULE, choices_in
 from rsaft_fast.experiments.statistics import Interval, interval
-from rsaft_fast.experiments.table import BRITTLE
 from rsaft_fast.experiments.variants import DRAFT, PLAIN, SMOOTHINGS
 from rsaft_fast.figures.bands import Band, BandPanel, band_figure
 from rsaft_fast.figures.tables import aligned, markdown
@@ -98,8 +97,12 @@ def sections(sets: Sets) -> list[tuple[str, Table]]:
     for proxy in _proxies(sets.get("lora-space", {})):
         made.append((f"lora-space: the {proxy} proxy, LoRA, DRaFT-1", _kinds(_of_proxy(sets["lora-space"], proxy))))
     for name in ("baselines", "variants"):
-        if name in sets:
-            made.append((f"{name}: the {BRITTLE} proxy, DRaFT-1", _beside_core(sets, name)))
+        for proxy in _proxies(sets.get(name, {})):
+            made.append((f"{name}: the {proxy} proxy, DRaFT-1", _beside_core(sets, name, proxy)))
+    for proxy in _proxies(sets.get("controls", {})):
+        made.append(
+            (f"controls: the {proxy} proxy, DRaFT-1, twice as long", _kinds(_of_proxy(sets["controls"], proxy)))
+        )
     if COUNTING in sets:
         made.append((f"{COUNTING}: few objects are trained, more are judged too", _counting(sets[COUNTING])))
     for name in ("quick", "core"):
@@ -204,15 +207,15 @@ def _kinds(found: Mapping[Key, Seeds], methods: bool = False) -> Table:
     return head, [[*row, shown(common.get(key[2]))] for row, key in zip(rows, found)]
 
 
-def _beside_core(sets: Sets, name: str) -> Table:
+def _beside_core(sets: Sets, name: str, proxy: str) -> Table:
     """A set's kinds under those of the core, with what is read off runs without training more."""
-    core = _of_proxy(sets.get("core", {}), BRITTLE)
-    plain = measure.plain_of(core, BRITTLE, DRAFT)
+    core = _of_proxy(sets.get("core", {}), proxy)
+    plain = measure.plain_of(core, proxy, DRAFT)
     kinds: dict[str, Seeds] = {variant: seeds for (_, _, variant), seeds in core.items()}
     for judge in measure.judges_of({key: core[key] for key in core if key[2] == PLAIN}):
         stopped = {seed: measure.stopped_by(run, judge) for seed, run in (plain or {}).items()}
         kinds[f"{PLAIN}, stopped by {judge}"] = stopped
-    for (_, _, variant), seeds in sets[name].items():
+    for (_, _, variant), seeds in _of_proxy(sets[name], proxy).items():
         kinds[variant] = seeds
         scaled = {seed: measure.path_back(run) for seed, run in seeds.items() if run.scaled}
         if scaled:

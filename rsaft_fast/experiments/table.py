@@ -175,6 +175,10 @@ def _trajectory(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row |
 
 def _baselines(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
     yield from _product("baselines", (DRAFT,), (BRITTLE,), BASELINES, seeds or SEEDS, choices)
+    # Where weight smoothing helps: is it more than a smaller step?
+    others = [proxy for proxy in proxies() if proxy != BRITTLE]
+    slower = {name: BASELINES[name] for name in ("small-lr",)}
+    yield from _product("baselines", (DRAFT,), others, slower, seeds or SEEDS, choices)
 
 
 def _controls(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
@@ -223,7 +227,7 @@ SETS: dict[str, Question] = {
     "quick": Question("plain and smoothed at the recipe's own radii, short, on two proxies", _quick, full=False),
     "select": Question("which radii and weights, on seeds that nothing is reported on", _select),
     "core": Question("DRaFT-1, plain and smoothed, on every proxy", _core),
-    "baselines": Question("what else a practitioner would try, on the brittle proxy", _baselines),
+    "baselines": Question("what else a practitioner would try, on the brittle proxy; a small rate on all", _baselines),
     "controls": Question("what a held-out reward can do about over-optimisation, twice as long", _controls),
     "variants": Question("other ways to smooth, on the brittle proxy", _variants),
     "methods": Question("ReFL, DRaFT-LV, AlignProp and DRTune, plain and smoothed, on two proxies", _methods),

@@ -91,6 +91,26 @@ def test_baselines_stand_beside_the_core_with_early_stops_and_ways_back():
     assert {"lora", "both"} <= {line.split("  ")[0] for line in table.split("\n")}
 
 
+def test_a_baseline_stands_beside_its_own_proxys_core_and_controls_beside_their_own_plain_runs():
+    of = lambda proxy, kinds: {(proxy, *key[1:]): seeds for key, seeds in kinds.items()}  # noqa: E731
+    sets = {
+        "core": SETS["core"] | of("fair", kind("plain", [0.4, 0.3, 0.2])),
+        "baselines": SETS["baselines"] | of("fair", kind("small-lr", [0.4, 0.5, 0.4], "baselines")),
+        "controls": kind("plain", [0.4, 0.4, 0.4], "controls") | kind("stop", [0.4, 0.5, 0.5], "controls"),
+    }
+    text = as_text(sets)
+
+    def line(title, label):
+        lines = text[text.index(title) :].split("\n\n")[0].split("\n")
+        return next((one for one in lines if one.startswith(f"{label}  ")), "")
+
+    # Best 0.5 where plain of the same proxy has 0.4, end 0.4 where it has 0.2.
+    assert "+0.100 ±0.000*" in line("baselines: the fair proxy", "small-lr")
+    assert "+0.200 ±0.000*" in line("baselines: the fair proxy", "small-lr")
+    assert not line("baselines: the fair proxy", "lora") and not line("baselines: the brittle proxy", "small-lr")
+    assert line("controls: the brittle proxy", "stop").count("+0.100 ±0.000*") >= 2
+
+
 def test_nothing_is_said_of_nothing(tmp_path):
     assert as_text({}) == as_page({}, tmp_path, {}) == as_readme({}) == NOTHING
 

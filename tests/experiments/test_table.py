@@ -58,7 +58,8 @@ def test_a_row_waits_for_what_nobody_has_chosen():
 
 
 def test_twice_is_twice_as_long_and_the_judge_is_another_proxy(monkeypatch):
-    rows = {row.variant: row for row in rows_of("baselines", CHOICES, [1])[0]}
+    rows = {row.variant: row for row in rows_of("baselines", CHOICES, [1], ["brittle"])[0]}
+    assert {row.variant for row in rows_of("baselines", CHOICES, [1], ["fair"])[0]} == {"small-lr"}
     assert (rows["twice"].updates, rows["twice"].every) == (2 * rows["sum"].updates, 2 * rows["sum"].every)
     assert rows["twice"].evaluations == rows["sum"].evaluations
     assert config_of(rows["sum"], Path("run")).reward.parts[1].path == f"playground/{table.judge_of('brittle')}"
