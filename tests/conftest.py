@@ -1,5 +1,6 @@
 """Shared by all tests: GPU tests need a GPU; the `backend` fixture runs a test on each way to compute."""
 
+import argparse
 import atexit
 import fcntl
 import gc
@@ -30,13 +31,36 @@ atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 
 
 LONGEST = """
-triton_kernels/test_interpreter.py test_package.py triton_kernels/test_compile.py experiments/test_run.py
-cli/test_interruptions.py speed/test_regional.py train/test_steering.py train/test_loop.py estimate/test_recipes.py
-rewards/test_full_size.py algorithms/test_variants.py cli/test_estimate.py benchmarks/test_suite.py
-ops/test_images.py ops/test_sam.py benchmarks/test_gpu_memory.py cli/test_demo.py playground/test_build.py
-optim/test_distributed.py examples/test_ddp.py
+triton_kernels/test_interpreter.py test_package.py speed/test_regional.py triton_kernels/test_compile.py
+train/test_shard.py train/test_many.py estimate/test_recipes.py cli/test_interruptions.py
+csrc/test_compiled_kernels.py playground/test_assets.py experiments/test_run.py benchmarks/test_gpu_memory.py
+estimate/test_estimate_real.py rewards/test_ocr.py train/test_shared_reward.py sampling/test_adjoint.py
+cli/test_estimate.py train/test_steering.py cli/test_eval.py memory/test_offload.py memory/test_checkpointing.py
+speed/test_attention.py rewards/test_full_size.py train/test_monitors.py train/test_lost_server.py train/test_loop.py
+estimate/test_estimate.py algorithms/test_variants.py benchmarks/test_suite.py ops/test_images.py ops/test_sam.py
+cli/test_demo.py playground/test_build.py optim/test_distributed.py examples/test_ddp.py
 """
-"""Files of ten seconds and more, which begin first: at the end they would leave the other workers without any."""
+"""Files of ten seconds and more, which begin first: at the end they would leave the other workers without any. They take
+turns between the shares of `--share`."""
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--share",
+        metavar="K/N",
+        type=_share,
+        help="run the files of the K-th of N shares of about one length alone, K from 1 to N",
+    )
+
+
+def _share(text):
+    try:
+        number, count = map(int, text.split("/"))
+    except ValueError:
+        number, count = 0, 0
+    if not 1 <= number <= count:
+        raise argparse.ArgumentTypeError(f"{text!r} is not K/N with K from 1 to N, such as 1/2")
+    return number, count
 
 
 def pytest_configure(config):
@@ -49,8 +73,14 @@ def pytest_collection_modifyitems(config, items):
     places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST.split())}
     items.sort(key=lambda item: places.get(item.path, len(places)))
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    number, count = config.getoption("--share") or (1, 1)
+    # Long files turn about; a file is whole in one share, which builds once what its tests have in common.
+    files = {path: place for place, path in enumerate(dict.fromkeys([*places, *sorted({item.path for item in items})]))}
     kept, dropped = [], []
     for item in items:
+        if files[item.path] % count != number - 1:
+            dropped.append(item)
+            continue
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         # Triton decides at import whether it interprets: triton_kernels/test_interpreter.py runs these in a process of
         # their own.
