@@ -40,8 +40,8 @@ speed/test_attention.py rewards/test_full_size.py train/test_monitors.py train/t
 estimate/test_estimate.py algorithms/test_variants.py benchmarks/test_suite.py ops/test_images.py ops/test_sam.py
 cli/test_demo.py playground/test_build.py optim/test_distributed.py examples/test_ddp.py
 """
-"""Files of ten seconds and more, which begin first: at the end they would leave the other workers without any. They take
-turns between the shares of `--share`."""
+"""Files of ten seconds and more, which begin first: at the end they would leave the other workers without any.
+`--share` deals them out in turn."""
 
 
 def pytest_addoption(parser):

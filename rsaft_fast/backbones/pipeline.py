@@ -134,13 +134,10 @@ class PipelineBackbone(Backbone):
         )
         variants = {name: chosen.variant for name, chosen in weights.items() if chosen.variant}
         why = backbone.distilled or _says_distilled(Path(path).name)
-        distilled = () if why is None else (_DISTILLED.format(path=path, why=why),)
-        backbone.notes = (
-            found.notes
-            + distilled
-            + tuple(
-                f"{path}/{name} holds no weights but the variant {variant}: taken" for name, variant in variants.items()
-            )
+        if why is not None:
+            backbone.training_notes = (_DISTILLED.format(path=path, why=why),)
+        backbone.notes = found.notes + tuple(
+            f"{path}/{name} holds no weights but the variant {variant}: taken" for name, variant in variants.items()
         )
         return backbone
 

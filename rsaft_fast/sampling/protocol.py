@@ -89,6 +89,7 @@ class Backbone(ABC):
         lora_targets: names of the linear layers that adapters go to where the recipe names none, matched from the end.
         vae: network between latents and images whose memory is counted; None where there is none.
         notes: lines about what was found while loading, for the user to see.
+        training_notes: lines for who is about to train it.
         offloaded: the denoiser's blocks that are streamed from the host, or None.
         usual_sampling: steps and guidance scale where a user gives none.
         is_whole: whether all its weights are there; False of a pipeline of which parts were left out in loading.
@@ -114,6 +115,7 @@ class Backbone(ABC):
     lora_targets: tuple[str, ...] = ()
     vae: torch.nn.Module | None = None
     notes: tuple[str, ...] = ()
+    training_notes: tuple[str, ...] = ()
     offloaded: Any = None
     usual_sampling: tuple[int, float] = (50, 1.0)
     is_whole: bool = True

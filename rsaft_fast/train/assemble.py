@@ -162,6 +162,8 @@ def assemble(
     if config.denoising is not None:
         texts += captions(inputs.images)
     encodings = loaders.encodings(shapes, texts)
+    for note in shapes.training_notes:
+        log(note)
     schedule = training_schedule(config, shapes)
     reward = loaders.reward()
     judges = dict(loaders.judges())

@@ -180,15 +180,15 @@ def test_the_schedule_is_the_pipelines_at_real_sizes(tokens, distilled):
 
 
 def test_the_distilled_model_is_said_and_draws_by_its_own_shift(tmp_path, backbone):
-    assert not backbone.notes and backbone.usual_sampling == (28, 5.5)
+    assert not backbone.training_notes and backbone.usual_sampling == (28, 5.5)
     turbo = tiny_krea2(tmp_path / "pipeline", is_distilled=True)
     ours = load_backbone(turbo, height=SIZE, width=SIZE)
-    assert says("warning", "distilled", "is_distilled", "trained").search(ours.notes[0])
+    assert says("warning", "distilled", "is_distilled", "trained").search(ours.training_notes[0])
     assert ours.usual_sampling == (8, 1.0)
     noise = noise_source(2)
     truth = pictures(plain(turbo), ours, noise, PROMPTS[:2], None, 0.0)
     assert (sampled(ours, ours.encode(PROMPTS[:2]), noise) - truth).abs().max() < 1e-4
-    (note,) = load_backbone(turbo.rename(tmp_path / "Krea-2-Turbo"), text=False).notes
+    (note,) = load_backbone(turbo.rename(tmp_path / "Krea-2-Turbo"), text=False).training_notes
     assert says("distilled").search(note)
 
 

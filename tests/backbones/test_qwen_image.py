@@ -230,14 +230,14 @@ def test_without_its_text_encoder_no_prompt_is_encoded(folder):
 
 
 def test_distilled_versions_are_said(tmp_path, backbone):
-    assert not any("distilled" in note for note in backbone.notes)
+    assert not backbone.training_notes
     folder = tiny_qwen_image(tmp_path / "pipeline")
-    (note,) = load_backbone(folder.rename(tmp_path / "Qwen-Image-Lightning"), text=False).notes
+    (note,) = load_backbone(folder.rename(tmp_path / "Qwen-Image-Lightning"), text=False).training_notes
     assert says("distilled", "lightning", "trained").search(note)
     folder = tiny_qwen_image(tmp_path / "pipeline")
     shift = math.log(3)
     change(folder / "scheduler/scheduler_config.json", base_shift=shift, max_shift=shift, shift_terminal=None)
-    (note,) = load_backbone(folder, text=False).notes
+    (note,) = load_backbone(folder, text=False).training_notes
     assert says("distilled", 1.099).search(note)
 
 

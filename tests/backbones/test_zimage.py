@@ -152,7 +152,8 @@ def test_the_schedule_is_the_pipelines_with_a_shift_that_is_fixed_or_of_the_size
 
 def test_turbo_is_said_to_be_distilled(tmp_path, folder):
     backbone = load(tiny_zimage(tmp_path / "turbo", shift=3.0))
-    assert says("warning", "distilled", "shift", 3).search(backbone.notes[0]) and not load(folder).notes
+    assert says("warning", "distilled", "shift", 3).search(backbone.training_notes[0])
+    assert not load(folder).training_notes
     assert backbone.usual_sampling == (8, 1.0) and load(folder).usual_sampling == (50, 6.0)
 
 

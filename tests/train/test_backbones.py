@@ -1,9 +1,11 @@
 """Runs of the newer backbones from end to end: each algorithm, and each key of memory and speed, under the trainer."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from builders.messages import says
 from builders.recipes import config
 from safetensors.torch import load_file
 
@@ -66,6 +68,15 @@ def test_runs_go_through_and_move_the_weights(tiny, tmp_path, family, run):
     state = load_file(outcome.export / LORA_FILE)
     moved = [name for name, tensor in state.items() if ".lora_B." in name and tensor.any()]
     assert len(moved) > 4 and all(torch.isfinite(tensor).all() for tensor in state.values())
+
+
+def test_who_trains_a_distilled_model_is_warned_once(tiny, tmp_path):
+    settings, lines = config(tiny, tmp_path / "run", "klein", **GUIDED), []
+    turbo = tmp_path / "klein-turbo"
+    shutil.copytree(settings.backbone.path, turbo)
+    settings = settings.model_copy(update={"backbone": settings.backbone.model_copy(update={"path": str(turbo)})})
+    train(settings.model_copy(update={"max_steps": 1}), log=lines.append)
+    assert sum(bool(says("warning", "klein-turbo", "distilled").search(line)) for line in lines) == 1
 
 
 @pytest.mark.slow
