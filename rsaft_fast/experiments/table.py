@@ -177,7 +177,7 @@ def _baselines(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | 
     yield from _product("baselines", (DRAFT,), (BRITTLE,), BASELINES, seeds or SEEDS, choices)
     # Where weight smoothing helps: is it more than a smaller step?
     others = [proxy for proxy in proxies() if proxy != BRITTLE]
-    slower = {name: BASELINES[name] for name in ("small-lr",)}
+    slower = {"small-lr": BASELINES["small-lr"]}
     yield from _product("baselines", (DRAFT,), others, slower, seeds or SEEDS, choices)
 
 
