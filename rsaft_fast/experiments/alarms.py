@@ -14,7 +14,7 @@ from rsaft_fast.evaluation.alarms import IMAGE, change
 from rsaft_fast.evaluation.known_preference import TRUTH
 from rsaft_fast.experiments.records import JUDGE, Point, Run
 from rsaft_fast.experiments.table import SELECTION_SEEDS
-from rsaft_fast.experiments.variants import BASELINES, CONTROLS
+from rsaft_fast.experiments.variants import BASELINES, CONTROLS, VARIANTS
 from rsaft_fast.recipe.evaluation import EvaluationSettings
 
 ERRORS = 3.0
@@ -122,15 +122,19 @@ LEGEND = (
     "far. Of those: warned in time, from the evaluation where r* was highest to the one where it had fallen; too soon, "
     "while r* was still to rise; late; never. False: warned in a run in which r* never fell. A held-out reward warns "
     "when it falls below its best while the proxy is above its value there; a statistic when it leaves the range of "
-    "the untrained model's pictures. Runs that train on a held-out reward, and GARDO's, whose gate looks at two, "
-    "are left out."
+    "the untrained model's pictures. Runs that a held-out reward trains or steers, and GARDO's, whose gate looks at "
+    "two, are left out."
 )
 
 
 def trained_alone(runs: Iterable[Run]) -> list[Run]:
-    """Leave out the runs that train on another reward than their proxy, or that one holds: it is not held out there."""
-    changed = BASELINES | CONTROLS
-    others = {name for name, own in changed.items() if any(text.startswith("reward") for text in own.overrides)}
+    """Leave out the runs that another reward than their proxy trains or steers: it is not held out there."""
+    changed = BASELINES | CONTROLS | VARIANTS
+    others = {
+        name
+        for name, own in changed.items()
+        if any(text.startswith("reward") or "$judge" in text for text in own.overrides)
+    }
     return [run for run in runs if run.variant not in others and "gardo" not in run.variant]
 
 

@@ -125,6 +125,8 @@ class Run:
         pipeline: hash of the model that it fine-tuned.
         points: its evaluations along the way, the first before any update.
         scaled: those at shares of the way back to the start, by rising share.
+        steered: what held-out gradients said along the way: records of the run's log that hold `step`, agreements and
+            the image radius that was found; the first is of update 1, and of the weights before it.
     """
 
     set: str
@@ -135,14 +137,25 @@ class Run:
     pipeline: str
     points: tuple[Point, ...]
     scaled: tuple[Point, ...]
+    steered: tuple[Mapping[str, float], ...] = field(default=(), repr=False)
 
     def curve(self, name: str) -> list[float]:
         """Return a quantity's mean at each evaluation along the way."""
         return [point.means[name] for point in self.points]
 
 
-def write_record(path: Path, row: Row, evaluations: Sequence[Evaluation], seconds: Mapping[str, float]) -> None:
-    """Write a finished run, whole or not at all."""
+def write_record(
+    path: Path,
+    row: Row,
+    evaluations: Sequence[Evaluation],
+    seconds: Mapping[str, float],
+    steered: Sequence[Mapping[str, float]] = (),
+) -> None:
+    """Write a finished run, whole or not at all.
+
+    Args:
+        steered: see `Run`.
+    """
     names = list(evaluations[0].values)
     content = {
         "format": FORMAT,
@@ -152,6 +165,7 @@ def write_record(path: Path, row: Row, evaluations: Sequence[Evaluation], second
         "made_with": describe_software() | {"commit": checkout_commit(), "machine": machine()},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "units": {name: unit_of(name) for name in names if kept_by_picture(name)},
+        **({"steered": list(steered)} if steered else {}),
     }
     text = json.dumps(content, indent=1)
     # An evaluation a line: a list a line would be thousands.
@@ -187,7 +201,8 @@ def read_record(path: Path) -> Run:
         along = tuple(point for point in points if point.scale == 1)
         scaled = tuple(sorted((point for point in points if point.scale != 1), key=lambda point: point.scale))
         kind = {name: row[name] for name in ("set", "proxy", "method", "variant", "seed")}
-        return Run(**kind, pipeline=content["pipeline"], points=along, scaled=scaled)
+        steered = tuple(content.get("steered", ()))
+        return Run(**kind, pipeline=content["pipeline"], points=along, scaled=scaled, steered=steered)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no result of an experiment ({error!r} in it); move it away") from error
 

@@ -99,10 +99,10 @@ def sections(sets: Sets) -> list[tuple[str, Table]]:
     for name in ("baselines", "variants"):
         for proxy in _proxies(sets.get(name, {})):
             made.append((f"{name}: the {proxy} proxy, DRaFT-1", _beside_core(sets, name, proxy)))
-    for proxy in _proxies(sets.get("controls", {})):
-        made.append(
-            (f"controls: the {proxy} proxy, DRaFT-1, twice as long", _kinds(_of_proxy(sets["controls"], proxy)))
-        )
+    for name in ("controls", "long"):
+        for proxy in _proxies(sets.get(name, {})):
+            title = f"{name}: the {proxy} proxy, DRaFT-1, twice as long"
+            made.append((title, _kinds(_of_proxy(sets[name], proxy))))
     if COUNTING in sets:
         made.append((f"{COUNTING}: few objects are trained, more are judged too", _counting(sets[COUNTING])))
     for name in ("quick", "core"):
@@ -342,7 +342,7 @@ def draw(sets: Sets, folder: Path) -> dict[str, Path]:
     """Draw the over-optimisation curves of each set that has any: `<set>.png` under `folder`."""
     drawn = {}
     for name, found in sets.items():
-        if name in ("quick", "core", "methods", "trajectory"):
+        if name in ("quick", "core", "methods", "trajectory", "long"):
             rows = [_panels(proxy, _of_proxy(found, proxy)) for proxy in _proxies(found)]
             drawn[name] = band_figure(folder / f"{name}.png", rows, f"{name}: mean over seeds, 95 % interval")
         if name == COUNTING:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from rsaft_fast import playground
 from rsaft_fast.algorithms.copies import replaced
 from rsaft_fast.errors import UserError
-from rsaft_fast.evaluation.alarms import IMAGE, drift_of, fall_of
+from rsaft_fast.evaluation.alarms import AGREEMENT, AGREEMENT_ERROR, IMAGE, drift_of, fall_of
 from rsaft_fast.evaluation.image_statistics import image_statistics
 from rsaft_fast.evaluation.known_preference import TRUTH, score_of, sharpness_of, truth_of
 from rsaft_fast.experiments.counting import counting_values
@@ -30,7 +30,9 @@ from rsaft_fast.rewards.features import Features, load_features
 from rsaft_fast.sampling.pictures import sample_images
 from rsaft_fast.smoothing.settings import ImageSmoothing
 from rsaft_fast.train.loaders import FileLoaders
+from rsaft_fast.train.logging import read_metrics
 from rsaft_fast.train.loop import train
+from rsaft_fast.train.steering import RADIUS
 from rsaft_fast.train.trainer import Trainer
 
 RADII = (0.1, 0.3, 1.0)
@@ -40,6 +42,7 @@ NOISE_SEED = 2**20
 """Of the fixed pictures' noise; no run has it."""
 
 _BATCH = 32
+_AGREEMENTS = (AGREEMENT, AGREEMENT_ERROR)
 
 
 class StoppedError(Exception):
@@ -73,12 +76,23 @@ def run_row(row: Row, folder: Path, work: Path) -> Path:
         if outcome.stopped_by is not None:
             raise StoppedError(outcome.message)
         observer.finish(outcome.step)
+        steered = _steered(config.run_folder)
     finally:
         remove_tree(config.run_folder)  # weights and state: a hundred runs would fill a disk
     seconds = {"whole": time.perf_counter() - started, "evaluating": observer.seconds}
     path = row.path(folder)
-    write_record(path, row, observer.evaluations, seconds)
+    write_record(path, row, observer.evaluations, seconds, steered)
     return path
+
+
+def _steered(folder: Path) -> list[dict[str, float]]:
+    """What a run's log says of held-out gradients; see `Run.steered`."""
+    found = []
+    for record in read_metrics(folder):
+        own = {name: value for name, value in record.items() if name == RADIUS or name.startswith(_AGREEMENTS)}
+        if own:
+            found.append({"step": record["step"], **own})
+    return found
 
 
 class _Loaders(FileLoaders):

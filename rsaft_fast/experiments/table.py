@@ -27,6 +27,9 @@ from rsaft_fast.experiments.variants import (
 from rsaft_fast.recipe.load import find_recipe, load_config
 
 BRITTLE = "brittle"
+FAIR = "fair"
+"""The proxy that is right at first, and over-optimised most in what follows."""
+
 MEMBER = "ensemble-"
 """How the names begin of rewards that are made to be one ensemble."""
 
@@ -113,6 +116,9 @@ class Size:
     pictures: int = 256
 
 
+LONG = Size(updates=80, every=20)
+
+
 def _row(
     place: tuple[str, str, str, str, int], variant: Variant, numbers: Mapping[str, float], size: Size
 ) -> Row | Waiting:
@@ -182,8 +188,11 @@ def _baselines(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | 
 
 
 def _controls(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
-    long = Size(updates=80, every=20)
-    yield from _product("controls", (DRAFT,), (BRITTLE,), CONTROLS, seeds or FEW_SEEDS, choices, long)
+    yield from _product("controls", (DRAFT,), (BRITTLE,), CONTROLS, seeds or FEW_SEEDS, choices, LONG)
+
+
+def _long(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
+    yield from _product("long", (DRAFT,), (FAIR,), SMOOTHINGS, seeds or FEW_SEEDS, choices, LONG)
 
 
 def _variants(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
@@ -229,6 +238,7 @@ SETS: dict[str, Question] = {
     "core": Question("DRaFT-1, plain and smoothed, on every proxy", _core),
     "baselines": Question("what else a practitioner would try, on the brittle proxy; a small rate on all", _baselines),
     "controls": Question("what a held-out reward can do about over-optimisation, twice as long", _controls),
+    "long": Question("does smoothing end over-optimisation or delay it? The fair proxy, twice as long", _long),
     "variants": Question("other ways to smooth, on the brittle proxy", _variants),
     "methods": Question("ReFL, DRaFT-LV, AlignProp and DRTune, plain and smoothed, on two proxies", _methods),
     "trajectory": Question("LeapAlign and FlowBP, plain and smoothed, on the brittle proxy", _trajectory),

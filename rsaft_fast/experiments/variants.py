@@ -49,6 +49,11 @@ TRAJECTORIES = {
 _BOTH_REWARDS = "parts: [{name: clip, path: playground/$proxy}, {name: clip, path: playground/$judge, label: judge}]"
 _ENSEMBLE = "parts: [$ensemble]"
 _SUM = f"reward={{name: combination, how: weighted, unit_gradients: true, {_BOTH_REWARDS}}}"
+_BESIDE = (
+    "reward={name: combination, how: weighted, parts: "
+    "[{name: clip, path: playground/$proxy}, {name: clip, path: playground/$judge, label: judge, weight: 0}]}"
+)
+"""The proxy alone is trained on; the judge is only asked where the two disagree."""
 _LORA = ("parameters.train=lora", "parameters.lora.rank=8", "optimizer.lr=$lora_lr")
 _JUDGES = "judges: {judge: {name: clip, path: playground/$judge}}"
 _PATH = (0.25, 0.5, 0.75)
@@ -82,9 +87,7 @@ def _steered(kind: str, control: str, *more: str) -> Variant:
 
 
 CONTROLS = {
-    PLAIN: SMOOTHINGS[PLAIN],
-    "image": SMOOTHINGS["image"],
-    BOTH: SMOOTHINGS[BOTH],
+    **SMOOTHINGS,
     "judge": BASELINES["judge"],
     "sum": BASELINES["sum"],
     "sum-image": BASELINES["sum-image"],
@@ -113,13 +116,11 @@ VARIANTS = {
     "lowpass": _more("image", "smoothing.image.lowpass=1.0"),
     "annealed": _more("image", "smoothing.image.schedule=linear"),
     "per-sample": _more("image", "smoothing.image.per_sample=s1"),
-    "only-where": _more(
-        "image", "smoothing.image.only_where=0.3", f"reward={{name: combination, how: weighted, {_BOTH_REWARDS}}}"
-    ),
-    "lora-factor": _more(BOTH, *_LORA),
-    "lora-full": _more(BOTH, *_LORA, "smoothing.parameters.space=full"),
+    "uncertainty": _more("image", "smoothing.image.per_sample=uncertainty", _BESIDE),
+    "only-where": _more("image", "smoothing.image.only_where=0.3", _BESIDE),
 }
-"""Other ways to smooth, at the radii that were chosen for the usual one; of the proxy that is hacked most easily."""
+"""Other ways to smooth, at the radii that were chosen for the usual one; of the proxy that is hacked most easily.
+LoRA's spaces are a set of their own."""
 
 _SPACES = {
     "factor": ("smoothing.parameters.space=factor",),

@@ -42,6 +42,14 @@ def test_means_come_back_as_they_were_and_pictures_to_half_a_unit(tmp_path):
     assert math.isnan(own.values["relation"][0]) and not math.isnan(run.points[0].means["relation"])
 
 
+def test_what_held_out_gradients_said_comes_back(tmp_path):
+    said = [{"step": 1, "agreement/judge": -0.25, "agreement_error/judge": 0.125}, {"step": 11, "image_radius": 0.3}]
+    write_record(ROW.path(tmp_path), ROW, [evaluation(0, 0.4, 4.0)], {}, said)
+    assert read_record(ROW.path(tmp_path)).steered == tuple(said)
+    write_record(ROW.path(tmp_path), ROW, [evaluation(0, 0.4, 4.0)], {})
+    assert read_record(ROW.path(tmp_path)).steered == () and "steered" not in ROW.path(tmp_path).read_text()
+
+
 def test_a_file_of_usual_size_is_small(tmp_path):
     write_record(ROW.path(tmp_path), ROW, [evaluation(n, 0.4, 4.0, pictures=256) for n in range(5)], {})
     numbers = 5 * 256 * 3

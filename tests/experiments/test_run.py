@@ -109,6 +109,17 @@ def test_every_baseline_trains(tmp_path, name):
 
 
 @pytest.mark.slow
+def test_a_steered_run_keeps_what_its_judge_said(tmp_path):
+    choices = {"brittle": {"image": 0.3, "rho": 0.2}}
+    row = next(row for row in rows_of("controls", choices, [1])[0] if row.variant == "project")
+    few = (*row.overrides, "data.batch_size=2", "agreement.pictures=8", "agreement.every=1")
+    short = Row(**vars(row) | {"updates": 2, "every": 1, "pictures": 2, "overrides": few})
+    said = read_record(run_row(short, tmp_path, tmp_path / "work")).steered
+    assert [record["step"] for record in said] == [1, 2]
+    assert all(-1 <= record["agreement/judge"] <= 1 and record["agreement_error/judge"] > 0 for record in said)
+
+
+@pytest.mark.slow
 def test_a_counting_run_is_judged_by_what_it_did_not_train_on(tmp_path):
     (gardo,) = (row for row in rows_of("counting", {}, [7])[0] if (row.method, row.variant) == ("grpo", "gardo"))
     row = CountingRow(**vars(gardo) | {"updates": 1, "every": 1})
