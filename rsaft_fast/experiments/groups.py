@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -58,6 +58,11 @@ def path_back(run: Run) -> Run:
     """Return the way from the start to the last weights, as if its shares were evaluations along a run."""
     path = (run.points[0], *run.scaled, run.points[-1])
     return dataclasses.replace(run, variant=f"{run.variant}, scaled", points=path, scaled=())
+
+
+def thinned(run: Run, steps: Collection[int]) -> Run:
+    """Return the run as if it had been looked at after these updates alone: its best hangs on how often one looks."""
+    return dataclasses.replace(run, points=tuple(point for point in run.points if point.step in steps))
 
 
 def judges_of(groups: Mapping[Key, Seeds]) -> list[str]:

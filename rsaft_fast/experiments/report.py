@@ -96,9 +96,9 @@ def sections(sets: Sets) -> list[tuple[str, Table]]:
             made.append((f"{name}: the {proxy} proxy", _kinds(_of_proxy(sets[name], proxy), methods=True)))
     for proxy in _proxies(sets.get("lora-space", {})):
         made.append((f"lora-space: the {proxy} proxy, LoRA, DRaFT-1", _kinds(_of_proxy(sets["lora-space"], proxy))))
-    for name in ("baselines", "variants"):
+    for name, table_of in (("baselines", _baselines), ("variants", _variants)):
         for proxy in _proxies(sets.get(name, {})):
-            made.append((f"{name}: the {proxy} proxy, DRaFT-1", _beside_core(sets, name, proxy)))
+            made.append((f"{name}: the {proxy} proxy, DRaFT-1", table_of(sets, proxy)))
     for name in ("controls", "long"):
         for proxy in _proxies(sets.get(name, {})):
             title = f"{name}: the {proxy} proxy, DRaFT-1, twice as long"
@@ -207,19 +207,36 @@ def _kinds(found: Mapping[Key, Seeds], methods: bool = False) -> Table:
     return head, [[*row, shown(common.get(key[2]))] for row, key in zip(rows, found)]
 
 
-def _beside_core(sets: Sets, name: str, proxy: str) -> Table:
-    """A set's kinds under those of the core, with what is read off runs without training more."""
+def _baselines(sets: Sets, proxy: str) -> Table:
+    """What else one would try, under the kinds of the core, with what is read off runs without training more."""
     core = _of_proxy(sets.get("core", {}), proxy)
     plain = measure.plain_of(core, proxy, DRAFT)
     kinds: dict[str, Seeds] = {variant: seeds for (_, _, variant), seeds in core.items()}
     for judge in measure.judges_of({key: core[key] for key in core if key[2] == PLAIN}):
         stopped = {seed: measure.stopped_by(run, judge) for seed, run in (plain or {}).items()}
         kinds[f"{PLAIN}, stopped by {judge}"] = stopped
-    for (_, _, variant), seeds in _of_proxy(sets[name], proxy).items():
+    for (_, _, variant), seeds in _of_proxy(sets["baselines"], proxy).items():
         kinds[variant] = seeds
         scaled = {seed: measure.path_back(run) for seed, run in seeds.items() if run.scaled}
         if scaled:
             kinds[f"{variant}, scaled back"] = scaled
+    return _against_plain(kinds, plain)
+
+
+def _variants(sets: Sets, proxy: str) -> Table:
+    """Other ways to smooth, under the kinds of the core at the same seeds and evaluations."""
+    own = _of_proxy(sets["variants"], proxy)
+    runs = [run for seeds in own.values() for run in seeds.values()]
+    steps, seeds = {point.step for run in runs for point in run.points}, {run.seed for run in runs}
+    core = {
+        key[2]: {seed: measure.thinned(run, steps) for seed, run in found.items() if seed in seeds}
+        for key, found in _of_proxy(sets.get("core", {}), proxy).items()
+    }
+    kinds = {label: found for label, found in core.items() if found} | {key[2]: found for key, found in own.items()}
+    return _against_plain(kinds, kinds.get(PLAIN))
+
+
+def _against_plain(kinds: Mapping[str, Seeds], plain: Seeds | None) -> Table:
     return HEAD, [
         line_of(measure.summary(label, seeds, None if label == PLAIN else plain)) for label, seeds in kinds.items()
     ]

@@ -116,7 +116,7 @@ class Size:
     pictures: int = 256
 
 
-LONG = Size(updates=80, every=20)
+COARSE, LONG = Size(every=20), Size(updates=80, every=20)
 
 
 def _row(
@@ -170,8 +170,8 @@ def _core(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiti
 def _methods(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
     methods = [method for method in METHODS if method != DRAFT]
     variants = {name: SMOOTHINGS[name] for name in (PLAIN, BOTH)}
-    two, coarse = (BRITTLE, judge_of(BRITTLE)), Size(every=20)
-    yield from _product("methods", methods, two, variants, seeds or SEEDS, choices, coarse)
+    two = (BRITTLE, judge_of(BRITTLE))
+    yield from _product("methods", methods, two, variants, seeds or SEEDS, choices, COARSE)
 
 
 def _trajectory(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
@@ -196,7 +196,7 @@ def _long(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiti
 
 
 def _variants(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
-    yield from _product("variants", (DRAFT,), (BRITTLE,), VARIANTS, seeds or FEW_SEEDS, choices)
+    yield from _product("variants", (DRAFT,), (BRITTLE,), VARIANTS, seeds or FEW_SEEDS, choices, COARSE)
 
 
 def _lora_space(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:

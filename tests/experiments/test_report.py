@@ -111,6 +111,20 @@ def test_a_baseline_stands_beside_its_own_proxys_core_and_controls_beside_their_
     assert line("controls: the brittle proxy", "stop").count("+0.100 ±0.000*") >= 2
 
 
+def test_variants_stand_beside_the_cores_same_seeds_and_evaluations():
+    core = kind("plain", [0.4, 0.6, 0.5]) | kind("both", [0.4, 0.7, 0.6])
+    (key, seeds), *_ = kind("momentum", [0.4, 0.9, 0.6], "variants").items()
+    ends = {seed: dataclasses.replace(one, points=one.points[::2]) for seed, one in seeds.items() if seed != 2}
+    text = as_text({"core": core, "variants": {key: ends}})
+    lines = {line.split("  ")[0]: line for line in text[text.index("variants:") :].split("\n\n")[0].split("\n")}
+    plain, momentum = (
+        [cell.strip() for cell in lines[name].split("  ") if cell.strip()] for name in ("plain", "momentum")
+    )
+    # Best of what both looked at, of seeds 0 and 1: plain's 0.5, not the 0.6 that only the core saw.
+    assert plain[1] == momentum[1] == "2" and plain[2].startswith("0.500 ") and "both" in lines
+    assert momentum[6] == "+0.100 ±0.000*"
+
+
 def test_nothing_is_said_of_nothing(tmp_path):
     assert as_text({}) == as_page({}, tmp_path, {}) == as_readme({}) == NOTHING
 
