@@ -30,13 +30,15 @@ class Gain:
     """How much better a smoothed gradient agrees than the plain one does.
 
     Attributes:
-        radius: at which; 0 is none.
+        radius: the smallest that agrees as well as the best, within a standard error of their difference; 0 is none.
+        highest: at which the cosine is highest.
         mean, half: cosine at the radius less that at 0, and half of its interval's width: 95 % for all radii that were
             tried together (Bonferroni), by Student's t over the groups of pictures.
-        stable: fraction of the groups without which the best radius would be the same one.
+        stable: fraction of the groups without which it would be the same radius.
     """
 
     radius: float
+    highest: float
     mean: float
     half: float
     stable: float
@@ -110,7 +112,13 @@ class RadiusReport:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        gain = lambda g: {"radius": g.radius, "gain": g.mean, "half_width": g.half, "stable": g.stable}  # noqa: E731
+        gain = lambda g: {  # noqa: E731
+            "radius": g.radius,
+            "highest": g.highest,
+            "gain": g.mean,
+            "half_width": g.half,
+            "stable": g.stable,
+        }
         return {
             "answer": self.answer,
             "radius": self.radius,
@@ -138,7 +146,9 @@ def _said(gain: Gain) -> str:
     if gain.radius == 0:
         return "agrees best with the plain gradient"
     clear = "" if gain.sign > 0 else ", which may be chance"
-    return f"agrees best at radius {gain.radius:g}, by {gain.mean:+.3f} +- {gain.half:.3f}{clear}"
+    best = f"best at radius {gain.radius:g}"
+    how = best if gain.highest == gain.radius else f"at radius {gain.radius:g} as well as at {gain.highest:g}"
+    return f"agrees {how}, by {gain.mean:+.3f} +- {gain.half:.3f}{clear}"
 
 
 def balls_of(kind: ImageSmoothing, radii: Sequence[float]) -> list[ImageSmoothing | None]:
@@ -147,7 +157,11 @@ def balls_of(kind: ImageSmoothing, radii: Sequence[float]) -> list[ImageSmoothin
 
 
 def find_radius(agreement: Agreement) -> RadiusReport:
-    """Choose the radius at which the mean cosine over the judges is highest, if it clearly beats the plain gradient's.
+    """Choose the smallest radius at which the mean cosine over the judges is as good as the highest, if that is clear.
+
+    As good: within a standard error of the difference on the same pictures (the rule of one standard error, Breiman et
+    al., Classification and Regression Trees, 1984). What a cosine at the start of training cannot see is what a ball
+    does over many updates, and a larger ball does more of it. Clear: it beats the plain gradient's.
 
     Args:
         agreement: measured at None and at balls of one norm and space, in ascending order of their radii.
@@ -182,11 +196,22 @@ def _rows(values: torch.Tensor) -> tuple[tuple[float, ...], ...]:
 
 
 def _best(radii: Sequence[float], curve: torch.Tensor, replicates: torch.Tensor) -> Gain:
-    """The highest point of a curve (R,), with its gain over the first."""
-    index = int(curve.argmax())
-    same = (replicates.argmax(1) == index).double().mean().item()
-    mean, half = _gain(curve, replicates, index)
-    return Gain(radii[index], mean, half, same)
+    """The smallest radius that is as good as the highest point of a curve (R,), with its gain over the first."""
+    gains = [_gain(curve, replicates, index) for index in range(len(radii))]
+    clear = torch.tensor([mean - half > 0 for mean, half in gains])
+    apart = jackknife(replicates[:, :, None] - replicates[:, None, :])
+    index = _smallest(curve, apart, clear)
+    same = [_smallest(one, apart, clear) == index for one in replicates]
+    return Gain(radii[index], radii[int(curve.argmax())], *gains[index], sum(same) / len(same))
+
+
+def _smallest(curve: torch.Tensor, apart: torch.Tensor, clear: torch.Tensor) -> int:
+    """Index of the first value within a standard error (`apart`, R x R) of the highest, or the first clear one."""
+    highest = int(curve.argmax())
+    near = curve >= curve[highest] - apart[highest]
+    # Smoothing that may be chance is not made less by taking none: the report says how much it gains.
+    near[0] = highest == 0
+    return int((near & clear if clear[highest] else near).int().argmax())
 
 
 def _gain(curve: torch.Tensor, replicates: torch.Tensor, index: int) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
-from rsaft_fast.evaluation.alarms import IMAGE, change
+from rsaft_fast.evaluation.alarms import AGREEMENT, AGREEMENT_ERROR, IMAGE, change
 from rsaft_fast.evaluation.known_preference import TRUTH
 from rsaft_fast.experiments.records import JUDGE, Point, Run
 from rsaft_fast.experiments.table import SELECTION_SEEDS
@@ -94,6 +94,25 @@ def by_drift(names: Iterable[str], drift: float) -> Warns:
     return warns
 
 
+def by_agreement(errors: float) -> Warns:
+    """Warn where the gradient that is trained on had a cosine with a judge's below 0, by so many standard errors."""
+
+    def warns(run: Run, index: int) -> bool | None:
+        if not run.steered:
+            return None
+        # A record is of the weights before its update. What was measured between two evaluations counts at the second.
+        before, now = (run.points[at].step for at in (index - 1, index))
+        said = [record for record in run.steered if before < record["step"] - 1 <= now or record["step"] == index == 1]
+        return any(
+            cosine <= -errors * record[AGREEMENT_ERROR + name.removeprefix(AGREEMENT)]
+            for record in said
+            for name, cosine in record.items()
+            if name.startswith(AGREEMENT)
+        )
+
+    return warns
+
+
 def by_any(warns: Sequence[Warns]) -> Warns:
     """Warn where one of these monitors does."""
 
@@ -155,6 +174,8 @@ def table(runs: Sequence[Run]) -> tuple[tuple[str, ...], list[list[str]]]:
     for name in statistics:
         monitors[f"{name} moved by {drift:g} standard deviations"] = by_drift([name], drift)
     monitors[f"any statistic moved by {drift:g} standard deviations"] = by_drift(statistics, drift)
+    monitors[f"agreement below 0 by {2 / 3 * errors:g} standard errors"] = by_agreement(2 / 3 * errors)
+    monitors["agreement below 0 at all"] = by_agreement(0.0)
     rows = []
     for label, warns in monitors.items():
         count = Counter(case for run in runs if (case := case_of(run, warns)) is not None)

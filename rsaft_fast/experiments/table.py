@@ -22,6 +22,7 @@ from rsaft_fast.experiments.variants import (
     SMOOTHINGS,
     TRAJECTORIES,
     VARIANTS,
+    WATCHED,
     Variant,
 )
 from rsaft_fast.recipe.load import find_recipe, load_config
@@ -192,7 +193,7 @@ def _controls(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | W
 
 
 def _long(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:
-    yield from _product("long", (DRAFT,), (FAIR,), SMOOTHINGS, seeds or FEW_SEEDS, choices, LONG)
+    yield from _product("long", (DRAFT,), (FAIR,), WATCHED, seeds or FEW_SEEDS, choices, LONG)
 
 
 def _variants(choices: Choices, seeds: Sequence[int] | None) -> Iterator[Row | Waiting]:

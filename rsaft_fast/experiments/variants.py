@@ -104,6 +104,9 @@ CONTROLS = {
 }
 """What a held-out reward can be used for: training on it, or the agreement of its gradient with the update's."""
 
+WATCHED = {name: _steered(name, "none") for name in SMOOTHINGS}
+"""The smoothings, with the judge's agreement in the log; nothing acts on it, and the weights are the same."""
+
 VARIANTS = {
     "graded-only": _more(BOTH, "smoothing.resample=graded_only"),
     "delta-perturbed": _more(BOTH, "smoothing.delta_from=perturbed"),

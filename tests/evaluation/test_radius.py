@@ -1,6 +1,7 @@
 """The radius that is found is the one that a constructed pair of rewards has; judges that are no witnesses are told."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +78,49 @@ def test_no_smoothing_where_the_judge_wants_the_opposite_of_what_it_adds(found):
     report = found(other=Bowl(step=-40.0))
     assert report.answer == "no help" and report.radius == 0 and report.own["other"].radius == 0
     assert all(row[0] < report.cosines[0][0] for row in report.cosines[1:])
+
+
+def measured(cosines, spread):
+    """An agreement of one judge over radii 0, 1, 2, 3 whose K groups say this and vary by `spread` (K, 4)."""
+    replicates = torch.tensor(cosines, dtype=torch.float64) + torch.tensor(spread, dtype=torch.float64)
+    return SimpleNamespace(
+        balls=balls_of(ImageSmoothing(radius=1.0), (1.0, 2.0, 3.0)),
+        judges=("other",),
+        cosines=torch.tensor(cosines, dtype=torch.float64)[:, None],
+        replicates=lambda: replicates[:, :, None],
+        pictures=8,
+        between_judges=torch.eye(1),
+    )
+
+
+WAVES = torch.tensor([[1.0, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]).T.tolist()
+"""Three columns of mean 0 that have nothing to do with each other, each with a standard error of the root of 3."""
+
+
+@pytest.mark.parametrize(
+    ("cosines", "errors", "radius", "answer"),
+    [
+        ((0.0, 0.5, 0.5004, 0.4), (0.0, 1e-4, 1e-4, 1e-4), 2.0, "smooth"),  # the difference is beyond its error
+        ((0.0, 0.5, 0.5004, 0.4), (0.0, 1e-3, 1e-3, 1e-3), 1.0, "smooth"),
+        ((0.0, 0.4996, 0.5, 0.5004), (0.0, 1e-3, 1e-3, 1e-3), 1.0, "smooth"),
+        ((0.5, 0.4, 0.3, 0.2), (0.0, 1e-3, 1e-3, 1e-3), 0.0, "no help"),
+        ((0.5, 0.4999, 0.5001, 0.2), (0.0, 1e-3, 1e-3, 1e-3), 0.0, "no help"),  # 1 is as good as 2, and both as 0
+    ],
+)
+def test_of_radii_that_agree_alike_the_smallest_is_taken(cosines, errors, radius, answer):
+    spread = [[0.0, *(error * wave / 3 for error, wave in zip(errors[1:], row))] for row in WAVES]
+    report = find_radius(measured(cosines, spread))
+    assert (report.radius, report.answer) == (radius, answer)
+    assert report.together.highest == (0.0, 1.0, 2.0, 3.0)[max(range(4), key=cosines.__getitem__)]
+    told = "as well as at" in "\n".join(report.lines())
+    assert told == (report.together.radius != report.together.highest)
+
+
+def test_a_radius_that_is_as_good_but_not_clear_is_passed_over():
+    # Radius 1 is 0.3 below radius 2 within the spread of both, and its own gain over 0 is lost in its spread.
+    waves = [[0.0, 0.4 * row[0], 0.001 * row[1], 0.001 * row[2]] for row in WAVES]
+    report = find_radius(measured((0.0, 0.4, 0.7, 0.1), waves))
+    assert (report.radius, report.answer, report.together.highest) == (2.0, "smooth", 2.0)
 
 
 def test_a_radius_that_one_judge_wants_and_another_does_not_is_not_taken(found):

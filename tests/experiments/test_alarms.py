@@ -7,7 +7,16 @@ import dataclasses
 import pytest
 from builders.experiment_runs import run
 
-from rsaft_fast.experiments.alarms import by_drift, by_judge, by_mean, calibration, case_of, fall_of_truth, table
+from rsaft_fast.experiments.alarms import (
+    by_agreement,
+    by_drift,
+    by_judge,
+    by_mean,
+    calibration,
+    case_of,
+    fall_of_truth,
+    table,
+)
 from rsaft_fast.experiments.records import Run
 
 
@@ -56,6 +65,29 @@ def test_a_run_is_sorted_by_its_fall_and_the_first_warning(truths, errors, case)
 def test_a_judge_that_falls_with_the_proxy_says_nothing():
     made = told(TURNS, (1.0, 2.0, 1.0, 1.0, 1.0), (None, 1, -9, -9, -9), proxies=(1, 5, 4, 4, 4))
     assert case_of(made, by_judge("judge/fair", 3.0)) == case_of(made, by_mean("judge/fair")) == "missed"
+
+
+@pytest.mark.parametrize(
+    ("truths", "cosines", "case"),
+    [
+        (TURNS, (0.4, 0.2, 0.1, -0.3, -0.4), "in time"),
+        (TURNS, (0.4, 0.2, -0.3, 0.1, 0.1), "in time"),  # of the weights at which r* was highest
+        (TURNS, (-0.3, 0.2, 0.1, 0.1, 0.1), "too soon"),  # before the first update
+        (TURNS, (0.4, 0.2, 0.1, -0.19, -0.3), "late"),
+        (TURNS, (0.4, 0.2, 0.1, -0.19, -0.19), "missed"),
+        (RISES, (0.4, 0.2, 0.1, -0.3, 0.1), "false"),
+        (RISES, (0.4, 0.2, 0.1, -0.1, 0.1), "quiet"),
+    ],
+)
+def test_agreement_is_that_of_the_weights_before_its_update(truths, cosines, case):
+    said = [
+        {"step": point.step + 1, "agreement/judge": cosine, "agreement_error/judge": 0.1}
+        for point, cosine in zip(told(truths, None).points, cosines)
+    ]
+    said.append({"step": 36, "image_radius": 0.3})  # no judge was asked there
+    made = dataclasses.replace(told(truths, None), steered=tuple(said))
+    assert case_of(made, by_agreement(2.0)) == case
+    assert case_of(told(truths, None), by_agreement(2.0)) is None
 
 
 def test_files_without_a_monitor_are_left_out_of_its_row():
