@@ -122,11 +122,22 @@ class Agreement:
         """Of the judges' gradients with each other, (J, J)."""
         return self.matrix()[len(self.balls) :, len(self.balls) :]
 
+    @property
+    def with_plain(self) -> torch.Tensor:
+        """Of each ball's gradient with that of the first, the plain one, (R,): above 0 it still climbs."""
+        return self.matrix()[: len(self.balls), 0]
+
     def replicates(self) -> torch.Tensor:
         """`cosines` without each group in turn, (K, R, J): the jackknife's."""
+        return torch.stack([self._trained_by_judges(matrix) for matrix in self._left_out()])
+
+    def plain_replicates(self) -> torch.Tensor:
+        """`with_plain` without each group in turn, (K, R)."""
+        return torch.stack([matrix[: len(self.balls), 0] for matrix in self._left_out()])
+
+    def _left_out(self) -> list[torch.Tensor]:
         ones = torch.ones_like(self.counts)
-        left_out = [self._trained_by_judges(self.matrix(ones - one)) for one in torch.eye(len(ones)).to(ones)]
-        return torch.stack(left_out)
+        return [self.matrix(ones - one) for one in torch.eye(len(ones)).to(ones)]
 
     def _trained_by_judges(self, matrix: torch.Tensor) -> torch.Tensor:
         return matrix[: len(self.balls), len(self.balls) :]

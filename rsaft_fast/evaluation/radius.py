@@ -2,7 +2,8 @@
 
 What smoothing adds to a reward's gradient is the direction that lowers the gradient's norm. It helps where that
 direction is one that other rewards agree with, and nowhere else; so a curve of the agreement over the radius answers
-both questions before any training.
+both questions before any training. In a large ball that direction is all that is left: the gradient no longer climbs
+the reward that it is of, and training on it flattens the reward instead. Such radii are not taken.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ LEVEL = 0.95
 ALIKE = 0.95
 """Cosine from which two gradients are one."""
 
+ITSELF = "the reward itself"
+"""Head of the column that says whether the smoothed gradient still climbs."""
+
 Answer = Literal["smooth", "no help", "disagree"]
 
 
@@ -30,15 +34,13 @@ class Gain:
     """How much better a smoothed gradient agrees than the plain one does.
 
     Attributes:
-        radius: the smallest that agrees as well as the best, within a standard error of their difference; 0 is none.
-        highest: at which the cosine is highest.
+        radius: at which; 0 is none.
         mean, half: cosine at the radius less that at 0, and half of its interval's width: 95 % for all radii that were
             tried together (Bonferroni), by Student's t over the groups of pictures.
-        stable: fraction of the groups without which it would be the same radius.
+        stable: fraction of the groups without which the best radius would be the same one.
     """
 
     radius: float
-    highest: float
     mean: float
     half: float
     stable: float
@@ -58,6 +60,8 @@ class RadiusReport:
         judges: names; each has a column of `cosines` and `errors`, (len(radii), len(judges)).
         errors: standard errors, by the jackknife over groups of pictures.
         means, mean_errors: over the judges, a radius each.
+        with_plain, plain_errors: cosine of the smoothed gradient with the same reward's plain one, a radius each.
+        climbing: the radii at which that is clearly above 0; the others are not taken, whatever the judges say.
         own: what each judge by itself says is best.
         together: what the mean over the judges says is best.
         at_chosen: each judge's gain at `radius`.
@@ -72,6 +76,9 @@ class RadiusReport:
     errors: tuple[tuple[float, ...], ...]
     means: tuple[float, ...]
     mean_errors: tuple[float, ...]
+    with_plain: tuple[float, ...]
+    plain_errors: tuple[float, ...]
+    climbing: tuple[float, ...]
     own: dict[str, Gain]
     together: Gain
     answer: Answer
@@ -98,27 +105,28 @@ class RadiusReport:
 
     def lines(self) -> list[str]:
         """A table, a row a radius, and the verdict."""
-        head = ["radius", *self.judges, *(["mean"] if len(self.judges) > 1 else [])]
+        head = ["radius", *self.judges, *(["mean"] if len(self.judges) > 1 else []), ITSELF]
         rows = [head]
         for index, radius in enumerate(self.radii):
             cells = [_cell(c, e) for c, e in zip(self.cosines[index], self.errors[index])]
             if len(self.judges) > 1:
                 cells.append(_cell(self.means[index], self.mean_errors[index]))
+            cells.append(_cell(self.with_plain[index], self.plain_errors[index]))
             rows.append([f"{radius:g}" if radius else "0 (plain)", *cells])
         lines = [*aligned(rows), ""]
         for name, gain in self.own.items():
             lines.append(f"{name}: {_said(gain)} ({gain.stable:.0%} of the groups of pictures, each left out, agree)")
+        left = [f"{radius:g}" for radius in self.radii if radius not in self.climbing]
+        if left:
+            lines.append(
+                f"left out: {', '.join(left)}. There the smoothed gradient does not clearly climb the reward itself "
+                "(last column): training on it makes the reward flat, and not high"
+            )
         return [*lines, self.verdict[0].upper() + self.verdict[1:] + "."]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        gain = lambda g: {  # noqa: E731
-            "radius": g.radius,
-            "highest": g.highest,
-            "gain": g.mean,
-            "half_width": g.half,
-            "stable": g.stable,
-        }
+        gain = lambda g: {"radius": g.radius, "gain": g.mean, "half_width": g.half, "stable": g.stable}  # noqa: E731
         return {
             "answer": self.answer,
             "radius": self.radius,
@@ -133,6 +141,8 @@ class RadiusReport:
                 }
                 for j, name in enumerate(self.judges)
             },
+            "itself": {"cosine": list(self.with_plain), "standard_error": list(self.plain_errors)},
+            "climbing": list(self.climbing),
             "mean": {"cosine": list(self.means), "standard_error": list(self.mean_errors), "best": gain(self.together)},
             "warnings": list(self.warnings),
         }
@@ -146,9 +156,7 @@ def _said(gain: Gain) -> str:
     if gain.radius == 0:
         return "agrees best with the plain gradient"
     clear = "" if gain.sign > 0 else ", which may be chance"
-    best = f"best at radius {gain.radius:g}"
-    how = best if gain.highest == gain.radius else f"at radius {gain.radius:g} as well as at {gain.highest:g}"
-    return f"agrees {how}, by {gain.mean:+.3f} +- {gain.half:.3f}{clear}"
+    return f"agrees best at radius {gain.radius:g}, by {gain.mean:+.3f} +- {gain.half:.3f}{clear}"
 
 
 def balls_of(kind: ImageSmoothing, radii: Sequence[float]) -> list[ImageSmoothing | None]:
@@ -157,11 +165,10 @@ def balls_of(kind: ImageSmoothing, radii: Sequence[float]) -> list[ImageSmoothin
 
 
 def find_radius(agreement: Agreement) -> RadiusReport:
-    """Choose the smallest radius at which the mean cosine over the judges is as good as the highest, if that is clear.
+    """Choose the radius at which the mean cosine over the judges is highest, if it clearly beats the plain gradient's.
 
-    As good: within a standard error of the difference on the same pictures (the rule of one standard error, Breiman et
-    al., Classification and Regression Trees, 1984). What a cosine at the start of training cannot see is what a ball
-    does over many updates, and a larger ball does more of it. Clear: it beats the plain gradient's.
+    Only radii at which the smoothed gradient clearly climbs the reward that it is of are looked at: those at which the
+    95 % interval of its cosine with the plain gradient lies above 0.
 
     Args:
         agreement: measured at None and at balls of one norm and space, in ascending order of their radii.
@@ -171,8 +178,11 @@ def find_radius(agreement: Agreement) -> RadiusReport:
     errors = jackknife(replicates)
     means, mean_replicates = cosines.mean(1), replicates.mean(2)
     mean_errors = jackknife(mean_replicates)
-    own = {name: _best(radii, cosines[:, j], replicates[:, :, j]) for j, name in enumerate(agreement.judges)}
-    together = _best(radii, means, mean_replicates)
+    with_plain, plain_replicates = agreement.with_plain, agreement.plain_replicates()
+    climbs = with_plain - half_width(plain_replicates, LEVEL) > 0
+    climbs[0] = True  # the plain gradient itself, whatever its rounding
+    own = {name: _best(radii, climbs, cosines[:, j], replicates[:, :, j]) for j, name in enumerate(agreement.judges)}
+    together = _best(radii, climbs, means, mean_replicates)
     disagree = _opposed(radii, cosines, replicates, list(own.values()))
     answer: Answer = "disagree" if disagree else "smooth" if together.sign > 0 else "no help"
     return RadiusReport(
@@ -182,6 +192,9 @@ def find_radius(agreement: Agreement) -> RadiusReport:
         errors=_rows(errors),
         means=tuple(means.tolist()),
         mean_errors=tuple(mean_errors.tolist()),
+        with_plain=tuple(with_plain.tolist()),
+        plain_errors=tuple(jackknife(plain_replicates).tolist()),
+        climbing=tuple(radius for radius, climbing in zip(radii, climbs.tolist()) if climbing),
         own=own,
         together=together,
         answer=answer,
@@ -195,23 +208,12 @@ def _rows(values: torch.Tensor) -> tuple[tuple[float, ...], ...]:
     return tuple(map(tuple, values.tolist()))
 
 
-def _best(radii: Sequence[float], curve: torch.Tensor, replicates: torch.Tensor) -> Gain:
-    """The smallest radius that is as good as the highest point of a curve (R,), with its gain over the first."""
-    gains = [_gain(curve, replicates, index) for index in range(len(radii))]
-    clear = torch.tensor([mean - half > 0 for mean, half in gains])
-    apart = jackknife(replicates[:, :, None] - replicates[:, None, :])
-    index = _smallest(curve, apart, clear)
-    same = [_smallest(one, apart, clear) == index for one in replicates]
-    return Gain(radii[index], radii[int(curve.argmax())], *gains[index], sum(same) / len(same))
-
-
-def _smallest(curve: torch.Tensor, apart: torch.Tensor, clear: torch.Tensor) -> int:
-    """Index of the first value within a standard error (`apart`, R x R) of the highest, or the first clear one."""
-    highest = int(curve.argmax())
-    near = curve >= curve[highest] - apart[highest]
-    # Smoothing that may be chance is not made less by taking none: the report says how much it gains.
-    near[0] = highest == 0
-    return int((near & clear if clear[highest] else near).int().argmax())
+def _best(radii: Sequence[float], allowed: torch.Tensor, curve: torch.Tensor, replicates: torch.Tensor) -> Gain:
+    """The highest allowed point of a curve (R,), with its gain over the first."""
+    index = int(curve.where(allowed, -torch.inf).argmax())
+    same = (replicates.where(allowed, -torch.inf).argmax(1) == index).double().mean().item()
+    mean, half = _gain(curve, replicates, index)
+    return Gain(radii[index], mean, half, same)
 
 
 def _gain(curve: torch.Tensor, replicates: torch.Tensor, index: int) -> tuple[float, float]:

@@ -39,13 +39,13 @@ Radius = Annotated[float | Literal["auto"], _NumberOrAuto()]
 
 
 class RadiusSearch(Settings):
-    """How `radius: auto` finds the radius: the smallest at which the smoothed gradient agrees best with the judges'.
+    """How `radius: auto` finds the radius: the one at which the smoothed gradient agrees best with the judges'.
 
     Attributes:
         judges: rewards that are not trained on, name to the keys of a reward each; none takes agreement.judges.
         radii: what is tried, in ascending order, beside no smoothing at all. A radius above 0 is taken where it
-            agrees better with the judges' gradients than the plain gradient does, by more than the pictures' spread; of
-            several that agree as well as the best, within a standard error, the smallest.
+            still climbs the reward itself and agrees better with the judges' gradients than the plain gradient does, by
+            more than the pictures' spread.
         every: updates until the radius is found anew; null keeps the one found before the first update.
         pictures: the search's own, the same at every search: prompts of data.prompts, at noise that no update sees.
         space: where gradients are compared: parameter is what training follows (one backward pass of the denoiser a
