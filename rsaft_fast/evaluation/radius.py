@@ -119,8 +119,8 @@ class RadiusReport:
         left = [f"{radius:g}" for radius in self.radii if radius not in self.climbing]
         if left:
             lines.append(
-                f"left out: {', '.join(left)}. There the smoothed gradient does not clearly climb the reward itself "
-                "(last column): training on it makes the reward flat, and not high"
+                f"Left out: {', '.join(left)}. There the smoothed gradient does not clearly climb the reward itself "
+                "(last column): training on it makes the reward flat, and not high."
             )
         return [*lines, self.verdict[0].upper() + self.verdict[1:] + "."]
 
@@ -270,7 +270,7 @@ def _silent(agreement: Agreement) -> list[str]:
 
 
 def draw_curve(path: str | Path, report: RadiusReport, title: str, axis: str) -> Path:
-    """Write a PNG: each judge's cosine over the radius, with its standard error.
+    """Write a PNG: each judge's cosine over the radius, and the reward's own, with their standard errors.
 
     Args:
         axis: of the radius, with its norm and space.
@@ -284,4 +284,5 @@ def draw_curve(path: str | Path, report: RadiusReport, title: str, axis: str) ->
     errors = {name: [row[j] for row in report.errors] for j, name in enumerate(report.judges)}
     if len(report.judges) > 1:
         curves["mean"], errors["mean"] = Curve(report.radii, report.means), list(report.mean_errors)
+    curves[ITSELF], errors[ITSELF] = Curve(report.radii, report.with_plain), list(report.plain_errors)
     return radius_figure(path, curves, errors, title, axis, report.verdict, report.radius)

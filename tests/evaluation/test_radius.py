@@ -89,9 +89,9 @@ def test_a_radius_that_no_longer_climbs_the_reward_is_not_taken_whatever_judges_
     assert report.with_plain[0] == pytest.approx(1) and report.with_plain[-1] < -0.9
     assert {0.0, 30.0} <= set(report.climbing) and 900.0 not in report.climbing
     assert report.radius < 900 and report.own["other"].radius < 900 and report.own["other"].stable == 1
-    assert any(line.startswith("left out: ") and "900" in line for line in report.lines())
+    assert any(line.startswith("Left out: ") and "900" in line for line in report.lines())
     assert report.as_dict()["climbing"] == list(report.climbing)
-    assert not any(line.startswith("left out: ") for line in found(space, other=Bowl(step=BEST)).lines())
+    assert not any(line.startswith("Left out: ") for line in found(space, other=Bowl(step=BEST)).lines())
 
 
 def test_a_radius_that_one_judge_wants_and_another_does_not_is_not_taken(found):
