@@ -333,8 +333,8 @@ The table has each judge's cosine with its standard error (a jackknife over grou
 that with the reward's own plain gradient. A radius is taken where the mean over the judges gains over the plain
 gradient by more than the 95 % interval, no judge clearly loses, and the reward itself is still climbed: in a large ball
 nothing is left of it but the wish to be flat. The trained reward itself, and two judges with nearly one gradient, are
-warned of. Writes radius.json and radius.png into --output. In a recipe, smoothing.image.radius=auto does the same before
-the first update.
+warned of. Writes radius.json and radius.png into --output. In a recipe, smoothing.image.radius=auto does the same
+before the first update.
 """
 
 DOCTOR = """\
