@@ -124,7 +124,7 @@ class Agreement:
 
     @property
     def with_plain(self) -> torch.Tensor:
-        """Of each ball's gradient with that of the first, the plain one, (R,): above 0 it still climbs."""
+        """Of each ball's gradient with that of the first, the plain one, (R,). Above 0 it still climbs."""
         return self.matrix()[: len(self.balls), 0]
 
     def replicates(self) -> torch.Tensor:

@@ -64,7 +64,6 @@ class RadiusReport:
         climbing: the radii at which that is clearly above 0; the others are not taken, whatever the judges say.
         own: what each judge by itself says is best.
         together: what the mean over the judges says is best.
-        at_chosen: each judge's gain at `radius`.
         answer: smooth at `radius`; smoothing does not help; or the judges disagree.
         radius: to train with; 0 is without image smoothing.
         warnings: a line each about judges that are no witnesses.
@@ -97,7 +96,8 @@ class RadiusReport:
             said = ", ".join(f"{name} {_said(gain)}" for name, gain in self.own.items())
             return f"the judges disagree ({said}): no radius is better for all of them; add a judge, or do not smooth"
         if best.radius == 0:
-            return "smoothing does not help this reward: the plain gradient agrees best with the judges"
+            among = "" if len(self.climbing) == len(self.radii) else ", of the radii that still climb it,"
+            return f"smoothing does not help this reward:{among} the plain gradient agrees best with the judges"
         return (
             f"smoothing does not help this reward as far as {self.pictures} pictures show: radius {best.radius:g} "
             f"gains {told}"

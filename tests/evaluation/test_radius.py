@@ -91,6 +91,8 @@ def test_a_radius_that_no_longer_climbs_the_reward_is_not_taken_whatever_judges_
     assert report.radius < 900 and report.own["other"].radius < 900 and report.own["other"].stable == 1
     assert any(line.startswith("Left out: ") and "900" in line for line in report.lines())
     assert report.as_dict()["climbing"] == list(report.climbing)
+    itself = found(space, reward=Bowl(sign=-1), itself=Bowl(sign=-1))  # agrees best with what it is
+    assert itself.answer == "no help" and "of the radii that still climb it, the plain gradient" in itself.verdict
     assert not any(line.startswith("Left out: ") for line in found(space, other=Bowl(step=BEST)).lines())
 
 

@@ -16,6 +16,7 @@ from rsaft_fast.experiments.alarms import (
     case_of,
     fall_of_truth,
     table,
+    trained_alone,
 )
 from rsaft_fast.experiments.records import Run
 
@@ -88,6 +89,12 @@ def test_agreement_is_that_of_the_weights_before_its_update(truths, cosines, cas
     made = dataclasses.replace(told(truths, None), steered=tuple(said))
     assert case_of(made, by_agreement(2.0)) == case
     assert case_of(told(truths, None), by_agreement(2.0)) is None
+
+
+def test_runs_that_another_reward_trains_or_steers_are_left_out():
+    kinds = ("plain", "both", "stop", "project-image", "radius-auto", "judge", "sum", "only-where", "worst", "gardo")
+    runs = [dataclasses.replace(told(RISES, None), variant=kind) for kind in (*kinds, "momentum")]
+    assert [one.variant for one in trained_alone(runs)] == ["plain", "both", "momentum"]
 
 
 def test_files_without_a_monitor_are_left_out_of_its_row():
